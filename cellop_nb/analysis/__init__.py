@@ -1,0 +1,1 @@
+"""Predictions, baselines, metrics and diagnostics as tidy tables and AnnData."""

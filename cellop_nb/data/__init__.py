@@ -1,0 +1,1 @@
+"""AnnData in, tensors out: the data contract, splits, groups, and data sets."""

@@ -1,0 +1,1 @@
+"""Pure torch: likelihood, energy distance, VAE and operators."""

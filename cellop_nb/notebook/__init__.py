@@ -1,0 +1,1 @@
+"""Live plots, controls, figures and batch runs for notebooks."""

@@ -1,0 +1,1 @@
+"""One training loop, its callbacks, and the two trainers."""
