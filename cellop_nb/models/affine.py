@@ -1,0 +1,108 @@
+"""The affine map K(z) = A z + b as an object: apply, compose, invert, raise to a real power."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.linalg import expm, logm
+from torch import Tensor
+
+from ..errors import ModelError, three_beats
+
+
+@dataclass(frozen=True)
+class AffineOperator:
+    r"""One affine operator of the latent space.
+
+    .. math:: K(z) = A z + b
+
+    Parameters
+    ----------
+    matrix
+        A, (d, d).
+    shift
+        b, (d,), in the units of the latent.
+    label
+        What a person calls it.
+    """
+
+    matrix: Tensor
+    shift: Tensor
+    label: str = ""
+
+    @classmethod
+    def identity(cls, d: int, label: str = "identity") -> AffineOperator:
+        """The map that changes nothing."""
+        return cls(torch.eye(d), torch.zeros(d), label)
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """Move latents (cell, d)."""
+        return z @ self.matrix.T + self.shift
+
+    def __matmul__(self, first: AffineOperator) -> AffineOperator:
+        """Composition: ``(self @ first)(z) == self(first(z))``, so the right operator acts first."""
+        shift = self.matrix @ first.shift + self.shift
+        return AffineOperator(self.matrix @ first.matrix, shift, f"{self.label} after {first.label}")
+
+    @property
+    def norm(self) -> float:
+        """Largest singular value of A."""
+        return float(torch.linalg.matrix_norm(self.matrix, 2))
+
+    @property
+    def homogeneous(self) -> np.ndarray:
+        """(d + 1, d + 1) float64 matrix [[A, b], [0, 1]], in which composition is a matrix product."""
+        d = len(self.shift)
+        whole = np.eye(d + 1)
+        whole[:d, :d] = self.matrix.detach().double().cpu().numpy()
+        whole[:d, d] = self.shift.detach().double().cpu().numpy()
+        return whole
+
+    def _like(self, homogeneous: np.ndarray, label: str) -> AffineOperator:
+        whole = torch.as_tensor(homogeneous, dtype=self.matrix.dtype, device=self.matrix.device)
+        return AffineOperator(whole[:-1, :-1], whole[:-1, -1], label)
+
+    def inverse(self) -> AffineOperator:
+        """The way back; refused where A is numerically singular (condition number above 1e7)."""
+        condition = np.linalg.cond(self.homogeneous[:-1, :-1])
+        if not condition < 1e7:
+            raise ModelError(
+                three_beats(
+                    f"an invertible operator for the reversal of {self.label!r}",
+                    f"a condition number of {condition:.1e}",
+                    "fit with a larger ridge, which pulls the operator towards the identity",
+                )
+            )
+        return self._like(np.linalg.inv(self.homogeneous), f"inverse of {self.label}")
+
+    def generator(self) -> np.ndarray:
+        r"""Real logarithm L of the homogeneous matrix, (d + 1, d + 1), so that :math:`K = e^L`.
+
+        Raises
+        ------
+        ModelError
+            Where A has an eigenvalue on the closed negative real axis, so that no real principal logarithm exists.
+
+        References
+        ----------
+        Culver (1966), Proc. Amer. Math. Soc. 17:1146; Higham (2008), Functions of Matrices, theorem 1.31.
+        """
+        values = np.linalg.eigvals(self.homogeneous)
+        on_negative_axis = (values.real <= 0) & (np.abs(values.imag) <= 1e-9 * np.abs(values).max())
+        if on_negative_axis.any():
+            raise ModelError(
+                three_beats(
+                    f"an operator with a real logarithm for a fractional strength of {self.label!r}",
+                    f"the eigenvalue {values[on_negative_axis][0].real:.3g} on the negative real axis",
+                    "use strengths 0 and 1 only, or fit with a larger ridge",
+                )
+            )
+        return logm(self.homogeneous).real
+
+    def power(self, t: float) -> AffineOperator:
+        r"""The operator at strength t, :math:`K^t = e^{tL}`: 0 is the identity, 1 itself, -1 the inverse."""
+        if t == 1:
+            return self
+        return self._like(expm(t * self.generator()), f"{self.label} at strength {t:g}")

@@ -1,0 +1,240 @@
+"""The operator family: one affine map per condition, built from shared response axes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ModelError, three_beats
+from .affine import AffineOperator
+from .conditions import Condition, ConditionEncoder, Design
+
+
+def spectral_excess(matrices: Tensor, max_norm: float) -> Tensor:
+    r"""Stability penalty of operators (condition, d, d), averaged over conditions.
+
+    .. math:: \frac1n \sum_\theta \max(0, \|A_\theta\|_2 - \rho)^2
+
+    It acts on the operators of the conditions themselves; bounding the norms of their parts apart would not
+    bound their sum. The norm is the exact largest singular value. Since
+    :math:`\|A\|_2 \le 1 + \|A - I\|_F`, the decomposition is left out where that bound already is below rho.
+    """
+    departure = matrices - torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
+    if matrices.device.type == "cpu" and bool((1 + departure.flatten(1).norm(dim=1) <= max_norm).all()):
+        return matrices.new_zeros(())
+    return (torch.linalg.matrix_norm(matrices, 2) - max_norm).clamp_min(0).square().mean()
+
+
+def gaussian_map(control: Tensor, perturbed: Tensor, *, shrink: float = 0.1) -> Tensor:
+    r"""Matrix (d, d) of the optimal transport map between the Gaussians with the clouds' covariances.
+
+    .. math:: A = S_0^{-1/2} (S_0^{1/2} S_1 S_0^{1/2})^{1/2} S_0^{-1/2}
+
+    Covariances are shrunk towards their mean variance by the share `shrink`.
+
+    References
+    ----------
+    Dowson and Landau (1982), J. Multivariate Anal. 12:450.
+    """
+    first, second = (_shrunk_covariance(cloud, shrink) for cloud in (control, perturbed))
+    root, inverse_root = _matrix_power(first, 0.5), _matrix_power(first, -0.5)
+    return inverse_root @ _matrix_power(root @ second @ root, 0.5) @ inverse_root
+
+
+def _shrunk_covariance(cloud: Tensor, shrink: float) -> Tensor:
+    covariance = torch.cov(cloud.T)
+    target = covariance.diagonal().mean() * torch.eye(len(covariance), dtype=cloud.dtype, device=cloud.device)
+    return (1 - shrink) * covariance + shrink * target
+
+
+def _matrix_power(symmetric: Tensor, power: float) -> Tensor:
+    values, vectors = torch.linalg.eigh(symmetric)
+    return vectors * values.clamp_min(1e-8).pow(power) @ vectors.T
+
+
+class OperatorModel(nn.Module):
+    r"""Affine operators of all conditions.
+
+    .. math::
+        K_\theta(z) = A_\theta z + b_\theta, \quad
+        A_\theta = I + s D_c + \sum_k \alpha_k(\theta)\, U_k V_k^\top, \quad
+        b_\theta = s\, b_c + \sum_k \beta_k(\theta)\, u_k - (A_\theta - I)\, m
+
+    K shared axes, a baseline (D_c, b_c) per context, the strength s of the condition, and the centre m of the
+    control cells, about which the linear part acts. Control is the identity exactly. A condition without a
+    context (``Condition.context is None``) uses the shared part alone: that is how a context never seen is asked for.
+
+    Parameters
+    ----------
+    n_latent
+        d, the dimension of the latent space.
+    perturbations, contexts
+        Known names, without the control.
+    n_axes
+        K; by default as many as there are perturbations, at most 8.
+    rank
+        Rank of each axis' matrix; 0 gives pure shifts, None full rank.
+    context_rank
+        Rank of the contexts' own matrices D_c; 0 for none.
+    pairs, features
+        As in :class:`ConditionEncoder`.
+    """
+
+    def __init__(
+        self,
+        n_latent: int,
+        perturbations: Sequence[str],
+        contexts: Sequence[str],
+        *,
+        n_axes: int | None = None,
+        rank: int | None = None,
+        context_rank: int = 0,
+        pairs: Sequence[tuple[str, str]] = (),
+        features: Tensor | None = None,
+    ):
+        super().__init__()
+        if not perturbations:
+            raise ModelError(three_beats("at least one perturbation", "none", "check perturbation_key and control"))
+        n_axes = min(len(perturbations), 8) if n_axes is None else n_axes
+        rank = n_latent if rank is None else min(rank, n_latent)
+        self.config = {
+            "n_latent": n_latent,
+            "perturbations": list(perturbations),
+            "contexts": list(contexts),
+            "n_axes": n_axes,
+            "rank": rank,
+            "context_rank": context_rank,
+            "pairs": [list(pair) for pair in pairs],
+        }
+        self.conditions = ConditionEncoder(perturbations, contexts, n_axes, pairs=pairs, features=features)
+        self.axis_shift = nn.Parameter(torch.zeros(n_axes, n_latent))
+        self.axis_left = nn.Parameter(torch.zeros(n_axes, n_latent, rank))
+        self.axis_right = nn.Parameter(torch.eye(n_latent, rank).repeat(n_axes, 1, 1))
+        self.context_shift = nn.Parameter(torch.zeros(len(contexts), n_latent))
+        self.context_left = nn.Parameter(torch.zeros(len(contexts), n_latent, context_rank))
+        self.context_right = nn.Parameter(torch.eye(n_latent, context_rank).repeat(len(contexts), 1, 1))
+        self.register_buffer("center", torch.zeros(n_latent))
+
+    # -- operators ----------------------------------------------------------------------------------------
+
+    def affine(self, design: Design) -> tuple[Tensor, Tensor]:
+        """Matrices (condition, d, d) and shifts (condition, d), formed once per condition."""
+        alpha, beta = self.conditions(design)
+        weight = design.contexts * design.strength.unsqueeze(1)
+        departure = torch.einsum("nk,kij->nij", alpha, self.axis_left @ self.axis_right.mT)
+        departure = departure + torch.einsum("nc,cij->nij", weight, self.context_left @ self.context_right.mT)
+        identity = torch.eye(departure.shape[-1], dtype=departure.dtype, device=departure.device)
+        shift = beta @ self.axis_shift + weight @ self.context_shift - departure @ self.center
+        return identity + departure, shift
+
+    def forward(self, z: Tensor, sizes: Sequence[int], matrices: Tensor, shifts: Tensor) -> Tensor:
+        """Move cells (cell, d), concatenated by condition with `sizes` cells each, by :meth:`affine`'s result."""
+        if len(set(sizes)) == 1:
+            grouped = z.view(len(sizes), -1, z.shape[-1])
+            return torch.baddbmm(shifts.unsqueeze(1), grouped, matrices.mT).view_as(z)
+        parts = zip(z.split(list(sizes)), matrices, shifts, strict=True)
+        return torch.cat([torch.addmm(shift, cells, matrix.T) for cells, matrix, shift in parts])
+
+    @torch.no_grad()
+    def operator(self, condition: Condition) -> AffineOperator:
+        """The condition's operator as an object that can be applied, composed, inverted and raised to a power.
+
+        Raises
+        ------
+        LabelError
+            For a perturbation or context that the model was not fitted with.
+        """
+        matrices, shifts = self.affine(self.conditions.design([condition]))
+        return AffineOperator(matrices[0], shifts[0], str(condition))
+
+    def matrix(self, condition: Condition) -> Tensor:
+        """A of the condition, (d, d)."""
+        return self.operator(condition).matrix
+
+    def shift(self, condition: Condition) -> Tensor:
+        """b of the condition, (d,)."""
+        return self.operator(condition).shift
+
+    def norm(self, condition: Condition) -> float:
+        """Largest singular value of the condition's A."""
+        return self.operator(condition).norm
+
+    # -- what is added to the energy distance ---------------------------------------------------------------
+
+    def ridge(self, matrices: Tensor) -> Tensor:
+        r"""Departure from the identity: mean over conditions of :math:`\|A_\theta - I\|_F^2`."""
+        identity = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
+        return (matrices - identity).square().sum((1, 2)).mean()
+
+    def context_ridge(self) -> Tensor:
+        r"""Size of the contexts' own parts: mean over contexts of :math:`\|D_c\|_F^2 + \|b_c\|^2`."""
+        own = (self.context_left @ self.context_right.mT).square().sum((1, 2))
+        return (own + self.context_shift.square().sum(1)).mean()
+
+    # -- the start --------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def start_from(
+        self, conditions: Sequence[Condition], controls: Sequence[Tensor], perturbed: Sequence[Tensor]
+    ) -> OperatorModel:
+        """Set shifts by matched group means, and matrices by Gaussian moment matching where cells allow.
+
+        A group takes part in the moment matching when both of its clouds have more than 2 d cells. A model of
+        rank 0, or one where no group has them, starts from shifts alone.
+
+        Parameters
+        ----------
+        conditions
+            One per group.
+        controls, perturbed
+            Latents (cell, d) of each group's matched control cells and of its perturbed cells.
+        """
+        means = torch.stack([cells.mean(0) for cells in controls])
+        shifts = torch.stack([cells.mean(0) for cells in perturbed]) - means
+        self.center.copy_(means.mean(0))
+        design = self.conditions.design(conditions)
+        self._start_embedding(design, shifts)
+        self._start_matrices(design, controls, perturbed)
+        alpha, _ = self.conditions(design)
+        departure = torch.einsum("nk,kij->nij", alpha, self.axis_left @ self.axis_right.mT)
+        moved_by_matrix = torch.einsum("nij,nj->ni", departure, means - self.center)
+        self.axis_shift.copy_(_least_squares(alpha, shifts - moved_by_matrix))
+        return self
+
+    def _start_embedding(self, design: Design, shifts: Tensor) -> None:
+        """Embeddings along the main directions of the perturbations' mean shifts, of length about one."""
+        single = _least_squares(design.doses, shifts)
+        scores, _, _ = torch.linalg.svd(single, full_matrices=False)
+        n_axes = self.axis_shift.shape[0]
+        embedding = torch.zeros(len(single), n_axes, dtype=single.dtype, device=single.device)
+        kept = min(n_axes, scores.shape[1])
+        embedding[:, :kept] = scores[:, :kept] * len(single) ** 0.5
+        features = self.conditions.features
+        self.conditions.embedding.copy_(embedding if features is None else _least_squares(features, embedding))
+
+    def _start_matrices(self, design: Design, controls: Sequence[Tensor], perturbed: Sequence[Tensor]) -> None:
+        d, rank = self.axis_left.shape[1:]
+        enough = [min(len(a), len(b)) > 2 * d for a, b in zip(controls, perturbed, strict=True)]
+        if not rank or not any(enough):
+            return
+        pairs = zip(controls, perturbed, enough, strict=True)
+        maps = torch.stack([gaussian_map(a, b) for a, b, good in pairs if good])
+        departure = maps - torch.eye(d, dtype=maps.dtype, device=maps.device)
+        alpha, _ = self.conditions(design)
+        alpha = alpha[torch.tensor(enough, device=alpha.device)]
+        axes = _least_squares(alpha, departure.flatten(1)).unflatten(1, (d, d))
+        left, size, right = torch.linalg.svd(axes)
+        root = size[:, :rank].sqrt().unsqueeze(1)
+        self.axis_left.copy_(left[:, :, :rank] * root)
+        self.axis_right.copy_(right[:, :rank].mT * root)
+
+    def extra_repr(self) -> str:
+        c = self.config
+        return f"d={c['n_latent']}, {c['n_axes']} axes of rank {c['rank']}, context rank {c['context_rank']}"
+
+
+def _least_squares(design: Tensor, target: Tensor) -> Tensor:
+    """Minimum-norm least squares; `design` may lack columns' worth of groups (then those rows stay zero)."""
+    return torch.linalg.pinv(design) @ target

@@ -1,0 +1,338 @@
+"""Negative-binomial variational autoencoder: counts to a latent space, and back to a count distribution."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Normal
+
+from .likelihood import NegativeBinomial, SparseCounts, nb_log_likelihood_logits
+
+LOGVAR_BOUND = 10.0
+MIN_DISPERSION = 1e-4
+MAX_DISPERSION = 1e6
+COUNTS_PER_CELL = 1e4
+
+
+class _Bounded(torch.autograd.Function):
+    """Clamp in the forward pass, identity in the backward pass (straight-through)."""
+
+    @staticmethod
+    def forward(ctx, value: Tensor, low: float, high: float) -> Tensor:
+        # An infinite input is a fault, not a large number: it must surface, not be clamped away.
+        return torch.where(value.isinf(), torch.nan, value.clamp(low, high))
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        return gradient, None, None
+
+
+def bounded(value: Tensor, low: float, high: float) -> Tensor:
+    """`value` limited to [low, high], with gradients that still flow from outside the interval.
+
+    A plain ``clamp`` has zero gradient outside, so that a parameter that once left could never return.
+    Infinite entries become NaN, so that the non-finite guard sees them.
+    """
+    return _Bounded.apply(value, low, high)
+
+
+def sample_z(posterior: Normal, generator: torch.Generator | None = None) -> Tensor:
+    r"""Reparameterised sample of the latent.
+
+    .. math:: z = \mu_z + \sigma_z \epsilon, \quad \epsilon \sim N(0, I)
+
+    Parameters
+    ----------
+    posterior
+        Normal of shape (cell, latent).
+    generator
+        Source of randomness; the global one where None.
+
+    Returns
+    -------
+    Tensor of shape (cell, latent).
+
+    References
+    ----------
+    Kingma and Welling (2014), Auto-Encoding Variational Bayes, section 2.4.
+    """
+    mean = posterior.loc
+    noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
+    return mean + posterior.scale * noise
+
+
+def kl_to_standard_normal(posterior: Normal) -> Tensor:
+    r"""Kullback-Leibler divergence of the posterior from N(0, I), per cell, in nats.
+
+    .. math:: KL = \tfrac12 \sum_j (\mu_j^2 + \sigma_j^2 - 1 - \log \sigma_j^2)
+
+    References
+    ----------
+    Kingma and Welling (2014), appendix B.
+    """
+    log_variance = 2 * posterior.scale.log()
+    return 0.5 * (posterior.loc.square() + torch.expm1(log_variance) - log_variance).sum(-1)
+
+
+def elbo_loss(log_likelihood: Tensor, posterior: Normal, kl_weight: float = 1.0) -> dict[str, Tensor]:
+    r"""Terms of the negative evidence lower bound, averaged over cells.
+
+    .. math:: -\mathrm{ELBO} = -E_q \log p(x \mid z) + w\, KL(q(z \mid x) \,\|\, N(0, I))
+
+    Parameters
+    ----------
+    log_likelihood
+        (cell,) log p(x | z), summed over genes, in nats.
+    posterior
+        Normal of shape (cell, latent).
+    kl_weight
+        w, the weight of the divergence: 0 at the start of a warm-up, 1 for the bound itself.
+
+    Returns
+    -------
+    Dictionary with the 0-d tensors ``reconstruction`` and ``kl`` (weighted); the loss is their sum.
+
+    References
+    ----------
+    Kingma and Welling (2014), equation 3; Bowman et al. (2016) for the warm-up.
+    """
+    return {
+        "reconstruction": -log_likelihood.mean(),
+        "kl": kl_weight * kl_to_standard_normal(posterior).mean(),
+    }
+
+
+def _mlp(n_in: int, n_hidden: int, n_layers: int, dropout: float) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for layer in range(n_layers):
+        layers += [nn.Linear(n_in if layer == 0 else n_hidden, n_hidden), nn.LayerNorm(n_hidden), nn.ReLU()]
+        if dropout:
+            layers.append(nn.Dropout(dropout))
+    return nn.Sequential(*layers)
+
+
+class Encoder(nn.Module):
+    """log1p of library-normalised counts to a Normal over the latent.
+
+    Parameters
+    ----------
+    n_genes, n_latent, n_hidden, n_layers
+        Sizes of the network.
+    n_covariates
+        Width of the one-hot covariates that are appended to the input; 0 for none.
+    dropout
+        Share of hidden units dropped while training.
+    """
+
+    def __init__(
+        self,
+        n_genes: int,
+        n_latent: int,
+        *,
+        n_hidden: int = 128,
+        n_layers: int = 1,
+        n_covariates: int = 0,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        self.body = _mlp(n_genes + n_covariates, n_hidden, n_layers, dropout)
+        self.mean = nn.Linear(n_hidden, n_latent)
+        self.log_variance = nn.Linear(n_hidden, n_latent)
+
+    def forward(self, x: Tensor, library: Tensor, covariates: Tensor | None = None) -> Normal:
+        """Posterior of shape (cell, latent) for counts (cell, gene) and library sizes (cell,)."""
+        scaled = torch.log1p(x * (COUNTS_PER_CELL / library.clamp_min(1.0)).unsqueeze(-1))
+        hidden = self.body(scaled if covariates is None else torch.cat([scaled, covariates], -1))
+        log_variance = bounded(self.log_variance(hidden), -LOGVAR_BOUND, LOGVAR_BOUND)
+        return Normal(self.mean(hidden), torch.exp(0.5 * log_variance), validate_args=False)
+
+
+class DecoderNB(nn.Module):
+    r"""Latent to the logits of gene proportions, by a linear path beside an MLP, with gene-wise dispersion.
+
+    .. math:: \mu = l \cdot \mathrm{softmax}(W z + f(z, c) + C c + a), \quad r = e^{\rho}
+
+    The linear path keeps the decoder sensible for latents outside the training clouds, which is where
+    predictions of unseen conditions live.
+    """
+
+    def __init__(
+        self,
+        n_latent: int,
+        n_genes: int,
+        *,
+        n_hidden: int = 128,
+        n_layers: int = 1,
+        n_covariates: int = 0,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        self.linear = nn.Linear(n_latent + n_covariates, n_genes)
+        self.body = _mlp(n_latent + n_covariates, n_hidden, n_layers, dropout)
+        self.output = nn.Linear(n_hidden, n_genes, bias=False)
+        self.log_dispersion = nn.Parameter(torch.zeros(n_genes))
+
+    def forward(self, z: Tensor, covariates: Tensor | None = None) -> Tensor:
+        """Logits (cell, gene) of the expected proportions."""
+        given = z if covariates is None else torch.cat([z, covariates], -1)
+        hidden = self.body(given)
+        return self.linear(given) + self.output(hidden)
+
+    @property
+    def dispersion(self) -> Tensor:
+        """(gene,) inverse dispersion r, inside [1e-4, 1e6]."""
+        low, high = math.log(MIN_DISPERSION), math.log(MAX_DISPERSION)
+        return torch.exp(bounded(self.log_dispersion, low, high))
+
+
+class NBVAE(nn.Module):
+    r"""Negative-binomial variational autoencoder with library size and covariates.
+
+    .. math:: z \sim N(0, I), \quad x_g \sim NB(l\, \rho_g(z, c),\ r_g)
+
+    Parameters
+    ----------
+    genes
+        Names of the modelled genes, in the order of the counts' columns; or their number.
+    n_latent, n_hidden, n_layers
+        Sizes of latent space and networks.
+    covariates
+        Name to categories, for example ``{"batch": ["b1", "b2"]}``. They enter the decoder.
+    encode_covariates
+        Whether they enter the encoder too.
+    dropout
+        Share of hidden units dropped while training.
+
+    References
+    ----------
+    Lopez et al. (2018), Nature Methods 15:1053 (scVI); Kingma and Welling (2014).
+
+    Notes
+    -----
+    The library size is the observed total of the modelled genes, not a latent variable.
+    """
+
+    def __init__(
+        self,
+        genes: Sequence[str] | int,
+        *,
+        n_latent: int = 32,
+        n_hidden: int = 128,
+        n_layers: int = 1,
+        covariates: dict[str, Sequence[str]] | None = None,
+        encode_covariates: bool = False,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        names = [f"gene_{i}" for i in range(genes)] if isinstance(genes, int) else [str(name) for name in genes]
+        self.covariates = {name: [str(c) for c in categories] for name, categories in (covariates or {}).items()}
+        self.config = {
+            "genes": names,
+            "n_latent": n_latent,
+            "n_hidden": n_hidden,
+            "n_layers": n_layers,
+            "covariates": self.covariates,
+            "encode_covariates": encode_covariates,
+            "dropout": dropout,
+        }
+        n_genes, width = len(names), sum(map(len, self.covariates.values()))
+        sizes = {"n_hidden": n_hidden, "n_layers": n_layers, "dropout": dropout}
+        self.encoder = Encoder(n_genes, n_latent, n_covariates=width * encode_covariates, **sizes)
+        self.decoder = DecoderNB(n_latent, n_genes, n_covariates=width, **sizes)
+
+    @property
+    def n_genes(self) -> int:
+        return len(self.config["genes"])
+
+    @property
+    def genes(self) -> list[str]:
+        return self.config["genes"]
+
+    @property
+    def n_latent(self) -> int:
+        return self.config["n_latent"]
+
+    @torch.no_grad()
+    def start_from(self, proportions: Tensor, dispersion: Tensor) -> NBVAE:
+        """Set the decoder's bias and dispersion from the data, so that training starts at the gene means.
+
+        Parameters
+        ----------
+        proportions
+            (gene,) mean share of a cell's counts; zeros are lifted to a tenth of the smallest positive share.
+        dispersion
+            (gene,) inverse dispersion, for example of :func:`moment_dispersion`.
+        """
+        smallest = proportions[proportions > 0].min()
+        self.decoder.linear.bias.copy_(torch.log(proportions.clamp_min(0.1 * smallest)))
+        self.decoder.log_dispersion.copy_(torch.log(dispersion.clamp(MIN_DISPERSION, MAX_DISPERSION)))
+        return self
+
+    def one_hot(self, covariates: dict[str, Tensor] | None, n_cells: int) -> Tensor | None:
+        """(cell, width) one-hot covariates in the model's order; None for a model without covariates."""
+        if not self.covariates:
+            return None
+        missing = sorted(set(self.covariates) - set(covariates or {}))
+        if missing:
+            raise KeyError(f"the model needs the covariates {missing} for every cell")
+        columns = [nn.functional.one_hot(covariates[name], len(known)) for name, known in self.covariates.items()]
+        return torch.cat(columns, -1).to(self.decoder.linear.weight.dtype)
+
+    def encode(self, x: Tensor, library: Tensor | None = None, covariates: dict[str, Tensor] | None = None) -> Normal:
+        """Posterior over the latent.
+
+        Parameters
+        ----------
+        x
+            (cell, gene) counts.
+        library
+            (cell,) library size; the row sums of `x` where None.
+        covariates
+            Name to (cell,) integer codes.
+
+        Returns
+        -------
+        Normal of shape (cell, latent).
+        """
+        library = x.sum(-1) if library is None else library
+        given = self.one_hot(covariates, len(x)) if self.config["encode_covariates"] else None
+        return self.encoder(x, library, given)
+
+    def decode(
+        self, z: Tensor, library: Tensor, covariates: dict[str, Tensor] | None = None
+    ) -> NegativeBinomial:
+        """Count distribution (cell, gene) of latents (cell, latent) at library sizes (cell,)."""
+        proportions = torch.softmax(self.decoder(z, self.one_hot(covariates, len(z))), -1)
+        return NegativeBinomial(proportions * library.unsqueeze(-1), self.decoder.dispersion)
+
+    def forward(
+        self,
+        x: Tensor,
+        library: Tensor,
+        covariates: dict[str, Tensor] | None = None,
+        *,
+        counts: SparseCounts | None = None,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Normal]:
+        """Log-likelihood (cell,) at one sampled latent, and the posterior: what :func:`elbo_loss` needs.
+
+        `counts` is the sparse form of `x`, where the caller has it: the likelihood then visits non-zeros only.
+        """
+        posterior = self.encode(x, library, covariates)
+        logits = self.decoder(sample_z(posterior, generator), self.one_hot(covariates, len(x)))
+        given = x if counts is None else counts
+        return nb_log_likelihood_logits(given, logits, library, self.decoder.dispersion), posterior
+
+    def extra_repr(self) -> str:
+        return f"{self.n_genes} genes -> {self.n_latent} latent, {sum(p.numel() for p in self.parameters()):,} parameters"
+
+
+def moment_dispersion(mean: Tensor, variance: Tensor) -> Tensor:
+    r"""Inverse dispersion by moments, (gene,), limited to [0.1, 100].
+
+    .. math:: r = \mu^2 / (\sigma^2 - \mu)
+    """
+    return (mean.square() / (variance - mean).clamp_min(1e-8)).clamp(0.1, 100.0)

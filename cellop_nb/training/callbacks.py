@@ -1,0 +1,105 @@
+"""What can happen around training: a handful of hooks, and the callbacks that every run uses."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pandas as pd
+from tqdm.auto import tqdm
+
+
+class Callback:
+    """Hooks that do nothing; override what is needed. Each gets the trainer, which carries all state."""
+
+    def on_fit_start(self, trainer) -> None:
+        """Before the first epoch."""
+
+    def on_step_end(self, trainer) -> None:
+        """After each optimiser step."""
+
+    def on_epoch_end(self, trainer, row: dict) -> None:
+        """After each epoch; `row` is the epoch's line of the history."""
+
+    def on_exception(self, trainer, error: BaseException) -> None:
+        """When training fails, before the error is raised again."""
+
+    def on_fit_end(self, trainer) -> None:
+        """When training ends, however it ends."""
+
+
+class EarlyStopping(Callback):
+    """Stop when the monitored column has not improved for `patience` epochs.
+
+    Parameters
+    ----------
+    patience
+        Epochs without improvement that are waited for.
+    min_delta
+        Smallest decrease of the monitored value that counts as an improvement.
+    """
+
+    def __init__(self, patience: int = 20, *, min_delta: float = 0.0):
+        self.patience, self.min_delta = patience, min_delta
+        self._best, self._best_epoch = float("inf"), -1
+
+    def on_fit_start(self, trainer) -> None:
+        trainer.patience = self.patience
+        self._best, self._best_epoch = float("inf"), -1
+        for row in trainer.rows:
+            self._see(row, trainer.monitor)
+
+    def on_epoch_end(self, trainer, row: dict) -> None:
+        self._see(row, trainer.monitor)
+        if row["epoch"] - self._best_epoch >= self.patience:
+            trainer.stop(f"{trainer.monitor} has not improved for {self.patience} epochs")
+
+    def _see(self, row: dict, monitor: str) -> None:
+        value = row.get(monitor, float("inf"))
+        if value < self._best - self.min_delta:
+            self._best, self._best_epoch = value, row["epoch"]
+
+
+class ProgressBar(Callback):
+    """One bar over the epochs, with the monitored value."""
+
+    def __init__(self, description: str = "training"):
+        self.description = description
+        self._bar = None
+
+    def on_fit_start(self, trainer) -> None:
+        self._bar = tqdm(total=trainer.max_epochs, initial=trainer.epoch, desc=self.description, unit="epoch")
+
+    def on_epoch_end(self, trainer, row: dict) -> None:
+        self._bar.set_postfix({trainer.monitor: f"{row.get(trainer.monitor, float('nan')):.4g}"}, refresh=False)
+        self._bar.update()
+
+    def on_fit_end(self, trainer) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+class HistoryCSV(Callback):
+    """Write the history after every epoch, to a temporary name first, so that no half file is ever seen."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    def on_epoch_end(self, trainer, row: dict) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_name(self.path.name + ".part")
+        pd.DataFrame(trainer.rows).to_csv(temporary, index=False)
+        os.replace(temporary, self.path)
+
+
+class SaveCheckpoints(Callback):
+    """Save ``last.pt`` every `every` epochs, and ``best.pt`` whenever the monitored value improves."""
+
+    def __init__(self, folder: str | Path, *, every: int = 1):
+        self.folder, self.every = Path(folder), every
+
+    def on_epoch_end(self, trainer, row: dict) -> None:
+        if trainer.best_epoch == row["epoch"]:
+            trainer.save_checkpoint(self.folder / "best.pt")
+        if row["epoch"] % self.every == 0 or trainer.ending:
+            trainer.save_checkpoint(self.folder / "last.pt")

@@ -1,0 +1,340 @@
+"""The one training loop, on Lightning Fabric; a trainer adds one step and one validation to it."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import math
+import os
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import pandas as pd
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+
+from .callbacks import Callback, HistoryCSV, ProgressBar, SaveCheckpoints
+from .guard import NonFiniteGuard
+
+
+def half_cosine(step: int, total: int, *, floor: float = 0.02) -> float:
+    """Learning-rate factor that falls from 1 to `floor` along half a cosine."""
+    share = min(step / max(total, 1), 1.0)
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+class Trainer:
+    """Runs epochs, keeps history and the best state, and obeys requests made while it runs.
+
+    A subclass gives the data and the mathematics: :meth:`batches`, :meth:`loss_terms`, :meth:`validate`,
+    :meth:`describe_batch`. The loss is the sum of the named terms.
+
+    Parameters
+    ----------
+    model
+        The module to train; only parameters that require gradients are touched.
+    max_epochs, lr, weight_decay, clip_norm
+        Length, base learning rate (it falls along half a cosine), decay and gradient clipping.
+    callbacks
+        Further callbacks; :class:`EarlyStopping`, :class:`cellop_nb.LivePlot`, your own.
+    folder
+        Where history and checkpoints go; None keeps them in memory.
+    on_nonfinite
+        ``"stop"`` raises :class:`NonFiniteError` at the first non-finite value; ``"rollback"`` restores the last
+        finite state and halves the learning rate, a bounded number of times.
+    progress
+        Whether to show a progress bar.
+    seed
+        Seeds every draw of the trainer (batches, latent samples).
+    accelerator, devices, num_nodes, strategy, precision
+        Passed to ``lightning_fabric.Fabric``.
+    """
+
+    monitor = "val_loss"
+    unit = "training"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        max_epochs: int = 100,
+        lr: float = 1e-3,
+        weight_decay: float = 0.0,
+        clip_norm: float = 10.0,
+        callbacks: Sequence[Callback] = (),
+        folder: str | Path | None = None,
+        on_nonfinite: str = "stop",
+        progress: bool = True,
+        seed: int = 0,
+        accelerator: str = "auto",
+        devices: int | str = 1,
+        num_nodes: int = 1,
+        strategy: str = "auto",
+        precision: str = "32-true",
+    ):
+        self.fabric = Fabric(
+            accelerator=accelerator, devices=devices, num_nodes=num_nodes, strategy=strategy, precision=precision
+        )
+        self.model, self.max_epochs, self.clip_norm, self.seed = model, max_epochs, clip_norm, seed
+        self.folder = None if folder is None else Path(folder)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        # One fused kernel for all parameters; the values are those of the plain loop.
+        optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay, fused=True)
+        self.module, self.optimizer = self.fabric.setup(model, optimizer)
+        self.generator = torch.Generator(device=self.fabric.device).manual_seed(seed)
+        self.cpu_generator = torch.Generator().manual_seed(seed)
+        self.callbacks = self._standard_callbacks(progress) + list(callbacks)
+        self.guard = NonFiniteGuard(model, self.optimizer, folder=self.folder, on_nonfinite=on_nonfinite)
+        self.weights: dict[str, float] = {}
+        self.rows: list[dict] = []
+        self.epoch = self.step = 0
+        self.best_epoch, self.best_value, self.patience = -1, float("inf"), None
+        self._best_state: dict | None = None
+        self.batch, self.terms = None, {}
+        self.status, self.stop_reason = "idle", ""
+        self._base_lr = lr
+        self._stop = threading.Event()
+        self._go = threading.Event()
+        self._go.set()
+
+    def _standard_callbacks(self, progress: bool) -> list[Callback]:
+        callbacks: list[Callback] = [ProgressBar(self.unit)] if progress else []
+        if self.folder is not None:
+            callbacks += [HistoryCSV(self.folder / "history.csv"), SaveCheckpoints(self.folder)]
+        return callbacks
+
+    # -- what a subclass gives ------------------------------------------------------------------------------
+
+    def batches(self) -> Iterable:
+        """Training batches of one epoch."""
+        raise NotImplementedError
+
+    def loss_terms(self, batch) -> dict[str, Tensor]:
+        """Named, weighted loss terms of one batch (0-d tensors); the loss is their sum."""
+        raise NotImplementedError
+
+    def validate(self) -> dict[str, float]:
+        """Columns of the history from held-out cells; contains the monitored one."""
+        raise NotImplementedError
+
+    def describe_batch(self, batch) -> dict[str, list[str]]:
+        """Names of the cells, genes or groups of a batch, for messages."""
+        return {}
+
+    def batch_size_of(self, batch) -> int:
+        """Number of cells in a batch."""
+        raise NotImplementedError
+
+    def steps_per_epoch(self) -> int:
+        """Number of batches of one epoch."""
+        raise NotImplementedError
+
+    def before_epoch(self) -> None:
+        """Set what changes by epoch (warm-ups)."""
+
+    # -- requests, safe to make from another thread while training runs ----------------------------------------
+
+    @property
+    def learning_rate(self) -> float:
+        """Base learning rate; the rate in force is this times the schedule's factor."""
+        return self._base_lr
+
+    @learning_rate.setter
+    def learning_rate(self, value: float) -> None:
+        if not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"Expected a positive learning rate. Found {value}. To fix it: give a number such as 1e-3.")
+        self._base_lr = float(value)
+
+    def stop(self, reason: str = "stopped by hand") -> None:
+        """End after the current step; the model and the history stay usable."""
+        self.stop_reason = reason
+        self._stop.set()
+        self._go.set()
+
+    def pause(self) -> None:
+        """Hold after the current step until :meth:`resume` or :meth:`stop`."""
+        self._go.clear()
+
+    def resume(self) -> None:
+        """Go on after :meth:`pause`."""
+        self._go.set()
+
+    @property
+    def ending(self) -> bool:
+        """Whether the epoch just finished is the last one."""
+        return self._stop.is_set() or self.epoch >= self.max_epochs
+
+    # -- the loop ----------------------------------------------------------------------------------------------
+
+    @property
+    def history(self) -> pd.DataFrame:
+        """One row per finished epoch."""
+        return pd.DataFrame(self.rows)
+
+    def fit(self, max_epochs: int | None = None) -> pd.DataFrame:
+        """Train up to `max_epochs` (in total), and leave the model in its best state.
+
+        Returns
+        -------
+        The history, one row per epoch.
+
+        Raises
+        ------
+        NonFiniteError
+            At the first non-finite value, naming where it came from.
+        """
+        self.max_epochs = self.max_epochs if max_epochs is None else max_epochs
+        self._stop.clear()
+        self.status, self.stop_reason = "running", ""
+        self._call("on_fit_start")
+        try:
+            while self.epoch < self.max_epochs and not self._stop.is_set():
+                self._run_epoch()
+            self.status = "stopped" if self._stop.is_set() else "finished"
+        except KeyboardInterrupt:
+            # The stop square of a notebook: keep what was learned.
+            self.status, self.stop_reason = "stopped", "interrupted"
+        except BaseException as error:
+            self.status, self.stop_reason = "failed", str(error)
+            self._call("on_exception", error)
+            raise
+        finally:
+            self.restore_best()
+            self._call("on_fit_end")
+        return self.history
+
+    async def fit_async(self, max_epochs: int | None = None) -> pd.DataFrame:
+        """Same as :meth:`fit` in a worker thread, so that a notebook's controls keep working meanwhile."""
+        loop = asyncio.get_running_loop()
+        future = loop.run_in_executor(None, self.fit, max_epochs)
+        try:
+            # Waking up often lets the kernel's interrupt reach this coroutine.
+            while not future.done():
+                await asyncio.wait({future}, timeout=0.1)
+        except (KeyboardInterrupt, asyncio.CancelledError):
+            self.stop("interrupted")
+            await asyncio.wait({future})
+        return future.result()
+
+    def _run_epoch(self) -> None:
+        self.model.train()
+        self.before_epoch()
+        start, cells, steps, sums, norms = time.perf_counter(), 0, 0, {}, []
+        for batch in self.batches():
+            norms.append(self._run_step(batch))
+            for name, term in self.terms.items():
+                sums[name] = sums.get(name, 0) + term
+            cells, steps = cells + self.batch_size_of(batch), steps + 1
+            self._call("on_step_end")
+            self._hold_while_paused()
+            if self._stop.is_set():
+                break
+        if not steps:
+            return
+        seconds = time.perf_counter() - start
+        means = {f"train_{name}": float(total) / steps for name, total in sums.items()}
+        row = {
+            "epoch": self.epoch,
+            "seconds": seconds,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "cells_per_s": cells / seconds,
+            "grad_norm": float(torch.stack(norms).mean()),
+            "train_loss": sum(means.values()),
+            **means,
+            **{name: float(value) for name, value in self.weights.items()},
+        }
+        self.model.eval()
+        row |= self.validate()
+        self.rows.append(row)
+        self._keep_best(row)
+        self.guard.end_of_epoch(self)
+        self.epoch += 1
+        self._call("on_epoch_end", row)
+
+    def _run_step(self, batch) -> Tensor:
+        """One optimiser step; returns the gradient norm without waiting for the device."""
+        self.batch = batch
+        self._set_rate()
+        self.optimizer.zero_grad(set_to_none=True)
+        terms = self.loss_terms(batch)
+        self.guard.before_backward(terms, self)
+        self.fabric.backward(sum(terms.values()))
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
+        self.guard.after_backward(self, norm)
+        self.optimizer.step()
+        self.guard.after_step(self)
+        self.terms = {name: term.detach() for name, term in terms.items()}
+        self.step += 1
+        return norm
+
+    def _set_rate(self) -> None:
+        factor = half_cosine(self.step, self.max_epochs * self.steps_per_epoch())
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._base_lr * factor
+
+    def _hold_while_paused(self) -> None:
+        if not self._go.is_set() and not self._stop.is_set():
+            self.status = "paused"
+            self._go.wait()
+            self.status = "running"
+
+    def _call(self, hook: str, *args) -> None:
+        for callback in self.callbacks:
+            getattr(callback, hook)(self, *args)
+
+    # -- best state, checkpoints ---------------------------------------------------------------------------------
+
+    def _keep_best(self, row: dict) -> None:
+        if row[self.monitor] < self.best_value:
+            self.best_value, self.best_epoch = row[self.monitor], row["epoch"]
+            self._best_state = copy.deepcopy(self.model.state_dict())
+
+    def restore_best(self) -> None:
+        """Put the parameters of the best epoch back into the model."""
+        if self._best_state is not None:
+            self.model.load_state_dict(self._best_state)
+        self.model.eval()
+
+    def state(self) -> dict:
+        """Everything that the next epoch depends on, as tensors, numbers and text."""
+        return {
+            "model": self.model.state_dict(),
+            "best_model": self._best_state,
+            "optimizer": self.optimizer.state_dict(),
+            "generators": [self.generator.get_state(), self.cpu_generator.get_state()],
+            "rows": self.rows,
+            "epoch": self.epoch,
+            "step": self.step,
+            "best": [self.best_epoch, self.best_value],
+            "base_lr": self._base_lr,
+            "weights": dict(self.weights),
+        }
+
+    def load_state(self, state: dict) -> None:
+        """Go on exactly where :meth:`state` was taken."""
+        self.model.load_state_dict(state["model"])
+        self._best_state = state["best_model"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generators"][0].cpu())
+        self.cpu_generator.set_state(state["generators"][1].cpu())
+        self.rows = list(state["rows"])
+        self.epoch, self.step = state["epoch"], state["step"]
+        self.best_epoch, self.best_value = state["best"]
+        self._base_lr = state["base_lr"]
+        self.weights |= state["weights"]
+
+    def save_checkpoint(self, path: str | Path) -> Path:
+        """Write :meth:`state` atomically; readable with ``weights_only=True``."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".part")
+        torch.save(self.state(), temporary)
+        os.replace(temporary, path)
+        return path
+
+    def load_checkpoint(self, path: str | Path) -> None:
+        """Read :meth:`save_checkpoint`'s file; no code in it is ever run."""
+        self.load_state(torch.load(path, map_location=self.fabric.device, weights_only=True))

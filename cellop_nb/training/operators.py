@@ -1,0 +1,206 @@
+"""Training of the operators on cached latents, by energy distance per group."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from ..data.batches import Groups, groups
+from ..models.conditions import Condition
+from ..models.energy import energy_distance, grouped_energy_distance, self_distance
+from ..models.operators import OperatorModel, spectral_excess
+from .loop import Trainer
+
+
+def new_operators(
+    adata,
+    *,
+    use_rep: str = "X_nbvae",
+    perturbation_key: str = "perturbation",
+    context_key: str | Sequence[str] | None = "cell_type",
+    control: str = "control",
+    dose_key: str | None = None,
+    split_key: str = "split",
+    features=None,
+    **sizes,
+) -> OperatorModel:
+    """An operator family for the conditions among the training cells, started from their moments.
+
+    Parameters
+    ----------
+    adata
+        With latents in ``obsm[use_rep]`` (:func:`cellop_nb.embed`) and ``obs[split_key]``.
+    features
+        DataFrame (perturbation, feature) of given descriptors; operators of perturbations that were never
+        measured can then be asked for. It must hold every perturbation of the training cells.
+    **sizes
+        ``n_axes``, ``rank``, ``context_rank`` of :class:`OperatorModel`.
+
+    Returns
+    -------
+    OperatorModel; untrained, but its shifts already match the group means.
+    """
+    data = groups(
+        adata,
+        use_rep=use_rep,
+        perturbation_key=perturbation_key,
+        context_key=context_key,
+        control=control,
+        dose_key=dose_key,
+        split="train",
+        split_key=split_key,
+    )
+    conditions = [condition_of(group, control) for group in data.items]
+    parts = sorted({part for condition in conditions for part in condition.perturbations})
+    pairs = sorted({pair for c in conditions for pair in combinations(sorted(c.perturbations), 2)})
+    known = parts if features is None else list(features.index.astype(str))
+    given = None if features is None else torch.as_tensor(features.to_numpy(), dtype=torch.float32)
+    contexts = sorted({condition.context for condition in conditions})
+    n_latent = data.items[0].cells.shape[1]
+    model = OperatorModel(n_latent, known, contexts, pairs=pairs, features=given, **sizes)
+    controls = [data.control[group.context] for group in data.items]
+    return model.start_from(conditions, controls, [group.cells for group in data.items])
+
+
+def condition_of(group, control: str = "control") -> Condition:
+    """The condition of a group of cells."""
+    return Condition.parse(group.perturbation, group.context, control=control, dose=group.dose)
+
+
+def split_half_floor(cells: Tensor, generator: torch.Generator, *, repeats: int = 5) -> float:
+    """Mean energy distance (Euclidean, U-statistic) between random halves of one cloud (cell, d): the noise floor."""
+    values = []
+    for _ in range(repeats):
+        order = torch.randperm(len(cells), generator=generator)
+        half = len(cells) // 2
+        values.append(float(energy_distance(cells[order[:half]], cells[order[half:]])))
+    return sum(values) / repeats
+
+
+class OperatorTrainer(Trainer):
+    """Fits an :class:`OperatorModel` so that moved control cells match the perturbed cells of every group.
+
+    The latents are read once from ``obsm``: the VAE and the genes take no part in training. The loss is the
+    mean over (context, perturbation) groups of the energy distance (Euclidean, U-statistic), plus ridge and
+    stability penalties on the operators.
+
+    Parameters
+    ----------
+    adata
+        With ``obsm[use_rep]`` and ``obs[split_key]``; test cells are never read.
+    model
+        The operators; see :func:`new_operators`.
+    cells_per_group
+        Cells drawn per side and group in each step.
+    ridge
+        Weight of the departure from the identity, :meth:`OperatorModel.ridge`.
+    context_ridge
+        Weight of the contexts' own parts, :meth:`OperatorModel.context_ridge`.
+    stability_weight, max_norm
+        Weight of :func:`spectral_excess` and the norm rho beyond which it acts.
+    steps_per_epoch
+        Steps between two lines of the history.
+    **settings
+        As in :class:`Trainer`.
+    """
+
+    unit = "operators"
+
+    def __init__(
+        self,
+        adata,
+        model: OperatorModel,
+        *,
+        use_rep: str = "X_nbvae",
+        perturbation_key: str = "perturbation",
+        context_key: str | Sequence[str] | None = "cell_type",
+        control: str = "control",
+        dose_key: str | None = None,
+        split_key: str = "split",
+        cells_per_group: int = 128,
+        ridge: float = 0.1,
+        context_ridge: float = 1.0,
+        stability_weight: float = 1.0,
+        max_norm: float = 3.0,
+        steps_per_epoch: int = 20,
+        max_epochs: int = 30,
+        lr: float = 1e-2,
+        **settings,
+    ):
+        super().__init__(model, max_epochs=max_epochs, lr=lr, **settings)
+        keys = {
+            "use_rep": use_rep,
+            "perturbation_key": perturbation_key,
+            "context_key": context_key,
+            "control": control,
+            "dose_key": dose_key,
+            "split_key": split_key,
+        }
+        device = self.fabric.device
+        self.groups = groups(adata, split="train", **keys).to(device)
+        self.held_out = groups(adata, split="val", control_split=("train", "val"), **keys).to(device)
+        self.weights = {"ridge": ridge, "context_ridge": context_ridge, "stability_weight": stability_weight}
+        self.cells_per_group, self.max_norm, self._steps = cells_per_group, max_norm, steps_per_epoch
+        self.conditions = [condition_of(group, control) for group in self.groups.items]
+        self.design = model.conditions.design(self.conditions)
+        self._prepare_validation(control)
+        generator = torch.Generator().manual_seed(self.seed)
+        self.floors = {
+            label: split_half_floor(group.cells.cpu(), generator)
+            for label, group in zip(self.groups.labels, self.groups.items, strict=True)
+            if len(group.cells) >= 4
+        }
+
+    def _prepare_validation(self, control: str) -> None:
+        """Cut the held-out groups to at most 256 cells a side, and cache what does not change."""
+        items = self.held_out.items
+        self.val_design = self.model.conditions.design([condition_of(group, control) for group in items])
+        controls = [self.held_out.control[group.context][:256] for group in items]
+        perturbed = [group.cells[:256] for group in items]
+        self.val_control, self.val_sizes = torch.cat(controls), [len(cells) for cells in controls]
+        self.val_perturbed, self.val_counts = torch.cat(perturbed), [len(cells) for cells in perturbed]
+        self.val_self = self_distance(self.val_perturbed, self.val_counts)
+
+    def batches(self) -> Iterator:
+        for _ in range(self._steps):
+            yield self.groups.sample(self.cells_per_group, generator=self.generator)
+
+    def steps_per_epoch(self) -> int:
+        return self._steps
+
+    def batch_size_of(self, batch) -> int:
+        return len(batch.control) + len(batch.perturbed)
+
+    def loss_terms(self, batch) -> dict[str, Tensor]:
+        matrices, shifts = self.model.affine(self.design)
+        moved = self.module(batch.control, batch.control_sizes, matrices, shifts)
+        energy = grouped_energy_distance(moved, batch.perturbed, batch.control_sizes, batch.perturbed_sizes)
+        return {"energy": energy.mean(), **self._penalties(matrices)}
+
+    def _penalties(self, matrices: Tensor) -> dict[str, Tensor]:
+        ridge = self.weights["ridge"] * self.model.ridge(matrices)
+        if len(self.model.context_shift):
+            ridge = ridge + self.weights["context_ridge"] * self.model.context_ridge()
+        return {
+            "ridge": ridge,
+            "stability": self.weights["stability_weight"] * spectral_excess(matrices, self.max_norm),
+        }
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Energy distance of each group's held-out cells to the moved controls of its context."""
+        matrices, shifts = self.model.affine(self.val_design)
+        moved = self.model(self.val_control, self.val_sizes, matrices, shifts)
+        energy = grouped_energy_distance(
+            moved, self.val_perturbed, self.val_sizes, self.val_counts, y_self=self.val_self
+        )
+        named = zip(self.held_out.labels, energy.tolist(), strict=True)
+        per_group = {f"val_energy[{label}]": value for label, value in named}
+        norm = float(torch.linalg.matrix_norm(matrices, 2).max())
+        return {"val_loss": float(energy.mean()), "val_energy": float(energy.mean()), "operator_norm": norm, **per_group}
+
+    def describe_batch(self, batch) -> dict[str, list[str]]:
+        return {"groups": list(self.groups.labels)}

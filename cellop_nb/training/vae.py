@@ -1,0 +1,150 @@
+"""Training of the VAE on raw counts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data.batches import CountBatch, CountLoader, count_matrix, covariate_categories
+from ..data.contract import counts
+from ..data.splits import rows_of
+from ..models.likelihood import SparseCounts
+from ..models.vae import NBVAE, elbo_loss, moment_dispersion
+from .loop import Trainer
+
+
+def new_vae(
+    adata,
+    *,
+    layer: str | None = None,
+    covariate_keys: Sequence[str] = (),
+    split_key: str = "split",
+    seed: int = 0,
+    **sizes,
+) -> NBVAE:
+    """A VAE for the genes of `adata`, its decoder started at the training cells' gene means and dispersions.
+
+    Parameters
+    ----------
+    adata
+        Raw counts (cell, gene), with ``obs[split_key]`` as written by :func:`cellop_nb.split`.
+    layer
+        Layer that holds the counts; ``X`` where None.
+    covariate_keys
+        Columns of ``obs`` (batch, donor, tissue) that the decoder is told.
+    seed
+        Seeds the initial weights.
+    **sizes
+        ``n_latent``, ``n_hidden``, ``n_layers``, ``dropout``, ``encode_covariates`` of :class:`NBVAE`.
+
+    Returns
+    -------
+    NBVAE, untrained.
+    """
+    covariates = covariate_categories(adata, covariate_keys)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        vae = NBVAE(list(adata.var_names), covariates=covariates, **sizes)
+    train = counts(adata, layer)[rows_of(adata, "train", split_key=split_key)]
+    total = np.asarray(train.sum(1), dtype=np.float64).ravel()
+    gene_mean = np.asarray(train.mean(0), dtype=np.float64).ravel()
+    squares = train.multiply(train) if hasattr(train, "multiply") else train * train
+    variance = np.asarray(squares.mean(0), dtype=np.float64).ravel() - gene_mean**2
+    # Differences in library size are the model's own, not over-dispersion.
+    explained = gene_mean**2 * (total.var() / total.mean() ** 2)
+    dispersion = moment_dispersion(torch.as_tensor(gene_mean), torch.as_tensor(variance - explained))
+    return vae.start_from(torch.as_tensor(gene_mean / total.mean()).float(), dispersion.float())
+
+
+def model_counts(adata, model: NBVAE, *, layer: str | None = None):
+    """The model's genes and covariates of all cells, ready for minibatches; refuses genes that `adata` lacks."""
+    return count_matrix(
+        adata, layer=layer, genes=model.genes, covariate_keys=list(model.covariates), categories=model.covariates
+    )
+
+
+class VAETrainer(Trainer):
+    """Fits an :class:`NBVAE` to the training cells' counts, watched on the validation cells.
+
+    Parameters
+    ----------
+    adata
+        Raw counts with ``obs[split_key]``; test cells are never read.
+    model
+        The VAE; see :func:`new_vae`.
+    layer
+        Layer that holds the counts; ``X`` where None.
+    batch_size
+        Cells per step.
+    kl_weight, warmup_epochs
+        Final weight of the divergence and the epochs over which it grows from zero.
+    **settings
+        As in :class:`Trainer` (``max_epochs``, ``lr``, ``callbacks``, ``folder``, ``seed`` ...).
+    """
+
+    unit = "VAE"
+
+    def __init__(
+        self,
+        adata,
+        model: NBVAE,
+        *,
+        layer: str | None = None,
+        split_key: str = "split",
+        batch_size: int = 128,
+        kl_weight: float = 1.0,
+        warmup_epochs: int = 20,
+        **settings,
+    ):
+        super().__init__(model, **settings)
+        self.weights = {"kl_weight": kl_weight}
+        self.warmup_epochs = warmup_epochs
+        self.cells, self.genes = np.asarray(adata.obs_names), model.genes
+        matrix = model_counts(adata, model, layer=layer)
+        rows = {split: rows_of(adata, split, split_key=split_key) for split in ("train", "val")}
+        device = self.fabric.device
+        self.loader = CountLoader(
+            matrix, rows["train"], batch_size=batch_size, generator=self.cpu_generator, device=device
+        )
+        self.validation = CountLoader(matrix, rows["val"], batch_size=512, shuffle=False, device=device)
+
+    def batches(self) -> CountLoader:
+        return self.loader
+
+    def steps_per_epoch(self) -> int:
+        return len(self.loader)
+
+    def batch_size_of(self, batch: CountBatch) -> int:
+        return len(batch.library)
+
+    @property
+    def kl_weight(self) -> float:
+        """Weight of the divergence in this epoch."""
+        share = min(1.0, (self.epoch + 1) / self.warmup_epochs) if self.warmup_epochs else 1.0
+        return self.weights["kl_weight"] * share
+
+    def loss_terms(self, batch: CountBatch) -> dict[str, Tensor]:
+        return elbo_loss(*self._forward(batch, self.generator), self.kl_weight)
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Negative ELBO of the validation cells, in nats per cell, with the full divergence and fixed noise."""
+        generator = torch.Generator(device=self.fabric.device).manual_seed(self.seed)
+        sums, cells = {}, 0
+        for batch in self.validation:
+            size = self.batch_size_of(batch)
+            for name, term in elbo_loss(*self._forward(batch, generator), self.weights["kl_weight"]).items():
+                sums[f"val_{name}"] = sums.get(f"val_{name}", 0.0) + float(term) * size
+            cells += size
+        means = {name: total / cells for name, total in sums.items()}
+        return {"val_loss": sum(means.values()), **means}
+
+    def _forward(self, batch: CountBatch, generator: torch.Generator):
+        counts = SparseCounts.from_flat(batch.x.shape, batch.flat, batch.values)
+        return self.module(batch.x, batch.library, batch.covariates, counts=counts, generator=generator)
+
+    def describe_batch(self, batch: CountBatch) -> dict[str, list[str]]:
+        return {"cells": self.cells[batch.index.cpu().numpy()].tolist(), "genes": self.genes}
