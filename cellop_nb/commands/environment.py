@@ -1,0 +1,212 @@
+"""Where the project lies, what it needs, and the `.venv` that holds it: standard library only."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from cellop_nb.commands.terminal import Status, clock, complain, say
+from cellop_nb.errors import CellopError, three_beats
+
+PACKAGE = Path(__file__).resolve().parents[1]
+ROOT = PACKAGE.parent
+IS_CHECKOUT = (ROOT / "pyproject.toml").is_file()
+# a wheel carries the notebooks and the example screen inside the package
+SHARE = ROOT if IS_CHECKOUT else PACKAGE / "_share"
+NOTEBOOKS = SHARE / "notebooks"
+VENV = ROOT / ".venv"
+
+_STAMP = VENV / "cellop-stamp"
+# outside .venv, which a fresh start clears; holds the process id of the set-up
+_UNFINISHED = ROOT / "runs" / ".setup-unfinished"
+_LOG = ROOT / "runs" / "setup.log"
+_RESTARTED = "CELLOP_RESTARTED"
+
+
+class SetupError(CellopError):
+    """The environment could not be made or lacks packages."""
+
+
+def requirements(*extras: str) -> list[str]:
+    """Requirement strings of pyproject.toml: the dependencies and those of the named extras."""
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return [*project["dependencies"], *(r for e in extras for r in project["optional-dependencies"][e])]
+
+
+def missing(wanted: list[str]) -> list[str]:
+    """Those of the wanted requirements that the running interpreter does not meet."""
+    return [requirement for requirement in wanted if not _met(requirement)]
+
+
+def _met(requirement: str) -> bool:
+    name, lowest = re.fullmatch(r"([\w.-]+)\s*(?:>=\s*([\d.]+))?", requirement).groups()
+    try:
+        found = version(name)
+    except PackageNotFoundError:
+        return False
+    return lowest is None or _numbers(found) >= _numbers(lowest)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.match(r"\d+(?:\.\d+)*", text).group().split("."))
+
+
+def stamp() -> str:
+    """Fingerprint of the files that decide what `.venv` holds."""
+    digest = hashlib.sha256()
+    for name in ("pyproject.toml", "constraints.txt"):
+        digest.update((ROOT / name).read_bytes())
+    return digest.hexdigest()
+
+
+def ensure(extras: tuple[str, ...], arguments: list[str]) -> None:
+    """Return when this interpreter can run the command; otherwise make `.venv` once and start again in it.
+
+    Parameters
+    ----------
+    extras
+        Extras of pyproject.toml that the command needs beside the dependencies.
+    arguments
+        The command line to start again with.
+
+    Raises
+    ------
+    SetupError
+        When the environment cannot be made, or lacks packages although it was made.
+    """
+    if not IS_CHECKOUT:
+        return
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    stale = Path(sys.prefix).resolve() == VENV.resolve() and not is_ready()
+    lacking = missing(requirements(*extras))
+    if not lacking and not stale:
+        return
+    if os.environ.get(_RESTARTED):
+        raise SetupError(three_beats(
+            "an environment with every package of pyproject.toml", f"none of: {', '.join(lacking) or VENV}",
+            f"delete {VENV} and run the command again",
+        ))  # fmt: skip
+    if not is_ready():
+        make()
+    restart(arguments)
+
+
+def is_ready() -> bool:
+    """Whether `.venv` was finished for the present pyproject.toml and constraints.txt."""
+    return _STAMP.is_file() and _STAMP.read_text(encoding="utf-8") == stamp() and _runs()
+
+
+def venv_python() -> Path:
+    """Interpreter of `.venv`."""
+    return VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+def _runs() -> bool:
+    if not venv_python().exists():
+        return False
+    probe = "import sys; sys.exit(sys.version_info < (3, 11))"
+    return subprocess.run([venv_python(), "-c", probe], capture_output=True).returncode == 0
+
+
+def make() -> None:
+    """Create or complete `.venv`; the stamp is written last, so that a broken installation is redone."""
+    _refuse_second()
+    _LOG.parent.mkdir(exist_ok=True)
+    _STAMP.unlink(missing_ok=True)
+    say(f"Setting up {VENV} (once; about 2 GB, a few minutes). Log: {_LOG}")
+    with _LOG.open("w", encoding="utf-8") as log, Status("setting up") as status:
+        afresh = _UNFINISHED.exists() or not _runs()
+        _UNFINISHED.write_text(str(os.getpid()), encoding="utf-8")
+        if afresh:
+            status.update("creating the environment")
+            _follow([sys.executable, "-m", "venv", "--clear", str(VENV)], log, status)
+        status.update("pip: resolving the packages")
+        _follow(_pip_command(), log, status)
+        _UNFINISHED.unlink()
+        _STAMP.write_text(stamp(), encoding="utf-8")
+    say(f"Ready after {clock(status.seconds)}.")
+
+
+def _pip_command() -> list[str]:
+    quiet = ["--no-input", "--disable-pip-version-check", "--progress-bar", "off", "--prefer-binary"]
+    return [
+        str(venv_python()), "-m", "pip", "install", *quiet,
+        "-c", str(ROOT / "constraints.txt"), "-e", f"{ROOT}[test]",
+    ]  # fmt: skip
+
+
+def _refuse_second() -> None:
+    """Two set-ups in one folder would overwrite each other's files."""
+    if os.name == "nt" or not _UNFINISHED.exists():
+        return
+    process = _UNFINISHED.read_text(encoding="utf-8").strip()
+    if process.isdigit() and int(process) != os.getpid() and _is_alive(int(process)):
+        raise SetupError(three_beats(
+            f"one set-up at a time in {VENV}", f"another one running (process {process})",
+            "wait until it has ended, then run the command again",
+        ))  # fmt: skip
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _follow(command: list[str], log, status: Status) -> None:
+    """Run a command, keep what it prints in the log, show its stage, raise when it fails."""
+    log.write(f"$ {' '.join(command)}\n")
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", cwd=ROOT
+    )
+    lines = []
+    for line in _log_lines(process, log):
+        lines = [*lines[-25:], line]
+        status.update(_stage(line) or status.stage)
+    if process.wait():
+        _explain(command, lines)
+
+
+def _log_lines(process: subprocess.Popen, log) -> Iterator[str]:
+    for line in process.stdout:
+        log.write(line)
+        log.flush()
+        yield line.rstrip()
+
+
+def _stage(line: str) -> str:
+    """What pip is doing, from a line of its output; empty where the line says nothing new."""
+    first, _, rest = line.strip().partition(" ")
+    if first == "Installing":
+        return "pip: installing the packages (the longest part)"
+    stage = {"Collecting": "resolving", "Downloading": "downloading", "Building": "building"}.get(first)
+    return f"pip: {stage} {rest.split(' ')[0]}" if stage else ""
+
+
+def _explain(command: list[str], lines: list[str]) -> None:
+    complain("\n".join(lines))
+    fix = f"read {_LOG}, mend the cause (network? disk?) and run the command again"
+    if "venv" in command and any("ensurepip" in line for line in lines):
+        fix = "install the venv module (Debian, Ubuntu: apt install python3-venv), or use conda and environment.yml"
+    raise SetupError(three_beats("the set-up to succeed", f"a failing step: {' '.join(command[1:4])}", fix))
+
+
+def restart(arguments: list[str]) -> None:
+    """Start the same command line again in `.venv`; does not return."""
+    os.environ[_RESTARTED] = "1"
+    command = [str(venv_python()), "-m", "cellop_nb", *arguments]
+    if os.name == "nt":  # os.execv returns to the shell at once on Windows
+        sys.exit(subprocess.call(command))
+    os.execv(command[0], command)

@@ -1,0 +1,216 @@
+"""Which parameters each notebook takes, typed once: for papermill, the command line, widgets and sweeps.
+
+Every number that a user may change has its name, type, default, range and help in the table below and nowhere else.
+One that several notebooks share is written once; `replace(PARAMETER, default=...)` gives a notebook another default.
+A notebook's `parameters` cell is the text of `parameters_cell` (`python3 -m cellop_nb params NOTEBOOK --cell` prints
+it), and a test compares the two. Standard library only, like `values`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from cellop_nb.errors import LabelError, did_you_mean, three_beats
+from cellop_nb.notebook.values import Parameter, ParameterError, cell_of, read_cell
+
+SEED = Parameter("seed", "int", 0, "every random choice follows from it", minimum=0)
+RUN_DIR = Parameter("run_dir", "str", ".", "folder that this notebook reads from and writes to")
+
+# the contract of the AnnData object: which columns mean what
+DATA = (
+    Parameter("data", "str", "synthetic_screen", "a name in datasets.list(), or the path of an .h5ad file"),
+    Parameter("layer", "str | None", None, "layer with the raw counts; None: X"),
+    Parameter("perturbation_key", "str", "perturbation", "column of obs with the perturbation of each cell"),
+    Parameter("context_key", "str | list[str] | None", "cell_type", "column(s) of obs; controls match inside"),
+    Parameter("control", "str", "control", "label of the unperturbed cells"),
+)
+N_GENES = Parameter("n_genes", "int", 1000, "most variable genes kept; 0 keeps all", minimum=0)
+MIN_CELLS = Parameter("min_cells", "int", 10, "cells that a group must have to be used", minimum=2)
+
+LATENT_DIM = Parameter("latent_dim", "int", 32, "dimension of the latent space", minimum=1, maximum=512)
+HIDDEN = Parameter("hidden", "int", 128, "units of a hidden layer", minimum=1, maximum=4096)
+N_LAYERS = Parameter("n_layers", "int", 1, "hidden layers of encoder and decoder", minimum=1, maximum=8)
+BATCH_SIZE = Parameter("batch_size", "int", 256, "cells in a minibatch", minimum=2)
+KL_WEIGHT = Parameter("kl_weight", "float", 1.0, "weight of the KL term after warm-up", minimum=0)
+VAE_EPOCHS = Parameter("max_epochs", "int", 60, "passes over the training cells", minimum=1)
+VAE_RATE = Parameter("learning_rate", "float", 2e-3, "of Adam", minimum=1e-7, maximum=1)
+
+N_AXES = Parameter("n_axes", "int", 8, "shared response axes B_k", minimum=0, maximum=256)
+RANK = Parameter("rank", "int", 4, "rank of each axis", minimum=1, maximum=512)
+RIDGE = Parameter("ridge", "float", 1e-2, "pull of the operators towards the identity", minimum=0)
+STABILITY = Parameter("stability_weight", "float", 1.0, "weight of the norm penalty", minimum=0)
+MAX_NORM = Parameter("max_norm", "float", 2.0, "spectral norm (rho) where the penalty starts", minimum=1)
+OPERATOR_EPOCHS = Parameter("max_epochs", "int", 300, "steps over all groups", minimum=1)
+OPERATOR_RATE = Parameter("learning_rate", "float", 2e-2, "of Adam, cosine decay", minimum=1e-7, maximum=1)
+CELLS_PER_GROUP = Parameter("cells_per_group", "int", 128, "cells of each side of a group in one step", minimum=2)
+
+# notebooks that fit both models name the two lengths apart
+EPOCHS = (
+    replace(VAE_EPOCHS, name="max_epochs_vae"),
+    replace(OPERATOR_EPOCHS, name="max_epochs_operators"),
+)
+
+NOTEBOOKS: dict[str, tuple[Parameter, ...]] = {
+    "00_quickstart": (*EPOCHS, SEED, RUN_DIR),
+    "01_data": (*DATA, N_GENES, MIN_CELLS, SEED, RUN_DIR),
+    "02_train_vae": (
+        *DATA, N_GENES, LATENT_DIM, HIDDEN, N_LAYERS, VAE_EPOCHS, BATCH_SIZE, VAE_RATE, KL_WEIGHT,
+        SEED, RUN_DIR,
+    ),
+    "03_inspect_latent": (
+        *DATA,
+        Parameter("n_neighbors", "int", 15, "neighbours in the graph under the UMAP", minimum=2, maximum=200),
+        Parameter("max_cells", "int", 5000, "cells drawn at most; the distances use all", minimum=100),
+        SEED, RUN_DIR,
+    ),
+    "04_train_operators": (
+        *DATA, N_AXES, RANK, RIDGE, STABILITY, MAX_NORM, OPERATOR_EPOCHS, OPERATOR_RATE, CELLS_PER_GROUP,
+        SEED, RUN_DIR,
+    ),
+    "05_diagnose": (
+        *DATA,
+        Parameter("n_top_genes", "int", 10, "genes named for each axis and sign", minimum=1, maximum=100),
+        SEED, RUN_DIR,
+    ),
+    "06_predict": (
+        *DATA,
+        Parameter("holdout_context", "str", "", "context left out of training; empty: the largest"),
+        Parameter("holdout_perturbation", "str", "", "perturbation to predict; empty: the largest effect"),
+        N_GENES, LATENT_DIM, *EPOCHS,
+        Parameter("n_seeds", "int", 1, "fits that are averaged", minimum=1, maximum=20),
+        SEED, RUN_DIR,
+    ),
+}  # fmt: skip
+
+
+def names() -> list[str]:
+    """Names of the notebooks that have parameters here, in reading order."""
+    return sorted(NOTEBOOKS)
+
+
+def find(notebook: str | Path) -> str:
+    """Full name of a notebook from its name, its number, its path or the words after the number.
+
+    Raises
+    ------
+    LabelError
+        When no notebook bears that name.
+    """
+    stem = Path(notebook).name.removesuffix(".ipynb")
+    for name in names():
+        number, _, words = name.partition("_")
+        if stem in (name, number, words):
+            return name
+    fix = f"{did_you_mean(stem, names())} (`python3 -m cellop_nb params` lists them)"
+    raise LabelError(three_beats("the name or number of a notebook", repr(str(notebook)), fix))
+
+
+def for_notebook(notebook: str | Path) -> tuple[Parameter, ...]:
+    """Parameters of a notebook; of one that is not ours, those that its own `parameters` cell declares.
+
+    Raises
+    ------
+    LabelError
+        When the name is neither one of ours nor the path of a notebook with a `parameters` cell.
+    """
+    path = Path(notebook)
+    if path.suffix == ".ipynb" and path.is_file() and path.stem not in names():
+        return read_cell(cell_of(path))
+    return NOTEBOOKS[find(notebook)]
+
+
+def defaults(notebook: str | Path) -> dict[str, Any]:
+    """Default value of every parameter of a notebook."""
+    return {parameter.name: parameter.default for parameter in for_notebook(notebook)}
+
+
+def parameter(notebook: str | Path, name: str) -> Parameter:
+    """One parameter of a notebook.
+
+    Raises
+    ------
+    LabelError
+        When the notebook has no parameter of that name.
+    """
+    known = {p.name: p for p in for_notebook(notebook)}
+    if name in known:
+        return known[name]
+    fix = did_you_mean(name, known)
+    raise LabelError(three_beats(f"a parameter of {Path(notebook).stem}", repr(name), fix))
+
+
+def parse(notebook: str | Path, name: str, text: str) -> Any:
+    """The typed value of one parameter from text; raises as `parameter` and `Parameter.parse` do."""
+    return parameter(notebook, name).parse(text)
+
+
+def validate(notebook: str | Path, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The given values, each in its declared type; raises as `parameter` and `Parameter.check` do."""
+    return {name: parameter(notebook, name).check(value) for name, value in values.items()}
+
+
+def assign(notebooks: Iterable[str | Path], name: str, value: Any, *, text: bool = False) -> dict[str, Any]:
+    """Value of one parameter for each notebook that has it: `{notebook name: typed value}`.
+
+    Parameters
+    ----------
+    notebooks
+        The notebooks about to run.
+    name
+        A parameter, or `NOTEBOOK.parameter` (`02.max_epochs`) for one notebook alone.
+    value
+        Its value; parsed where it is text and the parameter is not.
+    text
+        The value comes from a command line, where `none` and `8,16` have a meaning.
+
+    Raises
+    ------
+    LabelError
+        When none of the notebooks has such a parameter.
+    ParameterError
+        When the value does not fit.
+    """
+    notebooks = [Path(notebook) for notebook in notebooks]
+    where, _, plain = name.rpartition(".")
+    chosen = [book for book in notebooks if not where or where in (book.stem, book.stem.partition("_")[0])]
+    homes = {book.stem: p for book in chosen for p in for_notebook(book) if p.name == plain}
+    if not homes:
+        options = [p.name for book in chosen or notebooks for p in for_notebook(book)]
+        books = ", ".join(book.stem for book in notebooks)
+        fix = did_you_mean(plain, dict.fromkeys(options))
+        raise LabelError(three_beats(f"a parameter of {books}", repr(name), fix))
+    return {stem: _typed(p, value, text) for stem, p in homes.items()}
+
+
+def _typed(parameter: Parameter, value: Any, text: bool) -> Any:
+    # YAML reads 1e-3 as text
+    as_text = text or (isinstance(value, str) and "str" not in parameter.kinds)
+    return parameter.parse(value) if as_text else parameter.check(value)
+
+
+def as_yaml(notebook: str | Path, values: Mapping[str, Any] | None = None) -> str:
+    """Parameters as a YAML file for `run -f`, with their help as comments."""
+    values = {**defaults(notebook), **(values or {})}
+    return "".join(f"{p.name}: {json.dumps(values[p.name])}  # {p.comment}\n" for p in for_notebook(notebook))
+
+
+def parameters_cell(notebook: str | Path) -> str:
+    """Text of the notebook's `parameters` cell: one typed, commented assignment a line."""
+    return "\n".join(
+        f"{p.name}: {p.type} = {_literal(p.default)}" + (f"  # {p.comment}" if p.comment else "")
+        for p in for_notebook(notebook)
+    )
+
+
+def _literal(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_literal, value))}]"
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
+
+
+__all__ = ["NOTEBOOKS", "Parameter", "ParameterError", "as_yaml", "assign", "defaults", "find", "for_notebook"]
+__all__ += ["names", "parameter", "parameters_cell", "parse", "validate"]
