@@ -1,0 +1,394 @@
+"""Groups of latents: perturbed cells per (context, perturbation), with the controls of the same context."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+
+import numpy as np
+import pandas as pd
+import torch
+from anndata import AnnData
+from torch import Tensor
+
+from ..errors import DataError, LabelError, did_you_mean, three_beats
+from .contract import context_labels, obs_labels
+
+logger = logging.getLogger("cellop_nb")
+
+
+@dataclass(frozen=True)
+class Group:
+    """The perturbed cells of one (context, perturbation, dose).
+
+    Attributes
+    ----------
+    cells : Tensor
+        Latents, (cell, d) float32.
+    index : ndarray
+        Rows of the cells in the AnnData object, (cell,).
+    label : str
+        "context, perturbation", with the dose where several were measured.
+    """
+
+    context: str
+    perturbation: str
+    dose: float
+    cells: Tensor = field(repr=False)
+    index: np.ndarray = field(repr=False)
+    label: str
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+
+@dataclass(frozen=True)
+class GroupSample:
+    """Cells of several groups, one group after the other.
+
+    Attributes
+    ----------
+    control, perturbed : Tensor
+        Latents, (sum of sizes, d).
+    control_sizes, perturbed_sizes : list of int
+        Cells per group, in the order of `which`.
+    which : list of int
+        Positions of the groups in :attr:`Groups.items`.
+    control_rows, perturbed_rows : Tensor
+        Rows of the cells in :attr:`Groups.pool`, so that values cached per cell can be looked up.
+    """
+
+    control: Tensor
+    perturbed: Tensor
+    control_sizes: list[int]
+    perturbed_sizes: list[int]
+    which: list[int]
+    control_rows: Tensor
+    perturbed_rows: Tensor
+
+
+class Groups(Sequence):
+    """All (context, perturbation) groups of a screen, ready to be sampled.
+
+    Attributes
+    ----------
+    control : dict
+        Control latents per context, (cell, d) float32.
+    control_index : dict
+        Rows of these controls in the AnnData object, (cell,).
+    items : list of Group
+        The perturbed groups.
+    dropped : DataFrame
+        Groups that were left out because they have too few cells.
+    pool : Tensor
+        All control and perturbed latents, (cell, d).
+    """
+
+    def __init__(
+        self,
+        control: dict[str, Tensor],
+        items: list[Group],
+        *,
+        control_index: dict[str, np.ndarray] | None = None,
+        dropped: pd.DataFrame | None = None,
+    ) -> None:
+        self.control, self.items = control, items
+        self.control_index = control_index or {name: np.arange(len(z)) for name, z in control.items()}
+        self.dropped = (
+            pd.DataFrame(columns=["context", "perturbation", "cells"]) if dropped is None else dropped
+        )
+        self.pool = torch.cat([*control.values(), *(group.cells for group in items)])
+        sizes = [*(len(z) for z in control.values()), *(len(group) for group in items)]
+        starts = [0, *accumulate(sizes)]
+        contexts = {name: place for place, name in enumerate(control)}
+        sources = [contexts[group.context] for group in items]
+        targets = range(len(control), len(sizes))
+        # One row per side and group: the controls of every group first, then the perturbed cells.
+        self._starts = torch.tensor([starts[k] for k in (*sources, *targets)])
+        self._sizes = torch.tensor([sizes[k] for k in (*sources, *targets)])
+        self._primes = torch.tensor([_prime_from(int(size)) for size in self._sizes])
+        self._plans: dict = {}
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, position):
+        return self.items[position]
+
+    def __iter__(self) -> Iterator[Group]:
+        return iter(self.items)
+
+    def __repr__(self) -> str:
+        cells = sum(len(group) for group in self.items)
+        return f"Groups({len(self)} groups of {cells} cells, {len(self.control)} contexts, d={self.dim})"
+
+    def _repr_html_(self) -> str:
+        return self.table().to_html(index=False)
+
+    @property
+    def dim(self) -> int:
+        """Latent dimension d."""
+        return self.pool.shape[1]
+
+    @property
+    def labels(self) -> list[str]:
+        """Label of each group, "context, perturbation"."""
+        return [group.label for group in self.items]
+
+    @property
+    def contexts(self) -> list[str]:
+        """The contexts that have controls."""
+        return list(self.control)
+
+    @property
+    def perturbations(self) -> list[str]:
+        """The perturbations, in order of first appearance."""
+        return list(dict.fromkeys(group.perturbation for group in self.items))
+
+    def table(self) -> pd.DataFrame:
+        """One row per group: context, perturbation, dose, perturbed cells and control cells."""
+        columns = ["context", "perturbation", "dose", "cells", "controls"]
+        rows = [(g.context, g.perturbation, g.dose, len(g), len(self.control[g.context])) for g in self.items]
+        return pd.DataFrame(rows, columns=columns)
+
+    def to(self, device: torch.device | str) -> Groups:
+        """The same groups on another device."""
+        items = [replace(group, cells=group.cells.to(device)) for group in self.items]
+        control = {name: z.to(device) for name, z in self.control.items()}
+        return Groups(control, items, control_index=self.control_index, dropped=self.dropped)
+
+    def sample(
+        self,
+        n_cells: int | None = None,
+        generator: torch.Generator | None = None,
+        which: Sequence[int] | None = None,
+    ) -> GroupSample:
+        """Draw cells of both sides of several groups, without replacement inside a draw.
+
+        Parameters
+        ----------
+        n_cells
+            Cells per side and group, all where a side has fewer; None takes all cells in their order.
+        generator
+            Source of the draw; equal states give equal cells.
+        which
+            Positions of the groups; None for all.
+
+        Returns
+        -------
+        GroupSample
+        """
+        plan = self._plan(n_cells, None if which is None else tuple(int(k) for k in which))
+        rows = plan.position if n_cells is None else _scatter(plan, generator)
+        rows = (rows + plan.start).to(self.pool.device)
+        control_rows, perturbed_rows = rows[: plan.split], rows[plan.split :]
+        return GroupSample(
+            control=self.pool.index_select(0, control_rows),
+            perturbed=self.pool.index_select(0, perturbed_rows),
+            control_sizes=plan.sizes[: len(plan.which)],
+            perturbed_sizes=plan.sizes[len(plan.which) :],
+            which=plan.which,
+            control_rows=control_rows,
+            perturbed_rows=perturbed_rows,
+        )
+
+    def _plan(self, n_cells: int | None, which: tuple[int, ...] | None) -> _Plan:
+        key = (n_cells, which)
+        if key not in self._plans:
+            if len(self._plans) > 64:  # callers that draw ever new subsets must not grow the cache
+                self._plans.clear()
+            self._plans[key] = self._new_plan(
+                n_cells, list(range(len(self))) if which is None else list(which)
+            )
+        return self._plans[key]
+
+    def _new_plan(self, n_cells: int | None, which: list[int]) -> _Plan:
+        sides = torch.tensor([*which, *(k + len(self) for k in which)])
+        available = self._sizes[sides]
+        sizes = available if n_cells is None else available.clamp(max=int(n_cells))
+        ends = sizes.cumsum(0)
+        return _Plan(
+            which=which,
+            sizes=sizes.tolist(),
+            split=int(ends[len(which) - 1]),
+            position=torch.arange(int(ends[-1])) - (ends - sizes).repeat_interleave(sizes),
+            start=self._starts[sides].repeat_interleave(sizes),
+            side=torch.arange(len(sides)).repeat_interleave(sizes),
+            prime=self._primes[sides],
+            prime_of_cell=self._primes[sides].repeat_interleave(sizes),
+            available=available.repeat_interleave(sizes),
+        )
+
+
+def groups(
+    adata: AnnData,
+    *,
+    use_rep: str | np.ndarray = "X_nbvae",
+    perturbation_key: str = "perturbation",
+    context_key: str | Sequence[str] | None = "cell_type",
+    control: str = "control",
+    dose_key: str | None = None,
+    split: str | Sequence[str] | None = None,
+    split_key: str = "split",
+    min_cells: int = 2,
+) -> Groups:
+    """Group cells by (context, perturbation[, dose]) and match the controls of the same context.
+
+    Parameters
+    ----------
+    use_rep
+        Key of `obsm`, or an array (cell, d).
+    split
+        Use only the cells of this split (or these). A context with fewer than `min_cells` controls in it, such as
+        one whose perturbed cells are held out, brings its controls of all splits: they are where a prediction
+        starts, never what it is compared with.
+    min_cells
+        Smaller groups are left out and listed in `Groups.dropped`.
+
+    Returns
+    -------
+    Groups
+
+    Raises
+    ------
+    LabelError
+        If a key or the control label is unknown.
+    DataError
+        If the representation is missing or not finite, a context has no controls, or no group is left.
+    """
+    z = _representation(adata, use_rep)
+    labels = _label_table(adata, perturbation_key, context_key, dose_key, control)
+    inside = _inside(adata, split, split_key)
+    is_control = (labels["perturbation"] == control).to_numpy()
+    chosen = labels[inside & ~is_control]
+    members = {key: rows.to_numpy() for key, rows in chosen.groupby(["context", "perturbation", "dose"]).row}
+    kept = {key: rows for key, rows in members.items() if len(rows) >= min_cells}
+    small = [(*key[:2], len(rows)) for key, rows in members.items() if key not in kept]
+    if small:
+        logger.warning(
+            "%d groups have fewer than %d cells and are left out: %s", len(small), min_cells, small[:5]
+        )
+    if not kept:
+        found = f"{len(members)} groups, none with {min_cells} cells"
+        fix = "check the split and the control label, or lower min_cells"
+        raise DataError(three_beats("at least one perturbed group", found, fix))
+    control_index = {}
+    for context in dict.fromkeys(key[0] for key in kept):
+        here = is_control & (labels["context"] == context).to_numpy()
+        control_index[context] = _controls(here, inside, context, min_cells)
+    several = {key[:2] for key in kept if sum(other[:2] == key[:2] for other in kept) > 1}
+    items = [
+        Group(*key, cells=z[rows], index=rows, label=_group_label(*key, key[:2] in several))
+        for key, rows in kept.items()
+    ]
+    dropped = pd.DataFrame(small, columns=["context", "perturbation", "cells"])
+    control_cells = {context: z[rows] for context, rows in control_index.items()}
+    return Groups(control_cells, items, control_index=control_index, dropped=dropped)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a draw of given size from given groups needs; one entry per side (side,) or per drawn cell (cell,)."""
+
+    which: list[int]
+    sizes: list[int]
+    split: int
+    position: Tensor
+    start: Tensor
+    side: Tensor
+    prime: Tensor
+    prime_of_cell: Tensor
+    available: Tensor
+
+
+def _scatter(plan: _Plan, generator: torch.Generator | None) -> Tensor:
+    r"""Map positions 0..m-1 of each side to distinct random cells, (cell,) int64, at a cost independent of group size.
+
+    .. math:: f(i) = (a i + c) \bmod p, \qquad a \in 1..p-1,\; c \in 0..p-1
+
+    with p the smallest prime that is not below the group's size. Drawn over all (a, c) the map is pairwise
+    independent, which is what a distance between pairs of cells needs; values beyond the group are mapped again
+    until they fall inside (cycle walking keeps the map one to one).
+
+    References
+    ----------
+    Carter & Wegman, J. Comput. Syst. Sci. 18:143 (1979); Black & Rogaway, CT-RSA (2002).
+    """
+    u = torch.rand(2, len(plan.prime), generator=generator, dtype=torch.float64)
+    slope = (1 + (u[0] * (plan.prime - 1)).long()).index_select(0, plan.side)
+    shift = (u[1] * plan.prime).long().index_select(0, plan.side)
+    rows = (slope * plan.position + shift) % plan.prime_of_cell
+    outside = (rows >= plan.available).nonzero().view(-1)
+    while len(outside):
+        again = (slope[outside] * rows[outside] + shift[outside]) % plan.prime_of_cell[outside]
+        rows[outside] = again
+        outside = outside[again >= plan.available[outside]]
+    return rows
+
+
+def _prime_from(number: int) -> int:
+    """The smallest prime that is not below `number` (and at least 2)."""
+    candidate = max(number, 2)
+    while any(candidate % divisor == 0 for divisor in range(2, int(candidate**0.5) + 1)):
+        candidate += 1
+    return candidate
+
+
+def _representation(adata: AnnData, use_rep: str | np.ndarray) -> Tensor:
+    if isinstance(use_rep, str):
+        if use_rep not in adata.obsm:
+            fix = f"embed the cells first, or name another key ({did_you_mean(use_rep, adata.obsm)})"
+            raise DataError(three_beats(f"obsm[{use_rep!r}]", "no such key", fix))
+        use_rep = adata.obsm[use_rep]
+    z = np.asarray(use_rep, dtype=np.float32)
+    if z.ndim != 2 or len(z) != adata.n_obs:
+        fix = "pass one row per cell"
+        raise DataError(three_beats(f"a representation of shape ({adata.n_obs}, d)", f"shape {z.shape}", fix))
+    broken = ~np.isfinite(z).all(axis=1)
+    if broken.any():
+        found = f"{int(broken.sum())} cells with NaN or infinity, such as {adata.obs_names[broken][0]!r}"
+        raise DataError(
+            three_beats("finite latents", found, "embed the cells again with a model that is finite")
+        )
+    return torch.from_numpy(z)
+
+
+def _label_table(adata: AnnData, perturbation_key, context_key, dose_key, control) -> pd.DataFrame:
+    perturbation = obs_labels(adata, perturbation_key)
+    if control not in set(perturbation):
+        fix = f"pass control=... ({did_you_mean(control, perturbation.unique())})"
+        raise LabelError(three_beats(f"control cells {control!r} in obs[{perturbation_key!r}]", "none", fix))
+    dose = 1.0 if dose_key is None else obs_labels(adata, dose_key).astype(float).to_numpy()
+    context = context_labels(adata, context_key).to_numpy()
+    table = {"context": context, "perturbation": perturbation.to_numpy(), "dose": dose}
+    return pd.DataFrame(table).assign(row=np.arange(adata.n_obs))
+
+
+def _inside(adata: AnnData, split: str | Sequence[str] | None, split_key: str) -> np.ndarray:
+    """Mask of the cells in the split, (cell,)."""
+    if split is None:
+        return np.ones(adata.n_obs, dtype=bool)
+    wanted = [split] if isinstance(split, str) else list(split)
+    labels = obs_labels(adata, split_key)
+    for name in wanted:
+        if name not in set(labels):
+            fix = f"run split(adata, ...) or name another one ({did_you_mean(name, labels.unique())})"
+            raise LabelError(three_beats(f"cells of split {name!r} in obs[{split_key!r}]", "none", fix))
+    return labels.isin(wanted).to_numpy()
+
+
+def _controls(here: np.ndarray, inside: np.ndarray, context: str, min_cells: int) -> np.ndarray:
+    """Rows of a context's controls, inside the split where it has enough of them."""
+    rows = np.flatnonzero(here & inside)
+    rows = rows if len(rows) >= min_cells else np.flatnonzero(here)
+    if len(rows) < min_cells:
+        found = f"{len(rows)} in context {context!r}"
+        fix = "leave this context out, merge it with another, or measure its controls"
+        raise DataError(three_beats(f"at least {min_cells} control cells in every context", found, fix))
+    return rows
+
+
+def _group_label(context: str, perturbation: str, dose: float, several_doses: bool) -> str:
+    return f"{context}, {perturbation}" + (f" @ {dose:g}" if several_doses else "")
