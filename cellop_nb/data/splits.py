@@ -1,0 +1,207 @@
+"""Train, validation and test cells, with hold-outs that can neither match nothing nor leak."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+
+from ..errors import HoldoutError, LabelError, did_you_mean, three_beats
+from .contract import context_labels, obs_labels, perturbation_parts
+
+SPLITS = ("train", "val", "test")
+
+
+def split(
+    adata: AnnData,
+    *,
+    holdout: Mapping[str, object] | None = None,
+    test_fraction: float = 0.1,
+    val_fraction: float = 0.1,
+    holdout_controls: bool = False,
+    perturbation_key: str = "perturbation",
+    context_key: str | Sequence[str] | None = "cell_type",
+    control: str = "control",
+    key_added: str = "split",
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Assign every cell to train, val or test.
+
+    Parameters
+    ----------
+    holdout
+        Column of `obs` to value or list of values; a cell is held out if it matches all of them, such as
+        ``{"cell_type": "B", "perturbation": "IFNb"}``, ``{"donor": "d1"}`` or ``{"perturbation": ["A", "A+B"]}``.
+        None holds out random cells of every group.
+    test_fraction
+        Share of each (context, perturbation) group that becomes test when `holdout` is None.
+    val_fraction
+        Share of the cells outside test that becomes val, drawn inside each (context, perturbation) group.
+    holdout_controls
+        Also hold out the control cells that match. By default they stay, since predictions start from them;
+        they are held out anyway where `holdout` names the control label itself.
+
+    Returns
+    -------
+    DataFrame
+        Cells per (context, perturbation) group and split. Writes `obs[key_added]` (categorical: train, val, test)
+        and `uns["cellop_nb"]["split"]` (how it was made).
+
+    Raises
+    ------
+    LabelError
+        If a column or value of `holdout` is unknown.
+    HoldoutError
+        If the hold-out matches no perturbed cell, leaks into training, or leaves nothing to learn from.
+    """
+    labels = pd.DataFrame(
+        {
+            "context": context_labels(adata, context_key).to_numpy(),
+            "perturbation": obs_labels(adata, perturbation_key).to_numpy(),
+        }
+    )
+    is_control = (labels["perturbation"] == control).to_numpy()
+    if not is_control.any():
+        fix = f"pass control=... ({did_you_mean(control, labels['perturbation'].unique())})"
+        raise LabelError(three_beats(f"control cells {control!r} in obs[{perturbation_key!r}]", "none", fix))
+    _check_fractions(test_fraction if holdout is None else 0.0, val_fraction)
+    rng = np.random.default_rng(seed)
+    if holdout is None:
+        test = _random_share(labels, np.ones(len(labels), dtype=bool), test_fraction, rng)
+    else:
+        named = control in _values(holdout.get(perturbation_key, ()))
+        test = _matches(adata, holdout) & (~is_control | named | holdout_controls)
+        _refuse_bad_holdout(adata, labels, test, is_control, holdout)
+    val = _random_share(labels, ~test, val_fraction, rng)
+    assigned = np.select([test, val], ["test", "val"], "train")
+    adata.obs[key_added] = pd.Categorical(assigned, categories=list(SPLITS))
+    made = {"seed": int(seed), "val_fraction": float(val_fraction), "control": control}
+    made["holdout"] = {
+        key: [str(value) for value in _values(wanted)] for key, wanted in (holdout or {}).items()
+    }
+    adata.uns.setdefault("cellop_nb", {})["split"] = made
+    return split_table(labels, assigned)
+
+
+def split_table(labels: pd.DataFrame, assigned: np.ndarray) -> pd.DataFrame:
+    """Cells per (context, perturbation) group and split."""
+    table = (
+        labels.assign(split=assigned)
+        .groupby(["context", "perturbation", "split"])
+        .size()
+        .unstack(fill_value=0)
+    )
+    return table.reindex(columns=list(SPLITS), fill_value=0).rename_axis(columns=None).reset_index()
+
+
+def rows_of(adata: AnnData, name: str | Sequence[str], *, split_key: str = "split") -> np.ndarray:
+    """Rows of the cells in a split (or several), (cell,) ascending.
+
+    Raises
+    ------
+    LabelError
+        If the column is missing or no cell is in a named split.
+    """
+    labels = obs_labels(adata, split_key)
+    for wanted in _values(name):
+        if wanted not in set(labels):
+            fix = f"run split(adata, ...) or name another one ({did_you_mean(wanted, labels.unique())})"
+            raise LabelError(three_beats(f"cells of split {wanted!r} in obs[{split_key!r}]", "none", fix))
+    return np.flatnonzero(labels.isin(_values(name)))
+
+
+def _values(wanted: object) -> list:
+    """One value or several, as a list."""
+    if isinstance(wanted, (list, tuple, set, np.ndarray, pd.Index, pd.Series)):
+        return list(wanted)
+    return [wanted]
+
+
+def _check_fractions(test_fraction: float, val_fraction: float) -> None:
+    for name, share in {"test_fraction": test_fraction, "val_fraction": val_fraction}.items():
+        if not 0 <= share < 1:
+            raise HoldoutError(
+                three_beats(f"{name} in [0, 1)", f"{share}", "pass a share of the cells, such as 0.1")
+            )
+    if test_fraction + val_fraction >= 1:
+        found = f"test_fraction {test_fraction} and val_fraction {val_fraction}"
+        raise HoldoutError(three_beats("some cells left for training", found, "lower one of them"))
+
+
+def _random_share(
+    labels: pd.DataFrame, among: np.ndarray, share: float, rng: np.random.Generator
+) -> np.ndarray:
+    """Mask of about `share` of the cells of each group, (cell,); a group of two or more keeps one outside."""
+    order = rng.permutation(len(labels))
+    order = order[among[order]]
+    groups = labels.iloc[order].groupby(["context", "perturbation"])
+    rank, size = groups.cumcount().to_numpy(), groups["context"].transform("size").to_numpy()
+    taken = np.minimum(np.floor(size * share + 0.5), size - 1)
+    mask = np.zeros(len(labels), dtype=bool)
+    mask[order[rank < taken]] = True
+    return mask
+
+
+def _matches(adata: AnnData, holdout: Mapping[str, object]) -> np.ndarray:
+    """Cells that match every entry of the hold-out, (cell,)."""
+    if not holdout:
+        fix = "name a column and value, or pass holdout=None for random cells"
+        raise HoldoutError(three_beats("a hold-out that names something", "an empty one", fix))
+    mask = np.ones(adata.n_obs, dtype=bool)
+    for key, wanted in holdout.items():
+        labels = obs_labels(adata, key)
+        known, values = set(labels), [str(value) for value in _values(wanted)]
+        for value in values:
+            if value not in known:
+                fix = f"name a label that exists ({did_you_mean(value, labels.unique())})"
+                raise LabelError(
+                    three_beats(f"{value!r} among the labels of obs[{key!r}]", "no such cell", fix)
+                )
+        mask &= labels.isin(values).to_numpy()
+    return mask
+
+
+def _refuse_bad_holdout(
+    adata: AnnData, labels: pd.DataFrame, test: np.ndarray, is_control: np.ndarray, holdout: Mapping
+) -> None:
+    """Refuse hold-outs without perturbed cells, without anything left to learn, or that leak."""
+    perturbed = ~is_control
+    if not (test & perturbed).any():
+        fix = "check that this combination was measured (cellop_nb.check(adata) shows the groups)"
+        raise HoldoutError(three_beats("a hold-out with perturbed cells", f"none match {dict(holdout)}", fix))
+    if not (perturbed & ~test).any():
+        found = f"all {int(perturbed.sum())} perturbed cells held out by {dict(holdout)}"
+        raise HoldoutError(three_beats("perturbed cells left for training", found, "hold out fewer groups"))
+    lost = set(labels["context"][test]) - set(labels["context"][is_control & ~test])
+    if lost:
+        found = f"no control cells outside test in {sorted(lost)[:3]}"
+        fix = "keep the controls (holdout_controls=False)"
+        raise HoldoutError(three_beats("controls from which test groups can be predicted", found, fix))
+    _refuse_reordered(labels, test, holdout)
+    _refuse_repeated_cells(adata, test)
+
+
+def _refuse_reordered(labels: pd.DataFrame, test: np.ndarray, holdout: Mapping) -> None:
+    """A held-out A+B may not stay in training as B+A, in the same context."""
+    unordered = labels["perturbation"].map(
+        {label: "+".join(sorted(perturbation_parts(label))) for label in labels["perturbation"].unique()}
+    )
+    names = labels["context"] + "\0" + labels["perturbation"]
+    same = labels["context"] + "\0" + unordered
+    leak = ~test & same.isin(set(same[test])).to_numpy() & ~names.isin(set(names[test])).to_numpy()
+    if leak.any():
+        found = f"{labels['perturbation'][leak].iloc[0]!r}, the same combination, in training"
+        raise HoldoutError(
+            three_beats(f"no leak of {dict(holdout)}", found, "write combinations in one order")
+        )
+
+
+def _refuse_repeated_cells(adata: AnnData, test: np.ndarray) -> None:
+    """A cell name that occurs twice could sit on both sides."""
+    names = pd.Index(adata.obs_names)
+    leaked = names[test].intersection(names[~test])
+    if len(leaked):
+        found = f"{len(leaked)} cell names on both sides, such as {leaked[0]!r}"
+        raise HoldoutError(three_beats("no leak", found, "run adata.obs_names_make_unique() or drop repeats"))
