@@ -232,6 +232,7 @@ def groups(
     dose_key: str | None = None,
     split: str | Sequence[str] | None = None,
     split_key: str = "split",
+    control_split: str | Sequence[str] | None = None,
     min_cells: int = 2,
 ) -> Groups:
     """Group cells by (context, perturbation[, dose]) and match the controls of the same context.
@@ -241,9 +242,10 @@ def groups(
     use_rep
         Key of `obsm`, or an array (cell, d).
     split
-        Use only the cells of this split (or these). A context with fewer than `min_cells` controls in it, such as
-        one whose perturbed cells are held out, brings its controls of all splits: they are where a prediction
-        starts, never what it is compared with.
+        Use only the cells of this split (or these); None for all.
+    control_split
+        Where the controls come from; by default the same split. A test group whose context has too few controls
+        there (they were not held out with it) starts from all controls of its context.
     min_cells
         Smaller groups are left out and listed in `Groups.dropped`.
 
@@ -261,6 +263,8 @@ def groups(
     z = _representation(adata, use_rep)
     labels = _label_table(adata, perturbation_key, context_key, dose_key, control)
     inside = _inside(adata, split, split_key)
+    usable = inside if control_split is None else _inside(adata, control_split, split_key)
+    reserve = np.ones(adata.n_obs, dtype=bool) if split == "test" and control_split is None else usable
     is_control = (labels["perturbation"] == control).to_numpy()
     chosen = labels[inside & ~is_control]
     members = {key: rows.to_numpy() for key, rows in chosen.groupby(["context", "perturbation", "dose"]).row}
@@ -277,20 +281,19 @@ def groups(
     control_index = {}
     for context in dict.fromkeys(key[0] for key in kept):
         here = is_control & (labels["context"] == context).to_numpy()
-        control_index[context] = _controls(here, inside, context, min_cells)
+        control_index[context] = _controls(here & usable, here & reserve, context, min_cells)
     several = {key[:2] for key in kept if sum(other[:2] == key[:2] for other in kept) > 1}
     items = [
         Group(*key, cells=z[rows], index=rows, label=_group_label(*key, key[:2] in several))
         for key, rows in kept.items()
     ]
-    dropped = pd.DataFrame(small, columns=["context", "perturbation", "cells"])
     control_cells = {context: z[rows] for context, rows in control_index.items()}
-    return Groups(control_cells, items, control_index=control_index, dropped=dropped)
+    return Groups(control_cells, items, control_index=control_index, dropped=_dropped(small))
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """What a draw of given size from given groups needs; one entry per side (side,) or per drawn cell (cell,)."""
+    """What a draw of given size from given groups needs: one entry per side, or per drawn cell."""
 
     which: list[int]
     sizes: list[int]
@@ -304,19 +307,22 @@ class _Plan:
 
 
 def _scatter(plan: _Plan, generator: torch.Generator | None) -> Tensor:
-    r"""Map positions 0..m-1 of each side to distinct random cells, (cell,) int64, at a cost independent of group size.
+    r"""Map positions 0..m-1 of each side to distinct random cells, (cell,) int64.
+
+    The cost does not depend on the size of the groups.
 
     .. math:: f(i) = (a i + c) \bmod p, \qquad a \in 1..p-1,\; c \in 0..p-1
 
     with p the smallest prime that is not below the group's size. Drawn over all (a, c) the map is pairwise
-    independent, which is what a distance between pairs of cells needs; values beyond the group are mapped again
-    until they fall inside (cycle walking keeps the map one to one).
+    independent, which is what a distance between pairs of cells needs; values beyond the group (few, as p is
+    close to its size) are mapped again until they fall inside: cycle walking keeps the map one to one.
 
     References
     ----------
     Carter & Wegman, J. Comput. Syst. Sci. 18:143 (1979); Black & Rogaway, CT-RSA (2002).
     """
-    u = torch.rand(2, len(plan.prime), generator=generator, dtype=torch.float64)
+    device = "cpu" if generator is None else generator.device
+    u = torch.rand(2, len(plan.prime), generator=generator, device=device, dtype=torch.float64).cpu()
     slope = (1 + (u[0] * (plan.prime - 1)).long()).index_select(0, plan.side)
     shift = (u[1] * plan.prime).long().index_select(0, plan.side)
     rows = (slope * plan.position + shift) % plan.prime_of_cell
@@ -379,15 +385,19 @@ def _inside(adata: AnnData, split: str | Sequence[str] | None, split_key: str) -
     return labels.isin(wanted).to_numpy()
 
 
-def _controls(here: np.ndarray, inside: np.ndarray, context: str, min_cells: int) -> np.ndarray:
-    """Rows of a context's controls, inside the split where it has enough of them."""
-    rows = np.flatnonzero(here & inside)
-    rows = rows if len(rows) >= min_cells else np.flatnonzero(here)
+def _controls(preferred: np.ndarray, reserve: np.ndarray, context: str, min_cells: int) -> np.ndarray:
+    """Rows of a context's controls, from the reserve where too few are preferred."""
+    rows = np.flatnonzero(preferred)
+    rows = rows if len(rows) >= min_cells else np.flatnonzero(reserve)
     if len(rows) < min_cells:
         found = f"{len(rows)} in context {context!r}"
         fix = "leave this context out, merge it with another, or measure its controls"
         raise DataError(three_beats(f"at least {min_cells} control cells in every context", found, fix))
     return rows
+
+
+def _dropped(rows: list[tuple]) -> pd.DataFrame:
+    return pd.DataFrame(rows, columns=["context", "perturbation", "cells"])
 
 
 def _group_label(context: str, perturbation: str, dose: float, several_doses: bool) -> str:

@@ -33,7 +33,7 @@ def split(
     ----------
     holdout
         Column of `obs` to value or list of values; a cell is held out if it matches all of them, such as
-        ``{"cell_type": "B", "perturbation": "IFNb"}``, ``{"donor": "d1"}`` or ``{"perturbation": ["A", "A+B"]}``.
+        ``{"cell_type": "B", "perturbation": "IFNb"}``, ``{"donor": "d1"}``, ``{"perturbation": ["A", "A+B"]}``.
         None holds out random cells of every group.
     test_fraction
         Share of each (context, perturbation) group that becomes test when `holdout` is None.
@@ -46,8 +46,8 @@ def split(
     Returns
     -------
     DataFrame
-        Cells per (context, perturbation) group and split. Writes `obs[key_added]` (categorical: train, val, test)
-        and `uns["cellop_nb"]["split"]` (how it was made).
+        Cells per (context, perturbation) group and split. Writes `obs[key_added]` (train, val, test) and
+        `uns["cellop_nb"]["split"]` (how it was made).
 
     Raises
     ------
