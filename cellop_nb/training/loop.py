@@ -224,7 +224,11 @@ class Trainer:
         self.before_epoch()
         start, cells, steps, sums, norms = time.perf_counter(), 0, 0, {}, []
         for batch in self.batches():
-            norms.append(self._run_step(batch))
+            norm = self._run_step(batch)
+            self.step += 1
+            if norm is None:  # the guard rolled the step back
+                continue
+            norms.append(norm)
             for name, term in self.terms.items():
                 sums[name] = sums.get(name, 0) + term
             cells, steps = cells + self.batch_size_of(batch), steps + 1
@@ -232,7 +236,7 @@ class Trainer:
             self._hold_while_paused()
             if self._stop.is_set():
                 break
-        if not steps:
+        if not steps or not self.guard.end_of_epoch(self):
             return
         seconds = time.perf_counter() - start
         means = {f"train_{name}": float(total) / steps for name, total in sums.items()}
@@ -250,24 +254,26 @@ class Trainer:
         row |= self.validate()
         self.rows.append(row)
         self._keep_best(row)
-        self.guard.end_of_epoch(self)
         self.epoch += 1
         self._call("on_epoch_end", row)
 
-    def _run_step(self, batch) -> Tensor:
-        """One optimiser step; returns the gradient norm without waiting for the device."""
+    def _run_step(self, batch) -> Tensor | None:
+        """One optimiser step; the gradient norm, still on the device, or None where the guard rolled it back."""
         self.batch = batch
         self._set_rate()
         self.optimizer.zero_grad(set_to_none=True)
+        self.guard.begin_step(self)
         terms = self.loss_terms(batch)
-        self.guard.before_backward(terms, self)
+        if not self.guard.before_backward(terms, self):
+            return None
         self.fabric.backward(sum(terms.values()))
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
-        self.guard.after_backward(self, norm)
+        if not self.guard.after_backward(self, norm):
+            return None
         self.optimizer.step()
-        self.guard.after_step(self)
+        if not self.guard.after_step(self):
+            return None
         self.terms = {name: term.detach() for name, term in terms.items()}
-        self.step += 1
         return norm
 
     def _set_rate(self) -> None:

@@ -1,0 +1,256 @@
+"""The non-finite guard: training stops before a NaN is kept, and says where it came from.
+
+A healthy step pays for three numbers: the sum of the loss terms, the gradient norm that clipping has
+computed anyway, and one sum over each parameter. On a GPU the three are combined there and read once per
+step. Only when one of them is not finite is the batch run again with every operation watched
+(:mod:`.locate`).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CellopError, LabelError, did_you_mean, three_beats
+from ..models.trace import is_finite
+from .explain import NonFiniteError, explain, optimizer_faults
+from .locate import nonfinite_state
+from .reproducer import TrainingState, random_state, replay, save_reproducer, set_random_state
+
+__all__ = ["NonFiniteError", "NonFiniteGuard", "replay"]
+
+_LOG = logging.getLogger("cellop_nb")
+_POLICIES = ("stop", "rollback")
+
+
+class NonFiniteGuard:
+    """Checks of one training run; the loop calls it four times per step and once per epoch.
+
+    Parameters
+    ----------
+    model, optimizer
+        What is trained.
+    folder
+        Where reproducer files go; None writes none.
+    on_nonfinite
+        ``"stop"`` raises :class:`NonFiniteError`. ``"rollback"`` restores the last kept state, halves the
+        learning rate and goes on, at most `max_rollbacks` times. A batch that holds NaN itself raises at
+        once: no learning rate cures it.
+    max_rollbacks
+        Number of rollbacks before the error is raised after all.
+    snapshot_every
+        Steps between two copies of model and optimiser.
+    deferred
+        Read all checks once per step instead of one by one; None chooses this for every device but the CPU.
+
+    Attributes
+    ----------
+    last_finite
+        :class:`TrainingState` to go back to; after an error the last state in which everything was finite.
+    rollbacks, errors
+        Number of rollbacks so far, and the errors that caused them.
+
+    Notes
+    -----
+    Every check returns whether to go on with the step. After False (rollback) the loop takes the next batch.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer,
+        *,
+        folder: str | Path | None = None,
+        on_nonfinite: str = "stop",
+        max_rollbacks: int = 5,
+        snapshot_every: int = 200,
+        deferred: bool | None = None,
+    ) -> None:
+        if on_nonfinite not in _POLICIES:
+            raise LabelError(
+                three_beats(
+                    "on_nonfinite 'stop' or 'rollback'",
+                    repr(on_nonfinite),
+                    did_you_mean(on_nonfinite, _POLICIES),
+                )
+            )
+        self.model, self.optimizer = model, optimizer
+        self.folder = None if folder is None else Path(folder)
+        self.on_nonfinite, self.max_rollbacks = on_nonfinite, max_rollbacks
+        self.snapshot_every = snapshot_every
+        self.last_finite: TrainingState | None = None
+        self.rollbacks, self.errors, self.overflows = 0, [], 0
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        on_cpu = all(p.device.type == "cpu" for p in self._parameters)
+        self.deferred = not on_cpu if deferred is None else deferred
+        self._loss_flag: Tensor | None = None
+        self._parameter_flag: Tensor | None = None
+        self._terms: dict[str, Tensor] = {}
+        self._random: dict[str, Tensor] | None = None
+        self._since = 0
+        self._suspect = False
+
+    # -- the calls of the loop ---------------------------------------------------------------------
+
+    def begin_step(self, trainer) -> None:
+        """Remember the random state, so that a faulty step can be run again exactly."""
+        self._random = random_state(trainer)
+        if self.last_finite is None and not nonfinite_state(self.model):
+            self.keep(trainer)
+
+    def before_backward(self, terms: dict[str, Tensor], trainer) -> bool:
+        """Check the loss terms."""
+        self._terms = terms
+        if self._random is None:
+            self.begin_step(trainer)
+        total = torch.stack([term.detach() for term in terms.values()]).sum()
+        if self.deferred:
+            self._loss_flag = torch.isfinite(total)
+            return True
+        return math.isfinite(total.item()) or self._fault("loss", trainer)
+
+    def after_backward(self, trainer, grad_norm: Tensor | float | None = None) -> bool:
+        """Check the gradients, by their norm; the step has not been made yet."""
+        norm = self._gradient_norm() if grad_norm is None else grad_norm
+        if not self.deferred:
+            return math.isfinite(float(norm)) or self._gradient_fault(trainer)
+        flags = [self._loss_flag, self._parameter_flag, torch.isfinite(torch.as_tensor(norm))]
+        flags = [flag.to(self._parameters[0].device) for flag in flags if flag is not None]
+        return bool(torch.stack(flags).all()) or self._deferred_fault(trainer)
+
+    def after_step(self, trainer) -> bool:
+        """Check the parameters, and copy the state from time to time."""
+        self._random = random_state(trainer)
+        if self.deferred:
+            norms = torch.stack([torch.linalg.vector_norm(p.detach()) for p in self._parameters])
+            self._parameter_flag = torch.isfinite(norms).all()
+        elif not self._sum_is_finite() and nonfinite_state(self.model):
+            return self._fault("parameter", trainer)
+        self._since += 1
+        return self.keep(trainer) if self._suspect or self._since >= self.snapshot_every else True
+
+    def end_of_epoch(self, trainer) -> bool:
+        """Check everything that is still unread, and keep the state if the last copy is old."""
+        flag, self._parameter_flag = self._parameter_flag, None
+        if flag is not None and not bool(flag) and nonfinite_state(self.model):
+            return self._fault("parameter", trainer)
+        return self.keep(trainer) if self._since >= self.snapshot_every else True
+
+    # -- states ------------------------------------------------------------------------------------
+
+    def keep(self, trainer) -> bool:
+        """Copy model, optimiser and random states, provided that all of them are finite."""
+        self._since, self._suspect = 0, False
+        if nonfinite_state(self.model) or optimizer_faults(self.model, self.optimizer):
+            return self._fault("parameter", trainer)
+        self.last_finite = TrainingState.of(trainer, self.model, self.optimizer, into=self.last_finite)
+        return True
+
+    def restore(self, trainer=None) -> None:
+        """Put the last finite state back into model and optimiser; random states too, given a trainer.
+
+        Raises
+        ------
+        CellopError
+            If there never was a finite state.
+        """
+        if self.last_finite is None:
+            raise CellopError(
+                three_beats("a finite state to go back to", "none since the start", "build a new model")
+            )
+        self.last_finite.restore(self.model, self.optimizer, trainer)
+        self._parameter_flag = None
+
+    # -- faults ------------------------------------------------------------------------------------
+
+    def _sum_is_finite(self) -> bool:
+        return math.isfinite(sum(p.detach().sum().item() for p in self._parameters))
+
+    def _gradient_norm(self) -> Tensor:
+        return torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+
+    def _drop_gradients(self) -> None:
+        for parameter in self.model.parameters():
+            parameter.grad = None
+
+    def _gradient_fault(self, trainer) -> bool:
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        if not all(is_finite(gradient) for gradient in gradients):
+            return self._fault("gradient", trainer)
+        # Squares overflow in float32 above 1.8e19. Every gradient is finite, so this is no fault yet; but an
+        # optimiser that squares them may be harmed, hence the full check after this step.
+        self.overflows, self._suspect = self.overflows + 1, True
+        if self.overflows == 1:
+            text = "step %s: the gradient norm overflowed, though every gradient is finite"
+            _LOG.warning(text, trainer.step)
+        return True
+
+    def _deferred_fault(self, trainer) -> bool:
+        suspect = self._parameter_flag is not None and not bool(self._parameter_flag)
+        if suspect and nonfinite_state(self.model):
+            return self._fault("parameter", trainer, late=1)
+        if not bool(self._loss_flag):
+            return self._fault("loss", trainer)
+        gradients_ok = math.isfinite(float(self._gradient_norm()))
+        return True if gradients_ok else self._gradient_fault(trainer)
+
+    def _fault(self, stage: str, trainer, late: int = 0) -> bool:
+        error = self._describe(stage, trainer, late)
+        self.errors.append(error)
+        hopeless = self.last_finite is None or (error.origin is not None and error.origin.kind == "batch")
+        if self.on_nonfinite == "rollback" and self.rollbacks < self.max_rollbacks and not hopeless:
+            return self._roll_back(trainer, error)
+        self._leave_finite(trainer)
+        raise error
+
+    def _roll_back(self, trainer, error: NonFiniteError) -> bool:
+        rate = trainer.learning_rate / 2
+        self.restore()
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        trainer.learning_rate = rate
+        self.rollbacks += 1
+        _LOG.warning(
+            "%s Back to step %s with learning rate %g.", error, self.last_finite.step, trainer.learning_rate
+        )
+        self._drop_gradients()
+        return False
+
+    def _leave_finite(self, trainer) -> None:
+        """Make the model usable after an error: its present state if finite, else the last such one."""
+        self._drop_gradients()
+        if not (nonfinite_state(self.model) or optimizer_faults(self.model, self.optimizer)):
+            self.last_finite = TrainingState.of(trainer, self.model, self.optimizer)
+        elif self.last_finite is not None:
+            self.restore()
+
+    def _describe(self, stage: str, trainer, late: int) -> NonFiniteError:
+        told = {"stage": stage, "epoch": trainer.epoch, "step": trainer.step - late}
+        told["learning_rate"] = self.optimizer.param_groups[0]["lr"]
+        random = self._random or random_state(trainer)
+        now = random_state(trainer)
+        set_random_state(random, trainer)
+        loss_terms, batch = getattr(trainer, "loss_terms", None), getattr(trainer, "batch", None)
+        described = trainer.describe_batch(batch) if hasattr(trainer, "describe_batch") else {}
+        error = explain(
+            self.model, loss_terms, batch, told=told, described=described, optimizer=self.optimizer
+        )
+        error.values["terms"] = {name: float(term.detach()) for name, term in self._terms.items()}
+        set_random_state(now, trainer)
+        error.reproducer = self._save(told, error, batch, random)
+        return error
+
+    def _save(self, told: dict, error: NonFiniteError, batch, random) -> Path | None:
+        if self.folder is None:
+            return None
+        told = told | {"tensor": error.tensor, "module": error.module}
+        path = self.folder / f"nonfinite_step{told['step']}.pt"
+        try:
+            return save_reproducer(path, self.model, batch, random, told)
+        except Exception as problem:  # the report of the fault must not be lost to a full disk
+            _LOG.warning("the reproducer %s could not be written: %s", path, problem)
+            return None

@@ -1,0 +1,245 @@
+"""Where a non-finite number was born: one batch is run again with every torch operation watched.
+
+Nothing of this runs while training is healthy. Once a check has failed, the same batch is evaluated again
+under the random state it had, and the first operation that made NaN or infinity *out of finite numbers*, and
+whose result reached the loss, is named together with its module and source line.
+"""
+
+from __future__ import annotations
+
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..models.trace import ModuleScopes, graph_nodes, is_finite, owner_of_parameter
+
+_TORCH = str(Path(torch.__file__).parent)
+
+
+@dataclass
+class Origin:
+    """Birth of a non-finite value.
+
+    Attributes
+    ----------
+    kind
+        `batch` (it came with the data), `parameter` (the model held it already), `operation` (a forward
+        operation made it) or `gradient` (an operation of the backward pass made it).
+    name
+        Name of the tensor or of the operation.
+    module
+        Innermost module that was running; None for a loss function outside of the model.
+    line
+        `file:line in function` of the code that asked for the operation.
+    inputs
+        Smallest and largest value of each input of the operation.
+    masks
+        Where the first tensor is not finite, and then the tensors that were computed from it.
+    found
+        The first non-finite values (at most five).
+    """
+
+    kind: str
+    name: str
+    module: str | None = None
+    line: str | None = None
+    inputs: list[tuple[float, float]] = field(default_factory=list)
+    masks: list[Tensor] = field(default_factory=list)
+    found: list = field(default_factory=list)
+
+    def __str__(self) -> str:
+        owner = f" of module {self.module!r}" if self.module else ""
+        at = f" at {self.line}" if self.line else ""
+        if self.kind in ("batch", "parameter"):
+            return f"{self.name}{owner} held {_listed(self.found)}"
+        ranges = ", ".join(f"[{low:.4g}, {high:.4g}]" for low, high in self.inputs)
+        given = f" from values in {ranges}" if ranges else ""
+        return f"{self.name}{owner}{at} gave {_listed(self.found)}{given}"
+
+
+def _listed(found: list) -> str:
+    return "non-finite values" if not found else ", ".join(f"{value:g}" for value in dict.fromkeys(found))
+
+
+def named_tensors(value: object, name: str = "batch", depth: int = 4) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor inside nested dicts, sequences, dataclasses and plain objects, with a dotted name."""
+    if isinstance(value, Tensor):
+        yield name, value
+    elif depth > 0:
+        for key, item in _items(value):
+            yield from named_tensors(item, f"{name}.{key}", depth - 1)
+
+
+def _items(value: object):
+    if isinstance(value, dict):
+        return value.items()
+    if isinstance(value, (list, tuple)):
+        return enumerate(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return [(item.name, getattr(value, item.name)) for item in fields(value)]
+    return getattr(value, "__dict__", {}).items()
+
+
+class OperationWatch(TorchDispatchMode):
+    """Follows every operation, and remembers for each non-finite result where it was born."""
+
+    def __init__(self, scopes: ModuleScopes, known: list[tuple[Origin, Tensor]]) -> None:
+        super().__init__()
+        self.scopes = scopes
+        self._births: dict[int, tuple[int, Origin]] = {}
+        self._kept: list[Tensor] = []  # so that no storage address is used twice
+        for origin, tensor in known:
+            self._remember(tensor, (len(self._kept), origin))
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        before = [tensor for _, tensor in named_tensors([args, kwargs], depth=3)]
+        poisoned = [tensor for tensor in before if not is_finite(tensor)]
+        # In-place operations overwrite their inputs: the ranges are read before.
+        ranges = [] if poisoned else [_range(t) for t in before if _has_range(t)]
+        out = func(*args, **kwargs)
+        made = [tensor for _, tensor in named_tensors(out) if not is_finite(tensor)]
+        if made and not func.__name__.startswith(("empty", "new_empty")):
+            birth = self._inherited(poisoned) or (len(self._kept), self._birth(func, before, ranges, made[0]))
+            for tensor in made:
+                self._remember(tensor, birth)
+        return out
+
+    def _birth(self, func, before: list[Tensor], ranges: list, made: Tensor) -> Origin:
+        name = f"operation {func.overloadpacket.__name__}"
+        where = ~torch.isfinite(made.detach())
+        return Origin("operation", name, self.scopes.current, _caller(), ranges, [], _first(made, where))
+
+    def _inherited(self, poisoned: list[Tensor]) -> tuple[int, Origin] | None:
+        known = [self._births.get(_address(tensor)) for tensor in poisoned]
+        found = [birth for birth in known if birth is not None]
+        if found:
+            return min(found, key=lambda birth: birth[0])
+        if not poisoned:
+            return None
+        return 0, given("batch", "an input", poisoned[0])  # it was not made by torch: it came with the data
+
+    def _remember(self, tensor: Tensor, birth: tuple[int, Origin]) -> None:
+        self._kept.append(tensor)
+        self._births.setdefault(_address(tensor), birth)
+        masks = birth[1].masks
+        if tensor.layout == torch.strided and len(masks) < 50:
+            masks.append(~torch.isfinite(tensor.detach()))
+
+    def of(self, tensor: Tensor) -> Origin | None:
+        """Birth of a tensor's non-finite values."""
+        birth = self._births.get(_address(tensor))
+        return birth[1] if birth else None
+
+
+def _has_range(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.numel() > 0 and tensor.layout == torch.strided
+
+
+def _range(tensor: Tensor) -> tuple[float, float]:
+    return float(tensor.detach().min()), float(tensor.detach().max())
+
+
+def _address(tensor: Tensor) -> int:
+    values = tensor if tensor.layout == torch.strided else tensor.values()
+    return values.untyped_storage().data_ptr()
+
+
+def _first(tensor: Tensor, where: Tensor, count: int = 5) -> list[float]:
+    return tensor.detach()[where][:count].tolist()
+
+
+def given(kind: str, name: str, tensor: Tensor) -> Origin:
+    """Origin of a value that was not computed but was there: in the batch or in a parameter."""
+    dense = tensor.detach() if tensor.layout == torch.strided else tensor.detach().to_dense()
+    where = ~torch.isfinite(dense)
+    module = owner_of_parameter(name) if kind == "parameter" else None
+    return Origin(kind, name, module, masks=[where], found=_first(dense, where))
+
+
+def _caller() -> str | None:
+    frames = [f for f in traceback.extract_stack() if not f.filename.startswith((_TORCH, "<"))]
+    outside = [f for f in frames if Path(f.filename).name not in ("locate.py", "trace.py")]
+    last = outside[-1] if outside else None
+    return f"{Path(last.filename).name}:{last.lineno} in {last.name}" if last else None
+
+
+def nonfinite_state(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Parameters and buffers of a model that hold NaN or infinity, by name."""
+    both = [*model.named_parameters(), *model.named_buffers()]
+    return [(name, tensor) for name, tensor in both if not is_finite(tensor)]
+
+
+def find_in_loss(model: nn.Module, loss_terms: Callable, batch: object) -> tuple[str | None, Origin | None]:
+    """Run a batch again and find where the first non-finite loss term came from.
+
+    Returns
+    -------
+    The name of the term and the origin; (None, None) where every term is finite in the second run.
+    """
+    known = [(given("batch", name, t), t) for name, t in named_tensors(batch) if not is_finite(t)]
+    known += [(given("parameter", name, t), t) for name, t in nonfinite_state(model)]
+    with ModuleScopes(model) as scopes, OperationWatch(scopes, known) as watch:
+        terms = loss_terms(batch)
+    for name, term in terms.items():
+        if not is_finite(term):
+            return name, watch.of(term)
+    return None, None
+
+
+def find_in_gradient(
+    model: nn.Module, loss_terms: Callable, batch: object
+) -> tuple[list[str], Origin | None]:
+    """Run a batch forward and backward again and find the first operation with a non-finite gradient.
+
+    Returns
+    -------
+    Names of the parameters with a non-finite gradient, and the origin (None where the second run is finite).
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # anomaly mode announces itself; here it only keeps source lines
+        with torch.autograd.detect_anomaly(check_nan=False), ModuleScopes(model) as scopes:
+            loss = sum(loss_terms(batch).values())
+    births: list[Origin] = []
+    handles = [node.register_hook(_backward_hook(node, scopes, births)) for node in graph_nodes(loss.grad_fn)]
+    names, parameters = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad), strict=True)
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    for handle in handles:
+        handle.remove()
+    bad = [name for name, g in zip(names, gradients, strict=True) if g is not None and not is_finite(g)]
+    if bad and not births:  # no operation did it: a hook on the parameter changes its gradient
+        births.append(Origin("gradient", f"a hook on {bad[0]}", owner_of_parameter(bad[0])))
+    return bad, births[0] if births else None
+
+
+def _backward_hook(node, scopes: ModuleScopes, births: list[Origin]):
+    def look(made: tuple, given_: tuple) -> None:
+        known = [g for g in given_ if g is not None]
+        bad = [g for g in made if g is not None and not is_finite(g)]
+        if bad and not births and all(is_finite(g) for g in known):
+            where = ~torch.isfinite(bad[0])
+            ranges = [_range(g) for g in known if _has_range(g)]
+            name = f"gradient of operation {node.name().removesuffix('Backward0')}"
+            line = _recorded_line(node)
+            births.append(
+                Origin("gradient", name, scopes.owner(node), line, ranges, [where], _first(bad[0], where))
+            )
+
+    return look
+
+
+def _recorded_line(node) -> str | None:
+    """Source line of the forward operation, as anomaly mode keeps it on the node."""
+    lines = [line.strip() for text in node.metadata.get("traceback_", []) for line in text.splitlines()]
+    frames = [line for line in lines if line.startswith('File "')]
+    mine = [line for line in frames if _TORCH not in line and "/locate.py" not in line]
+    if not mine:
+        return None
+    path, number, function = mine[-1].removeprefix('File "').replace('"', "").split(", ")[:3]
+    return f"{Path(path).name}:{number.removeprefix('line ')} {function}"
