@@ -1,0 +1,227 @@
+"""Colours, canvases and labels shared by every figure.
+
+Every property is set on the artist itself. `matplotlib.rcParams` is neither read for colours nor changed: a live
+picture is drawn in a worker thread, and a temporary change of a global there would reach the figures of the user.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+from PIL import Image as Pixels
+
+if TYPE_CHECKING:
+    from IPython.display import Image
+    from matplotlib.axes import Axes
+
+# Okabe and Ito (2008), black and the pale yellow last: neither carries a thin line well.
+OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#F0E442")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+LINES = ("-", "--", "-.", ":")
+HATCHES = ("", "////", "....", "xxxx", "\\\\\\\\", "++++")
+RANGE, DIVERGING = "cividis", "RdBu_r"
+INK, QUIET, FAINT = "#222222", "#6b6b6b", "#e4e4e4"
+DPI, WIDTH = 96, 8.0
+TITLE, TEXT, SMALL = 10.0, 9.0, 8.0
+
+
+class NotebookFigure(Figure):
+    """A matplotlib figure that shows itself as PNG at the end of a cell, without pyplot."""
+
+    def _repr_png_(self) -> bytes:
+        return png(self)
+
+
+def canvas(
+    rows: int = 1, columns: int = 1, *, width: float = WIDTH, height: float | None = None, **grid
+) -> tuple[NotebookFigure, list[Axes]]:
+    """A white figure with `rows * columns` panels, laid out so that no label is clipped.
+
+    Parameters
+    ----------
+    width, height
+        Inches; 8 inches are 768 pixels. The default height gives panels of 2.5 inches.
+    grid
+        Passed to `Figure.subplots` (`sharex`, `sharey`, `width_ratios`, ...).
+
+    Returns
+    -------
+    The figure and its axes in reading order.
+    """
+    size = (width, height or 2.5 * rows)
+    fig = NotebookFigure(figsize=size, dpi=DPI, facecolor="white", edgecolor="white", layout="constrained")
+    FigureCanvasAgg(fig)
+    ratios = {key: grid.pop(key) for key in ("width_ratios", "height_ratios") if key in grid}
+    axes = fig.subplots(rows, columns, squeeze=False, gridspec_kw=ratios, **grid).ravel()
+    return fig, [plain_axes(ax) for ax in axes]
+
+
+def plain_axes(ax: Axes) -> Axes:
+    """Two quiet spines, small ticks, white ground."""
+    ax.set_facecolor("white")
+    ax.set_prop_cycle(color=OKABE_ITO)
+    ax.grid(False)
+    for side, spine in ax.spines.items():
+        spine.set(visible=side in {"left", "bottom"}, color=QUIET, linewidth=0.8)
+    ax.tick_params(which="both", colors=QUIET, labelcolor=INK, labelsize=SMALL, width=0.8, length=3)
+    ax.tick_params(which="minor", length=1.5, labelsize=SMALL)
+    return ax
+
+
+def label(ax: Axes, title: str = "", x: str = "", y: str = "") -> Axes:
+    """Title and axis labels in our own words (not from data: those go through `safe`)."""
+    ax.set_title(title, fontsize=TITLE, color=INK, loc="left")
+    ax.set_xlabel(x, fontsize=TEXT, color=INK)
+    ax.set_ylabel(y, fontsize=TEXT, color=INK)
+    return ax
+
+
+def safe(text: object, limit: int = 32) -> str:
+    """A label from data: no accidental mathtext, no line break, no hidden legend entry, at most `limit` long."""
+    words = " ".join(str(text).split())
+    words = words if len(words) <= limit else words[: limit - 1] + "…"
+    # matplotlib leaves legend entries out whose label begins with an underscore
+    words = " " + words if words.startswith("_") else words
+    return words.replace("$", r"\$")
+
+
+def note(ax: Axes, x: float, y: float, text: str, **kwargs):
+    """Small text at a place given as fractions of the panel."""
+    options = {"fontsize": SMALL, "color": INK, "va": "top", "transform": ax.transAxes} | kwargs
+    return ax.text(x, y, text, **options)
+
+
+def mark(index: int) -> dict[str, str]:
+    """Colour and marker of category `index`; the pair repeats only after 56 categories."""
+    return {"color": OKABE_ITO[index % len(OKABE_ITO)], "marker": MARKERS[index % len(MARKERS)]}
+
+
+def line(index: int) -> dict[str, str]:
+    """Colour and line style of category `index`."""
+    return {"color": OKABE_ITO[index % 7], "linestyle": LINES[index % len(LINES)]}
+
+
+def legend(ax: Axes, *handles, outside: bool = False, columns: int = 1, title: str | None = None, **kwargs):
+    """A legend without a frame; `outside` puts it to the right of the panel, where it hides no data."""
+    options = {
+        "fontsize": SMALL,
+        "labelcolor": INK,
+        "ncols": columns,
+        "title": title,
+        "title_fontsize": SMALL,
+    }
+    options |= {"frameon": not outside, "framealpha": 0.85, "edgecolor": "none", "facecolor": "white"}
+    options |= {"handlelength": 1.6, "borderaxespad": 0.3, "labelspacing": 0.35}
+    if outside:
+        options |= {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0)}
+    options |= kwargs
+    return ax.legend(handles=list(handles), **options) if handles else ax.legend(**options)
+
+
+def long_names(ax: Axes, names: Sequence[object], axis: str = "x") -> None:
+    """Categories as ticks: turned when they would overlap."""
+    shown = [safe(name, 28) for name in names]
+    (ax.set_xticks if axis == "x" else ax.set_yticks)(range(len(shown)), shown)
+    if axis == "x":
+        room = ax.get_figure().get_figwidth() * ax.get_subplotspec().get_position(ax.get_figure()).width * 12
+        if sum(len(name) + 2 for name in shown) > room:
+            ax.tick_params(axis="x", labelrotation=40)
+            for tick in ax.get_xticklabels():
+                tick.set(ha="right", rotation_mode="anchor")
+    ax.tick_params(axis=axis, length=0)
+
+
+def compact(value: float, _position: int | None = None) -> str:
+    """A tick in few letters: 1500 as 1.5k, 0.0001 as 1e-4."""
+    size = abs(value)
+    if size == 0 or not np.isfinite(value):
+        return "0" if size == 0 else ""
+    if size >= 1e9 or size < 1e-3:
+        mantissa, power = f"{value:.2e}".split("e")
+        return f"{float(mantissa):g}e{int(power)}"
+    for factor, unit in ((1e6, "M"), (1e3, "k")):
+        if size >= factor:
+            return f"{value / factor:.4g}{unit}"
+    return f"{value:.4g}"
+
+
+def few_ticks(ax: Axes, axis: str = "both", n: int = 5) -> None:
+    """At most `n` compact ticks on a linear axis."""
+    for name in ("x", "y") if axis == "both" else (axis,):
+        side = ax.xaxis if name == "x" else ax.yaxis
+        side.set_major_locator(MaxNLocator(n, min_n_ticks=2))
+        side.set_major_formatter(FuncFormatter(compact))
+
+
+def log_ticks(ax: Axes, axis: str = "y") -> None:
+    """Compact ticks on the logarithmic axis, no minor labels."""
+    side = ax.xaxis if axis == "x" else ax.yaxis
+    side.set_major_formatter(FuncFormatter(compact))
+    side.set_minor_formatter(FuncFormatter(lambda *_: ""))
+
+
+def linear_threshold(values) -> float:
+    """Power of ten below which an energy axis is linear: a tenth of the typical size, three decades at most."""
+    sizes = np.abs(np.asarray(values, dtype=float))
+    sizes = sizes[np.isfinite(sizes)]
+    top = float(sizes.max(initial=0.0)) or 1.0
+    typical = float(np.median(sizes)) if sizes.size else top
+    return float(10.0 ** np.floor(np.log10(max(typical / 3, top / 1e3))))
+
+
+def energy_scale(ax: Axes, values, axis: str = "x") -> None:
+    """Logarithmic above the noise and linear around zero, where a U-statistic may well be negative."""
+    set_scale, side = (ax.set_xscale, ax.xaxis) if axis == "x" else (ax.set_yscale, ax.yaxis)
+    set_scale("symlog", linthresh=linear_threshold(values), linscale=0.6)
+    side.set_minor_locator(NullLocator())
+    side.set_major_formatter(FuncFormatter(compact))
+
+
+def png(fig: Figure, *, dpi: float | None = None, colours: int | None = 256) -> bytes:
+    """The figure as PNG; a palette of `colours` keeps a notebook small (None: full colour)."""
+    raw = BytesIO()
+    fig.savefig(raw, format="png", dpi=dpi or fig.dpi, facecolor="white")
+    if colours is None:
+        return raw.getvalue()
+    small = BytesIO()
+    with Pixels.open(raw) as picture:
+        picture.convert("RGB").quantize(
+            colours, method=Pixels.Quantize.FASTOCTREE, dither=Pixels.Dither.NONE
+        ).save(small, format="png", optimize=True)
+    return small.getvalue()
+
+
+def show(
+    fig: Figure, path: str | Path | None = None, *, alt: str | None = None, dpi: float | None = None
+) -> Image:
+    """The figure as an image for the end of a cell, also written to `path` if one is given.
+
+    Parameters
+    ----------
+    fig
+        Any matplotlib figure.
+    path
+        PNG file; missing folders are made.
+    alt
+        Words for those who cannot see the picture.
+    dpi
+        Pixels per inch; the figure's own by default.
+
+    Returns
+    -------
+    `IPython.display.Image`, so that the last line of a cell shows it.
+    """
+    from IPython.display import Image
+
+    data = png(fig, dpi=dpi)
+    if path is not None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_bytes(data)
+    return Image(data, format="png", alt=alt)
