@@ -1,6 +1,6 @@
 """Figures of the notebooks: tidy tables and arrays in, `matplotlib.figure.Figure` out.
 
-No pyplot and no global settings. A figure shows itself at the end of a cell; `show(fig, path)` also writes it.
+No pyplot, no global settings. A figure shows itself at the end of a cell; `show(fig, path)` also writes it.
 Categories differ in colour (Okabe and Ito) and in marker, line or hatch; ranges use cividis.
 
 References

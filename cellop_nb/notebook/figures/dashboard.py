@@ -1,8 +1,8 @@
-"""The picture of a running training: one figure whose artists are kept, of which only what moved is drawn again.
+"""The picture of a running training: one figure that is kept, of which only what moved is drawn again.
 
-Drawing ticks and words takes matplotlib ten times longer than drawing curves. So every panel keeps a copy of its
-empty self (frame, ticks, title) and draws its curves onto that; the empty panel is drawn again only when its limits
-change, and limits are rounded so that they change seldom.
+Drawing ticks and words takes matplotlib ten times longer than drawing curves. So every panel keeps a copy of
+its empty self (frame, ticks, title) and draws its curves onto that; the empty panel is drawn again only when its
+limits change, and limits are rounded so that they change seldom.
 """
 
 from __future__ import annotations
@@ -94,13 +94,18 @@ class Dashboard:
         for view in self.views:
             view.update(epochs, columns, marks)
 
+    def still(self) -> s.NotebookFigure:
+        """The figure for `savefig`, which draws moving artists in axes but not in the figure itself."""
+        self._headline.set_animated(False)
+        return self.fig
+
     def png(self, *, small: bool = False) -> bytes:
-        """The picture; `small` spends more time on fewer bytes (for the picture that stays in the notebook)."""
+        """The picture; `small` spends time to save bytes (for the picture that stays in the notebook)."""
         self._paint()
         width = round(self.fig.bbox.width)
         picture = Pixels.frombuffer("RGBA", (width, self.height), self.canvas.buffer_rgba()).convert("RGB")
         if small:
-            picture = picture.quantize(128, method=Pixels.Quantize.FASTOCTREE, dither=Pixels.Dither.NONE)
+            picture = s.palette_of(picture, 128)
         raw = BytesIO()
         picture.save(raw, format="png", compress_level=6 if small else 1)
         return raw.getvalue()
@@ -167,7 +172,7 @@ class _View:
 
 
 class _Curves(_View):
-    """Training solid, validation dashed; best epoch starred; the epochs of patience shaded where monitored."""
+    """Training solid, validation dashed; best epoch starred; patience shaded where monitored."""
 
     def __init__(self, ax: Axes, box, panel: Panel, monitor: str, epochs: bool) -> None:
         super().__init__(ax, box, s.safe(panel.title, 34), epochs=epochs)
@@ -196,7 +201,7 @@ class _Curves(_View):
 
 
 class _Groups(_View):
-    """Energy distance per group with its floor: each group when they are few, else median, bands and the worst."""
+    """Energy distance per group with its floor: each group when few, else median, bands and the worst."""
 
     def __init__(self, ax: Axes, box, panel: Panel) -> None:
         super().__init__(ax, box, panel.title, epochs=True)

@@ -121,8 +121,8 @@ def noise_floor(table: pd.DataFrame, *, max_groups: int = 40) -> Figure:
     Parameters
     ----------
     table
-        One row per group: `energy` (to the controls), `floor` (between two random halves of the group), and the
-        group as `group`, or as `context` and `perturbation`. Energy distances are Euclidean, U-statistic.
+        One row per group: `energy` (to the controls), `floor` (between two random halves of the group), and
+        the group as `group`, or as `context` and `perturbation`. Energy distances are Euclidean, U-statistic.
     """
     need(table, "energy", "floor")
     rows = table.assign(group=group_labels(table)).sort_values("energy", ascending=False).head(max_groups)

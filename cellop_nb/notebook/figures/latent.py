@@ -86,7 +86,7 @@ def _moments(counts, genes: np.ndarray) -> dict[str, np.ndarray]:
 def _powers(ax) -> None:
     """Counts as tick labels on an axis that holds log10 values."""
     low, high = ax.get_xlim()
-    steps = np.array([base * 10.0**power for power in range(0, 9) for base in (1, 2, 5)])
+    steps = np.array([base * 10.0**power for power in range(9) for base in (1, 2, 5)])
     ticks = steps[(np.log10(steps) >= low) & (np.log10(steps) <= high)]
     ticks = ticks if len(ticks) <= 5 else ticks[:: -(-len(ticks) // 5)]
     ax.set_xticks(np.log10(ticks), [s.compact(tick) for tick in ticks])
@@ -125,7 +125,7 @@ def embedding(
     columns = columns or min(2, len(names))
     rows = -(-len(names) // columns)
     fig, axes = s.canvas(rows, columns, height=(3.1 if columns > 1 else 4.2) * rows)
-    size = size or float(np.clip(40 / np.sqrt(len(keep)) * 3, 1.0, 14.0))
+    size = size or float(np.clip(300 / np.sqrt(len(keep)), 1.5, 16.0))
     for ax, name in zip(axes, names, strict=False):
         values = labels[name].iloc[shuffled]
         number = pd.api.types.is_numeric_dtype(values) and not isinstance(values.dtype, pd.CategoricalDtype)
@@ -190,19 +190,20 @@ def transport(
     notes
         Group label -> a short text in its panel (the energy distance, say).
     max_cells
-        Cells per cloud and panel, drawn at random (seeded). Large marks are the means of all cells.
+        Cells per cloud and panel, drawn at random (seeded). Large marks are the means of all cells. Every panel
+        has its own limits, one unit being as long upwards as sideways.
     """
     names = list(moved)[:max_groups]
     columns = min(columns, len(names))
     rows = -(-len(names) // columns)
-    fig, axes = s.canvas(rows, columns, height=2.45 * rows + 0.4, sharex=True, sharey=True)
+    fig, axes = s.canvas(rows, columns, height=2.45 * rows + 0.4)
     clouds = (
         ("control", control, 6, 0.45),
         ("real perturbed", real, 1, 0.55),
         ("control moved", moved, 0, 0.55),
     )
     for i, (ax, name) in enumerate(zip(axes, names, strict=False)):
-        for label, cells, index, alpha in clouds:
+        for _, cells, index, alpha in clouds:
             _cloud(ax, np.asarray(cells[name], dtype=float), s.mark(index), alpha, max_cells, seed)
         s.label(
             ax,
@@ -211,6 +212,7 @@ def transport(
             "" if i % columns else f"{axis} 2",
         )
         ax.set(xticks=[], yticks=[])
+        ax.set_aspect("equal", adjustable="datalim")
         s.note(ax, 0.02, 0.99, s.safe((notes or {}).get(name, ""), 60))
     for ax in axes[len(names) :]:
         ax.set_visible(False)

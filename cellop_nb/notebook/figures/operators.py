@@ -20,8 +20,8 @@ def spectra(table: pd.DataFrame, *, limit: float | None = None) -> Figure:
     Parameters
     ----------
     table
-        One row per condition and index: `condition` (or `group`, or `context` and `perturbation`), `real` and `imag`
-        parts of an eigenvalue, `singular_value`; sorted as wished. At most 12 conditions are drawn.
+        One row per condition and index: `condition` (or `group`, or `context` and `perturbation`), `real` and
+        `imag` parts of an eigenvalue, `singular_value`. At most 12 conditions are drawn.
     limit
         Largest spectral norm that the stability penalty lets pass; drawn as a line.
     """
@@ -47,13 +47,21 @@ def spectra(table: pd.DataFrame, *, limit: float | None = None) -> Figure:
     values.axhline(1, color=s.QUIET, linewidth=0.8, linestyle="--")
     if limit is not None:
         values.axhline(limit, color=s.OKABE_ITO[3], linewidth=1.2, linestyle=":", label=f"limit {limit:g}")
-    plane.set_aspect("equal", adjustable="datalim")
+    _around(plane, table[names.isin(shown)])
     s.few_ticks(plane, n=5)
     s.few_ticks(values, n=6)
     s.label(plane, "Eigenvalues (dashed: unit circle)", "real part", "imaginary part")
     s.label(values, "Singular values (dashed: 1)", "rank", "singular value")
     s.legend(values, outside=True)
     return fig
+
+
+def _around(plane, rows: pd.DataFrame) -> None:
+    """Limits around the eigenvalues and 1, not the whole circle: most operators lie near the identity."""
+    real, imag = np.append(rows["real"], 1.0), np.append(rows["imag"], 0.0)
+    half = 0.6 * max(np.ptp(real), 2 * np.abs(imag).max(), 0.1)
+    middle = (real.min() + real.max()) / 2
+    plane.set(xlim=(middle - half, middle + half), ylim=(-half, half), aspect="equal")
 
 
 def response_axes(
@@ -115,8 +123,8 @@ def gradient_map(table: pd.DataFrame, *, max_rows: int = 40) -> Figure:
     Parameters
     ----------
     table
-        One row per parameter (and loss term, if there is a column `term`): `parameter`, `reached` (fraction of its
-        elements with a gradient that is not zero, 0 to 1), `grad_norm`; on request `norm` of the parameter itself.
+        One row per parameter (and loss term, if there is a column `term`): `parameter`, `reached` (fraction of
+        its elements with a gradient that is not zero, 0 to 1), `grad_norm`; on request `norm` of the parameter.
     """
     need(table, "parameter", "reached", "grad_norm")
     names = list(dict.fromkeys(table["parameter"]))[:max_rows]
@@ -160,6 +168,7 @@ def gradient_map(table: pd.DataFrame, *, max_rows: int = 40) -> Figure:
     for row in range(0, len(names), 2):
         norms.axhspan(row - 0.5, row + 0.5, color=s.FAINT, alpha=0.4, linewidth=0, zorder=0)
     s.long_names(reach, names, "y")
+    norms.tick_params(axis="y", length=0)
     reach.set(xlim=(0, 1), ylim=(len(names) - 0.5, -0.5))
     s.label(reach, "Elements reached", "fraction with gradient")
     s.label(norms, "Norms", "Euclidean norm (log scale)")

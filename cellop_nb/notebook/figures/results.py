@@ -1,4 +1,4 @@
-"""Figures that judge a prediction: energy distances beside baselines and floor, genes, where the error sits."""
+"""Figures that judge a prediction: distances beside baselines and floor, genes, where the error sits."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def energy_bars(
     Parameters
     ----------
     table
-        Columns `method`, `energy`, the group (as `group`, or `context` and `perturbation`), and on request `floor`.
+        Columns `method`, `energy`, the group (as `group`, or `context` and `perturbation`); on request `floor`.
         Several rows for one group and method (seeds) become a bar at the mean with a dot for each.
     methods
         Order of the methods; that of the table by default.
@@ -45,8 +45,8 @@ def energy_bars(
     if "floor" in table:
         floors = table.groupby("group", sort=False)["floor"].mean().reindex(groups)
         y = np.arange(len(groups))
-        handles.append(ax.vlines(floors, y - 0.45, y + 0.45, color=s.INK, linewidth=1.8, label="noise floor"))
-    ax.axvline(0, color=s.QUIET, linewidth=0.8)
+        handles.append(ax.vlines(floors, y - 0.45, y + 0.45, color=s.INK, linewidth=2.2, label="noise floor"))
+    ax.spines["left"].set_visible(False)  # it would hide the floors, which lie near zero
     _maybe_symlog(ax, table[value])
     s.long_names(ax, groups, "y")
     ax.set_ylim(len(groups) - 0.45, -0.55)
@@ -69,7 +69,7 @@ def _method_bars(
         linewidth=0.3,
     )
     if rows["group"].duplicated().any():
-        place = rows["group"].map({name: row for name, row in zip(groups, y, strict=True)})
+        place = rows["group"].map(dict(zip(groups, y, strict=True)))
         ax.plot(rows[value], place, linestyle="", marker="o", markersize=2.5, color=s.INK)
 
 
@@ -88,7 +88,7 @@ def error_budget(table: pd.DataFrame, *, stages: Sequence[str] | None = None) ->
     Parameters
     ----------
     table
-        Columns `stage`, `energy` and the group (as `group`, or `context` and `perturbation`). Stages are, say,
+        Columns `stage`, `energy` and the group (as `group`, or `context` and `perturbation`). Stages are
         "noise floor", "reconstructed controls", "oracle latents", "operator", "no change".
     stages
         Order in the legend; that of the table by default.
@@ -128,8 +128,9 @@ def predicted_vs_true(
     Parameters
     ----------
     table
-        Columns `gene`, `true`, `predicted` (change of mean log1p expression, perturbed minus control); on request the
-        group (as `group`, or `context` and `perturbation`) for one panel each, and `is_de` (bool) for marked genes.
+        Columns `gene`, `true`, `predicted` (change of mean log1p expression, perturbed minus control); on
+        request the group (as `group`, or `context` and `perturbation`) for one panel each, and `is_de` (bool)
+        for marked genes.
     n_names
         Genes named per panel.
     """
@@ -140,7 +141,7 @@ def predicted_vs_true(
     columns = min(columns, len(names))
     rows = -(-len(names) // columns)
     fig, axes = s.canvas(
-        rows, columns, height=(2.7 if columns > 1 else 4.5) * rows, width=8 if columns > 1 else 5.5
+        rows, columns, height=(2.35 if columns > 1 else 4.5) * rows, width=8 if columns > 1 else 5.5
     )
     for i, (ax, name) in enumerate(zip(axes, names, strict=False)):
         _changes(ax, table[table["group"] == name], n_names)
@@ -154,40 +155,43 @@ def predicted_vs_true(
 def _changes(ax, rows: pd.DataFrame, n_names: int) -> None:
     both = rows[["true", "predicted"]].to_numpy(dtype=float)
     low, high = np.nanmin(both, initial=0.0), np.nanmax(both, initial=0.0)
-    pad = 0.08 * (high - low) or 1.0
-    ax.set(xlim=(low - pad, high + 2.2 * pad), ylim=(low - pad, high + 2.2 * pad), aspect="equal")
+    span = (high - low) or 1.0
+    pad = 0.06 * span
+    ax.set(
+        xlim=(low - pad, high + (0.5 * span if n_names else pad)),
+        ylim=(low - pad, high + pad),
+        aspect="equal",
+    )
     ax.plot([low, high], [low, high], color=s.QUIET, linewidth=0.8)
     marked = rows["is_de"].to_numpy(dtype=bool) if "is_de" in rows else np.zeros(len(rows), dtype=bool)
     dots = {"linestyle": "", "rasterized": True, "markersize": 3}
     ax.plot(*both[~marked].T, alpha=0.5, **dots | {"color": s.QUIET, "marker": "o"})
     ax.plot(*both[marked].T, **dots | s.mark(3) | {"markersize": 3.5})
     top = rows.reindex(rows["true"].abs().sort_values(ascending=False).index)[:n_names]
-    spread_names(
-        ax, top["true"].to_numpy(), top["predicted"].to_numpy(), [s.safe(gene, 14) for gene in top["gene"]]
-    )
+    genes = [s.safe(gene, 12) for gene in top["gene"]]
+    names_beside(ax, top["true"].to_numpy(), top["predicted"].to_numpy(), genes, high + 0.1 * span)
     s.few_ticks(ax, n=4)
     if len(rows) > 2:
         s.note(ax, 0.03, 0.98, f"r = {np.corrcoef(both.T)[0, 1]:.2f}, {len(rows):,} genes")
 
 
-def spread_names(ax, x: np.ndarray, y: np.ndarray, names: Sequence[str]) -> None:
-    """Names beside their points, pushed apart downwards where they would overlap."""
+def names_beside(ax, x: np.ndarray, y: np.ndarray, names: Sequence[str], edge: float) -> None:
+    """Names in a column at `edge`, in the order of their points, far enough apart to be read."""
     low, high = ax.get_ylim()
-    left, right = ax.get_xlim()
-    height = (high - low) * s.SMALL * 1.25 / 72 / (ax.get_position().height * ax.get_figure().get_figheight())
-    last = np.inf
-    for i in np.argsort(-y):
-        place = min(y[i], last - height)
-        last = place
-        near_edge = x[i] > left + 0.72 * (right - left)
-        shift = 0.02 * (right - left) * (-1 if near_edge else 1)
+    lines = ax.get_position().height * ax.get_figure().get_figheight() * 72 / (s.SMALL * 1.15)
+    order = np.argsort(y)
+    places = _apart(y[order], (high - low) / lines, low, high)
+    for i, place in zip(order, places, strict=True):
+        line = {"arrowstyle": "-", "color": s.QUIET, "linewidth": 0.4, "shrinkA": 0, "shrinkB": 1}
+        text = {"fontsize": s.SMALL - 1, "color": s.INK, "va": "center", "ha": "left"}
         ax.annotate(
-            names[i],
-            (x[i], y[i]),
-            (x[i] + shift, place),
-            fontsize=s.SMALL - 1,
-            color=s.INK,
-            va="center",
-            ha="right" if near_edge else "left",
-            arrowprops={"arrowstyle": "-", "color": s.QUIET, "linewidth": 0.4, "shrinkA": 0, "shrinkB": 1},
-        )
+            names[i], (x[i], y[i]), (edge, place), arrowprops=line, annotation_clip=False, **text
+        ).set_in_layout(False)
+
+
+def _apart(places: np.ndarray, gap: float, low: float, high: float) -> np.ndarray:
+    """Rising places at least `gap` apart: pushed up from below, then down from the top."""
+    steps = gap * np.arange(len(places))
+    up = np.maximum.accumulate(places - steps) + steps
+    down = np.minimum.accumulate((np.minimum(up, high - steps[::-1]) - steps)[::-1])[::-1] + steps
+    return np.maximum(down, low + steps) if len(places) else places

@@ -1,7 +1,7 @@
 """Colours, canvases and labels shared by every figure.
 
-Every property is set on the artist itself. `matplotlib.rcParams` is neither read for colours nor changed: a live
-picture is drawn in a worker thread, and a temporary change of a global there would reach the figures of the user.
+Every property is set on the artist itself. `matplotlib.rcParams` is neither read for colours nor changed: a
+live picture is drawn in a worker thread, and a temporary change of a global there would reach the user's figures.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def label(ax: Axes, title: str = "", x: str = "", y: str = "") -> Axes:
 
 
 def safe(text: object, limit: int = 32) -> str:
-    """A label from data: no accidental mathtext, no line break, no hidden legend entry, at most `limit` long."""
+    """A label from data: no mathtext, no line break, no hidden legend entry, at most `limit` letters."""
     words = " ".join(str(text).split())
     words = words if len(words) <= limit else words[: limit - 1] + "…"
     # matplotlib leaves legend entries out whose label begins with an underscore
@@ -127,7 +127,7 @@ def legend(ax: Axes, *handles, outside: bool = False, columns: int = 1, title: s
 
 def long_names(ax: Axes, names: Sequence[object], axis: str = "x") -> None:
     """Categories as ticks: turned when they would overlap."""
-    shown = [safe(name, 28) for name in names]
+    shown = [safe(name, 40) for name in names]
     (ax.set_xticks if axis == "x" else ax.set_yticks)(range(len(shown)), shown)
     if axis == "x":
         room = ax.get_figure().get_figwidth() * ax.get_subplotspec().get_position(ax.get_figure()).width * 12
@@ -168,12 +168,14 @@ def log_ticks(ax: Axes, axis: str = "y") -> None:
 
 
 def linear_threshold(values) -> float:
-    """Power of ten below which an energy axis is linear: a tenth of the typical size, three decades at most."""
-    sizes = np.abs(np.asarray(values, dtype=float))
-    sizes = sizes[np.isfinite(sizes)]
-    top = float(sizes.max(initial=0.0)) or 1.0
-    typical = float(np.median(sizes)) if sizes.size else top
-    return float(10.0 ** np.floor(np.log10(max(typical / 3, top / 1e3))))
+    """Power of ten below which an energy axis is linear; all negative values lie there."""
+    values = np.asarray(values, dtype=float)
+    values = values[np.isfinite(values)]
+    top = float(np.abs(values).max(initial=0.0)) or 1.0
+    typical = float(np.median(np.abs(values))) if values.size else top
+    least = 10.0 ** np.floor(np.log10(max(typical / 3, top / 1e3)))
+    negative = -float(values.min(initial=0.0))
+    return float(max(least, 10.0 ** np.ceil(np.log10(negative)))) if negative > 0 else float(least)
 
 
 def energy_scale(ax: Axes, values, axis: str = "x") -> None:
@@ -192,10 +194,17 @@ def png(fig: Figure, *, dpi: float | None = None, colours: int | None = 256) -> 
         return raw.getvalue()
     small = BytesIO()
     with Pixels.open(raw) as picture:
-        picture.convert("RGB").quantize(
-            colours, method=Pixels.Quantize.FASTOCTREE, dither=Pixels.Dither.NONE
-        ).save(small, format="png", optimize=True)
+        palette_of(picture.convert("RGB"), colours).save(small, format="png", optimize=True)
     return small.getvalue()
+
+
+def palette_of(picture: Pixels.Image, colours: int) -> Pixels.Image:
+    """The picture in `colours` colours, its white ground kept white (the palette holds averages)."""
+    reduced = picture.quantize(colours, method=Pixels.Quantize.MEDIANCUT, dither=Pixels.Dither.NONE)
+    palette = np.asarray(reduced.getpalette(), dtype=np.uint8).reshape(-1, 3).copy()
+    palette[(palette >= 248).all(axis=1)] = 255
+    reduced.putpalette(palette.ravel().tolist())
+    return reduced
 
 
 def show(

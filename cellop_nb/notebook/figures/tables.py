@@ -41,5 +41,7 @@ def wide_counts(table: pd.DataFrame) -> pd.DataFrame:
     if {"context", "perturbation"} <= set(table.columns):
         need(table, "context", "perturbation", "cells")
         table = table.astype({"context": str, "perturbation": str})
-        table = table.pivot_table(index="context", columns="perturbation", values="cells", aggfunc="sum")
+        table = table.pivot_table(
+            index="context", columns="perturbation", values="cells", aggfunc="sum", sort=False
+        )
     return table.fillna(0)
