@@ -244,8 +244,8 @@ def groups(
     split
         Use only the cells of this split (or these); None for all.
     control_split
-        Where the controls come from; by default the same split. A test group whose context has too few controls
-        there (they were not held out with it) starts from all controls of its context.
+        Where the controls come from; by default the same split. A test group whose context has too few
+        controls there (they were not held out with it) starts from all controls of its context.
     min_cells
         Smaller groups are left out and listed in `Groups.dropped`.
 

@@ -32,8 +32,8 @@ def split(
     Parameters
     ----------
     holdout
-        Column of `obs` to value or list of values; a cell is held out if it matches all of them, such as
-        ``{"cell_type": "B", "perturbation": "IFNb"}``, ``{"donor": "d1"}``, ``{"perturbation": ["A", "A+B"]}``.
+        Column of `obs` to value or list of values; a cell is held out if it matches all of them:
+        ``{"cell_type": "B", "perturbation": "IFNb"}``, ``{"donor": "d1"}``, ``{"perturbation": ["A", "B"]}``.
         None holds out random cells of every group.
     test_fraction
         Share of each (context, perturbation) group that becomes test when `holdout` is None.

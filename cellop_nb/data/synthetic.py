@@ -1,0 +1,210 @@
+"""Screens whose operators are known: latent clouds, planted affine operators, a nonlinear decoder, NB counts.
+
+``python -m cellop_nb.data.synthetic PATH`` writes the example that the package carries.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from itertools import combinations as pairs_of
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from scipy import sparse
+
+from ..errors import DataError, LabelError, did_you_mean, three_beats
+from .planted import Cloud, Decoder, draw_generators, operator_of
+
+EXAMPLE = {"combinations": 2, "n_genes": 500, "n_cells": 160, "n_controls": 240, "seed": 0}
+"""Arguments of :func:`synthetic` that give the example screen."""
+
+
+def synthetic(
+    *,
+    n_contexts: int = 4,
+    n_perturbations: int = 4,
+    combinations: int | Sequence[str] = 0,
+    doses: Sequence[float] = (1.0,),
+    n_cells: int = 150,
+    n_controls: int | None = None,
+    n_genes: int = 300,
+    n_latent: int = 6,
+    n_donors: int = 3,
+    library: float | None = None,
+    batch_effect: float = 0.0,
+    context_deviation: float = 0.0,
+    perturbation_key: str = "perturbation",
+    context_key: str = "cell_type",
+    control: str = "control",
+    seed: int = 0,
+) -> AnnData:
+    r"""A perturbation screen with planted operators.
+
+    Controls of each context are drawn from a mixture of two correlated Gaussians. A cell treated with p at
+    dose t is another draw from the same mixture, moved by
+
+    .. math:: z \mapsto A_p(t) z + b_p(t), \qquad
+        \begin{pmatrix} A_p(t) & b_p(t) \\ 0 & 1 \end{pmatrix} = \exp(t\, G_p),
+
+    with generators of low rank, shared by all contexts. Counts are negative binomial around a nonlinear
+    decoder's proportions times a log-normal library size. With three or more perturbations the last one does
+    nothing, and the one before it is weak.
+
+    Parameters
+    ----------
+    combinations
+        How many pairs of perturbations to add ("A+B": first A, then B, so A_B A_A), or their labels.
+    doses
+        Doses of each single perturbation; several write `obs["dose"]`. Combinations are given at dose 1.
+    n_cells, n_controls
+        Cells per perturbed group, and controls per context (by default as many).
+    library
+        Median counts per cell; by default 0.35 per gene, which leaves about 90 % zeros.
+    batch_effect
+        Standard deviation of each gene's log fold change between the two batches.
+    context_deviation
+        Standard deviation of each context's own addition to the generators' entries; 0 shares them exactly.
+
+    Returns
+    -------
+    AnnData
+        Counts in `X` (CSR float32). `obs` has perturbation, context, donor, batch, and dose where there are
+        several. `obsm["X_truth"]`: true latents (cell, d). `uns["cellop_nb"]["truth"]`: `condition`,
+        `context`, `dose` (condition,), with their `A` (condition, d, d) and `b` (condition, d); the `decoder`;
+        the `dispersion` (gene,) of the NB and the second batch's `batch_shift` in logits (gene,).
+
+    See Also
+    --------
+    planted_operator, planted_proportions
+    """
+    _check_sizes(n_contexts=n_contexts, n_perturbations=n_perturbations, n_cells=n_cells, n_genes=n_genes)
+    rng = np.random.default_rng(seed)
+    contexts = [f"type {_letters(k)}" for k in range(n_contexts)]
+    singles = [f"drug {k + 1}" for k in range(n_perturbations)]
+    doubles = _combination_labels(combinations, singles)
+    clouds = {context: Cloud.draw(rng, n_latent) for context in contexts}
+    generators = draw_generators(rng, singles, contexts, n_latent, context_deviation)
+    plan = _plan(contexts, singles, doubles, doses, control, n_cells, n_controls or n_cells)
+    operators = [
+        operator_of(generators, row.context, row.perturbation, row.dose, control) for row in plan.itertuples()
+    ]
+    decoder = Decoder.draw(rng, n_latent, n_genes)
+    dispersion = np.exp(rng.normal(1.5, 0.5, n_genes))
+    batch_shift = batch_effect * rng.normal(size=n_genes)
+    latents = [
+        clouds[row.context].sample(rng, row.cells) @ matrix.T + shift
+        for row, (matrix, shift) in zip(plan.itertuples(), operators, strict=True)
+    ]
+    z = np.concatenate(latents)
+    obs = _obs(rng, plan, n_donors, perturbation_key, context_key)
+    offset = (obs["batch"].to_numpy() == "batch 2")[:, None] * batch_shift
+    depth = rng.lognormal(np.log(library or 0.35 * n_genes), 0.35, len(z))
+    # Single precision keeps the draws equal where another machine's sums differ in the last bits.
+    mean = (depth[:, None] * decoder.proportions(z, offset)).astype(np.float32)
+    counts = rng.poisson(rng.gamma(dispersion, size=mean.shape).astype(np.float32) * mean / dispersion)
+    order = rng.permutation(len(z))
+    obs = obs.iloc[order].set_index(pd.Index([f"cell_{k:05d}" for k in range(len(z))]))
+    adata = AnnData(sparse.csr_matrix(counts[order].astype(np.float32)), obs=obs)
+    adata.var_names = [f"GENE{k:04d}" for k in range(n_genes)]
+    adata.obsm["X_truth"] = z[order].astype(np.float32)
+    adata.uns["cellop_nb"] = {
+        "truth": {
+            "condition": plan["perturbation"].to_numpy(dtype=str),
+            "context": plan["context"].to_numpy(dtype=str),
+            "dose": plan["dose"].to_numpy(dtype=float),
+            "A": np.stack([matrix for matrix, _ in operators]),
+            "b": np.stack([shift for _, shift in operators]),
+            "decoder": dict(vars(decoder)),
+            "dispersion": dispersion,
+            "batch_shift": batch_shift,
+            "seed": int(seed),
+        }
+    }
+    return adata
+
+
+def planted_operator(
+    adata: AnnData, perturbation: str, context: str | None = None, *, dose: float = 1.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """The planted A (d, d) and b (d,) of a condition; `context` matters only where contexts deviate.
+
+    Raises
+    ------
+    LabelError
+        If the condition was not planted.
+    """
+    truth = _truth(adata)
+    hit = (truth["condition"] == perturbation) & np.isclose(truth["dose"], dose)
+    if context is not None:
+        hit &= truth["context"] == context
+    if not hit.any():
+        known = did_you_mean(perturbation, dict.fromkeys(truth["condition"]))
+        found = f"{perturbation!r} at dose {dose:g} in {context or 'any context'}"
+        raise LabelError(three_beats("a planted condition", found, f"name one that was planted ({known})"))
+    first = int(np.flatnonzero(hit)[0])
+    return truth["A"][first], truth["b"][first]
+
+
+def planted_proportions(adata: AnnData, z: np.ndarray) -> np.ndarray:
+    """Noise-free gene proportions of true latents z (cell, d), in the first batch: (cell, gene)."""
+    return Decoder(**_truth(adata)["decoder"]).proportions(np.asarray(z, dtype=float))
+
+
+def _truth(adata: AnnData) -> dict:
+    try:
+        return adata.uns["cellop_nb"]["truth"]
+    except KeyError:
+        fix = "use data made by cellop_nb.datasets.synthetic()"
+        raise DataError(three_beats("planted operators in uns", "none", fix)) from None
+
+
+def _plan(contexts, singles, doubles, doses, control, n_cells: int, n_controls: int) -> pd.DataFrame:
+    """One row per group: context, perturbation, dose, cells."""
+    rows = []
+    for context in contexts:
+        rows.append((context, control, 1.0, n_controls))
+        rows += [(context, single, float(dose), n_cells) for single in singles for dose in doses]
+        rows += [(context, double, 1.0, n_cells) for double in doubles]
+    return pd.DataFrame(rows, columns=["context", "perturbation", "dose", "cells"])
+
+
+def _obs(rng, plan: pd.DataFrame, n_donors: int, perturbation_key: str, context_key: str) -> pd.DataFrame:
+    per_cell = plan.loc[plan.index.repeat(plan["cells"])].reset_index(drop=True)
+    obs = per_cell.rename(columns={"perturbation": perturbation_key, "context": context_key}).drop(
+        columns="cells"
+    )
+    obs["donor"] = [f"donor {k + 1}" for k in rng.integers(n_donors, size=len(obs))]
+    obs["batch"] = [f"batch {k + 1}" for k in rng.integers(2, size=len(obs))]
+    for key in (perturbation_key, context_key, "donor", "batch"):
+        obs[key] = obs[key].astype("category")
+    return obs if plan["dose"].nunique() > 1 else obs.drop(columns="dose")
+
+
+def _combination_labels(combinations: int | Sequence[str], singles: list[str]) -> list[str]:
+    if not isinstance(combinations, int):
+        return list(combinations)
+    return ["+".join(pair) for pair in pairs_of(singles, 2)][:combinations]
+
+
+def _check_sizes(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise DataError(three_beats(f"{name} of at least 1", str(size), "ask for a larger screen"))
+
+
+def _letters(number: int) -> str:
+    """A, B, ..., Z, AA, AB, ..."""
+    head, tail = divmod(number, 26)
+    return (_letters(head - 1) if head else "") + chr(ord("A") + tail)
+
+
+def write_example(path: str | Path) -> None:
+    """Write the example screen to `path` (h5ad)."""
+    synthetic(**EXAMPLE).write_h5ad(path, compression="gzip")
+
+
+if __name__ == "__main__":
+    write_example(sys.argv[1])
