@@ -1,132 +1,154 @@
-"""The AnnData contract: where counts and labels live, and the one gate that checks them."""
+"""The AnnData contract: where counts and labels live, and the gate that checks both."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 from anndata import AnnData
-from scipy import sparse
 
-from ..errors import DataError, LabelError, did_you_mean, three_beats
+from ..errors import DataError, LabelError, three_beats
+from .checks import check_counts, check_labels
+from .slots import (
+    context_labels,
+    count_blocks,
+    count_slot,
+    counts,
+    library_size,
+    obs_labels,
+    perturbation_parts,
+)
 
-JOINER = " | "
-EVERYWHERE = "all"
+__all__ = [
+    "check",
+    "context_labels",
+    "count_blocks",
+    "count_slot",
+    "counts",
+    "library_size",
+    "obs_labels",
+    "perturbation_parts",
+    "select_genes",
+]
 
 
-def count_slot(adata: AnnData, layer: str | None = None):
-    """The matrix of counts as it is stored, (cell, gene): sparse, dense or backed on disk.
+def check(
+    adata: AnnData,
+    *,
+    layer: str | None = None,
+    perturbation_key: str = "perturbation",
+    context_key: str | Sequence[str] | None = "cell_type",
+    control: str = "control",
+    min_cells: int = 10,
+) -> pd.DataFrame:
+    """Check that a screen is fit for use, and say how many cells each group has.
+
+    Parameters
+    ----------
+    layer
+        Layer of raw counts; None for `X`. Sparse, dense or backed on disk (then read in blocks).
+    min_cells
+        Groups under this size are marked in the column `note`.
+
+    Returns
+    -------
+    DataFrame
+        One row per (context, perturbation): `context`, `perturbation`, `cells`, `counts_per_cell` (median),
+        `note`. Nothing is written to `adata`.
 
     Raises
     ------
     DataError
-        If the layer does not exist, or `X` is empty.
-    """
-    if layer is None:
-        if adata.X is None:
-            raise DataError(three_beats("raw counts in X", "X is empty", "name the layer that holds them"))
-        return adata.X
-    if layer not in adata.layers:
-        known = did_you_mean(layer, adata.layers)
-        raise DataError(
-            three_beats(f"a layer {layer!r}", "no such layer", f"pass layer=None for X ({known})")
-        )
-    return adata.layers[layer]
-
-
-def counts(adata: AnnData, layer: str | None = None) -> sparse.csr_matrix | np.ndarray:
-    """Raw counts in memory, (cell, gene): CSR where they are sparse, an array where they are dense."""
-    slot = count_slot(adata, layer)
-    if hasattr(slot, "to_memory"):
-        slot = slot.to_memory()
-    if sparse.issparse(slot):
-        return slot.tocsr()
-    return np.asarray(slot[...])
-
-
-def count_blocks(adata: AnnData, layer: str | None = None, size: int = 4096) -> Iterator[tuple[int, object]]:
-    """Counts in blocks of cells: (first row, CSR or array of (at most `size`, gene))."""
-    slot = count_slot(adata, layer)
-    if sparse.issparse(slot):
-        slot = slot.tocsr()
-    for start in range(0, adata.n_obs, size):
-        block = slot[start : start + size]
-        yield start, block.tocsr() if sparse.issparse(block) else np.asarray(block)
-
-
-def library_size(adata: AnnData, layer: str | None = None) -> np.ndarray:
-    """Counts per cell summed over the genes, (cell,) float64."""
-    sums = [np.asarray(block.sum(axis=1), dtype=float).ravel() for _, block in count_blocks(adata, layer)]
-    return np.concatenate(sums) if sums else np.zeros(0)
-
-
-def obs_labels(adata: AnnData, key: str) -> pd.Series:
-    """Column `key` of `obs` as strings, (cell,).
-
-    Raises
-    ------
+        If there are no cells or genes, names repeat, or the matrix does not hold raw counts.
     LabelError
-        If the column does not exist, or some cells have no label.
+        If a column, the control label or a context's controls are missing, or labels are malformed.
     """
-    if key not in adata.obs:
-        known = did_you_mean(key, adata.obs.columns)
-        raise LabelError(
-            three_beats(f"a column {key!r} in obs", "no such column", f"name the right one ({known})")
+    _check_names(adata)
+    labels = pd.DataFrame(
+        {
+            "context": context_labels(adata, context_key).to_numpy(),
+            "perturbation": obs_labels(adata, perturbation_key).to_numpy(),
+        }
+    )
+    if perturbation_key in ([context_key] if isinstance(context_key, str) else context_key or ()):
+        fix = "name the column of cell types, or pass context_key=None"
+        raise LabelError(three_beats("different columns", f"{perturbation_key!r} as both keys", fix))
+    check_labels(labels, perturbation_key, control)
+    labels["counts_per_cell"] = check_counts(adata, layer)
+    groups = labels.groupby(["context", "perturbation"])["counts_per_cell"]
+    table = groups.agg(cells="size", counts_per_cell="median").reset_index()
+    lone = table[table["cells"] < 2]
+    if len(lone):
+        found = (
+            f"{len(lone)} with one, such as {lone.iloc[0]['perturbation']!r} in {lone.iloc[0]['context']!r}"
         )
-    column = adata.obs[key]
-    missing = column.isna()
-    if missing.any():
-        first = list(adata.obs_names[missing][:3])
-        found = f"{int(missing.sum())} cells without one, such as {first}"
-        raise LabelError(
-            three_beats(f"a label in obs[{key!r}] for every cell", found, "label or drop these cells")
-        )
-    return column.astype(str)
+        raise LabelError(three_beats("at least 2 cells in every group", found, "drop or merge these groups"))
+    small = f"fewer than {min_cells} cells"
+    return table.assign(note=np.where(table["cells"] < min_cells, small, ""))
 
 
-def context_labels(adata: AnnData, context_key: str | Sequence[str] | None) -> pd.Series:
-    """Context of each cell, (cell,) strings.
+def _check_names(adata: AnnData) -> None:
+    """Refuse what is no AnnData, empty, or has repeated cell or gene names."""
+    if not isinstance(adata, AnnData):
+        fix = "read the file first, with anndata.read_h5ad or cellop_nb.datasets.load"
+        raise DataError(three_beats("an AnnData object", f"a {type(adata).__name__}", fix))
+    if not adata.n_obs or not adata.n_vars:
+        found = f"{adata.n_obs} cells and {adata.n_vars} genes"
+        raise DataError(three_beats("cells and genes", found, "check the filter that made this object"))
+    for what, names in {"obs": adata.obs_names, "var": adata.var_names}.items():
+        if not names.is_unique:
+            repeated = names[names.duplicated()]
+            found = f"{len(repeated)} repeated in {what}_names, such as {repeated[0]!r}"
+            raise DataError(three_beats("unique names", found, f"run adata.{what}_names_make_unique()"))
+
+
+def select_genes(
+    adata: AnnData,
+    n_genes: int,
+    *,
+    layer: str | None = None,
+    split: str | None = "train",
+    split_key: str = "split",
+) -> list[str]:
+    """Names of highly variable genes, chosen on training cells only.
+
+    Genes are ranked by the variance of their Pearson residuals (scanpy's `highly_variable_genes`), after those
+    that no chosen cell expresses are set aside. On interferon-treated PBMC this keeps 68 of the 100 most changed
+    genes among 1000, where binned dispersions keep 25.
 
     Parameters
     ----------
-    context_key
-        A column of `obs`, several columns (their labels are joined with " | "), or None: one context, "all".
+    n_genes
+        How many; all genes where `adata` has no more.
+    split
+        Use the cells of this split; None for all cells.
 
-    Raises
-    ------
-    LabelError
-        If a column is missing, has cells without a label, or joined labels would be ambiguous.
+    Returns
+    -------
+    list of str
+        In the order of `var_names`. Nothing is written to `adata`.
+
+    References
+    ----------
+    Lause, Berens & Kobak, Genome Biol. 22:258 (2021).
     """
-    if context_key is None:
-        return pd.Series(EVERYWHERE, index=adata.obs_names, dtype=str)
-    if isinstance(context_key, str):
-        return obs_labels(adata, context_key)
-    if not len(context_key):
-        raise LabelError(three_beats("at least one context column", "an empty list", "pass context_key=None"))
-    columns = [obs_labels(adata, key) for key in context_key]
-    for key, column in zip(context_key, columns, strict=True):
-        clash = [label for label in column.unique() if JOINER in label]
-        if clash and len(columns) > 1:
-            found = f"{clash[0]!r} in obs[{key!r}]"
-            raise LabelError(three_beats(f"context labels without {JOINER!r}", found, "rename these labels"))
-    joined = columns[0]
-    for column in columns[1:]:
-        joined = joined + JOINER + column
-    return joined
+    if n_genes < 1:
+        raise DataError(three_beats("at least 1 gene", str(n_genes), "ask for a positive number"))
+    if n_genes >= adata.n_vars:
+        return list(adata.var_names)
+    import scanpy as sc
 
-
-def perturbation_parts(label: str) -> tuple[str, ...]:
-    """Split a combination into its primitives: "A+B" gives ("A", "B").
-
-    Raises
-    ------
-    LabelError
-        If a part is empty, repeated, or surrounded by blanks.
-    """
-    parts = tuple(str(label).split("+"))
-    clean = tuple(part.strip() for part in parts)
-    if parts != clean or "" in parts or len(set(parts)) < len(parts):
-        fix = f"write {'+'.join(dict.fromkeys(part for part in clean if part))!r}"
-        raise LabelError(three_beats("a perturbation, or a combination written 'A+B'", f"{label!r}", fix))
-    return parts
+    chosen = (
+        np.arange(adata.n_obs) if split is None else np.flatnonzero(obs_labels(adata, split_key) == split)
+    )
+    if not len(chosen):
+        found = f"none of {split!r} in obs[{split_key!r}]"
+        raise LabelError(three_beats("cells to choose genes on", found, "run split(adata, ...) first"))
+    cells = AnnData(counts(adata, layer)[chosen].astype(np.float32), var=pd.DataFrame(index=adata.var_names))
+    cells = cells[
+        np.asarray(cells.X.sum(axis=1)).ravel() > 0, np.asarray(cells.X.sum(axis=0)).ravel() > 0
+    ].copy()
+    n_top = min(n_genes, cells.n_vars)
+    sc.experimental.pp.highly_variable_genes(cells, n_top_genes=n_top, flavor="pearson_residuals")
+    return list(cells.var_names[cells.var["highly_variable"]])

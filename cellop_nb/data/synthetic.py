@@ -73,7 +73,7 @@ def synthetic(
     AnnData
         Counts in `X` (CSR float32). `obs` has perturbation, context, donor, batch, and dose where there are
         several. `obsm["X_truth"]`: true latents (cell, d). `uns["cellop_nb"]["truth"]`: `condition`,
-        `context`, `dose` (condition,), with their `A` (condition, d, d) and `b` (condition, d); the `decoder`;
+        `context`, `dose` (condition,), with their `A` (condition, d, d), `b` (condition, d); the `decoder`;
         the `dispersion` (gene,) of the NB and the second batch's `batch_shift` in logits (gene,).
 
     See Also
