@@ -8,7 +8,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from ..data.batches import Groups, groups
+from ..data.groups import Group, groups
 from ..models.conditions import Condition
 from ..models.energy import energy_distance, grouped_energy_distance, self_distance
 from ..models.operators import OperatorModel, spectral_excess
@@ -65,7 +65,7 @@ def new_operators(
     return model.start_from(conditions, controls, [group.cells for group in data.items])
 
 
-def condition_of(group, control: str = "control") -> Condition:
+def condition_of(group: Group, control: str = "control") -> Condition:
     """The condition of a group of cells."""
     return Condition.parse(group.perturbation, group.context, control=control, dose=group.dose)
 
@@ -141,7 +141,7 @@ class OperatorTrainer(Trainer):
         }
         device = self.fabric.device
         self.groups = groups(adata, split="train", **keys).to(device)
-        self.held_out = groups(adata, split="val", control_split=("train", "val"), **keys).to(device)
+        self.held_out = groups(adata, split="val", control_split="train", **keys).to(device)
         self.weights = {"ridge": ridge, "context_ridge": context_ridge, "stability_weight": stability_weight}
         self.cells_per_group, self.max_norm, self._steps = cells_per_group, max_norm, steps_per_epoch
         self.conditions = [condition_of(group, control) for group in self.groups.items]
@@ -166,7 +166,7 @@ class OperatorTrainer(Trainer):
 
     def batches(self) -> Iterator:
         for _ in range(self._steps):
-            yield self.groups.sample(self.cells_per_group, generator=self.generator)
+            yield self.groups.sample(self.cells_per_group, self.cpu_generator)
 
     def steps_per_epoch(self) -> int:
         return self._steps

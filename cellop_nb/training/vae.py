@@ -143,7 +143,8 @@ class VAETrainer(Trainer):
         return {"val_loss": sum(means.values()), **means}
 
     def _forward(self, batch: CountBatch, generator: torch.Generator):
-        counts = SparseCounts.from_flat(batch.x.shape, batch.flat, batch.values)
+        rows = torch.repeat_interleave(batch.indptr.diff(), output_size=len(batch.values))
+        counts = SparseCounts(batch.x.shape, rows, batch.columns, batch.values)
         return self.module(batch.x, batch.library, batch.covariates, counts=counts, generator=generator)
 
     def describe_batch(self, batch: CountBatch) -> dict[str, list[str]]:
