@@ -1,0 +1,150 @@
+"""Where predictions are scored: log1p-CP10k over fixed genes, and components of the training cells."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from scipy import sparse
+
+from ..data.contract import counts as raw_counts
+from ..errors import DataError, LabelError, did_you_mean, three_beats
+
+TARGET_SUM = 1e4
+
+
+def log1p_cp10k(counts, target_sum: float = TARGET_SUM) -> np.ndarray:
+    r"""Scale every cell to `target_sum` counts and take :math:`\log(1+x)`; a cell without counts stays 0.
+
+    Parameters
+    ----------
+    counts : (cell, gene), sparse or dense
+
+    Returns
+    -------
+    (cell, gene) float32
+    """
+    dense = counts.toarray() if sparse.issparse(counts) else np.asarray(counts)
+    library = dense.sum(axis=1, dtype=np.float64, keepdims=True)
+    return np.log1p(dense / np.where(library > 0, library, 1.0) * target_sum).astype(np.float32)
+
+
+def variable_genes(
+    adata: AnnData, n_genes: int = 1000, *, layer: str | None = None, min_cells: int = 10
+) -> list[str]:
+    """The most variable genes (scanpy, flavour ``seurat``) of log1p-CP10k over genes seen in `min_cells`
+    cells.
+
+    Pass training cells only: genes chosen with the held-out cells in view leak their response.
+
+    Parameters
+    ----------
+    adata : AnnData
+        Raw counts in `layer` or ``X``.
+    n_genes : int
+        How many; all that are left where there are fewer.
+
+    Returns
+    -------
+    list of gene names in the order of ``adata.var_names``
+
+    References
+    ----------
+    Satija et al. 2015, Nat Biotechnol 33:495.
+    """
+    import scanpy as sc
+
+    counts = sparse.csr_matrix(raw_counts(adata, layer), dtype=np.float32)
+    seen = np.flatnonzero(counts.getnnz(axis=0) >= min_cells)
+    if len(seen) <= n_genes:
+        return list(adata.var_names[seen])
+    work = AnnData(counts[:, seen], var=pd.DataFrame(index=adata.var_names[seen]))
+    sc.pp.normalize_total(work, target_sum=TARGET_SUM)
+    sc.pp.log1p(work)
+    sc.pp.highly_variable_genes(work, n_top_genes=n_genes, flavor="seurat")
+    return list(work.var_names[work.var["highly_variable"]])
+
+
+@dataclass(frozen=True, eq=False)
+class EvaluationSpace:
+    """log1p-CP10k over `genes` (library size over these genes too), and its principal components.
+
+    Attributes
+    ----------
+    genes : (gene,) names
+    centre : (gene,) mean of the training cells
+    components : (component, gene) orthonormal rows
+    n_cells : training cells behind it
+    """
+
+    genes: np.ndarray
+    centre: np.ndarray = field(repr=False)
+    components: np.ndarray = field(repr=False)
+    n_cells: int
+
+    @classmethod
+    def fit(
+        cls,
+        training: AnnData,
+        *,
+        genes: Sequence[str] | None = None,
+        layer: str | None = None,
+        n_components: int = 20,
+        seed: int = 0,
+    ) -> EvaluationSpace:
+        """Fit the principal components on training cells only (fewer than `n_components` where rank is
+        short).
+
+        Raises
+        ------
+        LabelError
+            A gene is not in the data.
+        DataError
+            Fewer than three cells.
+        """
+        from sklearn.decomposition import PCA
+
+        names = np.asarray(training.var_names if genes is None else list(genes), dtype=object)
+        if training.n_obs < 3:
+            found = f"{training.n_obs}"
+            raise DataError(three_beats("at least 3 training cells", found, "loosen the hold-out"))
+        cells = log1p_cp10k(_select(training, names, layer)).astype(np.float64)
+        rank = min(n_components, len(cells) - 1, len(names))
+        # exact where the gene x gene matrix is small; the solver would otherwise change with the number of
+        # cells
+        solver = "covariance_eigh" if len(names) <= 2000 else "auto"
+        pca = PCA(rank, svd_solver=solver, random_state=seed).fit(cells)
+        return cls(names, pca.mean_, pca.components_, len(cells))
+
+    def select(self, adata: AnnData, layer: str | None = None):
+        """Raw counts (cell, gene) of the genes of this space, in its order; a missing gene is refused."""
+        return _select(adata, self.genes, layer)
+
+    def transform(self, counts) -> np.ndarray:
+        """Raw counts (cell, gene) over the genes of this space to log1p-CP10k, float32."""
+        if counts.shape[1] != len(self.genes):
+            found = f"{counts.shape[1]} columns"
+            raise DataError(
+                three_beats(f"counts of {len(self.genes)} genes", found, "use space.select(adata)")
+            )
+        return log1p_cp10k(counts)
+
+    def project(self, cells: np.ndarray) -> np.ndarray:
+        """log1p-CP10k cells (cell, gene) to principal components (cell, component), float64."""
+        return (np.asarray(cells, dtype=np.float64) - self.centre) @ self.components.T
+
+
+def _select(adata: AnnData, genes: np.ndarray, layer: str | None):
+    column = adata.var_names.get_indexer(genes)
+    if (column < 0).any():
+        missing = [str(gene) for gene in genes[column < 0]]
+        hint = did_you_mean(missing[0], adata.var_names)
+        found = f"{len(missing)} missing, first {missing[:5]} ({hint})"
+        raise LabelError(
+            three_beats(f"the {len(genes)} genes of the evaluation", found, "give data with these genes")
+        )
+    counts = raw_counts(adata, layer)
+    return counts[:, column]
