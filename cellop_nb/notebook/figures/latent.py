@@ -190,8 +190,8 @@ def transport(
     notes
         Group label -> a short text in its panel (the energy distance, say).
     max_cells
-        Cells per cloud and panel, drawn at random (seeded). Large marks are the means of all cells. Every panel
-        has its own limits, one unit being as long upwards as sideways.
+        Cells per cloud and panel, drawn at random (seeded). Large marks are the means of all cells. Each
+        panel has its own limits, one unit being as long upwards as sideways.
     """
     names = list(moved)[:max_groups]
     columns = min(columns, len(names))

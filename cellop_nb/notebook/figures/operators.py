@@ -123,8 +123,8 @@ def gradient_map(table: pd.DataFrame, *, max_rows: int = 40) -> Figure:
     Parameters
     ----------
     table
-        One row per parameter (and loss term, if there is a column `term`): `parameter`, `reached` (fraction of
-        its elements with a gradient that is not zero, 0 to 1), `grad_norm`; on request `norm` of the parameter.
+        One row per parameter (and loss term, if there is a column `term`): `parameter`, `reached` (part of
+        its elements with a gradient other than zero, 0 to 1), `grad_norm`; on request `norm` of itself.
     """
     need(table, "parameter", "reached", "grad_norm")
     names = list(dict.fromkeys(table["parameter"]))[:max_rows]

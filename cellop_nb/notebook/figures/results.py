@@ -23,7 +23,7 @@ def energy_bars(
     Parameters
     ----------
     table
-        Columns `method`, `energy`, the group (as `group`, or `context` and `perturbation`); on request `floor`.
+        Columns `method`, `energy`, the group (as `group`, or `context` and `perturbation`), perhaps `floor`.
         Several rows for one group and method (seeds) become a bar at the mean with a dot for each.
     methods
         Order of the methods; that of the table by default.

@@ -1,7 +1,8 @@
 """Colours, canvases and labels shared by every figure.
 
 Every property is set on the artist itself. `matplotlib.rcParams` is neither read for colours nor changed: a
-live picture is drawn in a worker thread, and a temporary change of a global there would reach the user's figures.
+live picture is drawn in a worker thread, and a temporary change of a global there would reach the
+user's figures.
 """
 
 from __future__ import annotations
@@ -199,12 +200,21 @@ def png(fig: Figure, *, dpi: float | None = None, colours: int | None = 256) -> 
 
 
 def palette_of(picture: Pixels.Image, colours: int) -> Pixels.Image:
-    """The picture in `colours` colours, its white ground kept white (the palette holds averages)."""
-    reduced = picture.quantize(colours, method=Pixels.Quantize.MEDIANCUT, dither=Pixels.Dither.NONE)
-    palette = np.asarray(reduced.getpalette(), dtype=np.uint8).reshape(-1, 3).copy()
-    palette[(palette >= 248).all(axis=1)] = 255
-    reduced.putpalette(palette.ravel().tolist())
-    return reduced
+    """The picture in `colours` colours, ours among them.
+
+    A palette by frequency alone would merge thin lines of similar colour and grey the white ground.
+    """
+    ours = np.array([[int(code[i : i + 2], 16) for i in (1, 3, 5)] for code in (*OKABE_ITO, INK, QUIET)])
+    tints = [255 + (ours - 255) * share for share in (1.0, 0.75, 0.5, 0.25, 0.0)]
+    fixed = np.unique(np.round(np.concatenate(tints)).astype(np.uint8), axis=0)
+    common = picture.quantize(
+        colours - len(fixed), method=Pixels.Quantize.MEDIANCUT, dither=Pixels.Dither.NONE
+    )
+    found = np.asarray(common.getpalette(), dtype=np.uint8).reshape(-1, 3)
+    found = found[~((found > 245).all(axis=1) & (found < 255).any(axis=1))]
+    palette = Pixels.new("P", (1, 1))
+    palette.putpalette(np.concatenate([fixed, found]).ravel().tolist())
+    return picture.quantize(palette=palette, dither=Pixels.Dither.NONE)
 
 
 def show(

@@ -42,7 +42,7 @@ def training_curves(
     )
     board = Dashboard(pick_panels(columns.names()), monitor=monitor)
     board.update(columns, Marks(headline, monitor, best, patience, floors or {}))
-    return board.still()
+    return board.sheet.fig
 
 
 def default_monitor(columns: Columns) -> str:

@@ -1,0 +1,285 @@
+"""Watch a training while it runs: one picture that is drawn rarely enough to cost nothing."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from cellop_nb.notebook.figures.dashboard import Dashboard, Marks
+from cellop_nb.notebook.figures.panels import Columns, pick_panels
+from cellop_nb.notebook.figures.sheet import Sheet
+from cellop_nb.notebook.figures.style import compact
+from cellop_nb.notebook.figures.training import best_epoch, default_monitor
+from cellop_nb.training.callbacks import Callback
+
+log = logging.getLogger("cellop_nb")
+
+
+class LivePlot(Callback):
+    """A picture of the history, updated in place while training runs; the last one stays in the notebook.
+
+    Panels follow from the columns of the history: loss and its terms (training and validation), gradient norm,
+    operator norm, learning rate, energy distance per group against its floor, and any other number.
+    Give it to a trainer as a callback, or call :meth:`update` with rows of any kind and :meth:`finish` at the end.
+    Outside a notebook nothing is shown; with `path` the picture goes to a file.
+
+    Parameters
+    ----------
+    path
+        PNG file for the picture, replaced as a whole at each drawing.
+    every
+        Seconds between drawings, at least.
+    budget
+        Largest part of the training time that drawing may take. The first picture comes with the first epoch and
+        the last at the end; what they cost is saved in between.
+    monitor
+        Column whose minimum is the best epoch; that of the trainer, else `val_loss`, else `train_loss`.
+    clock
+        Seconds as a function, for tests.
+    publish
+        Takes each picture (PNG bytes) instead of the notebook.
+
+    Attributes
+    ----------
+    cost_seconds
+        Time spent drawing since the training began.
+    n_drawn
+        Pictures drawn.
+    picture
+        The last picture, PNG.
+    """
+
+    def __init__(
+        self,
+        *,
+        path: str | Path | None = None,
+        every: float = 0.5,
+        budget: float = 0.02,
+        monitor: str | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+        publish: Callable[[bytes], None] | None = None,
+    ) -> None:
+        self.path = None if path is None else Path(path)
+        self.every, self.budget, self.monitor = every, budget, monitor
+        self._clock, self._given_publish = clock, publish
+        self._wanted, self._lock = threading.Event(), threading.RLock()
+        self._begin()
+
+    def _begin(self) -> None:
+        self.columns, self.picture = Columns(), b""
+        self.cost_seconds, self.n_drawn = 0.0, 0
+        self._board: Dashboard | None = None
+        self._board_key: tuple = ()
+        self._start = self._last = self._last_row = self._clock()
+        self._end: float | None = None
+        self._last_cost = 0.0
+        self._durations: list[float] = []
+        self._outlets: list[Callable[[bytes], None]] | None = None
+        self._wanted.clear()
+
+    # -- as a callback -------------------------------------------------------------------------------------
+
+    def on_fit_start(self, trainer) -> None:
+        """Take a place in the cell that runs; later pictures go there from any thread."""
+        self._begin()
+        if not getattr(getattr(trainer, "fabric", None), "is_global_zero", True):
+            self._outlets = []  # one picture, not one per process
+        elif trainer.rows:
+            self._draw(trainer, trainer.rows)
+        else:
+            self._safely(self._wait_for_first_row)
+
+    def on_step_end(self, trainer) -> None:
+        """Draw when asked to, and now and then during a long epoch, so that the step count moves."""
+        if self._wanted.is_set() or (
+            self._clock() - self._last_row > 2 and self._due() and self.columns.n_rows
+        ):
+            self._draw(trainer, trainer.rows)
+
+    def on_epoch_end(self, trainer, row: dict) -> None:
+        """Draw if it is time."""
+        now = self._clock()
+        self._durations.append(now - self._last_row)
+        self._last_row = now
+        if self._wanted.is_set() or self._due():
+            self._draw(trainer, trainer.rows)
+
+    def on_fit_end(self, trainer) -> None:
+        """Draw the picture that stays."""
+        self._end = self._clock()
+        self._draw(trainer, trainer.rows, last=True)
+
+    # -- for any other source of rows ------------------------------------------------------------------------
+
+    def update(self, rows: Sequence[Mapping[str, object]], *, source: object | None = None) -> None:
+        """Show `rows`, all of them so far, if it is time to draw.
+
+        Parameters
+        ----------
+        rows
+            One mapping of column to number per epoch (a DataFrame's `to_dict("records")` will do).
+        source
+            Object whose `max_epochs`, `patience` and `floors` are shown where it has them.
+        """
+        if self._outlets is None:
+            self._begin()
+        if self._due() or self._wanted.is_set():
+            self._draw(source, rows)
+
+    def finish(self, rows: Sequence[Mapping[str, object]], *, source: object | None = None) -> None:
+        """Draw the last picture of rows given to :meth:`update`."""
+        self._end = self._clock()
+        self._draw(source, rows, last=True)
+
+    def draw_now(self, trainer: object | None = None) -> None:
+        """Ask for a picture: drawn by the training at the end of its step, or here if `trainer` rests."""
+        self._wanted.set()
+        if trainer is not None and getattr(trainer, "status", "running") != "running":
+            self._draw(trainer, trainer.rows)
+
+    @property
+    def share(self) -> float:
+        """Part of the training time that went into drawing."""
+        return self.cost_seconds / max((self._end or self._clock()) - self._start, 1e-9)
+
+    # -- drawing ---------------------------------------------------------------------------------------------
+
+    def _due(self) -> bool:
+        """Not too soon after the last drawing, and with enough of the budget left for the one at the end."""
+        now = self._clock()
+        if self.n_drawn == 0:
+            return True
+        rested = now - self._last >= max(self.every, self._last_cost / self.budget)
+        return rested and self.cost_seconds + 2 * self._last_cost <= self.budget * (now - self._start)
+
+    def _draw(self, source, rows: Sequence[Mapping], *, last: bool = False) -> None:
+        with self._lock:
+            self._wanted.clear()
+            if not self._ready() or not rows:
+                return
+            start = self._clock()
+            built = self._safely(self._render, source, list(rows), last)
+            now = self._clock()
+            # a new dashboard is made once or twice in a training: its cost says nothing about the next picture
+            self._last_cost = (now - start) / (3.0 if built else 1.0)
+            self.cost_seconds += now - start
+            self._last, self.n_drawn = now, self.n_drawn + 1
+
+    def _render(self, source, rows: list[Mapping], last: bool) -> bool:
+        """Bring the dashboard up to date and publish it; whether it had to be made anew."""
+        self.columns.extend(rows)
+        monitor = self.monitor or getattr(source, "monitor", None) or default_monitor(self.columns)
+        panels = pick_panels(self.columns.names())
+        key = (monitor, *panels)
+        built = key != self._board_key
+        if built:
+            self._board, self._board_key = Dashboard(panels, monitor=monitor), key
+        self._board.update(self.columns, self._marks(source, monitor, last))
+        self._publish(self._board.png(small=last))
+        return built
+
+    def _marks(self, source, monitor: str, last: bool) -> Marks:
+        patience = getattr(source, "patience", None)
+        best = best_epoch(self.columns, monitor)
+        words = self._headline(source, monitor, best, patience, last)
+        return Marks(words, monitor, best, patience, getattr(source, "floors", None) or {})
+
+    def _headline(self, source, monitor: str, best: float | None, patience: int | None, last: bool) -> str:
+        epochs, total = self.columns.epochs(), getattr(source, "max_epochs", None)
+        status = getattr(source, "status", "finished" if last else "running")
+        words = [f"epoch {epochs[-1] + 1:g}" + (f" of {total}" if total else "")]
+        if status != "running":
+            words.insert(0, status)
+        elif step := getattr(source, "step", None):
+            words[0] += f", step {step:,}"
+        if best is not None:
+            value = self.columns[monitor][np.flatnonzero(epochs == best)[0]]
+            words.append(f"best {best + 1:g} ({monitor} {value:.4g})")
+            if patience:
+                words.append(f"patience {epochs[-1] - best:g} of {patience}")
+        if "cells_per_s" in self.columns:
+            words.append(f"{compact(float(f'{self.columns['cells_per_s'][-1]:.2g}'))} cells/s")
+        words.append(self._time_words(epochs[-1] + 1, total, last))
+        return " | ".join(word for word in words if word)
+
+    def _time_words(self, done: float, total: int | None, last: bool) -> str:
+        if last:
+            return duration(self._end - self._start)
+        if not total or not self._durations:
+            return ""
+        return f"{duration(float(np.median(self._durations[-10:])) * max(total - done, 0))} left"
+
+    # -- where pictures go -----------------------------------------------------------------------------------
+
+    def _ready(self) -> bool:
+        if self._outlets is None:
+            outlets = [self._given_publish or _notebook(), self._write_file if self.path else None]
+            self._outlets = [outlet for outlet in outlets if outlet is not None]
+        return bool(self._outlets)
+
+    def _publish(self, picture: bytes) -> None:
+        self.picture = picture
+        for outlet in self._outlets:
+            outlet(picture)
+
+    def _write_file(self, picture: bytes) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_name(self.path.name + ".part")
+        temporary.write_bytes(picture)
+        os.replace(temporary, self.path)
+
+    def _wait_for_first_row(self) -> None:
+        if self._ready():
+            start = self._clock()
+            sheet = Sheet(768, 26)
+            sheet.text(9, 13, "training: the first epoch is running")
+            self._publish(sheet.png())
+            self.cost_seconds += self._clock() - start
+
+    def _safely(self, draw: Callable, *args):
+        """A picture must never end a training: say once what went wrong, and draw no more."""
+        try:
+            return draw(*args)
+        except Exception:
+            log.warning("LivePlot could not draw and stays silent from now on.", exc_info=True)
+            self._outlets = []
+            return False
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words: 0.8 s, 12 s, 3 min 20 s, 1 h 5 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _notebook() -> Callable[[bytes], None] | None:
+    """Shows pictures in place in the running cell; None where there is no notebook to show them in."""
+    if "IPython" not in sys.modules:
+        return None
+    from IPython import get_ipython
+
+    if not hasattr(get_ipython(), "kernel"):  # a terminal would print the object's name
+        return None
+    from IPython.display import Image, display
+
+    words = "training curves; the numbers are in the history table"
+    handle = None
+
+    def show(picture: bytes) -> None:
+        nonlocal handle
+        image = Image(picture, format="png", alt=words)
+        if handle is None:
+            handle = display(image, display_id=True)
+        else:
+            handle.update(image)
+
+    return show
