@@ -199,7 +199,7 @@ def _explain(command: list[str], lines: list[str]) -> None:
     complain("\n".join(lines))
     fix = f"read {_LOG}, mend the cause (network? disk?) and run the command again"
     if "venv" in command and any("ensurepip" in line for line in lines):
-        fix = "install the venv module (Debian, Ubuntu: apt install python3-venv), or use conda and environment.yml"
+        fix = "install the venv module (Debian: apt install python3-venv), or use conda and environment.yml"
     raise SetupError(three_beats("the set-up to succeed", f"a failing step: {' '.join(command[1:4])}", fix))
 
 

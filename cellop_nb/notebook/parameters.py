@@ -1,9 +1,9 @@
 """Which parameters each notebook takes, typed once: for papermill, the command line, widgets and sweeps.
 
-Every number that a user may change has its name, type, default, range and help in the table below and nowhere else.
-One that several notebooks share is written once; `replace(PARAMETER, default=...)` gives a notebook another default.
-A notebook's `parameters` cell is the text of `parameters_cell` (`python3 -m cellop_nb params NOTEBOOK --cell` prints
-it), and a test compares the two. Standard library only, like `values`.
+Every number that a user may change has its name, type, default, range and help in the table below and nowhere
+else. One that several share is written once; `replace(PARAMETER, default=...)` gives one notebook another
+default. A notebook's `parameters` cell is the text of `parameters_cell`; a test compares the two, and
+`python3 -m cellop_nb params NOTEBOOK --cell` prints it. Standard library only, like `values`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cellop_nb.errors import LabelError, did_you_mean, three_beats
-from cellop_nb.notebook.values import Parameter, ParameterError, cell_of, read_cell
+from cellop_nb.notebook.values import Parameter, ParameterError, cell_of, read_cell  # noqa: F401
 
 SEED = Parameter("seed", "int", 0, "every random choice follows from it", minimum=0)
 RUN_DIR = Parameter("run_dir", "str", ".", "folder that this notebook reads from and writes to")
@@ -25,7 +25,7 @@ DATA = (
     Parameter("data", "str", "synthetic_screen", "a name in datasets.list(), or the path of an .h5ad file"),
     Parameter("layer", "str | None", None, "layer with the raw counts; None: X"),
     Parameter("perturbation_key", "str", "perturbation", "column of obs with the perturbation of each cell"),
-    Parameter("context_key", "str | list[str] | None", "cell_type", "column(s) of obs; controls match inside"),
+    Parameter("context_key", "str | list[str] | None", "cell_type", "column(s) of obs: cell type, donor"),
     Parameter("control", "str", "control", "label of the unperturbed cells"),
 )
 N_GENES = Parameter("n_genes", "int", 1000, "most variable genes kept; 0 keeps all", minimum=0)
@@ -46,7 +46,7 @@ STABILITY = Parameter("stability_weight", "float", 1.0, "weight of the norm pena
 MAX_NORM = Parameter("max_norm", "float", 2.0, "spectral norm (rho) where the penalty starts", minimum=1)
 OPERATOR_EPOCHS = Parameter("max_epochs", "int", 300, "steps over all groups", minimum=1)
 OPERATOR_RATE = Parameter("learning_rate", "float", 2e-2, "of Adam, cosine decay", minimum=1e-7, maximum=1)
-CELLS_PER_GROUP = Parameter("cells_per_group", "int", 128, "cells of each side of a group in one step", minimum=2)
+CELLS_PER_GROUP = Parameter("cells_per_group", "int", 128, "cells of a group and side in one step", minimum=2)
 
 # notebooks that fit both models name the two lengths apart
 EPOCHS = (
@@ -103,7 +103,7 @@ def find(notebook: str | Path) -> str:
     stem = Path(notebook).name.removesuffix(".ipynb")
     for name in names():
         number, _, words = name.partition("_")
-        if stem in (name, number, words):
+        if stem in (name, words) or stem.zfill(2) == number:
             return name
     fix = f"{did_you_mean(stem, names())} (`python3 -m cellop_nb params` lists them)"
     raise LabelError(three_beats("the name or number of a notebook", repr(str(notebook)), fix))
@@ -210,7 +210,3 @@ def _literal(value: Any) -> str:
     if isinstance(value, list):
         return f"[{', '.join(map(_literal, value))}]"
     return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
-
-
-__all__ = ["NOTEBOOKS", "Parameter", "ParameterError", "as_yaml", "assign", "defaults", "find", "for_notebook"]
-__all__ += ["names", "parameter", "parameters_cell", "parse", "validate"]

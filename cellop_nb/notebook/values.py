@@ -123,7 +123,7 @@ _PLAIN = {"bool": bool, "int": int, "str": str, "None": type(None)}
 
 
 def _fit(kind: str, value: Any) -> tuple[bool, Any]:
-    """Whether the value is of the kind, and the value in that kind (an int becomes a float where one is meant)."""
+    """Whether the value is of the kind, and the value in it: an int becomes a float where one is meant."""
     if kind.startswith("list["):
         items = list(value) if isinstance(value, (list, tuple)) else []
         fitted = [_fit(kind[5:-1], item) for item in items]

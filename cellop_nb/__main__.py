@@ -1,0 +1,121 @@
+"""The command line: `python3 -m cellop_nb run | test | lab | params`.
+
+Standard library only until the environment exists, so that a fresh machine needs nothing but Python and git.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from importlib import import_module
+
+# A subcommand is a module of cellop_nb.commands with
+#   SUMMARY         one line for --help
+#   EXTRAS          extras of pyproject.toml that it needs beside the dependencies; None: needs no environment
+#   add_arguments(parser), main(args) -> exit code
+#   check(args)     optional: refuses bad input before the environment is made
+# and imports only the standard library at its top.
+COMMANDS = ("run", "test", "lab", "params")
+
+_DESCRIPTION = """\
+Learn what perturbations do to single cells, in notebooks.
+The first command sets up .venv, once; an active environment that has everything is used instead."""
+_EPILOG = """\
+examples:
+  python3 -m cellop_nb run                                     the notebooks on the embedded screen
+  python3 -m cellop_nb run --data screen.h5ad --control DMSO   the same on your counts
+  python3 -m cellop_nb run --only 02 -p latent_dim 16          one notebook with another value
+  python3 -m cellop_nb params 02                               what can be changed there
+  python3 -m cellop_nb test -- -k energy                       some of the tests"""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints say what was expected, what was found and how to fix it."""
+
+    def error(self, message: str):
+        from cellop_nb.errors import three_beats
+
+        fix = f"see `{self.prog} --help`"
+        suggestion = self._suggest(message)
+        self.exit(2, three_beats(f"arguments of {self.prog}", message, f"{suggestion} {fix}".strip()) + "\n")
+
+    def _suggest(self, message: str) -> str:
+        from cellop_nb.errors import did_you_mean
+
+        unknown = re.search(r"unrecognized arguments: (\S+)|invalid choice: '([^']*)'", message)
+        if not unknown:
+            return ""
+        options = [o for o in self._option_string_actions if o.startswith("--")] if unknown[1] else COMMANDS
+        return did_you_mean(unknown[1] or unknown[2], options) + ";"
+
+    def parse_args(self, args=None, namespace=None):
+        """Parse; an unknown option is reported by the subcommand that it was given to."""
+        known, rest = self.parse_known_args(args, namespace)
+        if rest:
+            getattr(known, "parser", self).error(f"unrecognized arguments: {' '.join(rest)}")
+        return known
+
+
+def build_parser() -> Parser:
+    """The whole command line."""
+    from cellop_nb import __version__
+
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(
+        prog="python3 -m cellop_nb",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=raw,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"cellop_nb {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name in COMMANDS:
+        module = import_module(f"cellop_nb.commands.{name}")
+        title = f"{module.SUMMARY[0].upper()}{module.SUMMARY[1:]}."
+        sub = commands.add_parser(name, help=module.SUMMARY, description=title, allow_abbrev=False)
+        module.add_arguments(sub)
+        sub.set_defaults(module=module, parser=sub)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; the exit code is 0, 1 (something failed) or 2 (the input was refused)."""
+    if sys.version_info < (3, 11):  # noqa: UP036 - older ones still reach this line
+        found = sys.version.split()[0]
+        sys.stderr.write(f"Expected Python >= 3.11. Found {found}. To fix it: use a newer python3.\n")
+        return 2
+    from cellop_nb.errors import CellopError
+
+    argv = sys.argv[1:] if argv is None else argv
+    args = build_parser().parse_args(argv)
+    try:
+        return _dispatch(args, argv)
+    except CellopError as error:
+        sys.stdout.flush()
+        sys.stderr.write(f"{error}\n")
+        return 1 if type(error).__name__ == "SetupError" else 2
+    except KeyboardInterrupt:
+        sys.stderr.write("\nStopped.\n")
+        return 130
+
+
+def _dispatch(args: argparse.Namespace, argv: list[str]) -> int:
+    from cellop_nb.commands import environment
+
+    check = getattr(args.module, "check", None)
+    if check:
+        check(args)
+    if args.module.EXTRAS is not None:
+        environment.ensure(args.module.EXTRAS, argv)
+    return args.module.main(args)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except BrokenPipeError:  # `... params | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

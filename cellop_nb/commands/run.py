@@ -1,0 +1,234 @@
+"""`run`: the numbered notebooks in order, with papermill, into one run folder."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+from cellop_nb.commands import environment
+from cellop_nb.commands.terminal import Status, clock, complain, say, table
+from cellop_nb.errors import DataError, LabelError, did_you_mean, three_beats
+from cellop_nb.notebook import batch, parameters
+
+SUMMARY = "run the numbered notebooks, on the embedded data or on yours"
+EXTRAS: tuple[str, ...] = ()
+
+_KEYS = ("perturbation_key", "context_key", "control", "layer")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `run`."""
+    data = parser.add_argument_group("your data")
+    data.add_argument(
+        "--data", metavar="FILE.h5ad", help="AnnData file with raw counts, or a data set's name"
+    )
+    data.add_argument("--perturbation-key", metavar="COLUMN", help="column of obs with the perturbation")
+    data.add_argument(
+        "--context-key", metavar="COLUMN", help="column of obs with the cell type; several: A,B"
+    )
+    data.add_argument("--control", metavar="LABEL", help="label of the unperturbed cells")
+    data.add_argument("--layer", metavar="LAYER", help="layer with the raw counts (default: X)")
+    what = parser.add_argument_group("what runs")
+    what.add_argument("--only", metavar="00,02", help="these notebooks alone, by number or name")
+    what.add_argument(
+        "-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="values",
+        help="a notebook parameter, in every notebook that has it; 02.NAME in one (see `params`)",
+    )  # fmt: skip
+    what.add_argument(
+        "-f", metavar="FILE.yaml", dest="file", help="parameters from a file (`params --yaml` prints one)"
+    )
+    where = parser.add_argument_group("where")
+    where.add_argument("--name", help="name of the run folder (default: the time)")
+    where.add_argument(
+        "--runs", metavar="FOLDER", help="parent of the run folders (default: the project's runs/)"
+    )
+    where.add_argument("--notebooks", metavar="FOLDER", help="other numbered notebooks than the project's")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse what can be refused before the environment exists."""
+    selected = select(args)
+    settings(args, selected)
+    folder(args)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the selected notebooks; 0 when all ran to their end, 1 when one failed."""
+    selected = select(args)
+    values = settings(args, selected, with_file=True)
+    _check_data(values)
+    target = folder(args)
+    target.mkdir(parents=True, exist_ok=True)
+    say(f"Running {len(selected)} notebook{'s' * (len(selected) != 1)} into {target}")
+    start = time.monotonic()
+    outcomes = _execute(selected, target, values)
+    _record(target, values, outcomes)
+    _close(outcomes, selected, time.monotonic() - start)
+    return 1 if any(outcome.error for outcome in outcomes) else 0
+
+
+def select(args: argparse.Namespace) -> list[Path]:
+    """Notebooks to run, in order."""
+    home = Path(args.notebooks).resolve() if args.notebooks else environment.NOTEBOOKS
+    found = sorted(home.glob("[0-9][0-9]_*.ipynb"))
+    if not found:
+        fix = "give --notebooks a folder that has some"
+        raise DataError(three_beats("numbered notebooks such as 00_quickstart.ipynb", f"none in {home}", fix))
+    if args.only is None:
+        return found
+    wanted = {_choose(word.strip(), found) for word in args.only.split(",")}
+    return [path for path in found if path in wanted]
+
+
+def _choose(word: str, found: list[Path]) -> Path:
+    for path in found:
+        if word.removesuffix(".ipynb") in (path.stem, path.stem.partition("_")[0]):
+            return path
+    fix = did_you_mean(word, [path.stem for path in found])
+    raise LabelError(three_beats("numbers or names of notebooks after --only", repr(word), fix))
+
+
+def settings(
+    args: argparse.Namespace, selected: list[Path], *, with_file: bool = False
+) -> dict[str, dict[str, Any]]:
+    """Typed values for each notebook: those of the file, then `-p`, then the named options."""
+    given = list(_from_file(args.file).items()) if with_file and args.file else []
+    given = [(name, value, False) for name, value in given]
+    given += [(name, value, True) for name, value in args.values]
+    given += [
+        (name, getattr(args, name), True) for name in ("data", *_KEYS) if getattr(args, name) is not None
+    ]
+    values: dict[str, dict[str, Any]] = {path.stem: {} for path in selected}
+    for name, value, text in given:
+        plain = name.rpartition(".")[2]
+        if plain == "run_dir":
+            fix = "use --runs and --name"
+            raise LabelError(three_beats("a parameter that is free", "'run_dir', set by the run", fix))
+        for stem, typed in parameters.assign(selected, name, value, text=text).items():
+            values[stem][plain] = _locate(typed) if plain == "data" else typed
+    return values
+
+
+def _from_file(name: str) -> dict[str, Any]:
+    import yaml
+
+    path = Path(name)
+    if not path.is_file():
+        fix = "`python3 -m cellop_nb params NOTEBOOK --yaml` prints one"
+        raise DataError(three_beats("a YAML file after -f", f"no file {path}", fix))
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(three_beats("a YAML file of `name: value`", reason, f"mend {path}")) from error
+    if not isinstance(content, dict):
+        found = f"a {type(content).__name__} in {path}"
+        raise DataError(three_beats("lines of `name: value`", found, "see `params NOTEBOOK --yaml`"))
+    return {str(key): value for key, value in content.items()}
+
+
+def _locate(data: str) -> str:
+    """The absolute path where `data` is one: kernels work in the run folder, the caller elsewhere."""
+    path = Path(data).expanduser()
+    if path.exists():
+        return str(path.resolve())
+    if path.suffix in {".h5ad", ".h5", ".zarr"} or os.sep in data:
+        near = [other.name for other in path.parent.glob("*") if other.suffix in {".h5ad", ".zarr"}]
+        fix = did_you_mean(path.name, near) if near else "a relative path starts in the current folder"
+        raise DataError(three_beats("an AnnData file", f"no file {path}", fix))
+    return data
+
+
+def folder(args: argparse.Namespace) -> Path:
+    """Run folder; one that has results is used again only for chosen notebooks."""
+    parent = Path(args.runs).resolve() if args.runs else _home() / "runs"
+    name = args.name or time.strftime("%Y-%m-%d_%H-%M-%S")
+    if not re.fullmatch(r"[\w.+-]+", name) or set(name) == {"."}:
+        fix = "use letters, digits, - and _; --runs sets the parent folder"
+        raise LabelError(three_beats("a folder name after --name", repr(name), fix))
+    target = parent / name
+    if args.name and args.only is None and target.exists() and any(target.iterdir()):
+        fix = "give another --name, or choose the notebooks to run again in it with --only"
+        raise DataError(three_beats("a new run folder", f"results in {target}", fix))
+    return target
+
+
+def _home() -> Path:
+    return environment.ROOT if environment.IS_CHECKOUT else Path.cwd()
+
+
+def _check_data(values: dict[str, dict[str, Any]]) -> None:
+    """Look at the user's file before the first kernel starts: a wrong key shows now, not a minute later."""
+    asked = next((v for v in values.values() if Path(v.get("data", "")).suffix == ".h5ad"), None)
+    if asked is None:
+        return
+    import anndata
+
+    from cellop_nb import check as check_data
+
+    try:
+        adata = anndata.read_h5ad(asked["data"], backed="r")
+    except (OSError, KeyError, ValueError, anndata.AnnDataReadError) as error:
+        reason = str(error).splitlines()[0]
+        fix = "write the file with adata.write_h5ad"
+        raise DataError(three_beats(f"an AnnData file in {asked['data']}", reason, fix)) from error
+    check_data(adata, **{key: asked[key] for key in _KEYS if key in asked})
+
+
+def _execute(selected: list[Path], target: Path, values: dict[str, dict[str, Any]]) -> list[batch.Outcome]:
+    """Outcomes up to the first failure: later notebooks read what earlier ones wrote."""
+    outcomes: list[batch.Outcome] = []
+    for path in selected:
+        with Status(f"  {path.stem}") as status:
+            status.update("starting the kernel")
+            outcome = batch.execute(
+                path, target, values[path.stem], on_cell=lambda i, n, s=status: s.update(f"cell {i} of {n}")
+            )
+        outcomes.append(outcome)
+        say(f"  {path.stem}  {clock(outcome.seconds)}  {'FAILED' if outcome.error else 'done'}")
+        if outcome.error:
+            break
+    return outcomes
+
+
+def _record(target: Path, values: dict[str, dict[str, Any]], outcomes: list[batch.Outcome]) -> None:
+    """Write `run.json`: what ran, with which values and versions."""
+    from importlib.metadata import version
+
+    packages = ("torch", "anndata", "scanpy", "numpy", "papermill")
+    notebooks = {
+        outcome.notebook: {
+            "seconds": round(outcome.seconds, 2),
+            "error": outcome.error,
+            "parameters": values[outcome.notebook],
+        }
+        for outcome in outcomes
+    }
+    content = {"python": platform.python_version(), "versions": {name: version(name) for name in packages}}
+    batch.write_json(target / "run.json", {**content, "notebooks": notebooks})
+
+
+def _close(outcomes: list[batch.Outcome], selected: list[Path], seconds: float) -> None:
+    """Print the closing table."""
+    rows = [[o.notebook, f"{o.seconds:.1f}", _headline(o), o.output.name] for o in outcomes]
+    rows += [[path.stem, "", "not run", ""] for path in selected[len(outcomes) :]]
+    say()
+    say(table(["notebook", "seconds", "key numbers", "look at"], rows, right=(1,)))
+    say(f"\n{clock(seconds)} in all. Executed notebooks, figures, tables and models: {outcomes[0].folder}")
+    for outcome in outcomes:
+        if outcome.error:
+            where = f"cell In [{outcome.cell}]" if outcome.cell else "the kernel"
+            complain(f"\n{outcome.notebook} failed in {where}: {outcome.error}\nSee {outcome.output}")
+
+
+def _headline(outcome: batch.Outcome) -> str:
+    """The first three numbers of `metrics.json`."""
+    if outcome.error:
+        return "FAILED"
+    numbers = [(name, value) for name, value in outcome.metrics.items() if type(value) in (int, float)]
+    return ", ".join(f"{name} {value:.4g}" for name, value in numbers[:3])

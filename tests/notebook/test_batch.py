@@ -1,0 +1,77 @@
+"""Notebooks executed by papermill, with throw-away notebooks."""
+
+from __future__ import annotations
+
+import json
+
+import nbformat
+import numpy as np
+import pytest
+
+from cellop_nb.errors import LabelError
+from cellop_nb.notebook import batch
+
+PARAMETERS = "n: int = 2  # how many\nlayer: str | None = None\nrun_dir: str = '.'"
+WORK = """from cellop_nb.notebook import batch
+batch.write_metrics(run_dir, "90_mine", {"square": n * n, "layer": layer})"""
+
+
+@pytest.fixture
+def book(tmp_path, write_notebook):
+    return write_notebook(tmp_path / "books" / "90_mine.ipynb", PARAMETERS, WORK, "print(n)")
+
+
+def test_a_notebook_runs_in_its_folder_with_its_values(book, tmp_path, caplog):
+    seen = []
+    outcome = batch.execute(book, tmp_path / "run", {"n": 3}, on_cell=lambda i, n: seen.append((i, n)))
+    assert outcome.error == ""
+    assert outcome.metrics == {"square": 9, "layer": None}
+    assert (tmp_path / "run" / "90_mine" / "metrics.json").is_file()
+    assert outcome.seconds > 0
+    assert seen[-1] == (3, 3)
+    executed = nbformat.read(outcome.output, 4)
+    assert executed.cells[-1].outputs[0].text == "3\n"
+    assert "widgets" not in executed.metadata
+    assert not caplog.records
+
+
+def test_a_failing_notebook_is_kept_and_tells_its_cell(tmp_path, write_notebook):
+    book = write_notebook(tmp_path / "90_mine.ipynb", PARAMETERS, "raise KeyError('gone')", "print('later')")
+    folder = tmp_path / "run"
+    batch.write_metrics(folder, "90_mine", {"square": 1})
+    outcome = batch.execute(book, folder)
+    assert outcome.error == "KeyError: 'gone'"
+    assert outcome.cell == 2
+    assert outcome.output.is_file()
+    assert outcome.metrics == {}, "the metrics of an earlier run must not stand for this one"
+
+
+def test_a_dead_kernel_and_a_slow_cell_are_outcomes(tmp_path, write_notebook):
+    dying = write_notebook(
+        tmp_path / "91_dying.ipynb", "n = 1", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    assert "DeadKernelError" in batch.execute(dying, tmp_path / "run").error
+    slow = write_notebook(tmp_path / "92_slow.ipynb", "n = 1", "import time; time.sleep(60)")
+    assert "CellTimeoutError" in batch.execute(slow, tmp_path / "run", timeout=1).error
+
+
+def test_wrong_values_stop_it_before_it_runs(book, tmp_path):
+    with pytest.raises(LabelError, match="a parameter of 90_mine"):
+        batch.execute(book, tmp_path / "run", {"m": 3})
+    assert not (tmp_path / "run").exists()
+
+
+def test_metrics_are_written_as_plain_json(tmp_path):
+    metrics = {
+        "a": np.float32(0.5),
+        "b": np.arange(2),
+        "c": float("nan"),
+        "d": {"e": (1, True)},
+        "f": tmp_path,
+    }
+    path = batch.write_metrics(tmp_path, "90_mine", metrics)
+    content = json.loads(path.read_text())
+    assert content == {"a": 0.5, "b": [0, 1], "c": None, "d": {"e": [1, True]}, "f": str(tmp_path)}
+    assert batch.read_metrics(tmp_path, "90_mine") == content
+    assert [p.name for p in path.parent.iterdir()] == ["metrics.json"]
+    assert batch.read_metrics(tmp_path, "91_other") == {}

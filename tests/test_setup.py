@@ -1,0 +1,223 @@
+"""The files and the code that make the environment."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+
+import pytest
+import yaml
+
+import cellop_nb
+from cellop_nb.commands import environment
+
+CONDA_NAMES = {"matplotlib-base": "matplotlib", "python-build": "build"}
+
+
+@pytest.fixture(scope="module")
+def project(root):
+    return tomllib.loads((root / "pyproject.toml").read_text())["project"]
+
+
+@pytest.fixture(scope="module")
+def pins(root):
+    lines = (root / "constraints.txt").read_text().splitlines()
+    return dict(line.split("==") for line in lines if not line.startswith("#"))
+
+
+def split(requirement):
+    name, bound = re.fullmatch(r"([\w.-]+)((?:>=[\d.]+)?)", requirement).groups()
+    return CONDA_NAMES.get(name, name), bound
+
+
+def test_environment_yml_keeps_step_with_pyproject(root, project):
+    content = yaml.safe_load((root / "environment.yml").read_text())
+    pip = next(entry["pip"] for entry in content["dependencies"] if isinstance(entry, dict))
+    conda = [entry for entry in content["dependencies"] if isinstance(entry, str)]
+    named = dict(split(entry) for entry in [*conda, *pip] if not entry.startswith("-e"))
+    assert named.pop("python") == project["requires-python"]
+    named.pop("pip")
+    assert named == dict(split(r) for r in project["dependencies"] + project["optional-dependencies"]["test"])
+    assert "-e ." in pip
+    assert content["channels"] == ["conda-forge", "nodefaults"]
+
+
+def test_the_tested_versions_meet_the_declared_bounds(project, pins):
+    for requirement in project["dependencies"] + project["optional-dependencies"]["test"]:
+        name, bound = split(requirement)
+        assert environment._numbers(pins[name]) >= environment._numbers(bound.removeprefix(">=")), requirement
+    assert pins["torch"] == "2.13.0"
+    assert not [name for name in pins if name.startswith(("nvidia", "triton", "cuda"))]
+
+
+def test_the_version_stands_once(root, project):
+    assert project["dynamic"] == ["version"]
+    assert re.fullmatch(r"\d+\.\d+\.\d+", cellop_nb.__version__)
+
+
+def test_the_console_script_exists(project):
+    module, function = project["scripts"]["cellop"].split(":")
+    assert callable(getattr(__import__(module, fromlist=[function]), function))
+
+
+def test_ci_runs_the_test_command(root):
+    script = root / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    text = script.read_text()
+    assert text.rstrip().endswith("\npython3 -m cellop_nb test")
+    assert "CELLOP_REQUIRE_REAL_DATA=1" in text
+
+
+def test_this_interpreter_has_what_the_tests_need():
+    assert environment.missing(environment.requirements("test")) == []
+
+
+def test_absent_and_old_packages_are_missing():
+    wanted = ["pytest", "pytest>=1", "pytest>=1000", "no-such-package-xyz>=1"]
+    assert environment.missing(wanted) == ["pytest>=1000", "no-such-package-xyz>=1"]
+
+
+@pytest.fixture
+def fresh(tmp_path, monkeypatch):
+    """A project folder without an environment; commands are recorded instead of run."""
+    (tmp_path / "pyproject.toml").write_text('[project]\ndependencies = ["no-such-package-xyz>=1"]\n')
+    (tmp_path / "constraints.txt").write_text("")
+    venv = tmp_path / ".venv"
+    monkeypatch.delenv("CELLOP_RESTARTED", raising=False)
+    for name, value in {
+        "ROOT": tmp_path, "VENV": venv, "IS_CHECKOUT": True, "_STAMP": venv / "stamp",
+        "_UNFINISHED": tmp_path / "runs" / ".unfinished", "_LOG": tmp_path / "runs" / "setup.log",
+    }.items():  # fmt: skip
+        monkeypatch.setattr(environment, name, value)
+    calls = []
+
+    def follow(command, log, status):
+        calls.append(command)
+        python = environment.venv_python()
+        python.parent.mkdir(parents=True, exist_ok=True)
+        if not python.exists():
+            python.symlink_to(sys.executable)
+
+    monkeypatch.setattr(environment, "_follow", follow)
+    monkeypatch.setattr(environment, "restart", lambda arguments: calls.append(["restart", *arguments]))
+    return calls
+
+
+def kinds(calls):
+    return [next(word for word in call if word in {"venv", "pip", "restart"}) for call in calls]
+
+
+def test_the_environment_is_made_once_and_redone_when_pyproject_changes(fresh):
+    environment.ensure((), ["run"])
+    assert kinds(fresh) == ["venv", "pip", "restart"]
+    assert environment.is_ready()
+    environment.ensure((), ["run"])
+    assert kinds(fresh)[3:] == ["restart"]
+    with (environment.ROOT / "pyproject.toml").open("a") as file:
+        file.write("# changed\n")
+    assert not environment.is_ready()
+    environment.ensure((), ["run"])
+    assert kinds(fresh)[4:] == ["pip", "restart"]
+
+
+def test_a_broken_installation_is_redone_from_scratch(fresh, monkeypatch):
+    follow = environment._follow
+
+    def breaks(command, log, status):
+        if "pip" in command:
+            raise KeyboardInterrupt
+        follow(command, log, status)
+
+    monkeypatch.setattr(environment, "_follow", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        environment.ensure((), ["run"])
+    assert not environment.is_ready()
+    monkeypatch.setattr(environment, "_follow", follow)
+    monkeypatch.setattr(environment, "_is_alive", lambda process: False)
+    fresh.clear()
+    environment.ensure((), ["run"])
+    assert kinds(fresh) == ["venv", "pip", "restart"]
+    assert "--clear" in fresh[0]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="process ids are not looked up on Windows")
+def test_a_second_setup_at_the_same_time_is_refused(fresh):
+    environment._UNFINISHED.parent.mkdir()
+    environment._UNFINISHED.write_text(str(os.getppid()))
+    with pytest.raises(environment.SetupError, match="one set-up at a time"):
+        environment.ensure((), ["run"])
+    assert fresh == []
+
+
+def test_an_environment_that_stays_incomplete_is_an_error_not_a_loop(fresh, monkeypatch):
+    monkeypatch.setenv("CELLOP_RESTARTED", "1")
+    with pytest.raises(environment.SetupError, match="no-such-package-xyz"):
+        environment.ensure((), ["run"])
+    assert fresh == []
+
+
+def test_a_complete_interpreter_is_used_as_it_is(fresh):
+    (environment.ROOT / "pyproject.toml").write_text('[project]\ndependencies = ["pytest>=1"]\n')
+    environment.ensure((), ["run"])
+    assert fresh == []
+
+
+def test_a_failing_step_shows_its_output_and_what_to_do(fresh, monkeypatch, tmp_path, capsys):
+    monkeypatch.undo()
+    command = [sys.executable, "-c", "print('no space left'); raise SystemExit(1)"]
+    with (tmp_path / "log").open("w") as log, environment.Status("setting up") as status:
+        with pytest.raises(environment.SetupError, match="Expected the set-up to succeed.*To fix it"):
+            environment._follow(command, log, status)
+    assert "no space left" in capsys.readouterr().err
+    assert "no space left" in (tmp_path / "log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("line", "stage"),
+    [
+        ("Collecting torch>=2.6 (from cellop_nb==0.1.0)", "pip: resolving torch>=2.6"),
+        (
+            "  Downloading scanpy-1.11.5-py3-none-any.whl (2.1 MB)",
+            "pip: downloading scanpy-1.11.5-py3-none-any.whl",
+        ),
+        ("Installing collected packages: a, b", "pip: installing the packages (the longest part)"),
+        ("Requirement already satisfied: pip", ""),
+    ],
+)
+def test_the_stage_of_pip_is_read_from_its_output(line, stage):
+    assert environment._stage(line) == stage
+
+
+def test_help_works_without_any_package(root, tmp_path):
+    """-I -S: no site-packages at all, from another folder."""
+    start = "from cellop_nb.__main__ import main; main(['--help'])"
+    code = f"import sys; sys.path.insert(0, {str(root)!r}); {start}"
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert "examples:" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_notebooks_and_the_example_data(root, tmp_path):
+    """Built from a copy of the tracked files; needs the build backend in the environment of pip."""
+    import shutil
+    import zipfile
+
+    notebooks = list((root / "notebooks").glob("*.ipynb"))
+    if not notebooks or not any((root / "data").iterdir()):
+        pytest.skip("no notebooks or no example data in this checkout")
+    copy = tmp_path / "copy"
+    ignore = shutil.ignore_patterns(".venv", ".git", "runs", "__pycache__")
+    shutil.copytree(root, copy, ignore=ignore)
+    command = [sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path), str(copy)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {f"cellop_nb/_share/notebooks/{path.name}" for path in notebooks} <= names
+    assert not [name for name in names if name.startswith("tests/")]
