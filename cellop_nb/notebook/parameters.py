@@ -20,16 +20,18 @@ from cellop_nb.notebook.values import Parameter, ParameterError, cell_of, read_c
 SEED = Parameter("seed", "int", 0, "every random choice follows from it", minimum=0)
 RUN_DIR = Parameter("run_dir", "str", ".", "folder that this notebook reads from and writes to")
 
-# the contract of the AnnData object: which columns mean what
+N_GENES = Parameter("n_genes", "int", 1000, "most variable genes kept; 0 keeps all", minimum=0)
+MIN_CELLS = Parameter("min_cells", "int", 10, "cells that a group must have to be used", minimum=2)
+
+# what makes the prepared screen, in every notebook alike: each must be able to prepare it alone
 DATA = (
     Parameter("data", "str", "synthetic_screen", "a name in datasets.list(), or the path of an .h5ad file"),
     Parameter("layer", "str | None", None, "layer with the raw counts; None: X"),
     Parameter("perturbation_key", "str", "perturbation", "column of obs with the perturbation of each cell"),
     Parameter("context_key", "str | list[str] | None", "cell_type", "column(s) of obs: cell type, donor"),
     Parameter("control", "str", "control", "label of the unperturbed cells"),
+    N_GENES,
 )
-N_GENES = Parameter("n_genes", "int", 1000, "most variable genes kept; 0 keeps all", minimum=0)
-MIN_CELLS = Parameter("min_cells", "int", 10, "cells that a group must have to be used", minimum=2)
 
 LATENT_DIM = Parameter("latent_dim", "int", 32, "dimension of the latent space", minimum=1, maximum=512)
 HIDDEN = Parameter("hidden", "int", 128, "units of a hidden layer", minimum=1, maximum=4096)
@@ -56,9 +58,9 @@ EPOCHS = (
 
 NOTEBOOKS: dict[str, tuple[Parameter, ...]] = {
     "00_quickstart": (*EPOCHS, SEED, RUN_DIR),
-    "01_data": (*DATA, N_GENES, MIN_CELLS, SEED, RUN_DIR),
+    "01_data": (*DATA, MIN_CELLS, SEED, RUN_DIR),
     "02_train_vae": (
-        *DATA, N_GENES, LATENT_DIM, HIDDEN, N_LAYERS, VAE_EPOCHS, BATCH_SIZE, VAE_RATE, KL_WEIGHT,
+        *DATA, LATENT_DIM, HIDDEN, N_LAYERS, VAE_EPOCHS, BATCH_SIZE, VAE_RATE, KL_WEIGHT,
         SEED, RUN_DIR,
     ),
     "03_inspect_latent": (
@@ -80,7 +82,7 @@ NOTEBOOKS: dict[str, tuple[Parameter, ...]] = {
         *DATA,
         Parameter("holdout_context", "str", "", "context left out of training; empty: the largest"),
         Parameter("holdout_perturbation", "str", "", "perturbation to predict; empty: the largest effect"),
-        N_GENES, LATENT_DIM, *EPOCHS,
+        LATENT_DIM, *EPOCHS,
         Parameter("n_seeds", "int", 1, "fits that are averaged", minimum=1, maximum=20),
         SEED, RUN_DIR,
     ),
