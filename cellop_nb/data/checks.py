@@ -7,8 +7,8 @@ import pandas as pd
 from anndata import AnnData
 from scipy import sparse
 
-from ..errors import DataError, LabelError, did_you_mean, three_beats
-from .slots import count_blocks, count_slot, perturbation_parts
+from ..errors import DataError, LabelError, three_beats
+from .slots import count_blocks, count_slot, perturbation_parts, require_control
 
 _MISSING = {"", "nan", "na", "none", "null"}
 
@@ -47,9 +47,7 @@ def check_labels(labels: pd.DataFrame, perturbation_key: str, control: str) -> N
     perturbations = list(labels["perturbation"].unique())
     for what in ("context", "perturbation"):
         _check_spelling(what, labels[what].unique(), control)
-    if control not in perturbations:
-        fix = f"pass control=... ({did_you_mean(control, perturbations)})"
-        raise LabelError(three_beats(f"control cells {control!r} in obs[{perturbation_key!r}]", "none", fix))
+    require_control(labels["perturbation"], control, perturbation_key)
     treated = [label for label in perturbations if label != control]
     if not treated:
         found = f"only {control!r} in obs[{perturbation_key!r}]"

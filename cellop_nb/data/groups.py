@@ -13,8 +13,10 @@ import torch
 from anndata import AnnData
 from torch import Tensor
 
-from ..errors import DataError, LabelError, did_you_mean, three_beats
-from .contract import context_labels, obs_labels
+from ..errors import DataError, did_you_mean, three_beats
+from .draws import Draws
+from .slots import context_labels, obs_labels, require_control
+from .splits import rows_of
 
 logger = logging.getLogger("cellop_nb")
 
@@ -96,20 +98,16 @@ class Groups(Sequence):
     ) -> None:
         self.control, self.items = control, items
         self.control_index = control_index or {name: np.arange(len(z)) for name, z in control.items()}
-        self.dropped = (
-            pd.DataFrame(columns=["context", "perturbation", "cells"]) if dropped is None else dropped
-        )
+        self.dropped = _dropped([]) if dropped is None else dropped
         self.pool = torch.cat([*control.values(), *(group.cells for group in items)])
         sizes = [*(len(z) for z in control.values()), *(len(group) for group in items)]
         starts = [0, *accumulate(sizes)]
         contexts = {name: place for place, name in enumerate(control)}
         sources = [contexts[group.context] for group in items]
         targets = range(len(control), len(sizes))
-        # One row per side and group: the controls of every group first, then the perturbed cells.
-        self._starts = torch.tensor([starts[k] for k in (*sources, *targets)])
-        self._sizes = torch.tensor([sizes[k] for k in (*sources, *targets)])
-        self._primes = torch.tensor([_prime_from(int(size)) for size in self._sizes])
-        self._plans: dict = {}
+        # The controls of every group first, then its perturbed cells.
+        sets = (*sources, *targets)
+        self._draws = Draws([sizes[k] for k in sets], [starts[k] for k in sets])
 
     def __len__(self) -> int:
         return len(self.items)
@@ -180,45 +178,18 @@ class Groups(Sequence):
         -------
         GroupSample
         """
-        plan = self._plan(n_cells, None if which is None else tuple(int(k) for k in which))
-        rows = plan.position if n_cells is None else _scatter(plan, generator)
-        rows = (rows + plan.start).to(self.pool.device)
-        control_rows, perturbed_rows = rows[: plan.split], rows[plan.split :]
+        chosen = [int(k) for k in (range(len(self)) if which is None else which)]
+        rows, sizes = self._draws.draw([*chosen, *(k + len(self) for k in chosen)], n_cells, generator)
+        cut = sum(sizes[: len(chosen)])
+        rows = rows.to(self.pool.device)
         return GroupSample(
-            control=self.pool.index_select(0, control_rows),
-            perturbed=self.pool.index_select(0, perturbed_rows),
-            control_sizes=plan.sizes[: len(plan.which)],
-            perturbed_sizes=plan.sizes[len(plan.which) :],
-            which=plan.which,
-            control_rows=control_rows,
-            perturbed_rows=perturbed_rows,
-        )
-
-    def _plan(self, n_cells: int | None, which: tuple[int, ...] | None) -> _Plan:
-        key = (n_cells, which)
-        if key not in self._plans:
-            if len(self._plans) > 64:  # callers that draw ever new subsets must not grow the cache
-                self._plans.clear()
-            self._plans[key] = self._new_plan(
-                n_cells, list(range(len(self))) if which is None else list(which)
-            )
-        return self._plans[key]
-
-    def _new_plan(self, n_cells: int | None, which: list[int]) -> _Plan:
-        sides = torch.tensor([*which, *(k + len(self) for k in which)])
-        available = self._sizes[sides]
-        sizes = available if n_cells is None else available.clamp(max=int(n_cells))
-        ends = sizes.cumsum(0)
-        return _Plan(
-            which=which,
-            sizes=sizes.tolist(),
-            split=int(ends[len(which) - 1]),
-            position=torch.arange(int(ends[-1])) - (ends - sizes).repeat_interleave(sizes),
-            start=self._starts[sides].repeat_interleave(sizes),
-            side=torch.arange(len(sides)).repeat_interleave(sizes),
-            prime=self._primes[sides],
-            prime_of_cell=self._primes[sides].repeat_interleave(sizes),
-            available=available.repeat_interleave(sizes),
+            control=self.pool.index_select(0, rows[:cut]),
+            perturbed=self.pool.index_select(0, rows[cut:]),
+            control_sizes=sizes[: len(chosen)],
+            perturbed_sizes=sizes[len(chosen) :],
+            which=chosen,
+            control_rows=rows[:cut],
+            perturbed_rows=rows[cut:],
         )
 
 
@@ -261,11 +232,11 @@ def groups(
         If the representation is missing or not finite, a context has no controls, or no group is left.
     """
     z = _representation(adata, use_rep)
-    labels = _label_table(adata, perturbation_key, context_key, dose_key, control)
+    labels = _label_table(adata, perturbation_key, context_key, dose_key)
     inside = _inside(adata, split, split_key)
     usable = inside if control_split is None else _inside(adata, control_split, split_key)
     reserve = np.ones(adata.n_obs, dtype=bool) if split == "test" and control_split is None else usable
-    is_control = (labels["perturbation"] == control).to_numpy()
+    is_control = require_control(labels["perturbation"], control, perturbation_key)
     chosen = labels[inside & ~is_control]
     members = {key: rows.to_numpy() for key, rows in chosen.groupby(["context", "perturbation", "dose"]).row}
     kept = {key: rows for key, rows in members.items() if len(rows) >= min_cells}
@@ -291,57 +262,6 @@ def groups(
     return Groups(control_cells, items, control_index=control_index, dropped=_dropped(small))
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What a draw of given size from given groups needs: one entry per side, or per drawn cell."""
-
-    which: list[int]
-    sizes: list[int]
-    split: int
-    position: Tensor
-    start: Tensor
-    side: Tensor
-    prime: Tensor
-    prime_of_cell: Tensor
-    available: Tensor
-
-
-def _scatter(plan: _Plan, generator: torch.Generator | None) -> Tensor:
-    r"""Map positions 0..m-1 of each side to distinct random cells, (cell,) int64.
-
-    The cost does not depend on the size of the groups.
-
-    .. math:: f(i) = (a i + c) \bmod p, \qquad a \in 1..p-1,\; c \in 0..p-1
-
-    with p the smallest prime that is not below the group's size. Drawn over all (a, c) the map is pairwise
-    independent, which is what a distance between pairs of cells needs; values beyond the group (few, as p is
-    close to its size) are mapped again until they fall inside: cycle walking keeps the map one to one.
-
-    References
-    ----------
-    Carter & Wegman, J. Comput. Syst. Sci. 18:143 (1979); Black & Rogaway, CT-RSA (2002).
-    """
-    device = "cpu" if generator is None else generator.device
-    u = torch.rand(2, len(plan.prime), generator=generator, device=device, dtype=torch.float64).cpu()
-    slope = (1 + (u[0] * (plan.prime - 1)).long()).index_select(0, plan.side)
-    shift = (u[1] * plan.prime).long().index_select(0, plan.side)
-    rows = (slope * plan.position + shift) % plan.prime_of_cell
-    outside = (rows >= plan.available).nonzero().view(-1)
-    while len(outside):
-        again = (slope[outside] * rows[outside] + shift[outside]) % plan.prime_of_cell[outside]
-        rows[outside] = again
-        outside = outside[again >= plan.available[outside]]
-    return rows
-
-
-def _prime_from(number: int) -> int:
-    """The smallest prime that is not below `number` (and at least 2)."""
-    candidate = max(number, 2)
-    while any(candidate % divisor == 0 for divisor in range(2, int(candidate**0.5) + 1)):
-        candidate += 1
-    return candidate
-
-
 def _representation(adata: AnnData, use_rep: str | np.ndarray) -> Tensor:
     if isinstance(use_rep, str):
         if use_rep not in adata.obsm:
@@ -361,11 +281,8 @@ def _representation(adata: AnnData, use_rep: str | np.ndarray) -> Tensor:
     return torch.from_numpy(z)
 
 
-def _label_table(adata: AnnData, perturbation_key, context_key, dose_key, control) -> pd.DataFrame:
+def _label_table(adata: AnnData, perturbation_key, context_key, dose_key) -> pd.DataFrame:
     perturbation = obs_labels(adata, perturbation_key)
-    if control not in set(perturbation):
-        fix = f"pass control=... ({did_you_mean(control, perturbation.unique())})"
-        raise LabelError(three_beats(f"control cells {control!r} in obs[{perturbation_key!r}]", "none", fix))
     dose = 1.0 if dose_key is None else obs_labels(adata, dose_key).astype(float).to_numpy()
     context = context_labels(adata, context_key).to_numpy()
     table = {"context": context, "perturbation": perturbation.to_numpy(), "dose": dose}
@@ -376,13 +293,9 @@ def _inside(adata: AnnData, split: str | Sequence[str] | None, split_key: str) -
     """Mask of the cells in the split, (cell,)."""
     if split is None:
         return np.ones(adata.n_obs, dtype=bool)
-    wanted = [split] if isinstance(split, str) else list(split)
-    labels = obs_labels(adata, split_key)
-    for name in wanted:
-        if name not in set(labels):
-            fix = f"run split(adata, ...) or name another one ({did_you_mean(name, labels.unique())})"
-            raise LabelError(three_beats(f"cells of split {name!r} in obs[{split_key!r}]", "none", fix))
-    return labels.isin(wanted).to_numpy()
+    mask = np.zeros(adata.n_obs, dtype=bool)
+    mask[rows_of(adata, split, split_key=split_key)] = True
+    return mask
 
 
 def _controls(preferred: np.ndarray, reserve: np.ndarray, context: str, min_cells: int) -> np.ndarray:

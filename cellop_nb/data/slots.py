@@ -130,3 +130,12 @@ def perturbation_parts(label: str) -> tuple[str, ...]:
         fix = f"write {'+'.join(dict.fromkeys(part for part in clean if part))!r}"
         raise LabelError(three_beats("a perturbation, or a combination written 'A+B'", f"{label!r}", fix))
     return parts
+
+
+def require_control(labels: pd.Series, control: str, perturbation_key: str) -> np.ndarray:
+    """Mask of the control cells among perturbation labels, (cell,); refuses a label that no cell has."""
+    mask = (labels == control).to_numpy()
+    if not mask.any():
+        fix = f"pass control=... ({did_you_mean(control, labels.unique())})"
+        raise LabelError(three_beats(f"control cells {control!r} in obs[{perturbation_key!r}]", "none", fix))
+    return mask

@@ -9,7 +9,7 @@ import pandas as pd
 from anndata import AnnData
 
 from ..errors import HoldoutError, LabelError, did_you_mean, three_beats
-from .contract import context_labels, obs_labels, perturbation_parts
+from .slots import context_labels, obs_labels, perturbation_parts, require_control
 
 SPLITS = ("train", "val", "test")
 
@@ -62,10 +62,7 @@ def split(
             "perturbation": obs_labels(adata, perturbation_key).to_numpy(),
         }
     )
-    is_control = (labels["perturbation"] == control).to_numpy()
-    if not is_control.any():
-        fix = f"pass control=... ({did_you_mean(control, labels['perturbation'].unique())})"
-        raise LabelError(three_beats(f"control cells {control!r} in obs[{perturbation_key!r}]", "none", fix))
+    is_control = require_control(labels["perturbation"], control, perturbation_key)
     _check_fractions(test_fraction if holdout is None else 0.0, val_fraction)
     rng = np.random.default_rng(seed)
     if holdout is None:

@@ -1,0 +1,236 @@
+"""Data sets by name: the synthetic example, files of your own, and public screens through a checked cache.
+
+Exported as ``cellop_nb.datasets``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from importlib.resources import files
+from pathlib import Path
+
+import anndata
+import h5py
+import pandas as pd
+from anndata import AnnData
+
+from ..errors import DataError, did_you_mean, three_beats
+from .screens import COLUMNS, SCREENS, Screen, scperturb
+from .synthetic import EXAMPLE, planted_operator, planted_proportions, synthetic
+
+__all__ = ["cache_folder", "fetch", "list", "load", "planted_operator", "planted_proportions", "synthetic"]
+
+EXAMPLE_NAME = "synthetic_screen"
+_RECORD = "checksums.json"
+
+
+def load(
+    name_or_path: str | os.PathLike = EXAMPLE_NAME, *, backed: bool = False, progress: bool = True
+) -> AnnData:
+    """A screen by name, or from a file.
+
+    Parameters
+    ----------
+    name_or_path
+        "synthetic_screen" (the example with known operators), a name of :func:`list`, "scperturb/NAME", or a
+        path to `.h5ad` or `.zarr`.
+    backed
+        Leave the counts of an `.h5ad` on disk.
+    progress
+        Show a progress bar while downloading.
+
+    Returns
+    -------
+    AnnData
+        A file as it is; a public screen with its columns named as in the contract (`perturbation`,
+        `cell_type`, `donor`, `dose`, control cells "control", combinations "A+B"), where they came from in
+        `uns["cellop_nb"]["source"]`. Run :func:`cellop_nb.check` on it.
+
+    Raises
+    ------
+    DataError
+        If the name or file is unknown, the download fails, or a file differs from the first download.
+    """
+    if str(name_or_path) == EXAMPLE_NAME:
+        path = example_path()
+        return synthetic(**EXAMPLE) if path is None else _read(path, backed)
+    screen = find(str(name_or_path))
+    if screen is not None:
+        return to_contract(_read(fetch(screen, progress=progress), backed), screen)
+    path = Path(name_or_path)
+    if not path.exists():
+        known = did_you_mean(name_or_path, [EXAMPLE_NAME, *(screen.name for screen in SCREENS)])
+        fix = f"check the path, or give a name of cellop_nb.datasets.list() ({known})"
+        raise DataError(three_beats("a file or the name of a data set", f"neither at {str(path)!r}", fix))
+    return _read(path, backed)
+
+
+def find(name: str) -> Screen | None:
+    """The catalogue's screen of that name, or any file of scPerturb as "scperturb/NAME"."""
+    for screen in SCREENS:
+        if screen.name == name:
+            return screen
+    prefix, _, file = name.partition("/")
+    return scperturb(file) if prefix == "scperturb" and file and "/" not in file else None
+
+
+def example_path() -> Path | None:
+    """The committed example: inside an installed package, or beside it in a clone; None where in neither."""
+    package = Path(str(files("cellop_nb")))
+    places = (package / "_share" / "data", package.parent / "data")
+    return next(
+        (place / f"{EXAMPLE_NAME}.h5ad" for place in places if (place / f"{EXAMPLE_NAME}.h5ad").is_file()),
+        None,
+    )
+
+
+def cache_folder() -> Path:
+    """Where downloads go: `$CELLOP_CACHE`, or the system's cache folder."""
+    import pooch
+
+    return Path(os.environ.get("CELLOP_CACHE") or pooch.os_cache("cellop_nb"))
+
+
+def fetch(screen: Screen | str, *, progress: bool = True) -> Path:
+    """The screen's file in the cache, downloaded if needed.
+
+    The SHA-256 of the first complete download is recorded; a file that differs later, in the cache or at the
+    source, is refused.
+
+    Raises
+    ------
+    DataError
+        If there is no connection, or the file is damaged or has changed.
+    """
+    import pooch
+
+    if isinstance(screen, str):
+        screen = find(screen) or _unknown(screen)
+    folder = cache_folder()
+    path = folder / (screen.name.replace("/", "-") + ".h5ad")
+    known = _recorded(folder).get(path.name)
+    if not path.exists():
+        _download(screen, path, known, progress)
+    if known is None:
+        _refuse_damaged(path, screen)
+        _record(folder, path.name, pooch.file_hash(str(path)))
+    elif pooch.file_hash(str(path)) != known:
+        fix = f"delete it to download it again, or delete its line in {_RECORD} to accept it"
+        raise DataError(three_beats("the file of the first download", f"{path} has changed since", fix))
+    return path
+
+
+def to_contract(adata: AnnData, screen: Screen) -> AnnData:
+    """Name a public screen's columns and labels as the contract does; what it lacks is left out."""
+    source = {"name": screen.name, "url": screen.url, "citation": screen.citation}
+    for ours, theirs in COLUMNS.items():
+        options = [screen.columns[ours]] if ours in screen.columns else [ours, *theirs]
+        found = next((column for column in options if column in adata.obs), None)
+        if found is not None:
+            adata.obs[ours] = adata.obs[found]
+            source[f"obs_{ours}"] = found
+    if "perturbation" in adata.obs:
+        labels = adata.obs["perturbation"]
+        names = {label: _label(str(label), screen) for label in labels.dropna().unique()}
+        adata.obs["perturbation"] = labels.astype(object).map(names).astype("category")
+    adata.uns.setdefault("cellop_nb", {})["source"] = source
+    return adata
+
+
+def list() -> pd.DataFrame:  # noqa: A001 - read as datasets.list()
+    """The catalogue: name, cells (about; missing where not stated), title, citation, licence, url, cached."""
+    folder = cache_folder()
+    rows = [
+        (
+            EXAMPLE_NAME,
+            4_800,
+            "Synthetic screen with planted operators",
+            "this package",
+            "BSD-3-Clause",
+            "",
+            True,
+        )
+    ]
+    for screen in SCREENS:
+        cached = (folder / (screen.name.replace("/", "-") + ".h5ad")).exists()
+        cells = screen.cells or pd.NA
+        rows.append((screen.name, cells, screen.title, screen.citation, screen.licence, screen.url, cached))
+    table = pd.DataFrame(rows, columns=["name", "cells", "title", "citation", "licence", "url", "cached"])
+    return table.astype({"cells": "Int64"})
+
+
+def _read(path: Path, backed: bool) -> AnnData:
+    if path.suffix == ".zarr":
+        return anndata.read_zarr(path)
+    if path.suffix != ".h5ad":
+        fix = "convert it, for example with scanpy.read_10x_h5(...).write_h5ad(...)"
+        raise DataError(three_beats("a file .h5ad or .zarr", f"{path.name!r}", fix))
+    try:
+        return anndata.read_h5ad(path, backed="r" if backed else None)
+    except OSError as error:
+        raise DataError(
+            three_beats("a readable .h5ad", f"{path}: {error}", "copy or make the file again")
+        ) from error
+
+
+def _download(screen: Screen, path: Path, known: str | None, progress: bool) -> None:
+    import pooch
+    import requests
+
+    try:
+        pooch.retrieve(screen.url, known, fname=path.name, path=path.parent, progressbar=progress)
+    except ValueError as error:  # pooch's word for another checksum
+        fix = f"if the new file is wanted, delete its line in {path.parent / _RECORD}"
+        raise DataError(
+            three_beats(f"{screen.name} as first downloaded", "another file at its source", fix)
+        ) from error
+    except (requests.RequestException, OSError) as error:
+        found = f"{type(error).__name__} at {screen.url}"
+        fix = f"check the connection and try again; {_cached(path.parent)}"
+        raise DataError(three_beats(f"a complete download of {screen.name}", found, fix)) from error
+
+
+def _cached(folder: Path) -> str:
+    """What can be loaded without a connection, in words."""
+    names = [EXAMPLE_NAME, *sorted(file.stem for file in folder.glob("*.h5ad"))]
+    return f"without one these can be loaded: {', '.join(names)}"
+
+
+def _refuse_damaged(path: Path, screen: Screen) -> None:
+    """A first download has no checksum to meet, but it must open."""
+    try:
+        with h5py.File(path) as file:
+            complete = "obs" in file and "var" in file
+    except OSError:
+        complete = False
+    if not complete:
+        path.unlink()
+        found = f"{screen.url} gave a file that is truncated or no AnnData"
+        raise DataError(three_beats(f"a complete {screen.name}", found, "try again; the file was removed"))
+
+
+def _recorded(folder: Path) -> dict[str, str]:
+    record = folder / _RECORD
+    return json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
+
+
+def _record(folder: Path, name: str, checksum: str) -> None:
+    """Add a checksum; the file is replaced whole, so that a reader never sees half of it."""
+    fresh = folder / f"{_RECORD}.{os.getpid()}"
+    text = json.dumps(_recorded(folder) | {name: checksum}, indent=1, sort_keys=True)
+    fresh.write_text(text, encoding="utf-8")
+    os.replace(fresh, folder / _RECORD)
+
+
+def _label(label: str, screen: Screen) -> str:
+    if label in screen.control:
+        return "control"
+    return label if screen.joiner == "+" else "+".join(label.split(screen.joiner))
+
+
+def _unknown(name: str):
+    known = did_you_mean(name, [screen.name for screen in SCREENS])
+    raise DataError(
+        three_beats("the name of a public screen", repr(name), f"see cellop_nb.datasets.list() ({known})")
+    )
