@@ -1,8 +1,8 @@
 """The non-finite guard: training stops before a NaN is kept, and says where it came from.
 
 A healthy step pays for three numbers: the sum of the loss terms, the gradient norm that clipping has
-computed anyway, and one sum over each parameter. On a GPU the three are combined there and read once per
-step. Only when one of them is not finite is the batch run again with every operation watched
+computed anyway, and, every few steps, one sum over each parameter. On a GPU they are combined there and read
+once per step. Only when one of them is not finite is the batch run again with every operation watched
 (:mod:`.locate`).
 """
 
@@ -28,7 +28,7 @@ _POLICIES = ("stop", "rollback")
 
 
 class NonFiniteGuard:
-    """Checks of one training run; the loop calls it four times per step and once per epoch.
+    """Checks of one training run; the loop calls it four times a step and once per epoch.
 
     Parameters
     ----------
@@ -42,6 +42,9 @@ class NonFiniteGuard:
         once: no learning rate cures it.
     max_rollbacks
         Number of rollbacks before the error is raised after all.
+    check_every
+        Steps between two direct looks at the parameters. A step with finite gradients and moments leaves them
+        finite; if something else broke them, the next loss shows it and the fault is still told as theirs.
     snapshot_every
         Steps between two copies of model and optimiser.
     deferred
@@ -67,6 +70,7 @@ class NonFiniteGuard:
         folder: str | Path | None = None,
         on_nonfinite: str = "stop",
         max_rollbacks: int = 5,
+        check_every: int = 10,
         snapshot_every: int = 200,
         deferred: bool | None = None,
     ) -> None:
@@ -81,7 +85,7 @@ class NonFiniteGuard:
         self.model, self.optimizer = model, optimizer
         self.folder = None if folder is None else Path(folder)
         self.on_nonfinite, self.max_rollbacks = on_nonfinite, max_rollbacks
-        self.snapshot_every = snapshot_every
+        self.check_every, self.snapshot_every = check_every, snapshot_every
         self.last_finite: TrainingState | None = None
         self.rollbacks, self.errors, self.overflows = 0, [], 0
         self._parameters = [p for p in model.parameters() if p.requires_grad]
@@ -111,7 +115,7 @@ class NonFiniteGuard:
         if self.deferred:
             self._loss_flag = torch.isfinite(total)
             return True
-        return math.isfinite(total.item()) or self._fault("loss", trainer)
+        return math.isfinite(total.item()) or self._loss_fault(trainer)
 
     def after_backward(self, trainer, grad_norm: Tensor | float | None = None) -> bool:
         """Check the gradients, by their norm; the step has not been made yet."""
@@ -125,18 +129,19 @@ class NonFiniteGuard:
     def after_step(self, trainer) -> bool:
         """Check the parameters, and copy the state from time to time."""
         self._random = random_state(trainer)
-        if self.deferred:
-            norms = torch.stack([torch.linalg.vector_norm(p.detach()) for p in self._parameters])
-            self._parameter_flag = torch.isfinite(norms).all()
-        elif not self._sum_is_finite() and nonfinite_state(self.model):
-            return self._fault("parameter", trainer)
         self._since += 1
+        if self._since % self.check_every == 0:
+            if self.deferred:
+                sums = torch.stack([p.detach().sum() for p in self._parameters])
+                self._parameter_flag = torch.isfinite(sums.sum())
+            elif not self._parameters_are_finite():
+                return self._fault("parameter", trainer)
         return self.keep(trainer) if self._suspect or self._since >= self.snapshot_every else True
 
     def end_of_epoch(self, trainer) -> bool:
-        """Check everything that is still unread, and keep the state if the last copy is old."""
-        flag, self._parameter_flag = self._parameter_flag, None
-        if flag is not None and not bool(flag) and nonfinite_state(self.model):
+        """Check the parameters, and keep the state if the last copy is old."""
+        self._parameter_flag = None
+        if not self._parameters_are_finite():
             return self._fault("parameter", trainer)
         return self.keep(trainer) if self._since >= self.snapshot_every else True
 
@@ -167,8 +172,9 @@ class NonFiniteGuard:
 
     # -- faults ------------------------------------------------------------------------------------
 
-    def _sum_is_finite(self) -> bool:
-        return math.isfinite(sum(p.detach().sum().item() for p in self._parameters))
+    def _parameters_are_finite(self) -> bool:
+        total = sum(parameter.detach().sum() for parameter in self._parameters)
+        return math.isfinite(float(total)) or not nonfinite_state(self.model)
 
     def _gradient_norm(self) -> Tensor:
         return torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
@@ -189,12 +195,16 @@ class NonFiniteGuard:
             _LOG.warning(text, trainer.step)
         return True
 
+    def _loss_fault(self, trainer) -> bool:
+        if nonfinite_state(self.model):  # broken since the step before; the loss only shows it
+            return self._fault("parameter", trainer, late=1)
+        return self._fault("loss", trainer)
+
     def _deferred_fault(self, trainer) -> bool:
         suspect = self._parameter_flag is not None and not bool(self._parameter_flag)
-        if suspect and nonfinite_state(self.model):
-            return self._fault("parameter", trainer, late=1)
-        if not bool(self._loss_flag):
-            return self._fault("loss", trainer)
+        if not bool(self._loss_flag) or (suspect and nonfinite_state(self.model)):
+            return self._loss_fault(trainer)
+        self._parameter_flag = None
         gradients_ok = math.isfinite(float(self._gradient_norm()))
         return True if gradients_ok else self._gradient_fault(trainer)
 
@@ -229,7 +239,7 @@ class NonFiniteGuard:
             self.restore()
 
     def _describe(self, stage: str, trainer, late: int) -> NonFiniteError:
-        told = {"stage": stage, "epoch": trainer.epoch, "step": trainer.step - late}
+        told = {"stage": stage, "epoch": trainer.epoch, "step": max(trainer.step - late, 0)}
         told["learning_rate"] = self.optimizer.param_groups[0]["lr"]
         random = self._random or random_state(trainer)
         now = random_state(trainer)

@@ -130,7 +130,7 @@ def test_encoder_weight(trainer):
     healthy = trainer.guard.last_finite
     trainer.model.encoder[2].weight.data[1, 3] = math.inf
     error = fail(trainer)
-    assert (error.stage, error.step, error.origin.kind) == ("loss", 3, "parameter")
+    assert (error.stage, error.step, error.origin.kind) == ("parameter", 2, "parameter")
     assert error.module == "encoder.2" and "encoder.2.weight" in str(error)
     # The present state is poisoned; the one that was kept is put back.
     assert trainer.guard.last_finite is healthy
@@ -194,7 +194,9 @@ def test_a_gradient_of_one_parameter(trainer, value):
     trainer.run(2)
 
 
-def test_a_parameter_after_the_step(trainer):
+@pytest.mark.parametrize("check_every", [1, 10])
+def test_a_parameter_after_the_step(trainer, check_every):
+    trainer.guard.check_every = check_every
     healthy = trainer.guard.last_finite
     trainer.between[3] = lambda: trainer.model.decoder.bias.data[0].fill_(math.nan)
     error = fail(trainer, steps=2)
@@ -398,6 +400,14 @@ def test_a_deferred_step_reads_the_device_once():
         trainer.guard.after_backward(trainer, norm)
         trainer.guard.after_step(trainer)
     assert counted.reads == 1
+
+
+def test_the_end_of_an_epoch_sees_the_last_step():
+    trainer = ToyTrainer(deferred=True).run(2)
+    trainer.model.decoder.bias.data[0] = math.nan
+    with pytest.raises(NonFiniteError, match="decoder.bias"):
+        trainer.guard.end_of_epoch(trainer)
+    assert everything_is_finite(trainer)
 
 
 def test_an_unknown_policy_is_refused():
