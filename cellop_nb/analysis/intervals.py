@@ -1,4 +1,4 @@
-"""How sure is a number? Bootstrap over cells, ensembles over seeds, calibration, and distance from the training data."""
+"""How sure is a number? Bootstrap over cells, ensembles over seeds, calibration, distance from training."""
 
 from __future__ import annotations
 
@@ -69,13 +69,14 @@ def bootstrap(
 def bootstrap_energy(
     x: np.ndarray, y: np.ndarray, *, n_replicates: int = 200, level: float = 0.95, seed: int = 0
 ) -> Interval:
-    r"""Bootstrap interval of the energy distance (Euclidean, U-statistic), free of the bias of repeated cells.
+    r"""Bootstrap interval of the energy distance (Euclidean, U-statistic), without the bias of repeats.
 
     With multinomial weights w, v that sum to n, m the replicate is
 
-    .. math:: \frac{2\,w^\top D_{xy} v}{nm} - \frac{w^\top D_{xx} w}{(n-1)^2} - \frac{v^\top D_{yy} v}{(m-1)^2}
+    .. math:: \frac{2\,w^\top D_{xy} v}{nm} - \frac{w^\top D_{xx} w}{(n-1)^2}
+                  - \frac{v^\top D_{yy} v}{(m-1)^2}
 
-    whose mean is the U-statistic itself: :math:`E[w_i w_j] = (n-1)/n`, and repeated cells have distance 0.
+    whose mean is the U-statistic itself: :math:`E[w_i w_j] = (n-1)/n`, and repeats are at 0.
 
     Parameters
     ----------
@@ -83,8 +84,8 @@ def bootstrap_energy(
 
     Notes
     -----
-    Where the clouds do not differ at all the statistic is degenerate and the interval is only a guide; whether they
-    differ is the question of :func:`~cellop_nb.analysis.etest.permutation_test`.
+    Where the clouds do not differ at all the statistic is degenerate and the interval is only a guide;
+    whether they differ is the question of :func:`~cellop_nb.analysis.etest.permutation_test`.
     """
     from scipy.spatial.distance import cdist
 
@@ -167,7 +168,7 @@ def calibration(
     error: np.ndarray | float = 0.0,
     levels: Iterable[float] = (0.5, 0.8, 0.9, 0.95),
 ) -> pd.DataFrame:
-    """Nominal against empirical coverage: ``level, coverage, n``; below the diagonal the intervals are too narrow."""
+    """Nominal against empirical coverage (``level, coverage, n``); below nominal they are too narrow."""
     rows = [(level, coverage(interval.at(level), truth, error), np.size(truth)) for level in levels]
     return pd.DataFrame(rows, columns=["level", "coverage", "n"])
 
@@ -196,11 +197,11 @@ def support_distance(
 
     Returns
     -------
-    Series: ``nearest`` (label), ``mean_distance`` (Euclid, to the nearest centroid), ``e_distance`` (Euclid, U, to
-    that context's cloud), ``spacing`` (median distance of a training context to its nearest neighbour),
-    ``relative`` (mean_distance / spacing), ``cell_spread`` (mean_distance over the root mean square distance of the
-    nearest context's cells to their centroid), ``outlier``, ``reason``. With one training context there is no spacing:
-    ``relative`` is NaN and the flag is set by ``cell_spread > threshold``.
+    Series: ``nearest`` (label), ``mean_distance`` (Euclid, to the nearest centroid), ``e_distance``
+    (Euclid, U, to that context's cloud), ``spacing`` (median distance of a training context to its nearest
+    neighbour), ``relative`` (mean_distance / spacing), ``cell_spread`` (mean_distance over the root mean
+    square distance of the nearest context's cells to their centroid), ``outlier``, ``reason``. With one
+    training context there is no spacing: ``relative`` is NaN, ``cell_spread > threshold`` sets the flag.
     """
     from .formulas import e_distance
 
@@ -233,8 +234,8 @@ def _support_reason(row: dict, threshold: float) -> str:
     if not row["outlier"]:
         return ""
     if np.isnan(row["relative"]):
-        return f"{row['cell_spread']:.1f} cell spreads from {row['nearest']!r}, the only context; limit {threshold:g}"
-    return f"{row['relative']:.1f} typical spacings from {row['nearest']!r}, the nearest context; limit {threshold:g}"
+        return f"{row['cell_spread']:.1f} cell spreads from {row['nearest']!r}; limit {threshold:g}"
+    return f"{row['relative']:.1f} spacings from {row['nearest']!r}; limit {threshold:g}"
 
 
 def _spacing(centroids: np.ndarray) -> float:
