@@ -2,28 +2,285 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..errors import ModelError, did_you_mean, three_beats
+from .energy_groups import batches, count_pairs, gather, scatter
+from .energy_kernels import cross_sums, scale_of, self_sums
+
+ESTIMATORS = ("U", "V")
 
 
-def _mean_distance(x, y, same, estimator):
-    d2 = (x[:, None] - y[None]).square().sum(-1)
-    d = torch.where(d2 > 0, d2, 1).sqrt() * (d2 > 0)
-    count = len(x) * (len(y) - (1 if same and estimator == "U" else 0))
-    return d.sum() / count
+def energy_distance(
+    x: Tensor,
+    y: Tensor,
+    *,
+    estimator: str = "U",
+    tile: int | None = None,
+    y_self: Tensor | float | None = None,
+    validate: bool = True,
+) -> Tensor:
+    r"""Energy distance between two clouds, with the Euclidean norm.
+
+    .. math:: E(X, Y) = 2\, E\|X - Y\| - E\|X - X'\| - E\|Y - Y'\|
+
+    Exact, in memory O(n d + tile^2): value and gradient come from the same pass over the tiles and are the same
+    for every tile size. Coincident points have distance 0 and a zero (sub)gradient.
+
+    Parameters
+    ----------
+    x, y
+        (cell, d) clouds. They need not be paired nor of one size.
+    estimator
+        "U": unbiased, pairs of a point with itself are left out (may be slightly negative).
+        "V": they are counted, as in dcor, pertpy and cell-eval (biased upwards, never negative).
+    tile
+        Side of a tile in cells; sized to the cache where None.
+    y_self
+        :func:`self_distance` of `y`, where it is known; `y` is then a constant.
+    validate
+        Refuse NaN and infinity. Otherwise they end in a non-finite value.
+
+    Returns
+    -------
+    0-d tensor, in the units of the latent space, differentiable once with respect to `x` and `y`.
+
+    Raises
+    ------
+    ModelError
+        Empty or non-finite clouds, fewer than 2 cells with "U", different dimensions, unknown estimator.
+
+    References
+    ----------
+    Szekely and Rizzo (2013), Energy statistics: a class of statistics based on distances, J. Stat. Plan. Inf. 143.
+    """
+    known = None if y_self is None else torch.as_tensor(y_self, device=x.device).reshape(1)
+    options = {"estimator": estimator, "y_self": known, "validate": validate, "tile": tile}
+    return grouped_energy_distance(x, y, [len(x)], [len(y)], **options).squeeze(0)
 
 
-def energy_distance(x: Tensor, y: Tensor, *, estimator: str = "U", tile: int | None = None) -> Tensor:
-    cross = _mean_distance(x, y, False, estimator)
-    return 2 * cross - _mean_distance(x, x, True, estimator) - _mean_distance(y, y, True, estimator)
+def grouped_energy_distance(
+    x: Tensor,
+    y: Tensor,
+    x_sizes: Sequence[int] | Tensor,
+    y_sizes: Sequence[int] | Tensor,
+    *,
+    estimator: str = "U",
+    y_self: Tensor | None = None,
+    tile: int | None = None,
+    validate: bool = True,
+) -> Tensor:
+    """Energy distance of each of many pairs of clouds of unequal sizes, in one call.
+
+    Groups of similar size are padded and computed together; large groups are tiled one by one. Value and gradient
+    are those of :func:`energy_distance` on each pair of groups.
+
+    Parameters
+    ----------
+    x, y
+        (cell, d) clouds, the groups one after the other.
+    x_sizes, y_sizes
+        Cells of each group in `x` and in `y`; they sum to the number of rows.
+    estimator, tile, validate
+        As in :func:`energy_distance`.
+    y_self
+        (group,) result of :func:`self_distance` for `y`, where it is known; `y` is then a constant.
+
+    Returns
+    -------
+    (group,) tensor, differentiable once with respect to `x` and `y`.
+
+    Raises
+    ------
+    ModelError
+        As :func:`energy_distance`; also where sizes and rows disagree.
+    """
+    x_sizes, y_sizes = _sizes(x_sizes), _sizes(y_sizes)
+    _check_estimator(estimator)
+    _check_cloud("x", x, x_sizes, 2 if estimator == "U" else 1, validate)
+    _check_cloud("y", y, y_sizes, 2 if estimator == "U" and y_self is None else 1, validate)
+    _check_pair(x, y, x_sizes, y_sizes, y_self)
+    dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+    return _GroupedEnergy.apply(x.to(dtype), y.to(dtype), x_sizes, y_sizes, estimator, tile, y_self)
 
 
-def self_distance(y: Tensor, sizes=None, estimator: str = "U") -> Tensor:
-    if sizes is None:
-        return _mean_distance(y, y, True, estimator)
-    return torch.stack([_mean_distance(part, part, True, estimator) for part in y.split(list(sizes))])
+def self_distance(
+    y: Tensor, sizes: Sequence[int] | Tensor | None = None, estimator: str = "U", *, tile: int | None = None
+) -> Tensor:
+    """Mean distance within a cloud, E||Y - Y'||: the constant term of an energy distance to fixed cells.
+
+    Parameters
+    ----------
+    y
+        (cell, d) cloud, or several one after the other.
+    sizes
+        Cells of each group, where there are several.
+    estimator
+        "U" leaves the pairs of a cell with itself out, "V" counts them.
+
+    Returns
+    -------
+    0-d tensor, or (group,) with `sizes`, without gradient.
+    """
+    groups = [len(y)] if sizes is None else _sizes(sizes)
+    _check_estimator(estimator)
+    _check_cloud("y", y, groups, 2 if estimator == "U" else 1, True)
+    y = y.detach().to(torch.promote_types(y.dtype, torch.float32))
+    out = y.new_empty(len(groups))
+    with torch.autocast(y.device.type, enabled=False):
+        for batch in batches(groups, groups):
+            cloud, _, pad = gather(y, groups, batch)
+            total, _ = _within(cloud, False, tile, pad)
+            out[batch] = (total / count_pairs(groups, batch, estimator, y.device)).to(y.dtype)
+    return out.squeeze(0) if sizes is None else out
 
 
-def grouped_energy_distance(x, y, x_sizes, y_sizes, *, estimator="U", y_self=None) -> Tensor:
-    pairs = zip(x.split(list(x_sizes)), y.split(list(y_sizes)), strict=True)
-    return torch.stack([energy_distance(a, b, estimator=estimator) for a, b in pairs])
+class _GroupedEnergy(torch.autograd.Function):
+    """(group,) energy distances; the forward pass keeps nothing but the gradients of x and y."""
+
+    @staticmethod
+    def forward(ctx, x, y, x_sizes, y_sizes, estimator, tile, y_self):
+        want_x, want_y = ctx.needs_input_grad[:2]
+        grad_x = torch.zeros_like(x) if want_x else None
+        grad_y = torch.zeros_like(y) if want_y else None
+        value = x.new_empty(len(x_sizes), dtype=torch.float64)
+        with torch.autocast(x.device.type, enabled=False):
+            for batch in batches(x_sizes, y_sizes):
+                known = None if y_self is None else y_self[batch]
+                clouds = gather(x, x_sizes, batch), gather(y, y_sizes, batch)
+                pairs = tuple(count_pairs(sizes, batch, estimator, x.device) for sizes in (x_sizes, y_sizes))
+                energy, force_x, force_y = _energies(*clouds, pairs, want_x, want_y, tile, known)
+                value[batch] = energy
+                scatter(grad_x, force_x, clouds[0])
+                scatter(grad_y, force_y, clouds[1])
+        ctx.sizes = x_sizes, y_sizes
+        ctx.save_for_backward(grad_x, grad_y)
+        return value.to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):
+        grads = []
+        for grad, sizes in zip(ctx.saved_tensors, ctx.sizes, strict=True):
+            per_cell = upstream if len(sizes) == 1 else _repeat(upstream, sizes)
+            grads.append(None if grad is None else grad * per_cell.unsqueeze(-1))
+        return *grads, None, None, None, None, None
+
+
+def _energies(cloud_x, cloud_y, pairs, want_x, want_y, tile, y_self):
+    """Energy distances (group,) float64 of one batch of padded groups, with the gradients (group, cell, d)."""
+    (x, _, pad_x), (y, _, pad_y) = cloud_x, cloud_y
+    counts = _count(x, pad_x) * _count(y, pad_y)
+    cross, cross_x, cross_y = _between(x, y, want_x, want_y, tile, pad_x, pad_y)
+    within_x, self_x = _within(x, want_x, tile, pad_x)
+    energy = 2 * cross / counts - within_x / pairs[0]
+    force_x = _combine(cross_x, counts, self_x, pairs[0])
+    if y_self is not None:
+        return energy - y_self, force_x, None
+    within_y, self_y = _within(y, want_y, tile, pad_y)
+    return energy - within_y / pairs[1], force_x, _combine(cross_y, counts, self_y, pairs[1])
+
+
+def _combine(cross: Tensor | None, counts: Tensor, within: Tensor | None, pairs: Tensor) -> Tensor | None:
+    """2 cross / counts - within / pairs, in place."""
+    if cross is None:
+        return None
+    cross.mul_((2 / counts).to(cross.dtype)[:, None, None])
+    return cross.sub_(within.mul_((1 / pairs).to(cross.dtype)[:, None, None]))
+
+
+def _between(x, y, want_x, want_y, tile, pad_x, pad_y):
+    """:func:`cross_sums` in the units of the clouds, which are centred together and scaled."""
+    centre = (_mean(x, pad_x) + _mean(y, pad_y)) / 2
+    x, y = _moved(x, centre, pad_x), _moved(y, centre, pad_y)
+    scale = scale_of(x, y)
+    options = {"want_x": want_x, "want_y": want_y, "tile": tile, "pad_x": pad_x, "pad_y": pad_y}
+    total, grad_x, grad_y = cross_sums(x.div_(scale), y.div_(scale), **options)
+    return total * scale.flatten(), grad_x, grad_y
+
+
+def _within(x, want, tile, pad):
+    """:func:`self_sums` in the units of the cloud, which is centred on itself and scaled."""
+    x = _moved(x, _mean(x, pad), pad)
+    scale = scale_of(x)
+    total, grad = self_sums(x.div_(scale), want=want, tile=tile, pad=pad)
+    return total * scale.flatten(), grad
+
+
+def _count(x: Tensor, pad: Tensor | None) -> Tensor:
+    full = torch.full((len(x),), x.shape[1], dtype=torch.float64, device=x.device)
+    return full if pad is None else full - pad.sum(1)
+
+
+def _mean(x: Tensor, pad: Tensor | None) -> Tensor:
+    if pad is None:
+        return x.mean(1, keepdim=True)
+    return x.sum(1, keepdim=True) / _count(x, pad).to(x.dtype)[:, None, None]
+
+
+def _moved(x: Tensor, centre: Tensor, pad: Tensor | None) -> Tensor:
+    moved = x - centre
+    return moved if pad is None else moved.masked_fill_(pad.unsqueeze(-1), 0)
+
+
+def _repeat(per_group: Tensor, sizes: list[int]) -> Tensor:
+    counts = torch.tensor(sizes, device=per_group.device)
+    return per_group.repeat_interleave(counts, output_size=sum(sizes))
+
+
+def _sizes(sizes: Sequence[int] | Tensor) -> list[int]:
+    return [int(size) for size in sizes]
+
+
+def _check_estimator(estimator: str) -> None:
+    if estimator not in ESTIMATORS:
+        found = f"{estimator!r} ({did_you_mean(estimator, ESTIMATORS)})"
+        raise ModelError(three_beats('estimator "U" or "V"', found, 'pass "U" for an unbiased distance'))
+
+
+def _check_cloud(name: str, x: Tensor, sizes: list[int], least: int, validate: bool) -> None:
+    if x.dim() != 2:
+        found = f"shape {tuple(x.shape)}"
+        raise ModelError(three_beats(f"{name} of shape (cell, d)", found, "pass one row per cell"))
+    if sum(sizes) != len(x) or not sizes:
+        found = f"{len(x)} rows and sizes that sum to {sum(sizes)} over {len(sizes)} groups"
+        raise ModelError(
+            three_beats(f"as many rows in {name} as its groups have cells", found, "pass matching sizes")
+        )
+    if min(sizes) < least:
+        found = f"{min(sizes)} in group {sizes.index(min(sizes))} of {name}"
+        fix = (
+            'leave the group out, or pass estimator="V" for one cell' if least == 2 else "leave the group out"
+        )
+        raise ModelError(three_beats(f"at least {least} cell(s) in every group", found, fix))
+    if validate and not torch.isfinite(x).all():
+        row = int((~torch.isfinite(x)).any(-1).nonzero()[0])
+        found = f"NaN or infinity in row {row} of {name}"
+        raise ModelError(
+            three_beats("finite coordinates", found, "look at the model that produced that cell")
+        )
+
+
+def _check_pair(x: Tensor, y: Tensor, x_sizes: list[int], y_sizes: list[int], y_self: Tensor | None) -> None:
+    if x.shape[1] != y.shape[1]:
+        found = f"{x.shape[1]} and {y.shape[1]}"
+        raise ModelError(
+            three_beats("x and y in one space", f"dimensions {found}", "embed both with one model")
+        )
+    if len(x_sizes) != len(y_sizes):
+        found = f"{len(x_sizes)} and {len(y_sizes)} groups"
+        raise ModelError(three_beats("a group of y for each group of x", found, "match the groups first"))
+    if y_self is None:
+        return
+    if y.requires_grad:
+        fix = "drop y_self, or detach y"
+        raise ModelError(three_beats("a constant y with y_self", "a y that requires a gradient", fix))
+    if tuple(y_self.shape) != (len(y_sizes),):
+        found = f"shape {tuple(y_self.shape)}"
+        raise ModelError(
+            three_beats(f"y_self of shape ({len(y_sizes)},)", found, "pass self_distance(y, y_sizes)")
+        )

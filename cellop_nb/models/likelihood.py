@@ -50,7 +50,9 @@ def _stirling_slope(z: Tensor) -> Tensor:
     """h'(z) = digamma(z) - log z, for z > 0."""
     large = z.clamp_min(_STIRLING_FROM)
     w = 1 / large.square()
-    series = w * (1 / 12 + w * (-1 / 120 + w * (1 / 252 + w * (-1 / 240 + w * (1 / 132 - w * (691 / 32760))))))
+    series = w * (
+        1 / 12 + w * (-1 / 120 + w * (1 / 252 + w * (-1 / 240 + w * (1 / 132 - w * (691 / 32760)))))
+    )
     small = z.clamp_max(_STIRLING_FROM)
     return torch.where(z < _STIRLING_FROM, small.digamma() - small.log(), -0.5 / large - series)
 
@@ -329,4 +331,6 @@ class NegativeBinomial:
         return torch.poisson(rate, generator=generator)
 
     def __repr__(self) -> str:
-        return f"NegativeBinomial(mean: {tuple(self.mean.shape)}, r: {tuple(self.r.shape)}, {self.mean.dtype})"
+        return (
+            f"NegativeBinomial(mean: {tuple(self.mean.shape)}, r: {tuple(self.r.shape)}, {self.mean.dtype})"
+        )
