@@ -85,13 +85,12 @@ def ensure(extras: tuple[str, ...], arguments: list[str]) -> None:
     if not IS_CHECKOUT:
         return
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    stale = Path(sys.prefix).resolve() == VENV.resolve() and not is_ready()
     lacking = missing(requirements(*extras))
-    if not lacking and not stale:
+    if not lacking:
         return
     if os.environ.get(_RESTARTED):
         raise SetupError(three_beats(
-            "an environment with every package of pyproject.toml", f"none of: {', '.join(lacking) or VENV}",
+            "an environment with every package of pyproject.toml", f"none of: {', '.join(lacking)}",
             f"delete {VENV} and run the command again",
         ))  # fmt: skip
     if not is_ready():

@@ -173,7 +173,7 @@ def _check_data(values: dict[str, dict[str, Any]]) -> None:
 
     try:
         adata = anndata.read_h5ad(asked["data"], backed="r")
-    except (OSError, KeyError, ValueError, anndata.AnnDataReadError) as error:
+    except (OSError, KeyError, ValueError) as error:
         reason = str(error).splitlines()[0]
         fix = "write the file with adata.write_h5ad"
         raise DataError(three_beats(f"an AnnData file in {asked['data']}", reason, fix)) from error

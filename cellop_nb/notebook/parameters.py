@@ -112,7 +112,9 @@ def find(notebook: str | Path) -> str:
 
 
 def for_notebook(notebook: str | Path) -> tuple[Parameter, ...]:
-    """Parameters of a notebook; of one that is not ours, those that its own `parameters` cell declares.
+    """Parameters of a notebook by its name, or those that a notebook file declares in its `parameters` cell.
+
+    A declared parameter that the table knows by the same name and type has the table's limits and help.
 
     Raises
     ------
@@ -120,9 +122,10 @@ def for_notebook(notebook: str | Path) -> tuple[Parameter, ...]:
         When the name is neither one of ours nor the path of a notebook with a `parameters` cell.
     """
     path = Path(notebook)
-    if path.suffix == ".ipynb" and path.is_file() and path.stem not in names():
-        return read_cell(cell_of(path))
-    return NOTEBOOKS[find(notebook)]
+    if path.suffix != ".ipynb" or not path.is_file():
+        return NOTEBOOKS[find(notebook)]
+    known = {(p.name, p.type): p for p in NOTEBOOKS.get(path.stem, ())}
+    return tuple(replace(known.get((p.name, p.type), p), default=p.default) for p in read_cell(cell_of(path)))
 
 
 def defaults(notebook: str | Path) -> dict[str, Any]:

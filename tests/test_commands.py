@@ -1,0 +1,332 @@
+"""The command line as a user types it: what it refuses, what it runs, what it leaves behind."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cellop_nb.__main__ import COMMANDS, build_parser, main
+from cellop_nb.commands import environment, test
+from cellop_nb.commands.terminal import Status, clock, table
+from cellop_nb.notebook import batch
+
+BOOKS = {
+    "00_quickstart": "seed: int = 0",
+    "01_data": 'data: str = "synthetic_screen"\nlayer: str | None = None\n'
+    'perturbation_key: str = "perturbation"\n'
+    'context_key: str | list[str] | None = "cell_type"\ncontrol: str = "control"\nseed: int = 0',
+    "02_train_vae": "latent_dim: int = 32\nshuffle: bool = True\nmax_epochs: int = 60\nseed: int = 0",
+}
+WORK = """from cellop_nb.notebook import batch
+numbers = {{name: value for name, value in list(globals().items()) if name in batch_names}}
+batch.write_metrics(run_dir, "{name}", numbers)"""
+
+
+@pytest.fixture(scope="module")
+def books(tmp_path_factory):
+    """Three small numbered notebooks; the second one fails where the seed is 13."""
+    import nbformat
+
+    folder = tmp_path_factory.mktemp("books")
+    for name, declared in BOOKS.items():
+        names = [line.partition(":")[0] for line in declared.splitlines()]
+        sources = [f"batch_names = {names}", WORK.format(name=name)]
+        if name == "01_data":
+            sources.append("if seed == 13:\n    raise ValueError('unlucky')")
+        first = nbformat.v4.new_code_cell(
+            declared + "\nrun_dir: str = '.'", metadata={"tags": ["parameters"]}
+        )
+        cells = [first, *map(nbformat.v4.new_code_cell, sources)]
+        book = nbformat.v4.new_notebook(cells=cells)
+        book.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        nbformat.write(book, folder / f"{name}.ipynb")
+    return folder
+
+
+@pytest.fixture
+def run(books, tmp_path, monkeypatch, capsys):
+    """Run a command line in this process, from an empty folder, with this interpreter."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words):
+        if words[:1] == ("run",) and "--help" not in words and "--notebooks" not in words:
+            words = (*words, "--notebooks", str(books), "--runs", str(tmp_path / "runs"))
+        try:
+            code = main([str(word) for word in words])
+        except SystemExit as stop:
+            code = stop.code
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+@pytest.fixture
+def nothing_runs(monkeypatch):
+    """Make it an error to reach a kernel or to set up an environment."""
+
+    def never(*args, **kwargs):
+        raise AssertionError("something ran although the input was wrong")
+
+    monkeypatch.setattr(batch, "execute", never)
+    monkeypatch.setattr(environment, "make", never)
+    monkeypatch.setattr(environment, "restart", never)
+
+
+REFUSED = [
+    (["run", "--only", "07"], r"'07'.*known: '00_quickstart'"),
+    (["run", "--only", "02_train_vea"], "did you mean '02_train_vae'"),
+    (["run", "--only", ""], "after --only"),
+    (["run", "-p", "latnt_dim", "8"], "parameter of 00_quickstart, 01_data, 02_train_vae.*'latent_dim'"),
+    (["run", "--only", "00", "-p", "latent_dim", "8"], "a parameter of 00_quickstart"),
+    (["run", "-p", "latent_dim", "0"], r"1 to 512.*Found int 0"),
+    (["run", "-p", "latent_dim", "8.5"], "Expected int.*'8.5'"),
+    (["run", "-p", "latent_dim", "many"], "Expected int.*'many'"),
+    (["run", "-p", "shuffle", "maybe"], "Expected bool.*'maybe'"),
+    (["run", "-p", "seed", "-1"], ">= 0"),
+    (["run", "-p", "00.latent_dim", "8"], "'00.latent_dim'"),
+    (["run", "-p", "run_dir", "elsewhere"], "--runs and --name"),
+    (["run", "-p", "seed"], "expected 2 arguments"),
+    (["run", "-f", "absent.yaml"], "no file absent.yaml"),
+    (["run", "-f", "broken.yaml"], "Expected a YAML file"),
+    (["run", "-f", "list.yaml"], "a list in list.yaml"),
+    (["run", "-f", "unknown.yaml"], "did you mean 'latent_dim'"),
+    (["run", "-f", "wrong.yaml"], "Expected int.*'eight'"),
+    (["run", "--data", "absent.h5ad"], "no file absent.h5ad.*a relative path starts in the current folder"),
+    (["run", "--data", "screns/screen.h5ad"], "no file screns/screen.h5ad"),
+    (["run", "--data", "here/scren.h5ad"], "did you mean 'screen.h5ad'"),
+    (["run", "--data", "here/screen.h5ad"], "Expected an AnnData file in"),
+    (["run", "--only", "00", "--data", "pbmc"], "a parameter of 00_quickstart.*'data'"),
+    (["run", "--name", "a/b"], "'a/b'"),
+    (["run", "--name", ".."], r"'\.\.'"),
+    (["run", "--name", "taken"], "results in .*taken.*--only"),
+    (["run", "--notebooks", "here"], "Expected numbered notebooks"),
+    (["run", "--dat", "x"], "did you mean '--data'"),
+    (["run", "extra"], "unrecognized arguments: extra"),
+    (["rnu"], "did you mean 'run'"),
+    ([], "required: COMMAND"),
+    (["params", "12"], "the name or number of a notebook"),
+    (["params", "02", "--yaml", "--cell"], "not allowed with"),
+    (["params", "here/empty.ipynb"], "Jupyter notebook"),
+]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"), REFUSED, ids=[" ".join(words) or "nothing" for words, _ in REFUSED]
+)
+def test_bad_input_is_refused_before_anything_runs(words, message, run, tmp_path, nothing_runs):
+    import re
+
+    (tmp_path / "runs" / "taken").mkdir(parents=True)
+    (tmp_path / "runs" / "taken" / "result").touch()
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "screen.h5ad").write_text("not HDF5")
+    (tmp_path / "here" / "empty.ipynb").write_text("")
+    (tmp_path / "broken.yaml").write_text("a: [1")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    (tmp_path / "unknown.yaml").write_text("latent_dims: 8\n")
+    (tmp_path / "wrong.yaml").write_text("latent_dim: eight\n")
+    code, out, err = run(*words)
+    assert code == 2
+    assert re.search(message, err, re.DOTALL), err
+    assert "Traceback" not in err
+    assert all(beat in err for beat in ("Expected ", "Found ", "To fix it: "))
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["taken"]
+
+
+def test_run_leaves_notebooks_metrics_and_a_closing_table(run, tmp_path):
+    (tmp_path / "values.yaml").write_text("latent_dim: 4\nmax_epochs: 5\n")
+    code, out, err = run(
+        "run", "--name", "first", "-f", "values.yaml", "-p", "latent_dim", "8", "-p", "shuffle", "no"
+    )
+    assert code == 0, err
+    folder = tmp_path / "runs" / "first"
+    assert {path.stem for path in folder.glob("*.ipynb")} == set(BOOKS)
+    # -p wins over -f, and false is a bool, not the text 'false'
+    metrics = batch.read_metrics(folder, "02_train_vae")
+    assert metrics == {"latent_dim": 8, "shuffle": False, "max_epochs": 5, "seed": 0}
+    record = json.loads((folder / "run.json").read_text())
+    assert record["notebooks"]["02_train_vae"]["parameters"]["latent_dim"] == 8
+    assert record["versions"]["torch"]
+    assert str(folder) in out
+    assert "latent_dim 8, max_epochs 5, seed 0" in out
+
+    # a chosen notebook is run again in the same folder; the data set's keys reach it
+    words = (
+        "--context-key",
+        "cell_type,donor",
+        "--layer",
+        "none",
+        "--control",
+        "DMSO",
+        "--data",
+        "some_screen",
+    )
+    code, out, err = run("run", "--name", "first", "--only", "01", *words)
+    assert code == 0, err
+    metrics = batch.read_metrics(folder, "01_data")
+    assert metrics["context_key"] == ["cell_type", "donor"]
+    assert (metrics["layer"], metrics["control"], metrics["data"]) == (None, "DMSO", "some_screen")
+
+
+def test_a_failing_notebook_ends_the_run_with_exit_code_1(run, tmp_path):
+    code, out, err = run("run", "--name", "bad", "--only", "01,02", "-p", "seed", "13")
+    assert code == 1
+    assert "01_data failed in cell In [5]: ValueError: unlucky" in err
+    assert "not run" in out
+    assert (tmp_path / "runs" / "bad" / "01_data.ipynb").is_file()
+    assert not (tmp_path / "runs" / "bad" / "02_train_vae.ipynb").exists()
+    assert (
+        "ValueError"
+        in json.loads((tmp_path / "runs" / "bad" / "run.json").read_text())["notebooks"]["01_data"]["error"]
+    )
+
+
+@pytest.fixture
+def small_screen(tmp_path):
+    import anndata
+    import numpy as np
+    import pandas as pd
+
+    rng = np.random.default_rng(0)
+    obs = pd.DataFrame(
+        {"condition": ["DMSO", "drug"] * 40, "kind": ["B"] * 40 + ["T"] * 40},
+        index=[f"c{i}" for i in range(80)],
+    )
+    var = pd.DataFrame(index=[f"g{i}" for i in range(5)])
+    adata = anndata.AnnData(rng.poisson(2.0, (80, 5)).astype("float32"), obs=obs, var=var)
+    adata.write_h5ad(tmp_path / "mine.h5ad")
+    return tmp_path / "mine.h5ad"
+
+
+def test_the_users_file_is_looked_at_before_the_first_kernel(run, small_screen, nothing_runs):
+    code, _, err = run("run", "--data", small_screen.name)
+    assert code == 2
+    assert "known: 'condition', 'kind'" in err
+    keys = ("--perturbation-key", "condition", "--context-key", "kind")
+    code, _, err = run("run", "--data", small_screen.name, *keys, "--control", "DSMO")
+    assert code == 2
+    assert "DMSO" in err
+    assert "Traceback" not in err
+
+
+def test_a_relative_path_is_the_callers(run, small_screen, tmp_path):
+    keys = ("--perturbation-key", "condition", "--context-key", "kind", "--control", "DMSO")
+    code, _, err = run("run", "--only", "01", "--name", "mine", "--data", small_screen.name, *keys)
+    assert code == 0, err
+    assert batch.read_metrics(tmp_path / "runs" / "mine", "01_data")["data"] == str(small_screen)
+
+
+def test_help_reads_well(run):
+    code, out, _ = run("--help")
+    assert code == 0
+    assert all(command in out for command in COMMANDS)
+    for command in COMMANDS:
+        code, out, _ = run(command, "--help")
+        assert code == 0
+        assert "usage: python3 -m cellop_nb" in out
+
+
+def test_params_shows_every_parameter_and_round_trips(run, tmp_path, write_notebook):
+    code, out, _ = run("params", "02")
+    assert code == 0
+    assert "latent_dim" in out
+    assert "1 to 512" in out
+    code, out, _ = run("params")
+    assert len(out.splitlines()) >= 7
+    code, cell, _ = run("params", "02", "--cell")
+    book = write_notebook(tmp_path / "02_train_vae.ipynb", cell, "latent_dim")
+    assert run("params", str(book), "--cell")[1] == cell
+    code, out, _ = run("params", "02", "--yaml")
+    assert "latent_dim: 32  # " in out
+
+
+def test_it_works_from_another_folder(root, tmp_path):
+    surroundings = {**os.environ, "PYTHONPATH": str(root)}
+    command = [sys.executable, "-m", "cellop_nb", "params", "02"]
+    done = subprocess.run(command, cwd=tmp_path, env=surroundings, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "latent_dim" in done.stdout
+
+
+def test_every_command_is_a_complete_module():
+    parser = build_parser()
+    (actions,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    for name in COMMANDS:
+        module = actions.choices[name].get_default("module")
+        assert module.SUMMARY
+        assert module.EXTRAS is None or isinstance(module.EXTRAS, tuple)
+        assert callable(module.main)
+        assert module.__doc__.startswith(f"`{name}`")
+
+
+def test_test_passes_options_on_and_finds_paths(root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").touch()
+    options, places = test._split(["-k", "energy", "tests/models", "mine.py::test_x", "-n", "0"])
+    assert options == ["-k", "energy", "-n", "0"]
+    assert places == ["tests/models", f"{tmp_path / 'mine.py'}::test_x"]
+
+
+def test_lab_opens_the_notebooks_of_the_project(run, monkeypatch, root):
+    from cellop_nb.commands import lab
+
+    calls = []
+    monkeypatch.setattr(lab.subprocess, "call", lambda command, env: calls.append(command) or 0)
+    code, out, _ = run("lab", "--", "--no-browser")
+    assert code == 0
+    assert calls[0][1:3] == ["-m", "jupyterlab"]
+    assert f"--ServerApp.root_dir={root}" in calls[0]
+    assert calls[0][-1] == "--no-browser"
+
+
+def test_an_installed_package_gives_out_copies_of_its_notebooks(monkeypatch, tmp_path):
+    from cellop_nb.commands import lab
+
+    shipped = tmp_path / "shipped"
+    shipped.mkdir()
+    (shipped / "00_quickstart.ipynb").write_text("{}")
+    monkeypatch.setattr(environment, "NOTEBOOKS", shipped)
+    monkeypatch.chdir(tmp_path)
+    home = lab._own_copy()
+    (home / "notebooks" / "00_quickstart.ipynb").write_text("changed")
+    assert (lab._own_copy() / "notebooks" / "00_quickstart.ipynb").read_text() == "changed"
+    assert (shipped / "00_quickstart.ipynb").read_text() == "{}"
+
+
+def test_tables_and_times():
+    text = table(["name", "s"], [["a", "1.5"], ["longer", "12.0"]], right=(1,))
+    assert text.splitlines() == ["name       s", "------  ----", "a        1.5", "longer  12.0"]
+    assert (clock(12.3), clock(125)) == ("12 s", "2 min 05 s")
+
+
+def test_a_log_file_gets_whole_lines(capsys):
+    import time
+
+    with Status("working", every=0.05) as status:
+        status.update("half way")
+        time.sleep(0.3)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines
+    assert all(line.startswith("working") for line in lines)
+    assert lines[-1].endswith("half way")
+
+
+def test_the_real_screen_passes_the_first_look(run, kang_file, monkeypatch, tmp_path):
+    """The main real input: accepted with the default keys, executed with its absolute path."""
+    done = []
+
+    def execute(path, target, values, **_):
+        done.append(values)
+        return batch.Outcome(Path(path).stem, Path(target), 0.0)
+
+    monkeypatch.setattr(batch, "execute", execute)
+    code, _, err = run("run", "--only", "01", "--data", os.path.relpath(kang_file, tmp_path))
+    assert code == 0, err
+    assert Path(done[0]["data"]) == kang_file.resolve()

@@ -1,0 +1,151 @@
+"""The committed notebooks as documents: executed in order, complete, short, in step with the parameters.
+
+That their results still hold is nbval's part: the test command runs every notebook again beside these tests.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from cellop_nb.notebook import parameters
+
+FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
+PATHS = sorted(FOLDER.glob("*.ipynb"))
+MAX_CELLS, MAX_LINES, MAX_BYTES, MAX_FUNCTION = 25, 12, 1_000_000, 10
+
+
+def complaints(path: Path) -> list[str]:
+    """Everything that a committed notebook must not be."""
+    book = nbformat.read(path, 4)
+    code = [cell for cell in book.cells if cell.cell_type == "code" and cell.source.strip()]
+    found = [f"{len(book.cells)} cells, more than {MAX_CELLS}"] * (len(book.cells) > MAX_CELLS)
+    found += [f"{path.stat().st_size} bytes, more than {MAX_BYTES}"] * (path.stat().st_size > MAX_BYTES)
+    found += ["widget state is stored"] * ("widgets" in book.metadata)
+    counts = [cell.execution_count for cell in code]
+    if counts != list(range(1, len(code) + 1)):
+        found.append(f"not executed from top to bottom in a fresh kernel: {counts}")
+    if not any(cell.outputs for cell in code):
+        found.append("no outputs: nbval would compare nothing")
+    if any(output.output_type == "error" for cell in code for output in cell.outputs):
+        found.append("an error among the outputs")
+    if any(output.get("name") == "stderr" for cell in code for output in cell.outputs):
+        found.append("text on stderr (warnings, progress bars)")
+    if not code or "parameters" not in code[0].metadata.get("tags", []):
+        found.append("the first code cell is not tagged 'parameters'")
+    # the parameters cell is as long as the notebook has parameters; its text is compared below
+    found += [f"a cell of {n} lines: {start}" for n, start in long_cells(book.cells[:], code[:1])]
+    return found + [f"a function of {n} lines: {name}" for n, name in long_functions(code)]
+
+
+def long_cells(cells, exempt):
+    lines = [
+        (cell.source.splitlines(), cell) for cell in cells if cell.cell_type == "code" and cell not in exempt
+    ]
+    return [(len(text), text[0]) for text, _ in lines if len(text) > MAX_LINES]
+
+
+def long_functions(code):
+    for cell in code:
+        # magics and top-level await are no plain Python
+        source = "\n".join(line for line in cell.source.splitlines() if not re.match(r"\s*[%!]", line))
+        flags = ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
+        for node in ast.walk(compile(source, "cell", "exec", flags)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                length = node.end_lineno - node.lineno + 1
+                if length > MAX_FUNCTION:
+                    yield length, node.name
+
+
+def test_the_numbered_notebooks_are_those_with_parameters():
+    assert [path.stem for path in PATHS] == parameters.names()
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_a_committed_notebook_is_complete_and_short(path):
+    assert complaints(path) == []
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_the_parameters_cell_is_the_typed_one(path):
+    fix = f"python3 -m cellop_nb params {path.stem} --cell prints the cell's text"
+    assert parameters.cell_of(path).strip() == parameters.parameters_cell(path.stem), fix
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_a_notebook_opens_with_a_question_and_can_fail(path):
+    book = nbformat.read(path, 4)
+    title = book.cells[0].source.splitlines()[0]
+    assert title.startswith("# ")
+    assert title.rstrip().endswith("?")
+    tags = [tag for cell in book.cells for tag in cell.metadata.get("tags", [])]
+    assert "nbval-check-output" in tags, "no check cell, whose output nbval compares"
+
+
+def executed():
+    first = nbformat.v4.new_code_cell("seed: int = 0", metadata={"tags": ["parameters"]}, execution_count=1)
+    text = nbformat.v4.new_output("stream", name="stdout", text="0\n")
+    second = nbformat.v4.new_code_cell("print(seed)", execution_count=2, outputs=[text])
+    return nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# What?"), first, second])
+
+
+def stripped(book):
+    for cell in book.cells[1:]:
+        cell.execution_count, cell.outputs = None, []
+
+
+def swapped(book):
+    book.cells[1].execution_count, book.cells[2].execution_count = 2, 1
+
+
+def failed(book):
+    book.cells[2].outputs = [nbformat.v4.new_output("error", ename="ValueError", evalue="", traceback=[])]
+
+
+def noisy(book):
+    book.cells[2].outputs = [nbformat.v4.new_output("stream", name="stderr", text="Warning")]
+
+
+def untagged(book):
+    book.cells[1].metadata["tags"] = []
+
+
+def long(book):
+    book.cells[2].source = "\n".join(["seed"] * 13)
+
+
+def wordy(book):
+    book.cells[2].source = "\n".join(["def f():"] + ["    seed"] * 10)
+
+
+def crowded(book):
+    book.cells += [nbformat.v4.new_markdown_cell("text") for _ in range(25)]
+
+
+def widgets(book):
+    book.metadata["widgets"] = {"state": {}}
+
+
+def heavy(book):
+    book.cells[0].source = "# What?\n" + "x" * 1_000_001
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (stripped, "not executed"), (stripped, "no outputs"), (swapped, "not executed"), (failed, "an error"),
+        (noisy, "stderr"), (untagged, "'parameters'"), (long, "13 lines"), (wordy, "function of 11 lines"),
+        (crowded, "28 cells"), (widgets, "widget state"), (heavy, "bytes"),
+    ],
+)  # fmt: skip
+def test_a_spoilt_notebook_is_noticed(spoil, message, tmp_path):
+    book = executed()
+    nbformat.write(book, tmp_path / "good.ipynb")
+    assert complaints(tmp_path / "good.ipynb") == []
+    spoil(book)
+    nbformat.write(book, tmp_path / "bad.ipynb")
+    assert any(message in complaint for complaint in complaints(tmp_path / "bad.ipynb"))
