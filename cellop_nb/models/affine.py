@@ -83,14 +83,16 @@ class AffineOperator:
         Raises
         ------
         ModelError
-            Where A has an eigenvalue on the closed negative real axis, so that no real principal logarithm exists.
+            Where A has an eigenvalue on the closed negative real axis (or too close to zero to tell), so that no
+            real principal logarithm exists.
 
         References
         ----------
         Culver (1966), Proc. Amer. Math. Soc. 17:1146; Higham (2008), Functions of Matrices, theorem 1.31.
         """
         values = np.linalg.eigvals(self.homogeneous)
-        on_negative_axis = (values.real <= 0) & (np.abs(values.imag) <= 1e-9 * np.abs(values).max())
+        rounding = 1e-9 * np.abs(values).max()
+        on_negative_axis = (values.real <= rounding) & (np.abs(values.imag) <= rounding)
         if on_negative_axis.any():
             raise ModelError(
                 three_beats(
@@ -105,4 +107,6 @@ class AffineOperator:
         r"""The operator at strength t, :math:`K^t = e^{tL}`: 0 is the identity, 1 itself, -1 the inverse."""
         if t == 1:
             return self
+        if t == 0:  # asks for no logarithm, so it works where there is none
+            return self._like(np.eye(len(self.shift) + 1), f"{self.label} at strength 0")
         return self._like(expm(t * self.generator()), f"{self.label} at strength {t:g}")

@@ -23,11 +23,15 @@ class Condition:
         Cell type, donor or the like; None for any context, which uses the shared response alone.
     doses
         One strength per part, 1 for the measured one.
+    like
+        For a context that was never seen: known contexts with weights that sum to one, whose own parts of the
+        response are borrowed in these shares; ``()`` borrows none.
     """
 
     perturbations: tuple[str, ...]
     context: str | None = None
     doses: tuple[float, ...] = ()
+    like: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self):
         if not self.doses:
@@ -48,6 +52,12 @@ class Condition:
         """Read ``"A"``, ``"A+B"`` or the control label."""
         parts = () if label == control else tuple(label.split("+"))
         return cls(parts, context, (float(dose),) * len(parts))
+
+    @property
+    def shares(self) -> tuple[tuple[str, float], ...]:
+        """Contexts whose own parts of the response act, with their weights."""
+        own = () if self.context is None else ((self.context, 1.0),)
+        return self.like or own
 
     @property
     def label(self) -> str:
@@ -107,6 +117,12 @@ class ConditionEncoder(nn.Module):
         super().__init__()
         self.perturbations, self.contexts = list(perturbations), list(contexts)
         self.pairs = [tuple(sorted(pair)) for pair in pairs]
+        for name in {name for pair in self.pairs for name in pair}:
+            self._index(name, self.perturbations, "perturbation")
+        if features is not None and len(features) != len(self.perturbations):
+            fix = "give one row of features per perturbation, in the same order"
+            expected = f"features of {len(self.perturbations)} perturbations"
+            raise ModelError(three_beats(expected, f"{len(features)} rows", fix))
         self.register_buffer("features", features)
         n_rows = len(self.perturbations) if features is None else features.shape[1]
         # Non-zero, so that gradients reach the axes while these are still zero (the identity).
@@ -131,8 +147,8 @@ class ConditionEncoder(nn.Module):
         for row, condition in enumerate(conditions):
             for name, dose in zip(condition.perturbations, condition.doses, strict=True):
                 doses[row, self._index(name, self.perturbations, "perturbation")] += dose
-            if condition.context is not None:
-                contexts[row, self._index(condition.context, self.contexts, "context")] = 1
+            for name, share in condition.shares:
+                contexts[row, self._index(name, self.contexts, "context")] += share
         index = [[self.perturbations.index(name) for name in pair] for pair in self.pairs]
         pairs = torch.stack([doses[:, a] * doses[:, b] for a, b in index], 1) if index else doses[:, :0]
         strength = doses.amax(1) if self.perturbations else doses.sum(1)

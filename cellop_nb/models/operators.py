@@ -77,7 +77,7 @@ class OperatorModel(nn.Module):
     rank
         Rank of each axis' matrix; 0 gives pure shifts, None full rank.
     context_rank
-        Rank of the contexts' own matrices D_c; 0 for none.
+        Rank of the contexts' own matrices D_c; 0 gives each context its own shift only, None no part of its own.
     pairs, features
         As in :class:`ConditionEncoder`.
     """
@@ -90,7 +90,7 @@ class OperatorModel(nn.Module):
         *,
         n_axes: int | None = None,
         rank: int | None = None,
-        context_rank: int = 0,
+        context_rank: int | None = 0,
         pairs: Sequence[tuple[str, str]] = (),
         features: Tensor | None = None,
     ):
@@ -112,9 +112,13 @@ class OperatorModel(nn.Module):
         self.axis_shift = nn.Parameter(torch.zeros(n_axes, n_latent))
         self.axis_left = nn.Parameter(torch.zeros(n_axes, n_latent, rank))
         self.axis_right = nn.Parameter(torch.eye(n_latent, rank).repeat(n_axes, 1, 1))
+        own_rank = context_rank or 0
         self.context_shift = nn.Parameter(torch.zeros(len(contexts), n_latent))
-        self.context_left = nn.Parameter(torch.zeros(len(contexts), n_latent, context_rank))
-        self.context_right = nn.Parameter(torch.eye(n_latent, context_rank).repeat(len(contexts), 1, 1))
+        self.context_left = nn.Parameter(torch.zeros(len(contexts), n_latent, own_rank))
+        self.context_right = nn.Parameter(torch.eye(n_latent, own_rank).repeat(len(contexts), 1, 1))
+        if context_rank is None:
+            self.context_shift.requires_grad_(False)
+            self.conditions.modulation.requires_grad_(False)
         self.register_buffer("center", torch.zeros(n_latent))
 
     # -- operators ----------------------------------------------------------------------------------------
@@ -169,9 +173,10 @@ class OperatorModel(nn.Module):
         return (matrices - identity).square().sum((1, 2)).mean()
 
     def context_ridge(self) -> Tensor:
-        r"""Size of the contexts' own parts: mean over contexts of :math:`\|D_c\|_F^2 + \|b_c\|^2`."""
+        r"""Size of the contexts' own parts: mean over contexts of
+        :math:`\|D_c\|_F^2 + \|b_c\|^2 + \|m_c\|^2`."""
         own = (self.context_left @ self.context_right.mT).square().sum((1, 2))
-        return (own + self.context_shift.square().sum(1)).mean()
+        return (own + self.context_shift.square().sum(1) + self.conditions.modulation.square().sum(1)).mean()
 
     # -- the start --------------------------------------------------------------------------------------------
 
@@ -199,8 +204,11 @@ class OperatorModel(nn.Module):
         self._start_matrices(design, controls, perturbed)
         alpha, _ = self.conditions(design)
         departure = torch.einsum("nk,kij->nij", alpha, self.axis_left @ self.axis_right.mT)
-        moved_by_matrix = torch.einsum("nij,nj->ni", departure, means - self.center)
-        self.axis_shift.copy_(_least_squares(alpha, shifts - moved_by_matrix))
+        wanted = shifts - torch.einsum("nij,nj->ni", departure, means - self.center)
+        self.axis_shift.copy_(_least_squares(alpha, wanted))
+        if self.context_shift.requires_grad:
+            left_over = wanted - alpha @ self.axis_shift
+            self.context_shift.copy_(_least_squares(design.contexts * design.strength.unsqueeze(1), left_over))
         return self
 
     def _start_embedding(self, design: Design, shifts: Tensor) -> None:

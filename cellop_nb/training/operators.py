@@ -182,7 +182,7 @@ class OperatorTrainer(Trainer):
 
     def _penalties(self, matrices: Tensor) -> dict[str, Tensor]:
         ridge = self.weights["ridge"] * self.model.ridge(matrices)
-        if len(self.model.context_shift):
+        if self.model.context_shift.requires_grad:
             ridge = ridge + self.weights["context_ridge"] * self.model.context_ridge()
         return {
             "ridge": ridge,
