@@ -9,10 +9,10 @@ from cellop_nb.notebook.live import LivePlot
 
 
 def lightning_callback(live: LivePlot):
-    """A Lightning callback that shows `trainer.callback_metrics` of each epoch in `live`.
+    """A Lightning callback that shows `trainer.callback_metrics` of each epoch.
 
-    Works for ``lightning``, ``pytorch_lightning``, and ``model.train(callbacks=[...])`` of scvi-tools. Without
-    either package installed it is a plain object with the same hooks.
+    Works for `lightning`, `pytorch_lightning`, and `model.train(callbacks=[...])` of scvi-tools. Without
+    either package it is a plain object with the same hooks.
 
     Returns
     -------

@@ -25,10 +25,10 @@ log = logging.getLogger("cellop_nb")
 class LivePlot(Callback):
     """A picture of the history, updated in place while training runs; the last one stays in the notebook.
 
-    Panels follow from the columns of the history: loss and its terms (training and validation), gradient norm,
-    operator norm, learning rate, energy distance per group against its floor, and any other number.
-    Give it to a trainer as a callback, or call :meth:`update` with rows of any kind and :meth:`finish` at the end.
-    Outside a notebook nothing is shown; with `path` the picture goes to a file.
+    Panels follow from the columns of the history: loss and its terms (training and validation), gradient
+    norm, operator norm, learning rate, energy distance per group against its floor, and any other number.
+    Give it to a trainer as a callback, or call :meth:`update` with rows of any kind and :meth:`finish` at
+    the end. Outside a notebook nothing is shown; with `path` the picture goes to a file.
 
     Parameters
     ----------
@@ -37,8 +37,8 @@ class LivePlot(Callback):
     every
         Seconds between drawings, at least.
     budget
-        Largest part of the training time that drawing may take. The first picture comes with the first epoch and
-        the last at the end; what they cost is saved in between.
+        Largest part of the training time that drawing may take. The first picture comes with the first
+        epoch and the last at the end; what they cost is saved in between.
     monitor
         Column whose minimum is the best epoch; that of the trainer, else `val_loss`, else `train_loss`.
     clock
@@ -84,7 +84,7 @@ class LivePlot(Callback):
         self._outlets: list[Callable[[bytes], None]] | None = None
         self._wanted.clear()
 
-    # -- as a callback -------------------------------------------------------------------------------------
+    # -- as a callback
 
     def on_fit_start(self, trainer) -> None:
         """Take a place in the cell that runs; later pictures go there from any thread."""
@@ -116,7 +116,7 @@ class LivePlot(Callback):
         self._end = self._clock()
         self._draw(trainer, trainer.rows, last=True)
 
-    # -- for any other source of rows ------------------------------------------------------------------------
+    # -- for any other source of rows
 
     def update(self, rows: Sequence[Mapping[str, object]], *, source: object | None = None) -> None:
         """Show `rows`, all of them so far, if it is time to draw.
@@ -149,7 +149,7 @@ class LivePlot(Callback):
         """Part of the training time that went into drawing."""
         return self.cost_seconds / max((self._end or self._clock()) - self._start, 1e-9)
 
-    # -- drawing ---------------------------------------------------------------------------------------------
+    # -- drawing
 
     def _due(self) -> bool:
         """Not too soon after the last drawing, and with enough of the budget left for the one at the end."""
@@ -167,7 +167,7 @@ class LivePlot(Callback):
             start = self._clock()
             built = self._safely(self._render, source, list(rows), last)
             now = self._clock()
-            # a new dashboard is made once or twice in a training: its cost says nothing about the next picture
+            # a dashboard is made once or twice in a training: its cost says little about the next picture
             self._last_cost = (now - start) / (3.0 if built else 1.0)
             self.cost_seconds += now - start
             self._last, self.n_drawn = now, self.n_drawn + 1
@@ -176,7 +176,7 @@ class LivePlot(Callback):
         """Bring the dashboard up to date and publish it; whether it had to be made anew."""
         self.columns.extend(rows)
         monitor = self.monitor or getattr(source, "monitor", None) or default_monitor(self.columns)
-        panels = pick_panels(self.columns.names())
+        panels = pick_panels(self.columns.names(), self.columns.constant())
         key = (monitor, *panels)
         built = key != self._board_key
         if built:
@@ -205,7 +205,8 @@ class LivePlot(Callback):
             if patience:
                 words.append(f"patience {epochs[-1] - best:g} of {patience}")
         if "cells_per_s" in self.columns:
-            words.append(f"{compact(float(f'{self.columns['cells_per_s'][-1]:.2g}'))} cells/s")
+            rate = self.columns["cells_per_s"][-1]
+            words.append(f"{compact(float(f'{rate:.2g}'))} cells/s")
         words.append(self._time_words(epochs[-1] + 1, total, last))
         return " | ".join(word for word in words if word)
 
@@ -216,7 +217,7 @@ class LivePlot(Callback):
             return ""
         return f"{duration(float(np.median(self._durations[-10:])) * max(total - done, 0))} left"
 
-    # -- where pictures go -----------------------------------------------------------------------------------
+    # -- where pictures go
 
     def _ready(self) -> bool:
         if self._outlets is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,10 +32,11 @@ class Panel:
     groups: bool = False
 
 
-def pick_panels(columns: Iterable[str]) -> list[Panel]:
+def pick_panels(columns: Iterable[str], constant: Container[str] = ()) -> list[Panel]:
     """Panels for a history with these columns: loss, its terms, everything else, energy per group last.
 
-    A new loss term (`train_x`, `val_x`) or any other number gets a panel by itself.
+    A new loss term (`train_x`, `val_x`) or any other number gets a panel by itself; numbers of the settings
+    (loss weights) only once they change, so `constant` ones are left out.
     """
     names = [str(column) for column in columns]
     groups = tuple((name, _ENERGY.match(name).group(1)) for name in names if _ENERGY.match(name))
@@ -44,9 +45,9 @@ def pick_panels(columns: Iterable[str]) -> list[Panel]:
     terms = list(dict.fromkeys(_term(name) for name in rest if _term(name)))
     terms.sort(key=lambda term: term != "loss")
     panels = [_term_panel(term, rest) for term in terms]
-    single = [name for name in rest if not _term(name)]
+    single = [name for name in rest if not _term(name) and (name in _TITLES or name not in constant)]
     single.sort(key=lambda name: _LAST.index(name) if name in _LAST else -1)
-    panels += [Panel(_title(name), ((name, name),)) for name in single]
+    panels += [Panel(_title(name) + " (weight)" * (name in terms), ((name, name),)) for name in single]
     return panels + ([Panel("energy distance per group (validation)", groups, groups=True)] if groups else [])
 
 
@@ -94,6 +95,10 @@ class Columns:
         return [
             name for name, past in self.values.items() if np.isfinite(np.asarray(past, dtype=float)).any()
         ]
+
+    def constant(self) -> set[str]:
+        """Columns whose finite values are all the same."""
+        return {name for name in self.names() if np.unique(self[name][np.isfinite(self[name])]).size == 1}
 
     def epochs(self) -> np.ndarray:
         """The running epoch numbers, or 0, 1, ... where the rows do not say."""

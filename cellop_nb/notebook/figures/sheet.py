@@ -1,8 +1,8 @@
 """A sheet of small plots in pixel coordinates: the fast ground of the live picture.
 
-matplotlib's `Axes` take 20 to 50 ms each to make and to draw, nearly all of it for ticks. A live picture has up
-to ten panels and may cost 2 % of a training, so its panels are drawn with plain lines and texts, and what stands
-still is drawn once and copied from then on.
+matplotlib's `Axes` take 20 to 50 ms each to make and to draw, nearly all of it for ticks. A live picture
+has up to ten panels and may cost 2 % of a training, so its panels are drawn with plain lines and texts, and
+what stands still is drawn once and copied from then on.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def training_curves(
     headline = title or f"{columns.n_rows} epochs" + (
         "" if best is None else f", best epoch {best:g} ({monitor})"
     )
-    board = Dashboard(pick_panels(columns.names()), monitor=monitor)
+    board = Dashboard(pick_panels(columns.names(), columns.constant()), monitor=monitor)
     board.update(columns, Marks(headline, monitor, best, patience, floors or {}))
     return board.sheet.fig
 

@@ -1,0 +1,270 @@
+"""Steer a training while it runs: stop, pause, learning rate, loss weights, a picture or a checkpoint now.
+
+A widget's callback only sets a flag or a number, which the training reads at the end of its step. The same
+methods can be called without any widget, and where there is no front end (papermill) the training simply
+runs to its end.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+import threading
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from cellop_nb.notebook.live import LivePlot, duration
+from cellop_nb.training.callbacks import Callback
+
+_RESTING = {"idle", "paused", "finished", "stopped", "failed"}
+
+
+class RunControls(Callback):
+    """Buttons and sliders for a trainer; show it in a cell of its own, then ``await trainer.fit_async()``.
+
+    Parameters
+    trainer
+        Anything with `stop`, `pause`, `resume`, `learning_rate`, `weights` and `save_checkpoint`. The
+        controls add themselves to its `callbacks`.
+    live
+        Picture for "draw now"; the trainer's own `LivePlot` by default.
+    checkpoint
+        File for "save checkpoint"; `by_hand.pt` in the trainer's folder by default.
+    clock
+        Seconds as a function, for tests.
+
+    Attributes
+    changes
+        What was changed by hand, in order: dicts of `epoch`, `step`, `name`, `value`. Write them beside the
+        metrics, and the run can be repeated.
+    panel
+        The widget.
+    """
+
+    def __init__(
+        self,
+        trainer,
+        *,
+        live: LivePlot | None = None,
+        checkpoint: str | Path | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.trainer, self._live = trainer, live
+        self.checkpoint = Path(checkpoint or Path(getattr(trainer, "folder", None) or ".") / "by_hand.pt")
+        self.changes: list[dict] = []
+        self._clock, self._said, self._start = clock, -math.inf, clock()
+        self._save = threading.Event()
+        self._build()
+        if self not in trainer.callbacks:
+            trainer.callbacks.append(self)
+
+    # -- what the controls do: plain methods
+
+    def stop(self) -> None:
+        """End after the current step; model and history stay usable."""
+        self._note("stop", True)
+        self.trainer.stop()
+
+    def pause(self) -> None:
+        """Hold after the current step."""
+        self.trainer.pause()
+        self._label_pause("Resume", "Go on training")
+
+    def resume(self) -> None:
+        """Go on after a pause."""
+        self.trainer.resume()
+        self._label_pause("Pause", "Hold after the current step")
+
+    def toggle_pause(self) -> None:
+        """Pause or resume, whichever the button says."""
+        (self.pause if self.pause_button.description == "Pause" else self.resume)()
+
+    def set_learning_rate(self, value: float) -> None:
+        """Change the learning rate from the next step on."""
+        self.trainer.learning_rate = float(value)
+        self._note("learning_rate", float(value))
+
+    def set_weight(self, name: str, value: float) -> None:
+        """Change the weight of a loss term from the next step on."""
+        self.trainer.weights[name] = float(value)
+        self._note(name, float(value))
+
+    def draw_now(self) -> None:
+        """Draw the live picture at the end of the current step."""
+        if self.live is not None:
+            self.live.draw_now(self.trainer)
+
+    def save_checkpoint(self) -> None:
+        """Save at the end of the current step, or at once while the training rests."""
+        self._save.set()
+        if self.trainer.status in _RESTING:
+            self._save_if_asked()
+
+    @property
+    def live(self) -> LivePlot | None:
+        """The picture that "draw now" draws."""
+        return self._live or next((c for c in self.trainer.callbacks if isinstance(c, LivePlot)), None)
+
+    # -- hooks, called by the training in its own thread
+
+    def on_fit_start(self, trainer) -> None:
+        """Make the controls answer during this fit, or say why they cannot."""
+        self._start, self._said = self._clock(), -math.inf
+        free_comms([self.panel])
+        blocking = threading.current_thread() is threading.main_thread()
+        self._say(self.note, kernel_note(ipykernel_version(), blocking=blocking))
+        self._say(self.status, "training has started")
+
+    def on_step_end(self, trainer) -> None:
+        """Save if asked to; write the status a few times per second."""
+        self._save_if_asked()
+        if self._clock() - self._said >= 0.25:
+            self._write_status(trainer)
+
+    def on_epoch_end(self, trainer, row: dict) -> None:
+        """Nothing: the status is written between steps."""
+
+    def on_fit_end(self, trainer) -> None:
+        """Say how it ended."""
+        self._save_if_asked()
+        self._write_status(trainer)
+
+    # -- inside
+
+    def _note(self, name: str, value: object) -> None:
+        when = {"epoch": self.trainer.epoch, "step": self.trainer.step}
+        self.changes.append(when | {"name": name, "value": value})
+
+    def _save_if_asked(self) -> None:
+        if self._save.is_set():
+            self._save.clear()
+            self.trainer.save_checkpoint(self.checkpoint)
+            self._note("save_checkpoint", str(self.checkpoint))
+            self._say(self.note, f"saved {self.checkpoint} after step {self.trainer.step:,}")
+
+    def _write_status(self, trainer) -> None:
+        self._said = self._clock()
+        monitor, rows = trainer.monitor, trainer.rows
+        words = [
+            trainer.status,
+            f"epoch {trainer.epoch} of {trainer.max_epochs}",
+            f"step {trainer.step:,}",
+            f"learning rate {trainer.learning_rate:.3g}",
+            f"{monitor} {rows[-1][monitor]:.4g}" if rows and monitor in rows[-1] else "",
+            duration(self._clock() - self._start),
+            getattr(trainer, "stop_reason", ""),
+        ]
+        self._say(self.status, " | ".join(word for word in words if word))
+
+    @staticmethod
+    def _say(label, text: str) -> None:
+        """Write to a label that is no control: a control that speaks during the fit would go deaf."""
+        label.value = f'<span role="status">{html.escape(text)}</span>'
+
+    def _label_pause(self, description: str, tooltip: str) -> None:
+        self.pause_button.description, self.pause_button.tooltip = description, tooltip
+
+    def _build(self) -> None:
+        from ipywidgets import HTML, FloatLogSlider, FloatSlider, HBox, Layout, VBox
+
+        wide = {"style": {"description_width": "140px"}, "layout": Layout(width="460px")}
+        wide |= {"continuous_update": False}
+        self.stop_button = _button("Stop", "End after the current step; the model stays usable", self.stop)
+        self.pause_button = _button("Pause", "Hold after the current step", self.toggle_pause)
+        self.draw_button = _button("Draw now", "Draw the live picture at the end of the step", self.draw_now)
+        self.save_button = _button("Save checkpoint", "Save model and history", self.save_checkpoint)
+        rate = FloatLogSlider(
+            **rate_grid(self.trainer), **wide, description="learning rate", readout_format=".2e"
+        )
+        rate.observe(lambda change: self.set_learning_rate(change["new"]), "value")
+        self.rate_slider, self.weight_sliders = rate, {}
+        for name, value in self.trainer.weights.items():
+            slider = FloatSlider(description=words(name), readout_format=".3g", **weight_grid(value), **wide)
+            slider.observe(lambda change, name=name: self.set_weight(name, change["new"]), "value")
+            self.weight_sliders[name] = slider
+        self.status, self.note = HTML(), HTML()
+        self._say(self.status, "ready")
+        buttons = [self.stop_button, self.pause_button, self.draw_button, self.save_button]
+        row = HBox(buttons, layout=Layout(flex_flow="row wrap"))
+        self.panel = VBox([row, rate, *self.weight_sliders.values(), self.status, self.note])
+
+    def _repr_mimebundle_(self, **kwargs):
+        return self.panel._repr_mimebundle_(**kwargs)
+
+
+def _button(description: str, tooltip: str, action: Callable[[], None]):
+    from ipywidgets import Button, Layout
+
+    button = Button(description=description, tooltip=tooltip, layout=Layout(width="auto"))
+    button.on_click(lambda _: action())
+    return button
+
+
+def words(name: str) -> str:
+    """A setting's name for people; letters that HTML would read as markup are escaped."""
+    return html.escape(name.replace("_", " "))
+
+
+def rate_grid(trainer) -> dict[str, float]:
+    """Exponents from a thousandth to a hundredfold of the present rate, which lies on a step.
+
+    A slider whose value is off its grid is moved onto it by the front end, and then refuses later changes.
+    """
+    low = round(math.log10(trainer.learning_rate), 6) - 3
+    return {"base": 10, "min": low, "max": low + 5, "step": 0.1, "value": 10 ** (low + 3)}
+
+
+def weight_grid(value: float) -> dict[str, float]:
+    """From zero to twice the present weight in forty steps, the twentieth of which is the present one."""
+    step = (value if value > 0 else 1.0) / 20
+    return {"min": 0.0, "max": 40 * step, "step": step, "value": 20 * step if value > 0 else 0.0}
+
+
+def free_comms(widgets: Iterable) -> int:
+    """Let the clicks of `widgets` and their children be answered while a cell is awaited.
+
+    ipykernel 7.4 sends a widget's messages to the loop that last spoke for it, which for a widget made in an
+    ordinary cell is the main loop: busy until the cell ends. Forgetting that loop gives the messages back
+    to the front end's own. Harmless elsewhere.
+
+    Returns
+    The number of widgets that had been tied to a loop.
+    """
+    freed = 0
+    for widget in widgets:
+        comm = getattr(widget, "comm", None)
+        if comm is not None and "_reply_subshell_id" in vars(comm):
+            del comm._reply_subshell_id
+            freed += 1
+        freed += free_comms(getattr(widget, "children", ()))
+    return freed
+
+
+def kernel_note(version: str | None, *, blocking: bool) -> str:
+    """What the controls cannot do on this ipykernel; empty where everything works (or there is no kernel)."""
+    if version is None:
+        return ""
+    release = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+    if release < (7, 0):
+        return (
+            f"ipykernel {version} holds clicks back until the cell ends: only the stop square works. "
+            "Install ipykernel 7.1 or later and restart the kernel."
+        )
+    if release >= (7, 4) and blocking:
+        return (
+            f"ipykernel {version} holds back clicks during trainer.fit(): "
+            "use `await trainer.fit_async()`, or the stop square."
+        )
+    return ""
+
+
+def ipykernel_version() -> str | None:
+    """Version of the kernel that this code runs in; None outside a notebook."""
+    import sys
+
+    if "ipykernel" not in sys.modules or "IPython" not in sys.modules:
+        return None
+    from IPython import get_ipython
+
+    return sys.modules["ipykernel"].__version__ if hasattr(get_ipython(), "kernel") else None

@@ -1,0 +1,137 @@
+"""A trainer that trains nothing: the contract that live plots and controls rely on, and made-up histories."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import numpy as np
+import pytest
+
+
+def vae_row(epoch: int, **more: float) -> dict[str, float]:
+    """One epoch of a made-up VAE training."""
+    fall = 600 * np.exp(-epoch / 6)
+    return {
+        "epoch": epoch,
+        "seconds": 1.0,
+        "lr": 1e-3 * 0.98**epoch,
+        "cells_per_s": 8000.0,
+        "grad_norm": float(np.exp(3 - epoch / 10)),
+        "train_loss": 900 + fall,
+        "val_loss": 910 + fall + 0.1 * max(epoch - 20, 0) ** 2,
+        "train_reconstruction": 890 + fall,
+        "val_reconstruction": 900 + fall,
+        "train_kl": 10.0,
+        "val_kl": 10.0,
+        "kl_weight": 1.0,
+        **more,
+    }
+
+
+def operator_row(epoch: int, groups: list[str]) -> dict[str, float]:
+    """One epoch of a made-up operator training."""
+    energies = {f"val_energy[{name}]": (2 + i) * np.exp(-epoch / 8) - 0.01 for i, name in enumerate(groups)}
+    return {
+        "epoch": epoch,
+        "lr": 2e-2,
+        "cells_per_s": 4e4,
+        "grad_norm": 1.0,
+        "train_loss": 3 * np.exp(-epoch / 8) + 0.1,
+        "val_loss": 3 * np.exp(-epoch / 8) + 0.2,
+        "train_energy": 3 * np.exp(-epoch / 8),
+        "val_energy": 3 * np.exp(-epoch / 8),
+        "train_stability": 0.0,
+        "val_stability": 0.0,
+        "operator_norm": 1.2,
+        **energies,
+    }
+
+
+class FakeTrainer:
+    """Counts steps, sleeps between them, and obeys as the real trainer does."""
+
+    monitor, patience = "val_loss", 10
+
+    def __init__(self, *, epochs: int = 3, steps: int = 2, pause: float = 0.0, callbacks=(), row=vae_row):
+        self.max_epochs, self.n_steps, self.seconds, self.row = epochs, steps, pause, row
+        self.callbacks, self.rows, self.floors = list(callbacks), [], {}
+        self.epoch = self.step = 0
+        self.learning_rate, self.weights = 1e-3, {"kl_weight": 1.0, "stability_weight": 0.1}
+        self.status, self.saved, self.seen = "idle", [], []
+        self._stop, self._go = threading.Event(), threading.Event()
+        self._go.set()
+
+    def stop(self):
+        self._stop.set()
+        self._go.set()
+
+    def pause(self):
+        self._go.clear()
+
+    def resume(self):
+        self._go.set()
+
+    def save_checkpoint(self, path):
+        self.saved.append((path, self.step))
+
+    def call(self, hook: str, *args):
+        for callback in self.callbacks:
+            getattr(callback, hook)(self, *args)
+
+    def fit(self):
+        self.status = "running"
+        self.call("on_fit_start")
+        while self.epoch < self.max_epochs and not self._stop.is_set():
+            for _ in range(self.n_steps):
+                time.sleep(self.seconds)
+                self.step += 1
+                self.seen.append((self.learning_rate, dict(self.weights)))
+                self.call("on_step_end")
+                if not self._go.is_set() and not self._stop.is_set():
+                    self.status = "paused"
+                    self._go.wait()
+                    self.status = "running"
+                if self._stop.is_set():
+                    break
+            row = self.row(self.epoch, lr=self.learning_rate, **self.weights)
+            self.rows.append(row)
+            self.epoch += 1
+            self.call("on_epoch_end", row)
+        self.status = "stopped" if self._stop.is_set() else "finished"
+        self.call("on_fit_end")
+        return self.rows
+
+
+@pytest.fixture
+def fake_trainer() -> type[FakeTrainer]:
+    """The class, so that a test chooses epochs and steps."""
+    return FakeTrainer
+
+
+@pytest.fixture
+def vae_rows():
+    """`vae_rows(n)`: the history of n epochs of a VAE."""
+    return lambda n, **more: [vae_row(epoch, **more) for epoch in range(n)]
+
+
+@pytest.fixture
+def operator_rows():
+    """`operator_rows(n, groups)`: the history of n epochs of operators."""
+    return lambda n, groups: [operator_row(epoch, groups) for epoch in range(n)]
+
+
+class Clock:
+    """Seconds that pass only when told; drawing costs `cost` (the clock is read once before and once after)."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    """A clock that stands still."""
+    return Clock()

@@ -1,0 +1,217 @@
+"""Figures: each draws, says what it shows, leaves no trace in global state, and survives odd labels."""
+
+from __future__ import annotations
+
+import io
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+from scipy import sparse
+
+from cellop_nb.errors import LabelError
+from cellop_nb.notebook import figures
+from cellop_nb.notebook.figures import sheet, style
+
+GROUPS = ["B, IFNb", "CD14+ Mono, IFNb", "_hidden, $odd_label$"]
+rng = np.random.default_rng(0)
+
+
+def _table(**columns) -> pd.DataFrame:
+    return pd.DataFrame({"group": GROUPS, **columns})
+
+
+def _long(name: str, values: list[str], **columns) -> pd.DataFrame:
+    parts = [_table(**{name: value}, energy=rng.lognormal(size=3), floor=0.01) for value in values]
+    return pd.concat(parts, ignore_index=True).assign(**columns)
+
+
+def _history() -> list[dict]:
+    return [
+        {"epoch": i, "train_loss": 5 / (i + 1), "val_loss": 6 / (i + 1), "val_energy[B, IFNb]": 1 / (i + 1)}
+        for i in range(5)
+    ]
+
+
+def _genes(column: str) -> pd.DataFrame:
+    table = pd.DataFrame({"gene": [f"GENE{i}" for i in range(30)], "effect": rng.normal(size=30)})
+    return table.assign(**{column: np.repeat([1, 2], 15)}, uncertainty=0.1)
+
+
+def _clouds() -> dict[str, np.ndarray]:
+    return {name: rng.normal(size=(50, 2)) for name in GROUPS}
+
+
+COUNTS = rng.poisson(1.0, (60, 40))
+FIGURES = {
+    "library_sizes": lambda: figures.library_sizes(rng.lognormal(7, 1, 90), GROUPS * 30),
+    "group_counts": lambda: figures.group_counts(
+        pd.DataFrame(
+            {"context": ["B", "T", "T"], "perturbation": ["ctrl", "ctrl", "$x"], "cells": [5, 100, 3000]}
+        )
+    ),
+    "noise_floor": lambda: figures.noise_floor(_table(energy=[9.0, 0.1, 0.0], floor=[-0.01, 0.02, 0.0])),
+    "training_curves": lambda: figures.training_curves(_history(), floors={"B, IFNb": 0.1}, patience=3),
+    "predictive_checks": lambda: figures.predictive_checks(sparse.csr_matrix(COUNTS), COUNTS[::-1]),
+    "embedding": lambda: figures.embedding(
+        rng.normal(size=(90, 2)), pd.DataFrame({"cell_type": GROUPS * 30, "depth": rng.lognormal(size=90)})
+    ),
+    "transport": lambda: figures.transport(_clouds(), _clouds(), _clouds(), notes={GROUPS[0]: "E = 0.1"}),
+    "energy_bars": lambda: figures.energy_bars(_long("method", ["no change", "mean shift", "operator"])),
+    "error_budget": lambda: figures.error_budget(_long("stage", ["noise floor", "operator", "no change"])),
+    "predicted_vs_true": lambda: figures.predicted_vs_true(
+        _genes("group").rename(columns={"effect": "true"}).assign(predicted=0.1, is_de=True)
+    ),
+    "spectra": lambda: figures.spectra(
+        pd.DataFrame(
+            {"condition": GROUPS * 2, "real": 1.0, "imag": 0.1, "singular_value": [1, 2, 1, 2, 1, 2]}
+        ),
+        limit=2,
+    ),
+    "response_axes": lambda: figures.response_axes(_genes("axis")),
+    "gradient_map": lambda: figures.gradient_map(
+        pd.DataFrame(
+            {"parameter": ["a.weight", "b.bias"], "reached": [1.0, 0.0], "grad_norm": [2.0, 0.0], "norm": 1.0}
+        )
+    ),
+    "planted_vs_learned": lambda: figures.planted_vs_learned({"$g_": np.eye(4)}, {"$g_": np.eye(4) + 0.1}),
+}
+
+
+@pytest.fixture(params=FIGURES, ids=str)
+def figure(request) -> Figure:
+    return FIGURES[request.param]()
+
+
+def words(figure: Figure) -> list[str]:
+    return [text.get_text() for text in figure.findobj(lambda artist: hasattr(artist, "get_text"))]
+
+
+def test_every_public_figure_is_tried_here():
+    tools = {"canvas", "label", "legend", "png", "safe", "show"}
+    assert set(FIGURES) == {name for name in figures.__all__ if name.islower()} - tools
+
+
+def test_it_is_a_readable_white_picture(figure):
+    picture = Image.open(io.BytesIO(figure._repr_png_())).convert("RGB")
+    assert picture.width <= 800
+    assert picture.getpixel((1, picture.height - 1)) == (255, 255, 255)
+    assert len(picture.getcolors(1 << 24)) > 10, "something is drawn"
+
+
+def test_drawing_leaves_global_state_alone():
+    before = dict(mpl.rcParams)
+    for draw in FIGURES.values():
+        figures.png(draw())
+    assert dict(mpl.rcParams) == before
+
+
+def test_a_dark_style_of_the_user_does_not_reach_it():
+    with mpl.rc_context({"figure.facecolor": "black", "axes.facecolor": "black", "text.color": "white"}):
+        fig = figures.noise_floor(_table(energy=[9.0, 0.1, 0.0], floor=0.01))
+        picture = Image.open(io.BytesIO(figures.png(fig))).convert("RGB")
+    assert picture.getpixel((1, 1)) == (255, 255, 255)
+    assert {text.get_color() for text in fig.axes[0].get_yticklabels()} == {style.INK}
+
+
+def test_labels_from_data_are_literal():
+    fig = figures.energy_bars(_long("method", ["_a $x_1$ method"]))
+    fig.canvas.draw()
+    shown = [text for text in words(fig) if "x_1" in text]
+    assert shown == [r" _a \$x_1\$ method"]
+    assert any("_hidden" in text for text in words(fig))
+    assert style.safe("a\nb" + "c" * 50, 8) == "a bcccc…"
+
+
+def test_axes_carry_units(figure):
+    labelled = [ax for ax in figure.axes if ax.get_visible() and (ax.get_xlabel() or ax.get_ylabel())]
+    assert labelled or "epoch" in words(figure)
+
+
+def test_show_writes_and_returns_the_picture(tmp_path):
+    fig = FIGURES["noise_floor"]()
+    image = figures.show(fig, tmp_path / "figures" / "floor.png", alt="effect against floor")
+    assert (tmp_path / "figures" / "floor.png").read_bytes() == image.data
+    assert image._repr_mimebundle_()[1]["image/png"]["alt"] == "effect against floor"
+
+
+def test_a_missing_column_is_named():
+    with pytest.raises(LabelError, match=r"no column 'energy'.*did you mean 'Energy'"):
+        figures.noise_floor(pd.DataFrame({"Energy": [1.0], "floor": [0.1]}))
+
+
+def test_groups_without_cells_count_as_zero_and_are_framed():
+    fig = FIGURES["group_counts"]()
+    assert "0" in words(fig)
+    assert len(fig.axes[0].patches) == 2, "5 cells, and none"
+    assert "2 with fewer than 10" in fig.axes[0].get_title(loc="left")
+
+
+def test_no_category_is_told_by_colour_alone():
+    marks = [tuple(style.mark(i).values()) for i in range(56)]
+    assert len(set(marks)) == 56
+    neighbours = [style.mark(i)["marker"] != style.mark(i + 1)["marker"] for i in range(20)]
+    assert all(neighbours)
+    bars = FIGURES["energy_bars"]().axes[0]
+    assert len({container[0].get_hatch() for container in bars.containers}) == 3
+
+
+def test_thin_lines_keep_their_colour_in_the_palette():
+    fig, (ax,) = style.canvas(height=2)
+    for i, colour in enumerate(style.OKABE_ITO):
+        ax.axvline(i, color=colour, linewidth=3)
+    shown = {colour for _, colour in Image.open(io.BytesIO(style.png(fig))).convert("RGB").getcolors(1 << 20)}
+    for code in style.OKABE_ITO:
+        wanted = np.array([int(code[i : i + 2], 16) for i in (1, 3, 5)])
+        assert min(np.abs(np.array(colour) - wanted).max() for colour in shown) <= 2, code
+
+
+def test_predictive_checks_agree_for_sparse_and_dense():
+    one = figures.predictive_checks(sparse.csr_matrix(COUNTS), COUNTS)
+    two = figures.predictive_checks(COUNTS, sparse.csc_matrix(COUNTS))
+    for first, second in zip(one.axes[1].lines[:2], two.axes[1].lines[:2], strict=True):
+        np.testing.assert_allclose(first.get_xydata(), second.get_xydata())
+    np.testing.assert_allclose(one.axes[1].lines[0].get_ydata(), COUNTS.var(axis=0)[COUNTS.any(axis=0)])
+
+
+@pytest.mark.parametrize(
+    ("values", "scale"),
+    [([1.0, 2.0], "linear"), ([0.01, 5.0], "log"), ([-0.01, 5.0], "symlog"), ([0.0, 0.0], "linear")],
+)
+def test_scales_follow_the_values(values, scale):
+    found, low, high = sheet.scale_for(min(values), max(values), True)
+    assert found == scale
+    assert low <= min(values) <= max(values) <= high
+
+
+def test_a_value_lies_where_its_tick_says():
+    board = sheet.Sheet(300, 200)
+    plot = sheet.Plot(board, (50, 20, 200, 100), "loss")
+    plot.limit(np.arange(10.0), np.array([0.01, 1.0]))
+    pixels = plot.y([0.01, 0.1, 1.0])
+    assert np.diff(pixels)[0] == pytest.approx(np.diff(pixels)[1]), "decades are equally long"
+    assert (np.diff(pixels) < 0).all(), "larger is higher"
+    assert pixels.min() >= 20
+    assert pixels.max() <= 120
+    for text in plot._y_texts:
+        if text.get_text():
+            assert text.get_position()[1] == pytest.approx(float(plot.y(float(text.get_text()))))
+
+
+def test_a_live_frame_equals_a_fresh_drawing(vae_rows):
+    from cellop_nb.notebook.figures.dashboard import Dashboard, Marks
+    from cellop_nb.notebook.figures.panels import Columns, pick_panels
+
+    columns = Columns()
+    columns.extend(vae_rows(5))
+    kept = Dashboard(pick_panels(columns.names()))
+    for n in (5, 12, 30):
+        columns.extend(vae_rows(n))
+        kept.update(columns, Marks(f"{n} epochs", best_epoch=2))
+        picture = kept.png()
+    fresh = Dashboard(pick_panels(columns.names()))
+    fresh.update(columns, Marks("30 epochs", best_epoch=2))
+    assert fresh.png() == picture

@@ -1,0 +1,315 @@
+"""The live picture: right panels, within its budget, last picture always, in any place and from any thread."""
+
+from __future__ import annotations
+
+import io
+import logging
+import subprocess
+import sys
+import threading
+
+import nbformat
+import numpy as np
+import pytest
+from nbclient import NotebookClient
+from PIL import Image
+
+from cellop_nb.notebook import live as module
+from cellop_nb.notebook.adapters import lightning_callback, row_from_metrics
+from cellop_nb.notebook.figures.panels import Columns, pick_panels
+from cellop_nb.notebook.live import LivePlot
+
+
+@pytest.fixture
+def pictures() -> list[bytes]:
+    return []
+
+
+def size(picture: bytes) -> tuple[int, int]:
+    return Image.open(io.BytesIO(picture)).size
+
+
+def titles(rows) -> list[str]:
+    columns = Columns()
+    columns.extend(rows)
+    return [panel.title for panel in pick_panels(columns.names(), columns.constant())]
+
+
+# -- which panels
+
+
+def test_panels_of_a_vae(vae_rows):
+    assert titles(vae_rows(3)) == [
+        "loss (sum of terms)",
+        "reconstruction (nats per cell)",
+        "KL (nats per cell)",
+        "gradient norm",
+        "learning rate",
+        "cells per second",
+    ]
+
+
+def test_panels_of_operators_end_with_the_groups(operator_rows):
+    found = titles(operator_rows(3, ["B, IFNb", "T, IFNb"]))
+    assert "largest operator norm" in found
+    assert found[-1] == "energy distance per group (validation)"
+
+
+def test_a_new_term_and_a_changed_weight_appear_by_themselves(vae_rows):
+    rows = [row | {"train_adversary": 1.0 / (i + 1)} for i, row in enumerate(vae_rows(3))]
+    assert "adversary" in titles(rows)
+    assert "kl weight" not in titles(rows), "a setting that never changed is no curve"
+    rows[-1]["kl_weight"] = 0.5
+    assert "kl weight" in titles(rows)
+
+
+def test_a_weight_named_as_its_term_is_told_apart(vae_rows):
+    rows = [row | {"train_ridge": 0.1, "ridge": 0.1 + i} for i, row in enumerate(vae_rows(3))]
+    assert {"ridge", "ridge (weight)"} <= set(titles(rows))
+
+
+def test_columns_fill_gaps_and_read_each_row_once():
+    columns = Columns()
+    columns.extend([{"a": 1.0}])
+    columns.extend([{"a": 1.0}, {"b": 2, "note": "text"}])
+    np.testing.assert_array_equal(columns["a"], [1.0, np.nan])
+    np.testing.assert_array_equal(columns["b"], [np.nan, 2.0])
+    assert columns.names() == ["a", "b"], "a column without numbers is no curve"
+    columns.extend([{"a": 5.0}])
+    assert columns.n_rows == 1, "a shorter history is a new one"
+
+
+# -- when to draw
+
+
+def _run(live: LivePlot, trainer, clock, *, epoch_seconds: float, cost: float) -> float:
+    """A training on a clock by hand, where each drawing takes `cost`; its length in seconds."""
+    render = live._render
+
+    def slow(*args):
+        clock.now += cost
+        return render(*args)
+
+    live._render = slow
+    live.on_fit_start(trainer)
+    for epoch in range(trainer.max_epochs):
+        clock.now += epoch_seconds
+        trainer.rows.append(trainer.row(epoch))
+        live.on_step_end(trainer)
+        live.on_epoch_end(trainer, trainer.rows[-1])
+    live.on_fit_end(trainer)
+    return clock.now
+
+
+@pytest.mark.parametrize("cost", [0.01, 0.05])
+def test_drawing_stays_within_two_percent(fake_trainer, clock, pictures, cost):
+    live = LivePlot(clock=clock, publish=pictures.append)
+    seconds = _run(live, fake_trainer(epochs=300), clock, epoch_seconds=0.1, cost=cost)
+    assert live.n_drawn > 3
+    assert live.cost_seconds == pytest.approx(cost * live.n_drawn)
+    assert live.cost_seconds / seconds <= 0.02
+    assert live.share == pytest.approx(live.cost_seconds / seconds, rel=0.05)
+
+
+def test_never_more_often_than_every(fake_trainer, clock, pictures):
+    live = LivePlot(clock=clock, publish=pictures.append, every=1.0)
+    _run(live, fake_trainer(epochs=50), clock, epoch_seconds=0.1, cost=0.0)
+    assert live.n_drawn <= 1 + 5 + 1
+
+
+def test_first_and_last_epoch_are_drawn_however_short(fake_trainer, clock, pictures):
+    live = LivePlot(clock=clock, publish=pictures.append)
+    _run(live, fake_trainer(epochs=40), clock, epoch_seconds=0.001, cost=0.01)
+    assert live.n_drawn == 2
+    assert live.columns.n_rows == 40, "the last picture shows every epoch"
+    assert live.picture == pictures[-1]
+
+
+def test_draw_now_is_done_by_the_training(fake_trainer, clock, pictures):
+    live, trainer = LivePlot(clock=clock, publish=pictures.append, every=1e9), fake_trainer()
+    trainer.status = "running"
+    trainer.rows.append(trainer.row(0))
+    live.on_fit_start(trainer)
+    before = live.n_drawn
+    live.draw_now(trainer)
+    assert live.n_drawn == before, "asking does not draw in the asking thread"
+    live.on_step_end(trainer)
+    assert live.n_drawn == before + 1
+    live.on_step_end(trainer)
+    assert live.n_drawn == before + 1, "one request, one picture"
+
+
+def test_draw_now_works_while_paused(fake_trainer, pictures):
+    live, trainer = LivePlot(publish=pictures.append, every=1e9), fake_trainer()
+    trainer.rows.append(trainer.row(0))
+    live.on_fit_start(trainer)
+    trainer.status, before = "paused", live.n_drawn
+    live.draw_now(trainer)
+    assert live.n_drawn == before + 1
+
+
+# -- what is said above the curves
+
+
+def test_headline_tells_best_patience_speed_and_time_left(fake_trainer, clock, pictures):
+    live, trainer = LivePlot(clock=clock, publish=pictures.append), fake_trainer(epochs=50)
+    trainer.status = "running"
+    live.on_fit_start(trainer)
+    for epoch in range(30):
+        clock.now += 2.0
+        trainer.rows.append(trainer.row(epoch))
+        live.on_epoch_end(trainer, trainer.rows[-1])
+    words = live._board._headline.get_text()
+    assert "epoch 30 of 50" in words
+    assert "patience 5 of 10" in words, words
+    assert "8k cells/s" in words
+    assert "40 s left" in words
+    assert "best 25 (val_loss" in words, "epochs count from one for people"
+
+
+def test_duration_in_words():
+    said = [module.duration(seconds) for seconds in (0.84, 12.3, 200, 3900)]
+    assert said == ["0.8 s", "12 s", "3 min 20 s", "1 h 5 min"]
+
+
+# -- where it draws
+
+
+def test_without_a_notebook_nothing_is_drawn(fake_trainer, capsys):
+    live = LivePlot()
+    fake_trainer(callbacks=[live]).fit()
+    assert live.n_drawn == 0
+    assert live.cost_seconds == 0
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_path_gets_the_picture(fake_trainer, tmp_path):
+    live = LivePlot(path=tmp_path / "new" / "live.png")
+    fake_trainer(callbacks=[live]).fit()
+    assert size(live.path.read_bytes())[0] == 768
+    assert list(live.path.parent.iterdir()) == [live.path], "no half-written file is left"
+
+
+def test_only_the_first_process_draws(fake_trainer, pictures):
+    trainer = fake_trainer(callbacks=[LivePlot(publish=pictures.append)])
+    trainer.fabric = type("Fabric", (), {"is_global_zero": False})()
+    trainer.fit()
+    assert pictures == []
+
+
+def test_a_failing_drawing_never_stops_the_training(fake_trainer, caplog):
+    def broken(picture):
+        raise OSError("no space left")
+
+    trainer = fake_trainer(callbacks=[LivePlot(publish=broken)])
+    with caplog.at_level(logging.WARNING):
+        trainer.fit()
+    assert trainer.status == "finished"
+    assert sum("could not draw" in record.message for record in caplog.records) == 1
+
+
+def test_many_groups_and_odd_values_are_drawn(fake_trainer, operator_rows, pictures):
+    groups = [f"type {i}, $drug_{i}$" for i in range(30)]
+    rows = operator_rows(4, groups)
+    rows[1] |= {
+        "val_loss": float("nan"),
+        f"val_energy[{groups[0]}]": float("inf"),
+        "train_loss": float("-inf"),
+    }
+    live = LivePlot(publish=pictures.append)
+    live.update(rows, source=type("Source", (), {"floors": {groups[1]: 0.02}})())
+    assert size(live.picture)[1] > 400
+
+
+def test_two_threads_may_ask_at_once(fake_trainer, pictures):
+    live, trainer = LivePlot(publish=pictures.append, every=0.0, budget=1e9), fake_trainer(epochs=30)
+    trainer.callbacks.append(live)
+    worker = threading.Thread(target=trainer.fit)
+    worker.start()
+    while worker.is_alive():
+        trainer.status = "paused"  # makes draw_now draw in this thread too
+        live.draw_now(trainer)
+    worker.join()
+    assert live.columns.n_rows == 30
+    assert all(size(picture)[0] == 768 for picture in pictures)
+
+
+def test_a_second_fit_begins_anew(fake_trainer, pictures):
+    live, trainer = LivePlot(publish=pictures.append), fake_trainer(epochs=2)
+    trainer.callbacks.append(live)
+    trainer.fit()
+    trainer.max_epochs = 4
+    trainer.fit()
+    assert live.columns.n_rows == 4
+
+
+def test_pyplot_is_not_imported():
+    code = "import sys, cellop_nb.notebook.live, cellop_nb.notebook.figures; sys.exit('matplotlib.pyplot' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# -- other trainings
+
+
+def test_standalone_rows(vae_rows, pictures):
+    live, rows = LivePlot(publish=pictures.append), []
+    for row in vae_rows(5):
+        rows.append(row)
+        live.update(rows)
+    live.finish(rows)
+    assert live.columns.n_rows == 5
+    assert len(pictures) >= 2
+
+
+def test_lightning_metrics_become_rows(pictures):
+    callback = lightning_callback(LivePlot(publish=pictures.append))
+    trainer = type("Trainer", (), {"max_epochs": 2, "current_epoch": 0})()
+    metrics = {"train_loss_step": 9.0, "train_loss_epoch": 5.0, "elbo_validation": 4.0, "kl_local_train": 1.0}
+    for trainer.current_epoch in range(2):
+        trainer.callback_metrics = metrics
+        callback.on_train_epoch_end(trainer, None)
+    callback.on_train_end(trainer, None)
+    assert callback.rows[-1] == {"epoch": 1, "train_loss": 5.0, "val_elbo": 4.0, "train_kl_local": 1.0}
+    assert len(pictures) == 2
+
+
+def test_metric_names_of_several_packages():
+    names = {"validation_loss": 1, "val_loss_epoch": 2, "reconstruction_loss_train": 3, "lr-Adam": 4}
+    assert row_from_metrics(names) == {"val_loss": 2, "train_reconstruction_loss": 3, "lr-Adam": 4}
+
+
+# -- in a real kernel
+
+_CELLS = """
+import asyncio, sys, time
+sys.path.insert(0, {folder!r})
+from conftest import FakeTrainer
+from cellop_nb.notebook.live import LivePlot
+live = LivePlot(budget=0.5)
+trainer = FakeTrainer(epochs=6, steps=1, pause=0.2, callbacks=[live])
+---
+trainer.fit()[-1]["epoch"]
+---
+trainer = FakeTrainer(epochs=6, steps=1, pause=0.2, callbacks=[live])
+loop = asyncio.get_running_loop()
+await asyncio.wait({{loop.run_in_executor(None, trainer.fit)}})
+trainer.status
+---
+live.n_drawn
+"""
+
+
+def test_pictures_land_in_the_cell_that_trains(request):
+    """One picture per training cell, replaced in place, from the main thread and from a worker."""
+    text = _CELLS.format(folder=str(request.path.parent))
+    book = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell(part.strip()) for part in text.split("---")]
+    )
+    NotebookClient(book, timeout=120, kernel_name="python3").execute()
+    for cell, result in ((book.cells[1], "5"), (book.cells[2], "'finished'")):
+        kinds = [output.output_type for output in cell.outputs]
+        assert sorted(kinds) == ["display_data", "execute_result"], cell.outputs
+        shown = next(output for output in cell.outputs if output.output_type == "display_data")
+        assert set(shown.data) == {"image/png", "text/plain"}
+        assert next(o for o in cell.outputs if o.output_type == "execute_result").data["text/plain"] == result
+    assert int(book.cells[3].outputs[0].data["text/plain"]) >= 3
