@@ -1,0 +1,318 @@
+"""The gate lets fit screens through and names what is wrong with the others."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+from anndata import AnnData, read_h5ad
+from scipy import sparse
+
+from cellop_nb.data.contract import (
+    check,
+    context_labels,
+    counts,
+    library_size,
+    perturbation_parts,
+    select_genes,
+)
+from cellop_nb.errors import DataError, LabelError
+
+
+def test_table_of_groups(screen):
+    table = check(screen)
+    expected = screen.obs.groupby(["cell_type", "perturbation"], observed=True).size()
+    assert table.set_index(["context", "perturbation"])["cells"].to_dict() == expected.to_dict()
+    first = table.iloc[0]
+    here = (screen.obs["cell_type"] == first["context"]) & (
+        screen.obs["perturbation"] == first["perturbation"]
+    )
+    assert first["counts_per_cell"] == np.median(screen[here].X.toarray().sum(1))
+    assert (table["note"] == "").all()
+    assert (check(screen, min_cells=41)["note"] == "fewer than 41 cells").all()
+
+
+@pytest.mark.parametrize("store", [sparse.csr_matrix, sparse.csc_matrix, sparse.csr_array, np.asarray])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int64, np.uint8])
+@pytest.mark.parametrize("layer", [None, "counts"])
+def test_any_storage_passes(screen, store, dtype, layer):
+    x = store(screen.X.toarray().astype(dtype))
+    if layer is None:
+        screen.X = x
+    else:
+        screen.layers[layer], screen.X = x, np.log1p(screen.X.toarray())
+    reference = check(screen, layer=layer)
+    assert reference["cells"].sum() == screen.n_obs
+    found = counts(screen, layer)
+    np.testing.assert_array_equal(
+        found.toarray() if sparse.issparse(found) else found,
+        np.asarray(x.todense() if sparse.issparse(x) else x),
+    )
+    np.testing.assert_array_equal(
+        library_size(screen, layer),
+        found.sum(1).ravel().astype(float).tolist()
+        if not sparse.issparse(found)
+        else np.asarray(found.sum(1)).ravel(),
+    )
+
+
+@pytest.mark.parametrize("store", [sparse.csr_matrix, sparse.csc_matrix, np.asarray])
+def test_backed_on_disk(screen, store, tmp_path):
+    reference = check(screen)
+    screen.X = store(screen.X.toarray())
+    screen.write_h5ad(tmp_path / "screen.h5ad")
+    backed = read_h5ad(tmp_path / "screen.h5ad", backed="r")
+    pd.testing.assert_frame_equal(check(backed), reference)
+    total = counts(backed).sum()
+    backed.file.close()
+    assert total == screen.X.sum()
+
+
+def test_check_writes_nothing(screen):
+    before = screen.copy()
+    check(screen)
+    pd.testing.assert_frame_equal(screen.obs, before.obs)
+    assert screen.uns.keys() == before.uns.keys() and screen.layers.keys() == before.layers.keys()
+
+
+def test_context_labels(screen):
+    both = context_labels(screen, ["cell_type", "donor"])
+    assert both.iloc[0] == f"{screen.obs['cell_type'].iloc[0]} | {screen.obs['donor'].iloc[0]}"
+    assert set(context_labels(screen, None)) == {"all"}
+
+
+@pytest.mark.parametrize(
+    ("label", "parts"), [("A", ("A",)), ("A+B", ("A", "B")), ("drug 1+B+c", ("drug 1", "B", "c"))]
+)
+def test_perturbation_parts(label, parts):
+    assert perturbation_parts(label) == parts
+
+
+@pytest.mark.parametrize("label", ["A++B", "+A", "A+", "A + B", "A+A", "", " A"])
+def test_malformed_perturbations(label):
+    with pytest.raises(LabelError, match="To fix it: write"):
+        perturbation_parts(label)
+
+
+def with_x(change):
+    """Spoil the matrix: `change` gets a dense float copy."""
+
+    def spoil(adata):
+        x = adata.X.toarray().astype(float)
+        adata.X = change(x)
+        return adata, {}
+
+    return spoil
+
+
+def set_at(row, column, value):
+    def change(x):
+        x[row, column] = value
+        return sparse.csr_matrix(x)
+
+    return with_x(change)
+
+
+def labelled(column, old, new):
+    """Spoil a label of one cell (old: an index) or of all cells that carry it (old: a label)."""
+
+    def spoil(adata):
+        values = adata.obs[column].astype(object).to_numpy().copy()
+        values[old if isinstance(old, int) else values == old] = new
+        adata.obs[column] = values
+        return adata, {}
+
+    return spoil
+
+
+def argument(**arguments):
+    return lambda adata: (adata, arguments)
+
+
+def without_controls_in_one_context(adata):
+    return adata[
+        ~((adata.obs["cell_type"] == "type B") & (adata.obs["perturbation"] == "control"))
+    ].copy(), {}
+
+
+def repeated_cells(adata):
+    adata.obs_names = ["cell_00000", "cell_00000", *adata.obs_names[2:]]
+    return adata, {}
+
+
+def repeated_genes(adata):
+    adata.var_names = ["GENE0000", "GENE0000", *adata.var_names[2:]]
+    return adata, {}
+
+
+def no_matrix(adata):
+    return AnnData(obs=adata.obs, var=adata.var), {}
+
+
+def normalised_with_counts_beside(adata):
+    adata.layers["umi"] = adata.X.copy()
+    adata.X = sparse.csr_matrix(np.log1p(adata.X.toarray()))
+    return adata, {}
+
+
+def ambiguous_contexts(adata):
+    adata.obs["tissue"] = "a | b"
+    return adata, {"context_key": ["cell_type", "tissue"]}
+
+
+def only_controls(adata):
+    return adata[adata.obs["perturbation"] == "control"].copy(), {}
+
+
+def text_matrix(adata):
+    adata.X = adata.X.toarray().astype(complex)
+    return adata, {}
+
+
+BAD = {
+    "not an AnnData": (lambda a: (a.to_df(), {}), DataError, "an AnnData object.*DataFrame"),
+    "no cells": (lambda a: (a[:0].copy(), {}), DataError, "0 cells and 60 genes"),
+    "no genes": (lambda a: (a[:, :0].copy(), {}), DataError, "400 cells and 0 genes"),
+    "repeated cells": (repeated_cells, DataError, "1 repeated in obs_names, such as 'cell_00000'"),
+    "repeated genes": (
+        repeated_genes,
+        DataError,
+        "1 repeated in var_names, such as 'GENE0000'.*var_names_make_unique",
+    ),
+    "no matrix": (no_matrix, DataError, "X is empty"),
+    "missing layer": (argument(layer="count"), DataError, "a layer 'count'.*no such layer"),
+    "log-normalised": (with_x(np.log1p), DataError, "looks log-normalised"),
+    "log-normalised sparse": (
+        normalised_with_counts_beside,
+        DataError,
+        "looks log-normalised.*layer='umi' seems",
+    ),
+    "normalised": (
+        with_x(lambda x: x / x.sum(1, keepdims=True) * 1e4),
+        DataError,
+        "looks normalised to 1e\\+04 per cell",
+    ),
+    "scaled": (with_x(lambda x: x - x.mean(0)), DataError, "of at least 0.*negative values.*cell_00000"),
+    "one negative": (
+        set_at(7, 3, -2),
+        DataError,
+        r"negative values: -2 in cell 'cell_00007', gene 'GENE0003' \(1 such",
+    ),
+    "one fraction": (set_at(5, 2, 90.5), DataError, "90.5 in cell 'cell_00005', gene 'GENE0002'.*corrected"),
+    "NaN": (set_at(5, 2, np.nan), DataError, "finite counts.*nan in cell 'cell_00005', gene 'GENE0002'"),
+    "infinity": (set_at(0, 0, np.inf), DataError, "finite counts.*inf in cell"),
+    "not numbers": (text_matrix, DataError, "numbers in X.*complex"),
+    "empty cell": (
+        with_x(lambda x: x * (np.arange(len(x)) != 9)[:, None]),
+        DataError,
+        "1 without any, such as 'cell_00009'",
+    ),
+    "perturbation key": (
+        argument(perturbation_key="Perturbation"),
+        LabelError,
+        "did you mean 'perturbation'",
+    ),
+    "context key": (argument(context_key="celltype"), LabelError, "did you mean 'cell_type'"),
+    "one of two context keys": (
+        argument(context_key=["cell_type", "doner"]),
+        LabelError,
+        "did you mean 'donor'",
+    ),
+    "no context keys": (argument(context_key=[]), LabelError, "an empty list"),
+    "same keys": (argument(context_key="perturbation"), LabelError, "as both keys"),
+    "control label": (
+        argument(control="Control"),
+        LabelError,
+        "control cells 'Control'.*did you mean 'control'",
+    ),
+    "two controls": (labelled("perturbation", 4, "CONTROL"), LabelError, "one control label.*'CONTROL'"),
+    "context without control": (
+        without_controls_in_one_context,
+        LabelError,
+        "every context.*such as 'type B'",
+    ),
+    "only controls": (only_controls, LabelError, "perturbed cells beside the controls"),
+    "lonely cell": (labelled("perturbation", 4, "drug 9"), LabelError, "1 with one, such as 'drug 9'"),
+    "missing label": (
+        labelled("perturbation", 4, None),
+        LabelError,
+        "1 cells without one, such as .'cell_00004'",
+    ),
+    "missing context": (labelled("cell_type", 4, np.nan), LabelError, "label in obs.'cell_type'.*1 cells"),
+    "written-out NaN": (labelled("cell_type", 4, "nan"), LabelError, "a context for every cell.*'nan'"),
+    "blank": (labelled("perturbation", "drug 1", "drug 1 "), LabelError, "without blanks.*'drug 1 '"),
+    "malformed pair": (
+        labelled("perturbation", "drug 1+drug 2", "drug 1++drug 2"),
+        LabelError,
+        r"write 'drug 1\+drug 2'",
+    ),
+    "pair with control": (labelled("perturbation", "drug 1", "drug 1+control"), LabelError, "write 'drug 1'"),
+    "pair in two orders": (
+        labelled("perturbation", "drug 3", "drug 2+drug 1"),
+        LabelError,
+        "one label per combination",
+    ),
+    "joined contexts": (ambiguous_contexts, LabelError, "without ' | '"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused(screen, case):
+    spoil, error, message = BAD[case]
+    adata, arguments = spoil(screen)
+    with pytest.raises(error, match=message) as caught:
+        check(adata, **arguments)
+    for beat in ("Expected ", "Found ", "To fix it: "):
+        assert beat in str(caught.value)
+
+
+def test_fault_in_a_late_block_is_found(screen, monkeypatch):
+    from cellop_nb.data import checks
+
+    monkeypatch.setattr(checks, "count_blocks", lambda a, layer, size=4096: _blocks(a, layer, 16))
+    x = screen.X.toarray()
+    x[200, 11] = 0.5
+    screen.X = sparse.csr_matrix(x)
+    with pytest.raises(DataError, match="cell 'cell_00200', gene 'GENE0011'"):
+        check(screen)
+
+
+def _blocks(adata, layer, size):
+    from cellop_nb.data.slots import count_blocks
+
+    return count_blocks(adata, layer, size)
+
+
+def test_genes_are_chosen_on_training_cells_only(screen):
+    screen.obs["split"] = np.where(np.arange(screen.n_obs) % 3 == 0, "test", "train")
+    chosen = select_genes(screen, 20)
+    assert len(chosen) == 20 and chosen == [gene for gene in screen.var_names if gene in set(chosen)]
+    rng = np.random.default_rng(0)
+    x = screen.X.toarray()
+    x[(screen.obs["split"] == "test").to_numpy()] = rng.poisson(
+        5, x[(screen.obs["split"] == "test").to_numpy()].shape
+    )
+    screen.X = x
+    assert select_genes(screen, 20) == chosen
+    assert select_genes(screen, 20, split=None) != chosen
+    assert select_genes(screen, 1000) == list(screen.var_names)
+    with pytest.raises(LabelError, match="none of 'val'"):
+        select_genes(screen, 20, split="val")
+
+
+def test_silent_genes_are_not_chosen(screen):
+    x = screen.X.toarray()
+    x[:, :5] = 0
+    screen.X = x
+    assert not set(select_genes(screen, 58, split=None)) & set(screen.var_names[:5])
+
+
+def test_real_screens_pass(kang_file, norman_file, mcfaline_file):
+    assert [len(check(read_h5ad(file))) for file in (kang_file, norman_file, mcfaline_file)] == [16, 34, 30]
+
+
+def test_interferon_genes_are_chosen(kang_file):
+    assert {"ISG15", "IFI6", "IFIT1", "IFIT3", "MX1"} <= set(
+        select_genes(read_h5ad(kang_file), 1000, split=None)
+    )
