@@ -22,6 +22,31 @@ class _Plan:
     available: Tensor
 
 
+@dataclass(frozen=True)
+class GroupSample:
+    """Cells of several groups, one group after the other.
+
+    Attributes
+    ----------
+    control, perturbed : Tensor
+        Latents, (sum of sizes, d).
+    control_sizes, perturbed_sizes : list of int
+        Cells per group, in the order of `which`.
+    which : list of int
+        Positions of the groups.
+    control_rows, perturbed_rows : Tensor
+        Rows of the cells in `Groups.pool`, so that values cached per cell can be looked up.
+    """
+
+    control: Tensor
+    perturbed: Tensor
+    control_sizes: list[int]
+    perturbed_sizes: list[int]
+    which: list[int]
+    control_rows: Tensor
+    perturbed_rows: Tensor
+
+
 class Draws:
     """Sets of consecutive rows, from which cells are drawn.
 

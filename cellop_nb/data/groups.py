@@ -14,7 +14,7 @@ from anndata import AnnData
 from torch import Tensor
 
 from ..errors import DataError, did_you_mean, three_beats
-from .draws import Draws
+from .draws import Draws, GroupSample
 from .slots import context_labels, obs_labels, require_control
 from .splits import rows_of
 
@@ -44,31 +44,6 @@ class Group:
 
     def __len__(self) -> int:
         return len(self.index)
-
-
-@dataclass(frozen=True)
-class GroupSample:
-    """Cells of several groups, one group after the other.
-
-    Attributes
-    ----------
-    control, perturbed : Tensor
-        Latents, (sum of sizes, d).
-    control_sizes, perturbed_sizes : list of int
-        Cells per group, in the order of `which`.
-    which : list of int
-        Positions of the groups in :attr:`Groups.items`.
-    control_rows, perturbed_rows : Tensor
-        Rows of the cells in :attr:`Groups.pool`, so that values cached per cell can be looked up.
-    """
-
-    control: Tensor
-    perturbed: Tensor
-    control_sizes: list[int]
-    perturbed_sizes: list[int]
-    which: list[int]
-    control_rows: Tensor
-    perturbed_rows: Tensor
 
 
 class Groups(Sequence):
