@@ -122,7 +122,7 @@ def operator_rows():
 
 
 class Clock:
-    """Seconds that pass only when told; drawing costs `cost` (the clock is read once before and once after)."""
+    """Seconds that pass only when told."""
 
     def __init__(self):
         self.now = 0.0
