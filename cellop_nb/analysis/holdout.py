@@ -1,0 +1,233 @@
+"""One call for an honest hold-out: split, train on the rest, predict from controls, score beside the baselines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import torch
+from scipy import sparse
+
+from ..data.contract import context_labels
+from ..data.splits import rows_of, split
+from ..errors import HoldoutError, three_beats
+from ..models.vae import NBVAE
+from ..training.callbacks import EarlyStopping
+from ..training.vae import VAETrainer, new_vae
+from .baselines import BASELINES, Prediction, Screen, Target, latent_shift
+from .metrics import score_split
+from .predict import decode_cells, embed, source_cells
+from .selection import CANDIDATES, Complexity, Response, choose, fit_response, leave_contexts_out
+from .space import EvaluationSpace, variable_genes
+
+OPERATORS = "operators"
+LATENT_SHIFT = "latent shift"
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Models of one seed, trained without the held-out cells."""
+
+    vae: NBVAE = field(repr=False)
+    response: Response
+    latents: np.ndarray = field(repr=False)
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Holdout:
+    """What a hold-out gives back.
+
+    Attributes
+    ----------
+    table : DataFrame
+        ``context, perturbation, group, method, metric, value, reason``; every method beside the noise floor.
+    predictions : AnnData
+        Sampled counts of the virtual cells, pooled over seeds; ``layers["mean"]``, ``obsm``, the source cells' ``obs``.
+    real : AnnData
+        The held-out cells, over the same genes.
+    control : AnnData
+        The control cells that the predictions start from.
+    choice : DataFrame
+        Energy distance of each candidate complexity on training contexts left out in turn.
+    complexity : Complexity
+        What was chosen.
+    fits : list of Fitted
+        The models, one per seed.
+    space : EvaluationSpace
+        In which the metrics were computed.
+    """
+
+    table: pd.DataFrame
+    predictions: ad.AnnData
+    real: ad.AnnData
+    control: ad.AnnData
+    choice: pd.DataFrame
+    complexity: Complexity
+    fits: list[Fitted]
+    space: EvaluationSpace
+
+    def summary(self, metrics: Sequence[str] = ("e_distance", "pearson_delta")) -> pd.DataFrame:
+        """Methods by metrics, the mean over the held-out groups."""
+        chosen = self.table[self.table["metric"].isin(metrics)]
+        order = list(dict.fromkeys(chosen["method"]))
+        return chosen.pivot_table(index="method", columns="metric", values="value").reindex(order)
+
+    def _repr_html_(self) -> str:
+        return f"<p>chosen: {self.complexity}</p>" + self.summary().to_html(float_format="%.3f")
+
+
+def holdout(
+    adata,
+    *,
+    heldout: Mapping[str, object],
+    layer: str | None = None,
+    perturbation_key: str = "perturbation",
+    context_key: str | Sequence[str] | None = "cell_type",
+    control: str = "control",
+    n_genes: int = 1000,
+    vae: Mapping | None = None,
+    training: Mapping | None = None,
+    candidates: Sequence[Complexity] = CANDIDATES,
+    metrics: Sequence[str] | None = None,
+    n_seeds: int = 1,
+    seed: int = 0,
+    progress: bool = True,
+) -> Holdout:
+    """Hold cells out, train on the rest, predict them from their context's controls, and score the prediction.
+
+    Nothing of the held-out cells reaches the variable genes, the VAE, the components of the evaluation space,
+    the operators or the choice of their complexity.
+
+    Parameters
+    ----------
+    adata
+        Raw counts.
+    heldout
+        Column of ``obs`` to value(s), as `holdout` of :func:`cellop_nb.split`.
+    n_genes
+        Variable genes, chosen on the training cells; 0 keeps all.
+    vae, training
+        Settings of :func:`new_vae` and :class:`VAETrainer` that differ from the defaults.
+    candidates
+        Complexities to choose from; one alone is taken without a choice.
+    metrics
+        Names in :data:`cellop_nb.analysis.scores.METRICS`; all where None.
+    n_seeds
+        Fits whose predicted cells are pooled.
+
+    Raises
+    ------
+    HoldoutError
+        Where the hold-out matches nothing, leaks, or leaves nothing to learn from.
+    """
+    keys = {"perturbation_key": perturbation_key, "context_key": context_key, "control": control}
+    if n_seeds < 1:
+        raise HoldoutError(three_beats("n_seeds of at least 1", str(n_seeds), "pass a positive number"))
+    work = adata.copy()
+    split(work, holdout=dict(heldout), seed=seed, **keys)
+    work = _variable(work, n_genes, layer)
+    train = work[rows_of(work, ("train", "val"))].copy()
+    real = work[rows_of(work, "test")].copy()
+    real = real[(real.obs[perturbation_key].astype(str) != control).to_numpy()].copy()
+    models = [
+        _fit_vae(train, layer, seed + k, dict(vae or {}), dict(training or {}), progress)
+        for k in range(n_seeds)
+    ]
+    choice, complexity = _choose(train, models[0], list(candidates), keys, seed, progress)
+    fits = []
+    for k, (model, z) in enumerate(models):
+        train.obsm["X_nbvae"] = z
+        fits.append(Fitted(model, fit_response(train, complexity, seed=seed + k, **keys), z, seed + k))
+    space = EvaluationSpace.fit(train, genes=list(train.var_names), layer=layer, seed=seed)
+    virtual = {group: _virtual_cells(train, fits, *group, layer, keys) for group in _groups_of(real, keys)}
+    methods = {
+        **BASELINES,
+        LATENT_SHIFT: partial(_pooled_shift, fits=fits, layer=layer),
+        OPERATORS: lambda _, target: Prediction.of_counts(
+            OPERATORS, virtual[target.context, target.perturbation].X, target.space
+        ),
+    }
+    table = score_split(train, real, methods, space=space, layer=layer, metrics=metrics, seed=seed, **keys)
+    return Holdout(
+        table=table,
+        predictions=ad.concat(virtual.values()),
+        real=real,
+        control=train[(train.obs[perturbation_key].astype(str) == control).to_numpy()].copy(),
+        choice=choice,
+        complexity=complexity,
+        fits=fits,
+        space=space,
+    )
+
+
+def _variable(work, n_genes: int, layer: str | None):
+    if not 0 < n_genes < work.n_vars:
+        return work
+    train = work[rows_of(work, ("train", "val"))]
+    return work[:, variable_genes(train, n_genes, layer=layer)].copy()
+
+
+def _fit_vae(
+    train, layer, seed: int, sizes: dict, training: dict, progress: bool
+) -> tuple[NBVAE, np.ndarray]:
+    sizes = {"n_latent": 32, "n_hidden": 256} | sizes
+    training = {"max_epochs": 120, "lr": 1e-3} | training
+    model = new_vae(train, layer=layer, seed=seed, **sizes)
+    stop = EarlyStopping(patience=training.pop("patience", 40))
+    VAETrainer(train, model, layer=layer, seed=seed, progress=progress, callbacks=[stop], **training).fit()
+    embed(train, model, layer=layer)
+    return model, train.obsm["X_nbvae"].copy()
+
+
+def _choose(train, first, candidates: list[Complexity], keys: dict, seed: int, progress: bool):
+    train.obsm["X_nbvae"] = first[1]
+    if len(candidates) == 1:
+        return pd.DataFrame(), candidates[0]
+    choice = leave_contexts_out(train, candidates, seed=seed, progress=progress, **keys)
+    return choice, choose(choice, candidates)
+
+
+def _groups_of(real, keys: dict) -> list[tuple[str, str]]:
+    """The held-out (context, perturbation) groups."""
+    contexts = context_labels(real, keys["context_key"])
+    return sorted(set(zip(contexts, real.obs[keys["perturbation_key"]].astype(str), strict=True)))
+
+
+def _virtual_cells(
+    train, fits: list[Fitted], context: str, perturbation: str, layer, keys: dict
+) -> ad.AnnData:
+    """The context's control cells, moved by the operator of each fit and decoded; pooled over the fits."""
+    rows = source_cells(train, context, **keys)
+    parts = []
+    for fitted in fits:
+        start = torch.as_tensor(fitted.latents[rows])
+        moved = fitted.response.operator(perturbation, context, start)(start)
+        cells = decode_cells(train[rows], fitted.vae, moved, layer=layer, seed=fitted.seed)
+        cells.obs["source_cell"] = cells.obs_names
+        cells.obs_names = [f"{name}, {perturbation}, fit {fitted.seed}" for name in cells.obs_names]
+        parts.append(cells)
+    pooled = ad.concat(parts)
+    pooled.obs[keys["perturbation_key"]] = perturbation
+    return pooled
+
+
+def _pooled_shift(training: Screen, target: Target, *, fits: list[Fitted], layer) -> Prediction:
+    """scGen's rule in each fit's latent space, pooled over the fits."""
+    rows = np.flatnonzero(training.rows(target.context, training.control))
+    counts = []
+    for fitted in fits:
+
+        def decode(z: np.ndarray, fitted=fitted):
+            moved = torch.as_tensor(z, dtype=torch.float32)
+            return decode_cells(target.adata, fitted.vae, moved, layer=layer, seed=fitted.seed).X
+
+        start = fitted.latents[rows]
+        counts.append(
+            latent_shift(training, target, latents=fitted.latents, start=start, decode=decode).counts
+        )
+    return Prediction.of_counts(LATENT_SHIFT, sparse.vstack(counts).tocsr(), target.space)
