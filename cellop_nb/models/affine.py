@@ -83,8 +83,8 @@ class AffineOperator:
         Raises
         ------
         ModelError
-            Where A has an eigenvalue on the closed negative real axis (or too close to zero to tell), so that no
-            real principal logarithm exists.
+            Where A has an eigenvalue on the closed negative real axis, or too close to zero to tell, so that
+            no real principal logarithm exists.
 
         References
         ----------

@@ -82,6 +82,13 @@ class Design:
     strength: Tensor
 
 
+def first_embedding(n_rows: int, n_axes: int) -> Tensor:
+    """Orthogonal embeddings (row, axis): non-zero, so that gradients reach axes that still are zero."""
+    start = torch.empty(n_rows, n_axes)
+    scale = max(n_rows / n_axes, 1.0) ** 0.5
+    return nn.init.orthogonal_(start, scale, generator=torch.Generator().manual_seed(0))
+
+
 class ConditionEncoder(nn.Module):
     r"""Conditions to the coefficients of the shared axes.
 
@@ -125,10 +132,7 @@ class ConditionEncoder(nn.Module):
             raise ModelError(three_beats(expected, f"{len(features)} rows", fix))
         self.register_buffer("features", features)
         n_rows = len(self.perturbations) if features is None else features.shape[1]
-        # Non-zero, so that gradients reach the axes while these are still zero (the identity).
-        start = torch.empty(n_rows, n_axes)
-        nn.init.orthogonal_(start, max(n_rows / n_axes, 1.0) ** 0.5, generator=torch.Generator().manual_seed(0))
-        self.embedding = nn.Parameter(start)
+        self.embedding = nn.Parameter(first_embedding(n_rows, n_axes))
         self.interaction = nn.Parameter(torch.zeros(len(self.pairs), n_axes))
         self.modulation = nn.Parameter(torch.zeros(len(self.contexts), n_axes))
         self.to_alpha = nn.Parameter(torch.eye(n_axes))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelError, three_beats
 from .affine import AffineOperator
-from .conditions import Condition, ConditionEncoder, Design
+from .conditions import Condition, ConditionEncoder, Design, first_embedding
 
 
 def spectral_excess(matrices: Tensor, max_norm: float) -> Tensor:
@@ -22,8 +22,12 @@ def spectral_excess(matrices: Tensor, max_norm: float) -> Tensor:
     :math:`\|A\|_2 \le 1 + \|A - I\|_F`, the decomposition is left out where that bound already is below rho.
     """
     departure = matrices - torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
-    if matrices.device.type == "cpu" and bool((1 + departure.flatten(1).norm(dim=1) <= max_norm).all()):
-        return matrices.new_zeros(())
+    if matrices.device.type == "cpu":
+        bound = 1 + departure.flatten(1).norm(dim=1)
+        if not bool(bound.isfinite().all()):
+            return bound.sum() * torch.nan  # the decomposition would raise; the guard names what it sees
+        if bool((bound <= max_norm).all()):
+            return matrices.new_zeros(())
     return (torch.linalg.matrix_norm(matrices, 2) - max_norm).clamp_min(0).square().mean()
 
 
@@ -136,7 +140,7 @@ class OperatorModel(nn.Module):
     def forward(self, z: Tensor, sizes: Sequence[int], matrices: Tensor, shifts: Tensor) -> Tensor:
         """Move cells (cell, d), concatenated by condition with `sizes` cells each, by :meth:`affine`'s result."""
         if len(set(sizes)) == 1:
-            grouped = z.view(len(sizes), -1, z.shape[-1])
+            grouped = z.reshape(len(sizes), -1, z.shape[-1])
             return torch.baddbmm(shifts.unsqueeze(1), grouped, matrices.mT).view_as(z)
         parts = zip(z.split(list(sizes)), matrices, shifts, strict=True)
         return torch.cat([torch.addmm(shift, cells, matrix.T) for cells, matrix, shift in parts])
@@ -199,6 +203,7 @@ class OperatorModel(nn.Module):
         means = torch.stack([cells.mean(0) for cells in controls])
         shifts = torch.stack([cells.mean(0) for cells in perturbed]) - means
         self.center.copy_(means.mean(0))
+        self._forget()
         design = self.conditions.design(conditions)
         self._start_embedding(design, shifts)
         self._start_matrices(design, controls, perturbed)
@@ -211,12 +216,20 @@ class OperatorModel(nn.Module):
             self.context_shift.copy_(_least_squares(design.contexts * design.strength.unsqueeze(1), left_over))
         return self
 
+    def _forget(self) -> None:
+        """Back to what a new model holds, wherever the start below does not write."""
+        own = (self.context_left, self.context_shift, self.conditions.interaction, self.conditions.modulation)
+        for parameter in (*own, self.axis_left, self.axis_shift):
+            parameter.zero_()
+        nn.init.eye_(self.conditions.to_alpha)
+
     def _start_embedding(self, design: Design, shifts: Tensor) -> None:
         """Embeddings along the main directions of the perturbations' mean shifts, of length about one."""
         single = _least_squares(design.doses, shifts)
         scores, _, _ = torch.linalg.svd(single, full_matrices=False)
         n_axes = self.axis_shift.shape[0]
-        embedding = torch.zeros(len(single), n_axes, dtype=single.dtype, device=single.device)
+        # Axes beyond the number of directions keep a first embedding: at zero they would never get a gradient.
+        embedding = first_embedding(len(single), n_axes).to(single)
         kept = min(n_axes, scores.shape[1])
         embedding[:, :kept] = scores[:, :kept] * len(single) ** 0.5
         features = self.conditions.features

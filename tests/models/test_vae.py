@@ -26,6 +26,7 @@ from cellop_nb.models.vae import (
 )
 
 CELLS, GENES, LATENT = 7, 11, 3
+some = settings(deadline=None, max_examples=30)
 BATCHES = {"batch": ["b1", "b2", "b3"]}
 
 
@@ -54,7 +55,7 @@ def set_log_variance(encoder, value):
         encoder.log_variance.bias.fill_(value)
 
 
-# -- shapes and meaning ------------------------------------------------------------------------------------------
+# -- shapes and meaning ----------------------------------------------------------------------------------
 
 
 def test_encode_gives_a_normal_over_the_latent(counts):
@@ -115,15 +116,17 @@ def test_start_from_gives_the_gene_means(counts):
     torch.testing.assert_close(vae.decoder.dispersion, torch.full((GENES,), 2.0))
 
 
+@some
 @given(st.floats(0.5, 50), st.floats(0.2, 50))
 def test_moment_dispersion_inverts_the_variance(mean, r):
     mean, r = torch.tensor([mean], dtype=torch.float64), torch.tensor([r], dtype=torch.float64)
     torch.testing.assert_close(moment_dispersion(mean, mean + mean**2 / r), r)
 
 
-# -- bounds ------------------------------------------------------------------------------------------------------
+# -- bounds ----------------------------------------------------------------------------------------------
 
 
+@some
 @given(st.floats(-1e6, 1e6), st.floats(-10, 10))
 def test_bounded_clamps_forward_and_passes_the_gradient(value, upstream):
     x = torch.tensor(value, dtype=torch.float64, requires_grad=True)
@@ -164,7 +167,7 @@ def test_dispersion_is_bounded_and_its_gradient_alive(value):
     assert (decoder.log_dispersion.grad > 0).all()
 
 
-# -- the ELBO ----------------------------------------------------------------------------------------------------
+# -- the ELBO --------------------------------------------------------------------------------------------
 
 
 def test_kl_is_that_of_torch():
@@ -175,7 +178,7 @@ def test_kl_is_that_of_torch():
     )
 
 
-@settings(max_examples=30)
+@some
 @given(st.integers(0, 2**31))
 def test_kl_is_never_negative(seed):
     assert (kl_to_standard_normal(double_posterior(seed)) >= 0).all()
@@ -244,7 +247,7 @@ def test_the_elbo_reaches_every_parameter(counts, encode_covariates):
     assert dead == []
 
 
-# -- samples -----------------------------------------------------------------------------------------------------
+# -- samples ---------------------------------------------------------------------------------------------
 
 
 def test_samples_have_the_posteriors_moments():
@@ -264,7 +267,7 @@ def test_samples_follow_the_seed_and_carry_gradients():
     assert (posterior.loc.grad == 1).all()
 
 
-# -- covariates --------------------------------------------------------------------------------------------------
+# -- covariates ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("encode_covariates", [False, True])
