@@ -184,6 +184,7 @@ def test_a_failing_step_shows_its_output_and_what_to_do(fresh, monkeypatch, tmp_
             "pip: downloading scanpy-1.11.5-py3-none-any.whl",
         ),
         ("Installing collected packages: a, b", "pip: installing the packages (the longest part)"),
+        ("  Installing build dependencies: started", ""),
         ("Requirement already satisfied: pip", ""),
     ],
 )

@@ -188,7 +188,7 @@ def _log_lines(process: subprocess.Popen, log) -> Iterator[str]:
 def _stage(line: str) -> str:
     """What pip is doing, from a line of its output; empty where the line says nothing new."""
     first, _, rest = line.strip().partition(" ")
-    if first == "Installing":
+    if line.startswith("Installing collected"):
         return "pip: installing the packages (the longest part)"
     stage = {"Collecting": "resolving", "Downloading": "downloading", "Building": "building"}.get(first)
     return f"pip: {stage} {rest.split(' ')[0]}" if stage else ""
