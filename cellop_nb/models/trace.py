@@ -6,11 +6,17 @@ nodes in the order in which they are made, so the numbers seen when a module sta
 
 from __future__ import annotations
 
+import contextlib
+import traceback
 from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
+
+_TORCH = str(Path(torch.__file__).parent)
 
 
 class ModuleScopes:
@@ -107,3 +113,48 @@ def is_finite(tensor: Tensor) -> bool:
     values = tensor.detach()
     values = values if values.layout == torch.strided else values.values()
     return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())
+
+
+def named_tensors(value: object, name: str = "batch", depth: int = 4) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor inside nested dicts, sequences, dataclasses and plain objects, with a dotted name."""
+    if isinstance(value, Tensor):
+        yield name, value
+    elif depth > 0:
+        for key, item in _items(value):
+            yield from named_tensors(item, f"{name}.{key}", depth - 1)
+
+
+def _items(value: object):
+    if isinstance(value, dict):
+        return value.items()
+    if isinstance(value, (list, tuple)):
+        return enumerate(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return [(item.name, getattr(value, item.name)) for item in fields(value)]
+    return getattr(value, "__dict__", {}).items()
+
+
+def storage_address(tensor: Tensor) -> int:
+    """Address of a tensor's memory: the same for its views, its detached form and its saved copy."""
+    values = tensor if tensor.layout == torch.strided else tensor.values()
+    return values.untyped_storage().data_ptr()
+
+
+def caller(skip: tuple[str, ...]) -> str | None:
+    """`file:line in function` of the code outside of torch and of the files `skip` that is running."""
+    frames = [f for f in traceback.extract_stack() if not f.filename.startswith((_TORCH, "<"))]
+    outside = [f for f in frames if Path(f.filename).name not in skip]
+    last = outside[-1] if outside else None
+    return f"{Path(last.filename).name}:{last.lineno} in {last.name}" if last else None
+
+
+@contextlib.contextmanager
+def unchanged_buffers(model: nn.Module):
+    """Running statistics are the model's state: looking at a batch again must not move them."""
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, value in before:
+            if not torch.equal(buffer, value):
+                buffer.copy_(value)

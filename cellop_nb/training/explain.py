@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ..errors import CellopError, three_beats
-from ..models.trace import is_finite, owner_of_parameter
+from ..models.trace import is_finite, owner_of_parameter, unchanged_buffers
 from .locate import Origin, find_in_gradient, find_in_loss, given, nonfinite_state
 
 _ADVICE = {
@@ -118,7 +118,7 @@ def search(
             return name, given("parameter", name, tensor)
     if loss_terms is None:
         return _standing_gradient(model)
-    with _unchanged_buffers(model), contextlib.suppress(ArithmeticError, RuntimeError, ValueError):
+    with unchanged_buffers(model), contextlib.suppress(ArithmeticError, RuntimeError, ValueError):
         tensor, origin = find_in_loss(model, loss_terms, batch)
         if tensor is None:
             bad, origin = find_in_gradient(model, loss_terms, batch)
@@ -136,17 +136,6 @@ def _standing_gradient(model: nn.Module) -> tuple[str | None, Origin | None]:
             origin.module = owner_of_parameter(name)
             return name, origin
     return None, None
-
-
-@contextlib.contextmanager
-def _unchanged_buffers(model: nn.Module):
-    """Running statistics are the model's state: looking at a batch again must not move them."""
-    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    try:
-        yield
-    finally:
-        for buffer, value in before:
-            buffer.copy_(value)
 
 
 def optimizer_faults(model: nn.Module, optimizer) -> list[tuple[str, Tensor]]:

@@ -101,7 +101,7 @@ class NonFiniteGuard:
     # -- the calls of the loop ---------------------------------------------------------------------
 
     def begin_step(self, trainer) -> None:
-        """Remember the random state, so that a faulty step can be run again exactly."""
+        """Remember the random state before the loss, so that a faulty step can be run again exactly."""
         self._random = random_state(trainer)
         if self.last_finite is None and not nonfinite_state(self.model):
             self.keep(trainer)
@@ -111,11 +111,10 @@ class NonFiniteGuard:
         self._terms = terms
         if self._random is None:
             self.begin_step(trainer)
-        total = torch.stack([term.detach() for term in terms.values()]).sum()
         if self.deferred:
-            self._loss_flag = torch.isfinite(total)
+            self._loss_flag = torch.isfinite(torch.stack([term.detach() for term in terms.values()])).all()
             return True
-        return math.isfinite(total.item()) or self._loss_fault(trainer)
+        return all(math.isfinite(term.item()) for term in terms.values()) or self._loss_fault(trainer)
 
     def after_backward(self, trainer, grad_norm: Tensor | float | None = None) -> bool:
         """Check the gradients, by their norm; the step has not been made yet."""
@@ -128,7 +127,6 @@ class NonFiniteGuard:
 
     def after_step(self, trainer) -> bool:
         """Check the parameters, and copy the state from time to time."""
-        self._random = random_state(trainer)
         self._since += 1
         if self._since % self.check_every == 0:
             if self.deferred:

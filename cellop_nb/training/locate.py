@@ -7,19 +7,27 @@ whose result reached the loss, is named together with its module and source line
 
 from __future__ import annotations
 
-import traceback
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..models.trace import ModuleScopes, graph_nodes, is_finite, owner_of_parameter
+from ..models.trace import (
+    ModuleScopes,
+    caller,
+    graph_nodes,
+    is_finite,
+    named_tensors,
+    owner_of_parameter,
+    storage_address,
+)
 
 _TORCH = str(Path(torch.__file__).parent)
+_HERE = ("locate.py", "trace.py")
 
 
 @dataclass
@@ -67,25 +75,6 @@ def _listed(found: list) -> str:
     return "non-finite values" if not found else ", ".join(f"{value:g}" for value in dict.fromkeys(found))
 
 
-def named_tensors(value: object, name: str = "batch", depth: int = 4) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor inside nested dicts, sequences, dataclasses and plain objects, with a dotted name."""
-    if isinstance(value, Tensor):
-        yield name, value
-    elif depth > 0:
-        for key, item in _items(value):
-            yield from named_tensors(item, f"{name}.{key}", depth - 1)
-
-
-def _items(value: object):
-    if isinstance(value, dict):
-        return value.items()
-    if isinstance(value, (list, tuple)):
-        return enumerate(value)
-    if is_dataclass(value) and not isinstance(value, type):
-        return [(item.name, getattr(value, item.name)) for item in fields(value)]
-    return getattr(value, "__dict__", {}).items()
-
-
 class OperationWatch(TorchDispatchMode):
     """Follows every operation, and remembers for each non-finite result where it was born."""
 
@@ -114,10 +103,10 @@ class OperationWatch(TorchDispatchMode):
     def _birth(self, func, before: list[Tensor], ranges: list, made: Tensor) -> Origin:
         name = f"operation {func.overloadpacket.__name__}"
         where = ~torch.isfinite(made.detach())
-        return Origin("operation", name, self.scopes.current, _caller(), ranges, [], _first(made, where))
+        return Origin("operation", name, self.scopes.current, caller(_HERE), ranges, [], _first(made, where))
 
     def _inherited(self, poisoned: list[Tensor]) -> tuple[int, Origin] | None:
-        known = [self._births.get(_address(tensor)) for tensor in poisoned]
+        known = [self._births.get(storage_address(tensor)) for tensor in poisoned]
         found = [birth for birth in known if birth is not None]
         if found:
             return min(found, key=lambda birth: birth[0])
@@ -127,14 +116,14 @@ class OperationWatch(TorchDispatchMode):
 
     def _remember(self, tensor: Tensor, birth: tuple[int, Origin]) -> None:
         self._kept.append(tensor)
-        self._births.setdefault(_address(tensor), birth)
+        self._births.setdefault(storage_address(tensor), birth)
         masks = birth[1].masks
         if tensor.layout == torch.strided and len(masks) < 50:
             masks.append(~torch.isfinite(tensor.detach()))
 
     def of(self, tensor: Tensor) -> Origin | None:
         """Birth of a tensor's non-finite values."""
-        birth = self._births.get(_address(tensor))
+        birth = self._births.get(storage_address(tensor))
         return birth[1] if birth else None
 
 
@@ -144,11 +133,6 @@ def _has_range(tensor: Tensor) -> bool:
 
 def _range(tensor: Tensor) -> tuple[float, float]:
     return float(tensor.detach().min()), float(tensor.detach().max())
-
-
-def _address(tensor: Tensor) -> int:
-    values = tensor if tensor.layout == torch.strided else tensor.values()
-    return values.untyped_storage().data_ptr()
 
 
 def _first(tensor: Tensor, where: Tensor, count: int = 5) -> list[float]:
@@ -161,13 +145,6 @@ def given(kind: str, name: str, tensor: Tensor) -> Origin:
     where = ~torch.isfinite(dense)
     module = owner_of_parameter(name) if kind == "parameter" else None
     return Origin(kind, name, module, masks=[where], found=_first(dense, where))
-
-
-def _caller() -> str | None:
-    frames = [f for f in traceback.extract_stack() if not f.filename.startswith((_TORCH, "<"))]
-    outside = [f for f in frames if Path(f.filename).name not in ("locate.py", "trace.py")]
-    last = outside[-1] if outside else None
-    return f"{Path(last.filename).name}:{last.lineno} in {last.name}" if last else None
 
 
 def nonfinite_state(model: nn.Module) -> list[tuple[str, Tensor]]:

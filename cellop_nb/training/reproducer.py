@@ -70,7 +70,7 @@ def _copy(value, into=None):
 def random_state(trainer) -> dict[str, Tensor]:
     """State of every source of randomness of a training step: torch's own, and the trainer's generators."""
     states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():
         states["cuda"] = torch.cuda.get_rng_state()
     return states | {name: generator.get_state() for name, generator in _generators(trainer).items()}
 

@@ -1,0 +1,218 @@
+"""Operator health: what happens when an affine operator is repeated, reversed, or taken at part strength."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+
+from ..errors import ModelError
+from ..models.affine import AffineOperator
+from ..models.conditions import Condition
+
+FEW, STEPS, DOUBLINGS = 10, 100, 10  # applications: few, one by one, and on to 100 * 2**10
+MAX_CONDITION = 1e7  # the limit of AffineOperator.inverse
+SLOW_GROWTH = 1.05  # spectral radius that ten applications turn into a factor of 1.6
+
+
+def affine_health(A, b, *, max_norm: float = 3.0) -> dict:
+    r"""Numbers that say how far an affine operator :math:`K(z) = A z + b` can be trusted.
+
+    Parameters
+    ----------
+    A
+        Matrix (d, d).
+    b
+        Shift (d,), in units of the latent.
+    max_norm
+        Spectral norm above which one application is called too large; training penalises the same number.
+
+    Returns
+    -------
+    Dictionary with
+
+    - ``spectral_norm``: largest stretch of one application; ``spectral_radius``: growth per application in
+      the long run; ``condition_number`` of A
+    - ``real_logarithm``: whether a real principal logarithm L exists (part strengths are defined)
+    - ``growth_rate``: spectral abscissa of L; ``numerical_abscissa``: the logarithmic norm
+      :math:`\omega = \lambda_{max}((L+L^T)/2)`, with :math:`\|e^{tL}\| \le e^{t\omega}`; ``numerical_low``:
+      the other end of the numerical range on the real axis
+    - ``growth_10``: :math:`\|A^{10}\|_2`; ``growth_bound``: :math:`\sup_{k \ge 0} \|A^k\|_2`, or infinity
+    - ``drift_10``: how far ten applications move the origin
+    - ``bounded``: whether any number of applications keeps all cells in a bounded region
+    - ``verdict``: green, amber or red, and ``advice``
+
+    References
+    ----------
+    Trefethen and Embree (2005), Spectra and Pseudospectra, chapters 14 to 17.
+    Culver (1966), Proc. Amer. Math. Soc. 17:1146.
+    """
+    A, b = np.asarray(A, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if not (np.isfinite(A).all() and np.isfinite(b).all()):
+        nothing = dict.fromkeys(_NUMBERS, math.nan) | {"real_logarithm": False, "bounded": False}
+        advice = "the operator is not finite: load the last finite state"
+        return nothing | {"verdict": "red", "advice": advice}
+    singular = np.linalg.svd(A, compute_uv=False)
+    powers = _log_norms_of_powers(A)
+    whole = _homogeneous(A, b)
+    health = {
+        "spectral_norm": float(singular[0]),
+        "spectral_radius": float(np.abs(np.linalg.eigvals(A)).max()),
+        "condition_number": float(singular[0] / singular[-1]) if singular[-1] > 0 else math.inf,
+        **_generator(A, b),
+        "growth_10": _exp(powers[FEW - 1]),
+        "growth_bound": _supremum(powers),
+        "drift_10": _drift(A, b),
+        "bounded": math.isfinite(_supremum(_log_norms_of_powers(whole))),
+    }
+    verdict, advice = _verdict(health, max_norm)
+    return health | {"verdict": verdict, "advice": advice}
+
+
+_NUMBERS = (
+    "spectral_norm",
+    "spectral_radius",
+    "condition_number",
+    "growth_rate",
+    "numerical_abscissa",
+    "numerical_low",
+    "growth_10",
+    "growth_bound",
+    "drift_10",
+)
+
+
+def operator_health(
+    operator_model, conditions: Sequence[Condition] | None = None, *, max_norm: float = 3.0
+) -> pd.DataFrame:
+    """:func:`affine_health` of every condition.
+
+    Parameters
+    ----------
+    operator_model
+        :class:`cellop_nb.OperatorModel`, trained or not.
+    conditions
+        Which ones; by default each perturbation in each context.
+    max_norm
+        As in :func:`affine_health`.
+
+    Returns
+    -------
+    One row per condition. :func:`compare_health` sets the tables of several models side by side (before and
+    after training, with and without the penalty).
+    """
+    conditions = _all_conditions(operator_model) if conditions is None else list(conditions)
+    rows = {}
+    for condition in conditions:
+        operator = operator_model.operator(condition)
+        A, b = (tensor.detach().double().cpu().numpy() for tensor in (operator.matrix, operator.shift))
+        rows[str(condition)] = affine_health(A, b, max_norm=max_norm)
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("condition")
+
+
+def compare_health(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    """Worst condition of each of several :func:`operator_health` tables, one row per name.
+
+    Returns
+    -------
+    Columns ``spectral_norm``, ``spectral_radius``, ``condition_number``, ``growth_10`` (each the largest over
+    conditions), and the number of ``green``, ``amber`` and ``red`` conditions.
+    """
+    rows = {}
+    for name, table in tables.items():
+        worst = table[["spectral_norm", "spectral_radius", "condition_number", "growth_10"]].max()
+        colours = {colour: int((table["verdict"] == colour).sum()) for colour in ("green", "amber", "red")}
+        rows[name] = {**worst, **colours}
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("model")
+
+
+def _all_conditions(model) -> Iterable[Condition]:
+    encoder = model.conditions
+    contexts = encoder.contexts or [None]
+    return [Condition((name,), context) for context in contexts for name in encoder.perturbations]
+
+
+def _homogeneous(A: np.ndarray, b: np.ndarray) -> np.ndarray:
+    whole = np.eye(len(b) + 1)
+    whole[:-1, :-1], whole[:-1, -1] = A, b
+    return whole
+
+
+def _log_norms_of_powers(matrix: np.ndarray) -> np.ndarray:
+    """log ||M^k||_2 for k = 1..STEPS and then for doubled k; in logarithms, so that nothing overflows."""
+    scale = np.abs(matrix).max() or 1.0
+    base = power = matrix / scale
+    logarithm = start = math.log(scale)
+    norms: list[float] = []
+    for step in range(STEPS + DOUBLINGS):
+        size = float(np.linalg.norm(power, 2))
+        if size == 0:
+            break
+        power, logarithm = power / size, logarithm + math.log(size)
+        power[np.abs(power) < 1e-100] = 0.0  # far below rounding; its products would underflow
+        norms.append(logarithm)
+        if step < STEPS - 1:
+            power, logarithm = power @ base, logarithm + start
+        else:
+            power, logarithm = power @ power, 2 * logarithm
+    return np.array(norms + [-math.inf] * (STEPS + DOUBLINGS - len(norms)))
+
+
+def _supremum(log_norms: np.ndarray) -> float:
+    """Largest norm of all powers, or infinity where they are still growing at the end."""
+    if log_norms[-1] > max(log_norms[:-1].max(), 0.0) + 1e-6:
+        return math.inf
+    return _exp(max(log_norms.max(), 0.0))
+
+
+def _exp(logarithm: float) -> float:
+    return math.exp(logarithm) if logarithm < 709 else math.inf
+
+
+def _generator(A: np.ndarray, b: np.ndarray) -> dict:
+    unknown = {"growth_rate": math.nan, "numerical_abscissa": math.nan, "numerical_low": math.nan}
+    try:
+        whole = AffineOperator(torch.as_tensor(A), torch.as_tensor(b)).generator()
+    except ModelError:
+        return {"real_logarithm": False, **unknown}
+    linear = whole[:-1, :-1]
+    if not np.isfinite(linear).all():
+        return {"real_logarithm": False, **unknown}
+    field_of_values = np.linalg.eigvalsh((linear + linear.T) / 2)
+    return {
+        "real_logarithm": True,
+        "growth_rate": float(np.linalg.eigvals(linear).real.max()),
+        "numerical_abscissa": float(field_of_values[-1]),
+        "numerical_low": float(field_of_values[0]),
+    }
+
+
+def _drift(A: np.ndarray, b: np.ndarray) -> float:
+    place = np.zeros_like(b)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for _ in range(FEW):
+            place = A @ place + b
+        size = float(np.linalg.norm(place))
+    return size if math.isfinite(size) else math.inf
+
+
+def _verdict(health: dict, max_norm: float) -> tuple[str, str]:
+    norm, radius = health["spectral_norm"], health["spectral_radius"]
+    if norm > max_norm:
+        fix = "fit with a larger stability_weight or ridge"
+        return "red", f"one application stretches a direction {norm:.3g} times (limit {max_norm:g}): {fix}"
+    warnings = []
+    if radius > SLOW_GROWTH:
+        steps = math.log(10) / math.log(radius)
+        warnings.append(f"grows {radius:.3g}-fold each time: do not repeat it more than {steps:.0f} times")
+    if not health["condition_number"] <= MAX_CONDITION:
+        number = health["condition_number"]
+        warnings.append(f"not reversible (condition number {number:.1e}): fit with a larger ridge")
+    if not health["real_logarithm"]:
+        warnings.append("no real logarithm: only the full strength is defined, not parts of it")
+    if warnings:
+        return "amber", "; ".join(warnings)
+    return "green", "safe to repeat, to reverse and to scale"
