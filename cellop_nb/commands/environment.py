@@ -136,6 +136,7 @@ def make() -> None:
 
 def _pip_command() -> list[str]:
     quiet = ["--no-input", "--disable-pip-version-check", "--progress-bar", "off", "--prefer-binary"]
+    quiet.append("--no-compile")  # most of the 2 GB is never imported; Python compiles what is, when it is
     return [
         str(venv_python()), "-m", "pip", "install", *quiet,
         "-c", str(ROOT / "constraints.txt"), "-e", f"{ROOT}[test]",
