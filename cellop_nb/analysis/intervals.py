@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from ..errors import DataError, three_beats
+from .formulas import e_distance
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,8 +98,7 @@ def bootstrap_energy(
     xy, xx, yy = cdist(x, y), cdist(x, x), cdist(y, y)
     between = 2 * _form(w, xy, v) / (n * m)
     replicates = between - _form(w, xx, w) / (n - 1) ** 2 - _form(v, yy, v) / (m - 1) ** 2
-    estimate = 2 * xy.mean() - xx.sum() / (n * (n - 1)) - yy.sum() / (m * (m - 1))
-    return Interval.of(estimate, replicates, level)
+    return Interval.of(e_distance(x, y), replicates, level)
 
 
 def gene_change(
@@ -203,8 +203,6 @@ def support_distance(
     square distance of the nearest context's cells to their centroid), ``outlier``, ``reason``. With one
     training context there is no spacing: ``relative`` is NaN, ``cell_spread > threshold`` sets the flag.
     """
-    from .formulas import e_distance
-
     labels = np.unique(contexts)
     if not len(labels):
         raise DataError(
@@ -219,7 +217,7 @@ def support_distance(
     relative, by_spread = distance[nearest] / spacing, distance[nearest] / spread
     outlier = bool((by_spread if np.isnan(relative) else relative) > threshold)
     row = {
-        "nearest": labels[nearest],
+        "nearest": str(labels[nearest]),
         "mean_distance": float(distance[nearest]),
         "e_distance": e_distance(points, cloud) if min(len(points), len(cloud)) > 1 else np.nan,
         "spacing": spacing,

@@ -240,42 +240,41 @@ def _no_leak(training: AnnData, real: AnnData) -> None:
 
 def _table(truths: Mapping, guesses: Mapping[str, Mapping], metrics: Iterable[str] | None) -> pd.DataFrame:
     """All rows of the table; `guesses` is method -> group -> Prediction."""
-    names, wanted = (
-        known_metrics(metrics),
-        metrics is None or PDS in ([metrics] if isinstance(metrics, str) else list(metrics)),
-    )
-    parts = []
+    names, rows = known_metrics(metrics), []
     for group, truth in truths.items():
-        tables = [score(found[group], truth, names) for found in guesses.values()]
-        parts += [_labelled(pd.concat([*tables, noise(truth, names)]), *group)]
-    if wanted:
-        parts += [_discrimination(truths, found, method) for method, found in guesses.items()]
-    return pd.concat(parts, ignore_index=True)[COLUMNS]
+        for found in guesses.values():
+            rows += _labelled(score(found[group], truth, names), group)
+        rows += _labelled(noise(truth, names), group)
+    if metrics is None or PDS in ([metrics] if isinstance(metrics, str) else list(metrics)):
+        for method, found in guesses.items():
+            rows += _discrimination(truths, found, method)
+    return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def _labelled(table: pd.DataFrame, context: str, perturbation: str) -> pd.DataFrame:
-    return table.assign(context=context, perturbation=perturbation, group=f"{context}, {perturbation}")
+def _labelled(rows: list[dict], group: tuple[str, str]) -> list[dict]:
+    labels = {"context": group[0], "perturbation": group[1], "group": ", ".join(group)}
+    return [labels | row for row in rows]
 
 
-def _discrimination(truths: Mapping, guesses: Mapping, method: str) -> pd.DataFrame:
+def _discrimination(truths: Mapping, guesses: Mapping, method: str) -> list[dict]:
     """PDS rows of one method, among the perturbations of each context."""
     rows = []
     for context in sorted({group[0] for group in truths}):
-        groups = [g for g in truths if g[0] == context and guesses[g].mean is not None]
-        values, reason = _pds(groups, truths, guesses)
-        for group in [g for g in truths if g[0] == context]:
-            known = dict(zip(groups, values, strict=True))
-            row = {"method": method, "metric": PDS, "value": known.get(group, np.nan)}
-            row["reason"] = reason if group in known else guesses[group].reason
-            rows.append(_labelled(pd.DataFrame([row]), *group))
-    return pd.concat(rows)
+        groups = [group for group in truths if group[0] == context]
+        predicted = [group for group in groups if guesses[group].mean is not None]
+        values, reason = _pds(predicted, truths, guesses)
+        known = dict(zip(predicted, values, strict=True))
+        for group in groups:
+            why = reason if group in known else guesses[group].reason
+            row = {"method": method, "metric": PDS, "value": known.get(group, np.nan), "reason": why}
+            rows += _labelled([row], group)
+    return rows
 
 
 def _pds(groups: Sequence, truths: Mapping, guesses: Mapping) -> tuple[np.ndarray, str]:
     if len(groups) < MIN_DISCRIMINATION:
-        return np.full(
-            len(groups), np.nan
-        ), f"{len(groups)} perturbations; below {MIN_DISCRIMINATION} it says little"
+        reason = f"{len(groups)} perturbations; below {MIN_DISCRIMINATION} it says little"
+        return np.full(len(groups), np.nan), reason
     start = [truths[g].control_mean for g in groups]
     predicted = np.stack([guesses[g].mean for g in groups]) - start
     real = np.stack([truths[g].mean for g in groups]) - start

@@ -40,7 +40,10 @@ def differential(cells: np.ndarray, control: np.ndarray) -> pd.DataFrame:
     work = AnnData(values, obs=pd.DataFrame(index=[str(i) for i in range(len(values))]))
     work.obs["side"] = pd.Categorical(["cells"] * len(cells) + ["control"] * len(control))
     options = {"method": "wilcoxon", "corr_method": "benjamini-hochberg", "tie_correct": True}
-    sc.tl.rank_genes_groups(work, "side", groups=["cells"], reference="control", **options)
+    with np.errstate(
+        invalid="ignore", divide="ignore"
+    ):  # its own fold change of negative means, not used here
+        sc.tl.rank_genes_groups(work, "side", groups=["cells"], reference="control", **options)
     found = work.uns["rank_genes_groups"]
     order = found["names"]["cells"].astype(int)
     table = pd.DataFrame(index=range(values.shape[1]), columns=["score", "p", "fdr", "lfc"], dtype=float)
@@ -188,15 +191,15 @@ PDS = "discrimination"  # over all perturbations of a context, so it stands besi
 QUICK = ("e_distance", "pearson_delta", "mae", "rmse")
 
 
-def score(prediction: Prediction, truth: Truth, metrics: Iterable[str] | None = None) -> pd.DataFrame:
-    """Score one prediction: ``method, metric, value, reason``; NaN and a reason where undefined."""
+def score(prediction: Prediction, truth: Truth, metrics: Iterable[str] | None = None) -> list[dict]:
+    """Score one prediction: rows ``method, metric, value, reason``; NaN and a reason where undefined."""
     scored, rows = _Scored(prediction, truth), []
     for name in known_metrics(metrics):
         value, reason = np.nan, prediction.reason or "nothing was predicted"
         if prediction.mean is not None:
             value, reason = _value(METRICS[name], scored)
         rows.append({"method": prediction.method, "metric": name, "value": value, "reason": reason})
-    return pd.DataFrame(rows, columns=["method", "metric", "value", "reason"])
+    return rows
 
 
 def _value(metric: Callable, *arguments) -> tuple[float, str]:
@@ -216,9 +219,8 @@ def known_metrics(metrics: Iterable[str] | None) -> list[str]:
     return [name for name in names if name != PDS]
 
 
-def noise(truth: Truth, metrics: Iterable[str] | None = None, *, n_splits: int = 10) -> pd.DataFrame:
-    r"""What a perfect prediction would score, from random halves of the real cells (mean over `n_splits`
-    splits).
+def noise(truth: Truth, metrics: Iterable[str] | None = None, *, n_splits: int = 10) -> list[dict]:
+    r"""What a perfect prediction would score, from random halves of the real cells (mean over the splits).
 
     E-distance: between the halves (about 0). Errors of means (mae, rmse, l2): half of the error between the
     halves, which is the error that the truth's own sampling leaves. Correlations of changes: Spearman-Brown
@@ -227,20 +229,24 @@ def noise(truth: Truth, metrics: Iterable[str] | None = None, *, n_splits: int =
 
     Returns
     -------
-    DataFrame with columns ``method, metric, value, reason``, method being :data:`FLOOR` or :data:`CEILING`.
+    rows ``method, metric, value, reason``, method being :data:`FLOOR` or :data:`CEILING`.
     """
     rows = []
     for name in known_metrics(metrics):
-        if name == "e_distance" or name in ("mae", "rmse", "l2_top1000"):
-            scale = 1.0 if name == "e_distance" else 0.5
-            method, (value, reason) = FLOOR, _value(lambda n=name, k=scale: k * _halves(truth, n, n_splits))
-        elif name.startswith("pearson_"):
-            method = CEILING
-            value, reason = _value(lambda n=name: formulas.spearman_brown(_halves(truth, n, n_splits)))
-        else:
+        if name not in _BOUNDS:
             continue
+        method, bound = _BOUNDS[name]
+        value, reason = _value(lambda n=name, b=bound: b(_halves(truth, n, n_splits)))
         rows.append({"method": method, "metric": name, "value": value, "reason": reason})
-    return pd.DataFrame(rows, columns=["method", "metric", "value", "reason"])
+    return rows
+
+
+# what the score of one half against the other says about a perfect prediction
+_BOUNDS: dict[str, tuple[str, Callable[[float], float]]] = {
+    "e_distance": (FLOOR, float),
+    **{name: (FLOOR, lambda half: half / 2) for name in ("mae", "rmse", "l2_top1000")},
+    **{name: (CEILING, formulas.spearman_brown) for name in METRICS if name.startswith("pearson_")},
+}
 
 
 def _halves(truth: Truth, metric: str, n_splits: int) -> float:
