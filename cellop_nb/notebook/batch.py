@@ -92,6 +92,8 @@ def execute(
     """
     notebook, folder = Path(notebook), Path(folder).resolve()
     values = parameters.validate(notebook, values or {})
+    if any(parameter.name == "run_dir" for parameter in parameters.for_notebook(notebook)):
+        values = {"run_dir": ".", **values}  # the notebook's own default is for work by hand
     folder.mkdir(parents=True, exist_ok=True)
     metrics_file(folder, notebook.stem).unlink(missing_ok=True)  # an old result must not pass for a new one
     start = time.monotonic()
@@ -109,13 +111,13 @@ def _papermill(
 
     # papermill infers parameters with a pattern that does not know `str | None`, and warns of them as unknown
     logging.getLogger("papermill").setLevel(logging.ERROR)
-    with tempfile.TemporaryDirectory(prefix="cellop-") as sockets, _kernel_surroundings():
+    with tempfile.TemporaryDirectory(prefix="cellop-") as sockets, kernel_surroundings():
         try:
             papermill.execute_notebook(
                 str(notebook), str(folder / notebook.name), parameters=values, cwd=str(folder),
                 kernel_name="python3", progress_bar=False, store_widget_state=False,
                 execution_timeout=timeout,
-                config=_transport(sockets), on_cell_start=_counter(notebook, on_cell),
+                config=transport(sockets), on_cell_start=_counter(notebook, on_cell),
             )  # fmt: skip
         except papermill.PapermillExecutionError as problem:
             return _ANSI.sub("", f"{problem.ename}: {problem.evalue}"), problem.exec_count
@@ -125,7 +127,7 @@ def _papermill(
 
 
 @contextmanager
-def _kernel_surroundings() -> Iterator[None]:
+def kernel_surroundings() -> Iterator[None]:
     """Kernels import this very package, and are those of this environment, not of the user's home."""
     package_home = str(Path(__file__).resolve().parents[2])
     before = {name: os.environ.get(name) for name in ("PYTHONPATH", "JUPYTER_PREFER_ENV_PATH")}
@@ -138,7 +140,7 @@ def _kernel_surroundings() -> Iterator[None]:
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
-def _transport(sockets: str):
+def transport(sockets: str):
     """Sockets in a folder of the run's own: no two kernels ever race for a port, and the path stays short."""
     from traitlets.config import Config
 

@@ -18,7 +18,7 @@ from cellop_nb.errors import LabelError, did_you_mean, three_beats
 from cellop_nb.notebook.values import Parameter, ParameterError, cell_of, read_cell  # noqa: F401
 
 SEED = Parameter("seed", "int", 0, "every random choice follows from it", minimum=0)
-RUN_DIR = Parameter("run_dir", "str", ".", "folder that this notebook reads from and writes to")
+RUN_DIR = Parameter("run_dir", "str", "../runs/notebooks", "run folder, shared by the notebooks of a run")
 
 N_GENES = Parameter("n_genes", "int", 1000, "most variable genes kept; 0 keeps all", minimum=0)
 MIN_CELLS = Parameter("min_cells", "int", 10, "cells that a group must have to be used", minimum=2)
@@ -42,12 +42,12 @@ VAE_EPOCHS = Parameter("max_epochs", "int", 60, "passes over the training cells"
 VAE_RATE = Parameter("learning_rate", "float", 2e-3, "of Adam", minimum=1e-7, maximum=1)
 
 N_AXES = Parameter("n_axes", "int", 8, "shared response axes B_k", minimum=0, maximum=256)
-RANK = Parameter("rank", "int", 4, "rank of each axis", minimum=1, maximum=512)
-RIDGE = Parameter("ridge", "float", 1e-2, "pull of the operators towards the identity", minimum=0)
+RANK = Parameter("rank", "int", 8, "rank of each axis' matrix; 0: shifts alone", minimum=0, maximum=512)
+RIDGE = Parameter("ridge", "float", 0.1, "pull of the operators towards the identity", minimum=0)
 STABILITY = Parameter("stability_weight", "float", 1.0, "weight of the norm penalty", minimum=0)
-MAX_NORM = Parameter("max_norm", "float", 2.0, "spectral norm (rho) where the penalty starts", minimum=1)
-OPERATOR_EPOCHS = Parameter("max_epochs", "int", 300, "steps over all groups", minimum=1)
-OPERATOR_RATE = Parameter("learning_rate", "float", 2e-2, "of Adam, cosine decay", minimum=1e-7, maximum=1)
+MAX_NORM = Parameter("max_norm", "float", 3.0, "spectral norm (rho) where the penalty starts", minimum=1)
+OPERATOR_EPOCHS = Parameter("max_epochs", "int", 20, "epochs of 20 steps, each over all groups", minimum=1)
+OPERATOR_RATE = Parameter("learning_rate", "float", 1e-2, "of Adam, cosine decay", minimum=1e-7, maximum=1)
 CELLS_PER_GROUP = Parameter("cells_per_group", "int", 128, "cells of a group and side in one step", minimum=2)
 
 # notebooks that fit both models name the two lengths apart

@@ -1,28 +1,37 @@
-"""What the numbered notebooks share: one prepared screen, the models made so far, and where results are written.
+"""What the numbered notebooks share: one prepared screen, the models made so far, a place for results.
 
-A run folder holds one folder per notebook. A notebook takes what the ones before it left there, when it was made
-from the same data and parameters; otherwise it makes a stand-in itself, so that each notebook also runs alone.
+A run folder holds one folder per notebook. A notebook takes what the ones before it left there, when it was
+made from the same data and parameters; otherwise it makes a stand-in itself, so that it also runs alone.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import anndata as ad
 import pandas as pd
+import torch
 
 from ..analysis.predict import embed
 from ..data import catalogue
-from ..data.checks import check as check_screen
+from ..data.contract import check as check_screen
+from ..data.contract import select_genes
 from ..data.splits import split
-from ..errors import CellopError, three_beats
+from ..errors import CellopError, CheckpointError, three_beats
+from ..models.operators import OperatorModel
+from ..models.vae import NBVAE
 from ..training.checkpoint import load, save
 from ..training.operators import OperatorTrainer, new_operators
 from ..training.vae import VAETrainer, new_vae
 from . import batch, parameters
 from .figures.style import show
+
+_SCREEN = ("data", "layer", "perturbation_key", "context_key", "control", "n_genes", "seed")
+_VAE, _OPERATORS = "02_train_vae", "04_train_operators"
 
 
 class Workspace:
@@ -41,47 +50,86 @@ class Workspace:
     ----------
     keys
         ``perturbation_key``, ``context_key`` and ``control``, ready to be passed on as keywords.
+    origin
+        Where each input came from, in words: ``{"screen": ..., "vae": ..., "operators": ...}``.
     """
 
     def __init__(self, notebook: str, run_dir: str | Path = ".", **values):
         self.notebook, self.run_dir = notebook, Path(run_dir)
         self.folder = self.run_dir / notebook
         self.values = values
-        self.keys = {name: values[name] for name in ("perturbation_key", "context_key", "control") if name in values}
+        self.keys = {
+            name: values[name] for name in ("perturbation_key", "context_key", "control") if name in values
+        }
         self.at_defaults = values == {
             name: value for name, value in parameters.defaults(notebook).items() if name in values
         }
+        self.origin: dict[str, str] = {}
 
-    # -- what comes in ----------------------------------------------------------------------------------------
+    @classmethod
+    def from_cell(cls, notebook: str, namespace: Mapping[str, object]) -> Workspace:
+        """The workspace of a notebook whose parameters are variables: ``from_cell("01_data", globals())``."""
+        return cls(notebook, **{name: namespace[name] for name in parameters.defaults(notebook)})
+
+    def __repr__(self) -> str:
+        return f"Workspace({self.notebook} in {self.run_dir})"
+
+    # -- what comes in
 
     def screen(self) -> ad.AnnData:
         """The checked screen with its variable genes and its split into train, val and test."""
-        source = self._source()
-        path = self.run_dir / "01_data" / "screen.h5ad"
+        source, path = self._source(), self.run_dir / "01_data" / "screen.h5ad"
         if path.is_file():
             adata = ad.read_h5ad(path)
-            if adata.uns["cellop_nb"].get("source") == source:
+            if adata.uns["cellop_nb"].get("screen") == source:
+                self.origin["screen"] = "01_data"
                 return adata
         adata = self._prepare()
-        adata.uns["cellop_nb"]["source"] = source
+        adata.uns["cellop_nb"]["screen"] = source
+        self.origin["screen"] = "prepared here"
         return adata
 
-    def vae(self, adata: ad.AnnData):
-        """The VAE of 02_train_vae, or a stand-in trained here; writes ``obsm["X_nbvae"]``."""
-        model = self._load("02_train_vae", adata, "vae")
+    def vae(self, adata: ad.AnnData) -> NBVAE:
+        """The VAE of 02_train_vae, or a stand-in trained here as there; writes ``obsm["X_nbvae"]``."""
+        model = self._load(_VAE, "vae", {"screen": adata.uns["cellop_nb"]["screen"]})
         if model is None:
-            model = new_vae(adata, layer=self.layer, n_latent=32, n_hidden=128, seed=self.seed)
-            VAETrainer(adata, model, layer=self.layer, max_epochs=40, lr=2e-3, seed=self.seed).fit()
+            given = parameters.defaults(_VAE)
+            model = new_vae(adata, layer=self.layer, seed=self.seed, **vae_sizes(given))
+            VAETrainer(adata, model, **self.vae_settings(given)).fit()
         embed(adata, model, layer=self.layer)
+        adata.uns["cellop_nb"]["vae"] = fingerprint(model)
         return model
 
-    def operators(self, adata: ad.AnnData):
-        """The operators of 04_train_operators, or a stand-in trained here on ``obsm["X_nbvae"]``."""
-        model = self._load("04_train_operators", adata, "operators")
+    def operators(self, adata: ad.AnnData) -> OperatorModel:
+        """The operators of 04_train_operators, or a stand-in; :meth:`vae` comes first."""
+        made = adata.uns["cellop_nb"]
+        model = self._load(_OPERATORS, "operators", {name: made[name] for name in ("screen", "vae")})
         if model is None:
-            model = new_operators(adata, **self.keys)
-            OperatorTrainer(adata, model, seed=self.seed, **self.keys).fit()
+            given = parameters.defaults(_OPERATORS)
+            sizes = {"n_axes": given["n_axes"], "rank": given["rank"]}
+            model = new_operators(adata, **self.keys, **sizes)
+            OperatorTrainer(adata, model, **self.operator_settings(given)).fit()
         return model
+
+    def vae_settings(self, values: Mapping | None = None) -> dict:
+        """Keywords of :class:`VAETrainer` from the parameters of 02_train_vae."""
+        values = self.values if values is None else values
+        return {
+            "layer": self.layer,
+            "max_epochs": values["max_epochs"],
+            "batch_size": values["batch_size"],
+            "lr": values["learning_rate"],
+            "kl_weight": values["kl_weight"],
+            "seed": self.seed,
+            "progress": False,
+        }
+
+    def operator_settings(self, values: Mapping | None = None) -> dict:
+        """Keywords of :class:`OperatorTrainer` from the parameters of 04_train_operators."""
+        values = self.values if values is None else values
+        same = ("max_epochs", "cells_per_group", "ridge", "stability_weight", "max_norm")
+        settings = {name: values[name] for name in same}
+        return {**self.keys, **settings, "lr": values["learning_rate"], "seed": self.seed, "progress": False}
 
     @property
     def layer(self) -> str | None:
@@ -92,13 +140,15 @@ class Workspace:
         return self.values.get("seed", 0)
 
     def _source(self) -> str:
-        names = ("data", "layer", "perturbation_key", "context_key", "control", "n_genes", "seed")
-        return json.dumps({name: self.values.get(name) for name in names}, default=str, sort_keys=True)
+        """What the prepared screen depends on, as text; a file by its size and time too."""
+        made = {name: self.values.get(name) for name in _SCREEN}
+        path = Path(str(made["data"]))
+        if path.is_file():
+            made["data"] = [str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns]
+        return json.dumps(made, sort_keys=True)
 
     def _prepare(self) -> ad.AnnData:
-        from ..data.contract import select_genes
-
-        adata = catalogue.load(self.values["data"], **self.keys)
+        adata = catalogue.load(self.values["data"])
         check_screen(adata, layer=self.layer, **self.keys)
         split(adata, seed=self.seed, **self.keys)
         n_genes = self.values.get("n_genes", 0)
@@ -106,27 +156,27 @@ class Workspace:
             adata = adata[:, select_genes(adata, n_genes, layer=self.layer)].copy()
         return adata
 
-    def _load(self, notebook: str, adata: ad.AnnData, part: str):
-        """A model that an earlier notebook left, when it was made from this very screen."""
-        folder = self.run_dir / notebook / "model"
-        if not folder.is_dir():
-            return None
-        stored = load(folder)
-        if stored.extra.get("source") != adata.uns["cellop_nb"]["source"]:
-            return None
-        return getattr(stored, part)
+    def _load(self, notebook: str, part: str, made: Mapping[str, str]):
+        """A model that an earlier notebook left, when it was made from this very input; else None."""
+        try:
+            stored = load(self.run_dir / notebook / "model")
+        except CheckpointError:
+            stored = None
+        fits = stored is not None and stored.extra == made
+        self.origin[part] = notebook if fits else "a stand-in trained here"
+        return getattr(stored, part) if fits else None
 
-    # -- what goes out ----------------------------------------------------------------------------------------
+    # -- what goes out
 
     def keep_screen(self, adata: ad.AnnData) -> Path:
         """Write the prepared screen for the notebooks that follow."""
         return self._write("screen.h5ad", adata.write_h5ad)
 
     def keep_model(self, adata: ad.AnnData, **models) -> Path:
-        """Write trained models for the notebooks that follow."""
-        path = self.folder / "model"
-        save(path, **models, extra={"source": adata.uns["cellop_nb"]["source"]})
-        return path
+        """Write trained models for the notebooks that follow, with what they were made from."""
+        inputs = ("screen", "vae") if "operators" in models else ("screen",)
+        made = {name: adata.uns["cellop_nb"][name] for name in inputs}
+        return save(self.folder / "model", **models, extra=made)
 
     def figure(self, figure, name: str):
         """Write the figure as PNG and show it."""
@@ -139,8 +189,9 @@ class Workspace:
         return self._write(f"{name}.csv", lambda path: table.to_csv(path, index=False))
 
     def metrics(self, **numbers) -> Path:
-        """Write the notebook's key numbers, its parameters beside them."""
-        return batch.write_metrics(self.run_dir, self.notebook, {**numbers, "parameters": self.values})
+        """Write the notebook's key numbers, and beside them its parameters and where its inputs came from."""
+        content = {**numbers, "inputs": self.origin, "parameters": self.values}
+        return batch.write_metrics(self.run_dir, self.notebook, content)
 
     def _write(self, name: str, writer) -> Path:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -152,7 +203,7 @@ class Workspace:
             temporary.unlink(missing_ok=True)
         return path
 
-    # -- what must hold ---------------------------------------------------------------------------------------
+    # -- what must hold
 
     def check(
         self,
@@ -181,8 +232,27 @@ class Workspace:
             at_least, at_most = expected - margin, expected + margin
         if not at_least <= value <= at_most:
             wanted = f"{name} between {at_least:.4g} and {at_most:.4g}"
-            raise CheckFailed(three_beats(wanted, f"{value:.4g}", "find out what changed since this was written"))
+            fix = "find out what changed since this was written"
+            raise CheckFailed(three_beats(wanted, f"{value:.4g}", fix))
         return f"as expected: {name}"
+
+
+def vae_sizes(values: Mapping) -> dict[str, int]:
+    """Sizes of :class:`NBVAE` from the parameters of 02_train_vae."""
+    return {
+        "n_latent": values["latent_dim"],
+        "n_hidden": values["hidden"],
+        "n_layers": values["n_layers"],
+    }
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """Digest of a model's weights: operators belong to the latents of one VAE and no other."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 class CheckFailed(CellopError):

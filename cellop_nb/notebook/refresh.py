@@ -1,0 +1,99 @@
+"""Execute the committed notebooks again, in place and at their defaults.
+
+``python3 -m cellop_nb.notebook.refresh [NAME or NUMBER ...]`` brings each parameters cell in step with
+`parameters`, runs the notebook in a fresh kernel, and keeps outputs and execution counts, for these are what
+the tests compare. Times, widget state and text on stderr are left out: they differ from run to run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import nbformat
+
+from . import batch, parameters
+
+logger = logging.getLogger("cellop_nb")
+
+FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
+_KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
+
+
+def refresh(path: str | Path, *, timeout: int | None = None) -> float:
+    """Execute one notebook in place; seconds that it took.
+
+    Parameters
+    ----------
+    path
+        The notebook; replaced as a whole, and only when all its cells ran.
+    timeout
+        Seconds that one cell may take; None: no limit.
+
+    Raises
+    ------
+    nbclient.exceptions.CellExecutionError
+        When a cell fails; the file is left as it was.
+    """
+    from nbclient import NotebookClient
+
+    path = Path(path)
+    book = nbformat.read(path, 4)
+    _set_parameters(book, path.stem)
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="cellop-") as sockets, batch.kernel_surroundings():
+        options = {"timeout": timeout, "kernel_name": "python3", "store_widget_state": False}
+        resources = {"metadata": {"path": str(path.parent.resolve())}}
+        NotebookClient(book, resources=resources, config=batch.transport(sockets), **options).execute()
+    seconds = time.monotonic() - start
+    _write(clean(book), path)
+    return seconds
+
+
+def clean(book: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """Leave out of an executed notebook what differs from run to run; outputs and counts stay."""
+    book.metadata = nbformat.from_dict({"kernelspec": _KERNEL, "language_info": {"name": "python"}})
+    for number, cell in enumerate(book.cells):
+        cell.id = f"cell-{number:02d}"
+        tags = cell.metadata.get("tags", [])
+        cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+            for output in cell.outputs:
+                output.get("metadata", {}).clear()
+    return book
+
+
+def _set_parameters(book: nbformat.NotebookNode, name: str) -> None:
+    if name in parameters.names():
+        cell = next(cell for cell in book.cells if "parameters" in cell.metadata.get("tags", []))
+        cell.source = parameters.parameters_cell(name)
+
+
+def _write(book: nbformat.NotebookNode, path: Path) -> None:
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        nbformat.write(book, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command; all notebooks where none is named."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", help="names or numbers of notebooks; none: all")
+    chosen = [parameters.find(name) for name in parser.parse_args(arguments).names]
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for path in sorted(FOLDER.glob("[0-9][0-9]_*.ipynb")):
+        if not chosen or path.stem in chosen:
+            seconds = refresh(path)
+            logger.info("%s  %.1f s  %.0f kB", path.stem, seconds, path.stat().st_size / 1e3)
+
+
+if __name__ == "__main__":
+    main()
