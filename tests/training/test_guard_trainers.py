@@ -1,0 +1,119 @@
+"""The guard inside the real trainers."""
+
+from __future__ import annotations
+
+import math
+
+import anndata
+import numpy as np
+import pytest
+import scipy.sparse
+import torch
+
+from cellop_nb.training.guard import NonFiniteError, replay
+from cellop_nb.training.operators import OperatorTrainer, new_operators
+from cellop_nb.training.vae import VAETrainer, new_vae
+
+
+@pytest.fixture(scope="module")
+def adata():
+    rng = np.random.default_rng(0)
+    n = 240
+    counts = rng.poisson(rng.gamma(1, 2, (1, 12)), (n, 12)).astype("f4")
+    made = anndata.AnnData(scipy.sparse.csr_matrix(counts))
+    made.obs["split"] = np.where(np.arange(n) % 5 == 0, "val", "train")
+    made.obs["cell_type"] = np.array(["B", "NK"])[np.arange(n) % 2]
+    made.obs["perturbation"] = np.where(np.arange(n) % 4 < 2, "control", "IFNb")
+    made.obsm["X_nbvae"] = rng.normal(size=(n, 3)).astype("f4")
+    return made
+
+
+def vae_trainer(adata, **settings):
+    model = new_vae(adata, n_latent=2, n_hidden=8)
+    return VAETrainer(adata, model, batch_size=64, max_epochs=2, progress=False, **settings)
+
+
+def operator_trainer(adata, **settings):
+    settings = {"max_epochs": 2, "steps_per_epoch": 3, "cells_per_group": 16} | settings
+    return OperatorTrainer(adata, new_operators(adata), progress=False, **settings)
+
+
+def is_finite(model):
+    return all(bool(torch.isfinite(tensor).all()) for tensor in model.state_dict().values())
+
+
+def plant(trainer, step, what):
+    """Do something to the model just before the loss of a step."""
+    whole = trainer.loss_terms
+
+    def terms(batch):
+        if trainer.step == step and not trainer.guard.errors:
+            what(trainer)
+        return whole(batch)
+
+    trainer.loss_terms = terms
+    return trainer
+
+
+def test_a_poisoned_encoder_weight(adata, tmp_path):
+    def poison(trainer):
+        trainer.model.encoder.mean.weight.data[0, 0] = math.nan
+
+    trainer = plant(vae_trainer(adata, folder=tmp_path), 2, poison)
+    with pytest.raises(NonFiniteError) as caught:
+        trainer.fit()
+    error = caught.value
+    assert (error.module, error.tensor) == ("encoder.mean", "encoder.mean.weight")
+    assert trainer.status == "failed" and is_finite(trainer.model)
+    assert is_finite(trainer.model) and trainer.guard.last_finite.step <= 2
+    again = replay(error.reproducer, vae_trainer(adata))
+    assert again.module == "encoder.mean"
+
+
+def test_the_cell_and_gene_of_a_bad_count(adata, tmp_path):
+    trainer = vae_trainer(adata, folder=tmp_path)
+    loader = trainer.batches()
+
+    def batches():
+        for number, batch in enumerate(loader):
+            if number == 1:
+                batch.x[3, 5] = math.nan
+            yield batch
+
+    trainer.batches = batches
+    with pytest.raises(NonFiniteError) as caught:
+        trainer.fit()
+    error = caught.value
+    assert error.origin.kind == "batch" and len(error.cells) == 1
+    assert error.genes == [adata.var_names[5]] and error.cells[0] in adata.obs_names
+    assert replay(error.reproducer, vae_trainer(adata)).cells == error.cells
+
+
+def test_an_operator_of_norm_1e20(adata):
+    def blow_up(trainer):
+        trainer.model.axis_left.data.fill_(1e20)
+
+    trainer = plant(operator_trainer(adata), 1, blow_up)
+    with pytest.raises(NonFiniteError) as caught:
+        trainer.fit()
+    assert caught.value.norms["axis_left"] >= 1e20
+    assert set(caught.value.groups) <= {"B, IFNb", "NK, IFNb"} and is_finite(trainer.model)
+
+
+def test_a_nan_operator_is_told_by_the_guard_and_not_by_the_energy_distance(adata):
+    def poison(trainer):
+        trainer.model.axis_shift.data[0, 0] = math.nan
+
+    with pytest.raises(NonFiniteError, match="axis_shift"):
+        plant(operator_trainer(adata), 1, poison).fit()
+
+
+def test_rollback_halves_the_rate_and_finishes(adata):
+    def poison(trainer):
+        trainer.model.axis_shift.data[0, 0] = math.nan
+
+    trainer = plant(operator_trainer(adata, on_nonfinite="rollback", lr=1e-2), 1, poison)
+    history = trainer.fit()
+    assert trainer.status == "finished" and trainer.guard.rollbacks == 1
+    assert trainer.learning_rate == 0.5e-2 and len(history) == 2
+    assert np.isfinite(history["train_loss"]).all() and is_finite(trainer.model)
