@@ -363,6 +363,18 @@ def test_floor_of_the_truth_against_itself_shrinks_with_cells():
     assert abs(floors[1]["e_distance"]) < 0.2
 
 
+def test_floor_of_errors_is_what_a_prediction_of_the_true_mean_scores():
+    rng = np.random.default_rng(0)
+    control, real = rng.normal(size=(2, 100, 300))
+    space = EvaluationSpace(np.arange(300).astype(str), np.zeros(300), np.eye(300)[:5], 100)
+    floor = {
+        row["metric"]: row["value"] for row in noise(Truth(real, control, space), ["rmse", "l2_top1000"])
+    }
+    assert floor["rmse"] == pytest.approx(1 / np.sqrt(100), rel=0.1)
+    assert floor["rmse"] == pytest.approx(formulas.rmse(np.zeros(300), real.mean(axis=0)), rel=0.15)
+    assert floor["l2_top1000"] == pytest.approx(floor["rmse"] * np.sqrt(300))
+
+
 def test_method_that_fails_is_not_hidden():
     def broken(training, target):
         raise ZeroDivisionError("a bug, not a refusal")
