@@ -38,7 +38,7 @@ HIDDEN = Parameter("hidden", "int", 128, "units of a hidden layer", minimum=1, m
 N_LAYERS = Parameter("n_layers", "int", 1, "hidden layers of encoder and decoder", minimum=1, maximum=8)
 BATCH_SIZE = Parameter("batch_size", "int", 256, "cells in a minibatch", minimum=2)
 KL_WEIGHT = Parameter("kl_weight", "float", 1.0, "weight of the KL term after warm-up", minimum=0)
-VAE_EPOCHS = Parameter("max_epochs", "int", 60, "passes over the training cells", minimum=1)
+VAE_EPOCHS = Parameter("max_epochs", "int", 40, "passes over the training cells", minimum=1)
 VAE_RATE = Parameter("learning_rate", "float", 2e-3, "of Adam", minimum=1e-7, maximum=1)
 
 N_AXES = Parameter("n_axes", "int", 8, "shared response axes B_k", minimum=0, maximum=256)
@@ -66,7 +66,8 @@ NOTEBOOKS: dict[str, tuple[Parameter, ...]] = {
     "03_inspect_latent": (
         *DATA,
         Parameter("n_neighbors", "int", 15, "neighbours in the graph under the UMAP", minimum=2, maximum=200),
-        Parameter("max_cells", "int", 5000, "cells drawn at most; the distances use all", minimum=100),
+        Parameter("max_cells", "int", 2500, "cells in the map at most; the distances use all", minimum=100),
+        Parameter("covariate_keys", "list[str]", ["donor", "batch"], "columns of obs that must not leak"),
         SEED, RUN_DIR,
     ),
     "04_train_operators": (
