@@ -60,7 +60,7 @@ def test_any_storage_gives_the_same_batch(store, dtype):
 def test_repeated_and_zero_entries_are_summed_and_dropped():
     # gene 1 of cell 0 is stored as 2 + 3, gene 0 of cell 1 as an explicit zero
     csr = sparse.csr_matrix(
-        (np.array([2.0, 3.0, 0.0]), np.array([1, 1, 0]), np.array([0, 2, 3])), shape=(2, 3)
+        (np.array([2, 3, 0], dtype=np.float32), np.array([1, 1, 0]), np.array([0, 2, 3])), shape=(2, 3)
     )
     batch = CountMatrix(csr).batch(np.array([0, 1]))
     assert batch.x.tolist() == [[0, 5, 0], [0, 0, 0]]
