@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import math
 import os
@@ -16,6 +17,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
+from ..errors import CheckpointError, DataError, three_beats
 from .callbacks import Callback, HistoryCSV, ProgressBar, SaveCheckpoints
 from .guard import NonFiniteGuard
 
@@ -82,7 +84,8 @@ class Trainer:
         self.folder = None if folder is None else Path(folder)
         trained = [p for p in model.parameters() if p.requires_grad]
         # One fused kernel for all parameters; the values are those of the plain loop.
-        optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay, fused=True)
+        # Plain floats: a checkpoint holds no other kind of number.
+        optimizer = torch.optim.AdamW(trained, lr=float(lr), weight_decay=float(weight_decay), fused=True)
         self.module, self.optimizer = self.fabric.setup(model, optimizer)
         self.generator = torch.Generator(device=self.fabric.device).manual_seed(seed)
         self.cpu_generator = torch.Generator().manual_seed(seed)
@@ -95,7 +98,7 @@ class Trainer:
         self._best_state: dict | None = None
         self.batch, self.terms = None, {}
         self.status, self.stop_reason = "idle", ""
-        self._base_lr = lr
+        self._base_lr = float(lr)
         self._stop = threading.Event()
         self._go = threading.Event()
         self._go.set()
@@ -188,11 +191,13 @@ class Trainer:
         """
         self.max_epochs = self.max_epochs if max_epochs is None else max_epochs
         self._stop.clear()
+        self._go.set()  # a pause that an interrupt has ended
         self.status, self.stop_reason = "running", ""
-        self._call("on_fit_start")
         try:
+            self._call("on_fit_start")
             while self.epoch < self.max_epochs and not self._stop.is_set():
-                self._run_epoch()
+                with self._own_randomness():
+                    self._run_epoch()
             self.status = "stopped" if self._stop.is_set() else "finished"
         except KeyboardInterrupt:
             # The stop square of a notebook: keep what was learned.
@@ -219,7 +224,21 @@ class Trainer:
             await asyncio.wait({future})
         return future.result()
 
+    @contextlib.contextmanager
+    def _own_randomness(self):
+        """Seed by epoch what draws from torch's global source (dropout), and give that source back afterwards."""
+        device = self.fabric.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            seed = 1_000_003 * self.seed + self.epoch
+            torch.default_generator.manual_seed(seed)
+            if device.type == "cuda":
+                torch.cuda.manual_seed(seed)
+            yield
+
     def _run_epoch(self) -> None:
+        if self.steps_per_epoch() < 1:
+            fix = "check the split, or ask for more steps_per_epoch"
+            raise DataError(three_beats("at least one batch in an epoch", "none", fix))
         self.model.train()
         self.before_epoch()
         start, cells, steps, sums, norms = time.perf_counter(), 0, 0, {}, []
@@ -305,29 +324,34 @@ class Trainer:
         self.model.eval()
 
     def state(self) -> dict:
-        """Everything that the next epoch depends on, as tensors, numbers and text."""
+        """Copy of everything that the next epoch depends on: tensors, numbers and text."""
+        return copy.deepcopy(self._state())
+
+    def _state(self) -> dict:
         return {
             "model": self.model.state_dict(),
             "best_model": self._best_state,
             "optimizer": self.optimizer.state_dict(),
             "generators": [self.generator.get_state(), self.cpu_generator.get_state()],
             "rows": self.rows,
+            "seed": self.seed,
             "epoch": self.epoch,
             "step": self.step,
             "best": [self.best_epoch, self.best_value],
             "base_lr": self._base_lr,
-            "weights": dict(self.weights),
+            "weights": {name: float(value) for name, value in self.weights.items()},
         }
 
     def load_state(self, state: dict) -> None:
         """Go on exactly where :meth:`state` was taken."""
+        state = copy.deepcopy(state)  # the optimiser would change it in place
         self.model.load_state_dict(state["model"])
         self._best_state = state["best_model"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generators"][0].cpu())
         self.cpu_generator.set_state(state["generators"][1].cpu())
         self.rows = list(state["rows"])
-        self.epoch, self.step = state["epoch"], state["step"]
+        self.seed, self.epoch, self.step = state["seed"], state["epoch"], state["step"]
         self.best_epoch, self.best_value = state["best"]
         self._base_lr = state["base_lr"]
         self.weights |= state["weights"]
@@ -337,10 +361,26 @@ class Trainer:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(path.name + ".part")
-        torch.save(self.state(), temporary)
+        torch.save(self._state(), temporary)
         os.replace(temporary, path)
         return path
 
     def load_checkpoint(self, path: str | Path) -> None:
-        """Read :meth:`save_checkpoint`'s file; no code in it is ever run."""
-        self.load_state(torch.load(path, map_location=self.fabric.device, weights_only=True))
+        """Read :meth:`save_checkpoint`'s file; no code in it is ever run.
+
+        Raises
+        ------
+        CheckpointError
+            If the file is missing, damaged, or of another model.
+        """
+        expected = f"a checkpoint of this {type(self.model).__name__}"
+        try:
+            state = torch.load(path, map_location=self.fabric.device, weights_only=True)
+        except Exception as error:
+            fix = "give the path of a last.pt or best.pt, or start the run anew"
+            raise CheckpointError(three_beats(expected, f"{path}: {error}", fix)) from error
+        try:
+            self.load_state(state)
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            fix = "build the model with the names and sizes of the run that was saved"
+            raise CheckpointError(three_beats(expected, f"{path}: {error}", fix)) from error
