@@ -59,7 +59,8 @@ def test_a_screen_is_prepared_once_and_again_when_anything_differs(tmp_path, scr
     assert set(adata.obs["split"]) == {"train", "val", "test"}
     first.keep_screen(adata)
     assert first.origin["screen"] == "prepared here"
-    for values, origin in (({}, "01_data"), ({"seed": 1}, "prepared here"), ({"n_genes": 20}, "prepared here")):
+    here = "prepared here"
+    for values, origin in (({}, "01_data"), ({"seed": 1}, here), ({"n_genes": 20}, here)):
         work = work_in(tmp_path, "02_train_vae", screen, **values)
         assert work.screen().n_vars == (values.get("n_genes") or 40)
         assert work.origin["screen"] == origin
