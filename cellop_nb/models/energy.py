@@ -134,8 +134,12 @@ def self_distance(
     with torch.autocast(y.device.type, enabled=False):
         for batch in batches(groups, groups):
             cloud, _, pad = gather(y, groups, batch)
-            total, _ = _within(cloud, False, tile, pad)
-            out[batch] = (total / count_pairs(groups, batch, estimator, y.device)).to(y.dtype)
+            cloud = _moved(cloud, _mean(cloud, pad), pad)
+            scale = scale_of(cloud)
+            total, _ = self_sums(cloud.div_(scale), want=False, tile=tile, pad=pad)
+            out[batch] = (total * scale.flatten() / count_pairs(groups, batch, estimator, y.device)).to(
+                y.dtype
+            )
     return out.squeeze(0) if sizes is None else out
 
 
@@ -174,46 +178,42 @@ class _GroupedEnergy(torch.autograd.Function):
 def _energies(cloud_x, cloud_y, pairs, want_x, want_y, tile, y_self):
     """Energy distances (group,) float64 of one batch of padded groups, with the gradients (group, cell, d)."""
     (x, _, pad_x), (y, _, pad_y) = cloud_x, cloud_y
+    centre = (_mean(x, pad_x) + _mean(y, pad_y)) / 2
+    x, y = _moved(x, centre, pad_x), _moved(y, centre, pad_y)
+    scale = scale_of(x, y)
+    x, y = x.div_(scale), y.div_(scale)
+    options = {"want_x": want_x, "want_y": want_y, "tile": tile, "pad_x": pad_x, "pad_y": pad_y}
     counts = _count(x, pad_x) * _count(y, pad_y)
-    cross, cross_x, cross_y = _between(x, y, want_x, want_y, tile, pad_x, pad_y)
+    cross, cross_x, cross_y = cross_sums(x, y, **options)
     within_x, self_x = _within(x, want_x, tile, pad_x)
     energy = 2 * cross / counts - within_x / pairs[0]
     force_x = _combine(cross_x, counts, self_x, pairs[0])
     if y_self is not None:
-        return energy - y_self, force_x, None
+        return energy * scale.flatten() - y_self, force_x, None
     within_y, self_y = _within(y, want_y, tile, pad_y)
-    return energy - within_y / pairs[1], force_x, _combine(cross_y, counts, self_y, pairs[1])
+    energy = (energy - within_y / pairs[1]) * scale.flatten()
+    return energy, force_x, _combine(cross_y, counts, self_y, pairs[1])
 
 
-def _combine(cross: Tensor | None, counts: Tensor, within: Tensor | None, pairs: Tensor) -> Tensor | None:
-    """2 cross / counts - within / pairs, in place."""
+def _combine(cross: Tensor | None, counts, within: Tensor | None, pairs) -> Tensor | None:
+    """2 cross / counts - 2 within / pairs, in place: sums of unit vectors become the gradient."""
     if cross is None:
         return None
-    cross.mul_((2 / counts).to(cross.dtype)[:, None, None])
-    return cross.sub_(within.mul_((1 / pairs).to(cross.dtype)[:, None, None]))
+    factors = [2 / number for number in (counts, pairs)]
+    if isinstance(counts, int):  # groups of one size
+        return cross.mul_(factors[0]).sub_(within, alpha=factors[1])
+    factors = [torch.as_tensor(factor, dtype=cross.dtype, device=cross.device) for factor in factors]
+    cross.mul_(factors[0].view(-1, 1, 1))
+    return cross.sub_(within.mul_(factors[1].view(-1, 1, 1)))
 
 
-def _between(x, y, want_x, want_y, tile, pad_x, pad_y):
-    """:func:`cross_sums` in the units of the clouds, which are centred together and scaled."""
-    centre = (_mean(x, pad_x) + _mean(y, pad_y)) / 2
-    x, y = _moved(x, centre, pad_x), _moved(y, centre, pad_y)
-    scale = scale_of(x, y)
-    options = {"want_x": want_x, "want_y": want_y, "tile": tile, "pad_x": pad_x, "pad_y": pad_y}
-    total, grad_x, grad_y = cross_sums(x.div_(scale), y.div_(scale), **options)
-    return total * scale.flatten(), grad_x, grad_y
+def _within(x: Tensor, want: bool, tile: int | None, pad: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """:func:`self_sums` of clouds that are first centred on themselves."""
+    return self_sums(_moved(x, _mean(x, pad), pad), want=want, tile=tile, pad=pad)
 
 
-def _within(x, want, tile, pad):
-    """:func:`self_sums` in the units of the cloud, which is centred on itself and scaled."""
-    x = _moved(x, _mean(x, pad), pad)
-    scale = scale_of(x)
-    total, grad = self_sums(x.div_(scale), want=want, tile=tile, pad=pad)
-    return total * scale.flatten(), grad
-
-
-def _count(x: Tensor, pad: Tensor | None) -> Tensor:
-    full = torch.full((len(x),), x.shape[1], dtype=torch.float64, device=x.device)
-    return full if pad is None else full - pad.sum(1)
+def _count(x: Tensor, pad: Tensor | None) -> Tensor | int:
+    return x.shape[1] if pad is None else (~pad).sum(1, dtype=torch.float64)
 
 
 def _mean(x: Tensor, pad: Tensor | None) -> Tensor:

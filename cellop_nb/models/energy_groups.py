@@ -27,12 +27,13 @@ def batches(x_sizes: list[int], y_sizes: list[int]) -> Iterator[list[int]]:
 
 def gather(x: Tensor, sizes: list[int], batch: list[int]) -> tuple[Tensor, Tensor | slice, Tensor | None]:
     """Padded groups (group, cell, d), the rows they came from, and which rows are padding (None: none)."""
+    if len(batch) == 1:
+        start = sum(sizes[: batch[0]])
+        rows = slice(start, start + sizes[batch[0]])
+        return x[rows].unsqueeze(0), rows, None
     counts = torch.tensor(sizes)
     starts = (counts.cumsum(0) - counts)[batch]
     counts = counts[batch]
-    if len(batch) == 1:
-        rows = slice(int(starts), int(starts + counts))
-        return x[rows].unsqueeze(0), rows, None
     position = torch.arange(int(counts.max()))
     pad = position >= counts[:, None]
     rows = torch.where(pad, 0, starts[:, None] + position).to(x.device)
@@ -53,7 +54,9 @@ def scatter(grad: Tensor | None, force: Tensor | None, cloud: tuple) -> None:
         grad[rows] = force.squeeze(0) if isinstance(rows, slice) else force
 
 
-def count_pairs(sizes: list[int], batch: list[int], estimator: str, device: torch.device) -> Tensor:
-    """(group,) float64 number of ordered pairs within each group."""
-    n = torch.tensor([sizes[g] for g in batch], dtype=torch.float64, device=device)
-    return n * (n - 1) if estimator == "U" else n * n
+def count_pairs(sizes: list[int], batch: list[int], estimator: str, device: torch.device) -> Tensor | int:
+    """Number of ordered pairs within each group: (group,) float64, or one number where all sizes are equal."""
+    counts = [sizes[g] * (sizes[g] - (estimator == "U")) for g in batch]
+    if min(counts) == max(counts):
+        return counts[0]
+    return torch.tensor(counts, dtype=torch.float64, device=device)

@@ -1,8 +1,8 @@
 """Sums of Euclidean distances and their gradients, tile by tile or group by group.
 
-With the augmented rows :math:`L_i = [x_i, |x_i|^2, 1]` and :math:`R_j = [-2 y_j, 1, |y_j|^2]` one product gives
-:math:`d_{ij}^2 = L_i R_j`, and with :math:`w_{ij} = 1/d_{ij}` a second one, :math:`G_i = \\sum_j w_{ij} R_j`, gives
-both the row's sum of distances, :math:`L_i G_i = \\sum_j w_{ij} d_{ij}^2`, and its gradient,
+With the augmented rows :math:`L_j = [y_j, |y_j|^2, 1]` and :math:`R_i = [-2 x_i, 1, |x_i|^2]` one product gives
+:math:`d_{ij}^2 = R_i L_j`, and with :math:`w_{ij} = 1/d_{ij}` a second one, :math:`G_i = \\sum_j w_{ij} L_j`,
+gives both the row's sum of distances, :math:`R_i G_i = \\sum_j w_{ij} d_{ij}^2`, and its gradient,
 :math:`x_i \\sum_j w_{ij} - \\sum_j w_{ij} y_j`. Between the two products a tile is passed over twice.
 
 The product form loses digits where two points are close compared with their norms: clouds are centred first, and
@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 CLOSE = 1e-3
-"""Pairs with d^2 below this share of |x|^2 + |y|^2 are computed from differences: above it d is good to 1e-5."""
+"""Pairs with d^2 below this share of |x|^2 + |y|^2 are computed from differences: above it d is good to 1e-4."""
 
 _PAIRS_AT_ONCE = 1 << 15
 _TILE_BYTES = 1 << 20  # a tile is visited four times, so it has to stay in the cores' own cache
@@ -40,77 +41,84 @@ def pieces(n: int, tile: int | None, dtype: torch.dtype) -> list[slice]:
     return [slice(start, min(start + step, n)) for start in range(0, n, step)]
 
 
-def _augmented(z: Tensor, factor: float, norm: int, one: int, pad: Tensor | None) -> Tensor:
-    d = z.shape[-1]
-    out = z.new_empty(*z.shape[:-1], d + 2 + (pad is not None))
-    torch.mul(z, factor, out=out[..., :d])
-    out[..., norm] = z.square().sum(-1)
-    out[..., one] = 1
-    if pad is not None:
-        # A padding row is at distance 1 from every other row and adds nothing to a gradient.
-        out[..., norm].masked_fill_(pad, 1)
-        out[..., one].masked_fill_(pad, 0)
-        out[..., d + 2] = pad
-    return out
+def _left(z: Tensor, pad: Tensor | None) -> Tensor:
+    norms = z.square().sum(-1, keepdim=True)
+    if pad is None:
+        return torch.cat([z, norms, torch.ones_like(norms)], -1)
+    # A padding row is at distance 1 from every other row and adds nothing to a gradient.
+    pad = pad.unsqueeze(-1)
+    return torch.cat([z, norms.masked_fill(pad, 1), (~pad).to(z.dtype), pad.to(z.dtype)], -1)
 
 
 def _no_padding(z: Tensor) -> Tensor:
     return torch.zeros(z.shape[:-1], dtype=torch.bool, device=z.device)
 
 
-def _left(x: Tensor, pad: Tensor | None) -> Tensor:
-    return _augmented(x, 1.0, x.shape[-1], x.shape[-1] + 1, pad)
+@lru_cache(maxsize=32)
+def _form(d: int, padded: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The matrix M with R = L M, so that d^2 = L_i M L_j."""
+    form = torch.diag(torch.tensor([-2.0] * d + [0.0, 0.0] + [1.0] * padded, dtype=dtype, device=device))
+    form[d, d + 1] = form[d + 1, d] = 1
+    return form
 
 
-def _right(y: Tensor, pad: Tensor | None) -> Tensor:
-    return _augmented(y, -2.0, y.shape[-1] + 1, y.shape[-1], pad)
+def _right(left: Tensor, d: int) -> Tensor:
+    return left @ _form(d, left.shape[-1] == d + 3, left.dtype, left.device)
 
 
-def _product(a: Tensor, b: Tensor, out: Tensor, beta: int = 0) -> Tensor:
-    """out = beta out + a b, for one group or many."""
+def _product(a: Tensor, b: Tensor, out: Tensor, beta: int = 0, alpha: int = 1) -> None:
+    """out = beta out + alpha a b, for one group or many."""
     if len(a) == 1:
-        torch.addmm(out[0], a[0], b[0], beta=beta, out=out[0])
+        torch.addmm(out[0], a[0], b[0], beta=beta, alpha=alpha, out=out[0])
     else:
-        torch.baddbmm(out, a, b, beta=beta, out=out)
-    return out
+        torch.baddbmm(out, a, b, beta=beta, alpha=alpha, out=out)
 
 
-def _row_sums(rows: Tensor, gathered: Tensor, pad: Tensor | None) -> Tensor:
-    """(group,) float64 sum over real rows of L_i G_i."""
-    sums = (rows * gathered).sum(-1, dtype=torch.float64)
-    return (sums if pad is None else sums.masked_fill(pad, 0)).sum(-1)
+def _row_sums(right: Tensor, gathered: Tensor, pad: Tensor | None) -> Tensor:
+    """(group,) float64 sum over real rows of R_i G_i."""
+    sums = (right * gathered).sum(-1)
+    return (sums if pad is None else sums.masked_fill(pad, 0)).sum(-1, dtype=torch.float64)
+
+
+def _force(z: Tensor, gathered: Tensor) -> Tensor:
+    """Row gradients z_i sum_j w_ij - sum_j w_ij z_j."""
+    d = z.shape[-1]
+    return torch.addcmul(-gathered[..., :d], z, gathered[..., d + 1 : d + 2])
 
 
 class _ClosePairs:
     """Distances and gradients of the pairs that the product form would blur."""
 
-    def __init__(self, x: Tensor, y: Tensor):
-        self.x, self.y = x, y
-        self.norms_x, self.norms_y = x.square().sum(-1), y.square().sum(-1)
-        self.total = x.new_zeros(len(x), dtype=torch.float64)
+    def __init__(self, x: Tensor, y: Tensor, norms_x: Tensor, norms_y: Tensor):
+        self.x, self.y, self.norms_x, self.norms_y = x, y, norms_x, norms_y
+        self.limit = CLOSE * float(norms_x.amax() + norms_y.amax())
+        self.total: Tensor | float = 0.0
         self.pull_x = self.pull_y = None
 
-    def take_out(self, d2: Tensor, rows: slice, columns: slice, *, fill: float, weight: float = 1.0,
-                 want_x: bool = False, want_y: bool = False) -> None:  # fmt: skip
-        """Move the close pairs of the tile d2 (group, row, column) here, and leave `fill` in their places."""
-        norms_x, norms_y = self.norms_x[:, rows], self.norms_y[:, columns]
-        if not d2.amin() < CLOSE * (norms_x.amax() + norms_y.amax()):
+    def take_out(
+        self, d2: Tensor, rows: slice, columns: slice, *, weight: int, want_x: bool, want_y: bool
+    ) -> None:
+        """Move the close pairs of the tile d2 (group, row, column) here; infinity is left in their places."""
+        if not d2.amin() <= self.limit:  # equal where every cell is one point
             return
-        near = (d2 < CLOSE * (norms_x.unsqueeze(-1) + norms_y.unsqueeze(-2))).nonzero()
-        for group, i, j in (part.unbind(-1) for part in near.split(_PAIRS_AT_ONCE)):
-            d2[group, i, j] = fill
-            unit = self._add(group, i + rows.start, j + columns.start, weight)
+        norms = self.norms_x[:, rows].unsqueeze(-1) + self.norms_y[:, columns].unsqueeze(-2)
+        for part in (d2 <= CLOSE * norms).nonzero().split(_PAIRS_AT_ONCE):
+            group, i, j = part.unbind(-1)
+            d2[group, i, j] = math.inf
+            i, j = i + rows.start, j + columns.start
+            unit = self._add(group, i, j, weight)
             if want_x:
                 self.pull_x = torch.zeros_like(self.x) if self.pull_x is None else self.pull_x
-                self.pull_x.index_put_((group, i + rows.start), unit, accumulate=True)
+                self.pull_x.index_put_((group, i), unit, accumulate=True)
             if want_y:
                 self.pull_y = torch.zeros_like(self.y) if self.pull_y is None else self.pull_y
-                self.pull_y.index_put_((group, j + columns.start), unit, accumulate=True)
+                self.pull_y.index_put_((group, j), unit, accumulate=True)
 
-    def _add(self, group: Tensor, i: Tensor, j: Tensor, weight: float) -> Tensor:
+    def _add(self, group: Tensor, i: Tensor, j: Tensor, weight: int) -> Tensor:
         difference = self.x[group, i] - self.y[group, j]
         distance = difference.double().norm(dim=-1)
-        self.total.index_add_(0, group, weight * distance)
+        zeros = distance.new_zeros(len(self.x))
+        self.total = self.total + zeros.index_add_(0, group, distance, alpha=weight)
         # Coincident points pull nowhere: zero is the subgradient of least norm.
         unit = difference / distance.masked_fill(distance == 0, 1).unsqueeze(-1)
         return unit.to(difference.dtype)
@@ -118,9 +126,7 @@ class _ClosePairs:
 
 def _tiles(rows: list[slice], columns: list[slice], like: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
     """Every (rows, columns) with its place in one reused buffer; the upper triangle where both are one list."""
-    widest = max(piece.stop - piece.start for piece in rows) * max(
-        piece.stop - piece.start for piece in columns
-    )
+    widest = (rows[0].stop - rows[0].start) * (columns[0].stop - columns[0].start)
     buffer = like.new_empty(len(like) * widest)
     for index, i in enumerate(rows):
         for j in columns[index:] if rows is columns else columns:
@@ -145,69 +151,58 @@ def cross_sums(
     if want_y and not want_x:
         total, grad_y, _ = cross_sums(y, x, want_x=True, want_y=False, tile=tile, pad_x=pad_y, pad_y=pad_x)
         return total, None, grad_y
-    if (
-        pad_x is not None or pad_y is not None
-    ):  # one cloud of a batch may need no padding, but both need the column
+    if pad_x is not None or pad_y is not None:  # a cloud without padding still needs the column
         pad_x, pad_y = (_no_padding(z) if pad is None else pad for z, pad in ((x, pad_x), (y, pad_y)))
-    d, close = x.shape[-1], _ClosePairs(x, y)
-    rows, columns = _left(x, pad_x), _right(y, pad_y)
-    to_x = torch.zeros_like(rows) if want_x else None
-    to_y = torch.zeros_like(columns) if want_y else None
-    total = torch.zeros_like(close.total)
+    d, left_x, left_y = x.shape[-1], _left(x, pad_x), _left(y, pad_y)
+    right = _right(left_x, d)
+    close = _ClosePairs(x, y, left_x[..., d], left_y[..., d])
+    to_x = torch.zeros_like(left_x)
+    to_y = torch.zeros_like(left_y) if want_y else None
     for i, j, d2 in _tiles(pieces(x.shape[1], tile, x.dtype), pieces(y.shape[1], tile, x.dtype), x):
-        _product(rows[:, i], columns[:, j].mT, d2)
-        close.take_out(d2, i, j, fill=math.inf if want_x else 0.0, want_x=want_x, want_y=want_y)
-        if not want_x:
-            total += d2.sqrt_().sum((-2, -1))
-            continue
-        _product(d2.rsqrt_(), columns[:, j], to_x[:, i], beta=1)
+        _product(right[:, i], left_y[:, j].mT, d2)
+        close.take_out(d2, i, j, weight=1, want_x=want_x, want_y=want_y)
+        _product(d2.rsqrt_(), left_y[:, j], to_x[:, i], beta=1)
         if want_y:
-            _product(d2.mT, rows[:, i], to_y[:, j], beta=1)
+            _product(d2.mT, left_x[:, i], to_y[:, j], beta=1)
+    total = _row_sums(right, to_x, pad_x) + close.total
     if pad_x is not None:
-        padding = pad_y.sum(-1) * (~pad_x).sum(-1)
-        total -= padding if want_x else math.prod(d2.shape[1:]) - (~pad_y).sum(-1) * (~pad_x).sum(-1)
-    total = total + close.total + (_row_sums(rows, to_x, pad_x) if want_x else 0)
-    grad_x = grad_y = None
-    if want_x:
-        grad_x = torch.addcmul(to_x[..., :d] / 2, x, to_x[..., d : d + 1])
-        grad_x = grad_x if close.pull_x is None else grad_x.add_(close.pull_x)
-    if want_y:
-        grad_y = torch.addcmul(-to_y[..., :d], y, to_y[..., d + 1 : d + 2])
-        grad_y = grad_y if close.pull_y is None else grad_y.sub_(close.pull_y)
+        total -= pad_y.sum(-1) * (~pad_x).sum(-1)
+    grad_x = _force(x, to_x) if want_x else None
+    grad_y = _force(y, to_y) if want_y else None
+    if close.pull_x is not None:
+        grad_x += close.pull_x
+    if close.pull_y is not None:
+        grad_y -= close.pull_y
     return total, grad_x, grad_y
 
 
 def self_sums(
     x: Tensor, *, want: bool, tile: int | None = None, pad: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Sum over ordered pairs i != j of |x_i - x_j|, (group,) float64, and its gradient; each pair computed once."""
-    d, close = x.shape[-1], _ClosePairs(x, x)
-    rows, columns = _left(x, pad), _right(x, pad)
-    to_x = torch.zeros_like(rows) if want else None
-    total, fill = torch.zeros_like(close.total), math.inf if want else 0.0
+    """Sum over ordered pairs i != j of |x_i - x_j|, (group,) float64, and half its gradient.
+
+    Each pair is computed once: a tile above the diagonal stands for its mirror image too.
+    """
+    d, left = x.shape[-1], _left(x, pad)
+    right = _right(left, d)
+    close = _ClosePairs(x, x, left[..., d], left[..., d])
+    gathered = torch.zeros_like(left)
     blocks = pieces(x.shape[1], tile, x.dtype)
     for i, j, d2 in _tiles(blocks, blocks, x):
         twice = i is not j
-        _product(rows[:, i], columns[:, j].mT, d2)
+        _product(right[:, i], left[:, j].mT, d2)
         if not twice:
             d2.diagonal(dim1=-2, dim2=-1).fill_(math.inf)
-        close.take_out(d2, i, j, fill=fill, weight=1.0 + twice, want_x=want, want_y=want and twice)
-        if not twice:
-            d2.diagonal(dim1=-2, dim2=-1).fill_(fill)
-        if not want:
-            total += (1 + twice) * d2.sqrt_().sum((-2, -1))
-            continue
-        _product(d2.rsqrt_(), columns[:, j], to_x[:, i], beta=1)
-        if twice:
-            _product(d2.mT, columns[:, i], to_x[:, j], beta=1)
+        close.take_out(d2, i, j, weight=1 + twice, want_x=want, want_y=want and twice)
+        _product(d2.rsqrt_(), left[:, j], gathered[:, i], beta=1, alpha=1 if want else 1 + twice)
+        if twice and want:
+            _product(d2.mT, left[:, i], gathered[:, j], beta=1)
+    total = _row_sums(right, gathered, pad) + close.total
     if pad is not None:
-        real, width = (~pad).sum(-1), pad.shape[-1]
-        total -= real * (width - real) if want else width * (width - 1) - real * (real - 1)
-    total += close.total
+        total -= pad.sum(-1) * (~pad).sum(-1)
     if not want:
         return total, None
-    total += _row_sums(rows, to_x, pad)
-    grad = torch.addcmul(to_x[..., :d] / 2, x, to_x[..., d : d + 1])
+    force = _force(x, gathered)
     for pull, sign in ((close.pull_x, 1), (close.pull_y, -1)):
-        grad = grad if pull is None else grad.add_(pull, alpha=sign)
-    return total, grad.mul_(2)
+        force = force if pull is None else force.add_(pull, alpha=sign)
+    return total, force
