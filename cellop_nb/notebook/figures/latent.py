@@ -12,7 +12,7 @@ from scipy import sparse
 
 from cellop_nb.notebook.figures import style as s
 
-_MOST_NAMES = 24
+_MOST_NAMES, _LAYERS = 24, 12
 
 
 def predictive_checks(observed, sampled, *, n_points: int = 3000, seed: int = 0) -> Figure:
@@ -158,8 +158,11 @@ def _by_name(ax, coords: np.ndarray, values: pd.Series, size: float) -> None:
     handles = []
     for i, name in enumerate(order[:_MOST_NAMES]):
         style = s.mark(i)
-        here = (texts == name).to_numpy()
-        ax.scatter(*coords[here].T, s=size, alpha=0.75, linewidths=0, rasterized=True, **style)
+        here = np.flatnonzero(texts == name)
+        # in layers, category by category in each, so that the last category does not hide the others
+        for layer, some in enumerate(np.array_split(here, _LAYERS)):
+            dots = {"s": size, "alpha": 0.75, "linewidths": 0, "rasterized": True}
+            ax.scatter(*coords[some].T, zorder=1 + layer / _LAYERS, **dots, **style)
         handles.append(Line2D([], [], linestyle="", markersize=5, label=s.safe(name, 22), **style))
     rest = texts.isin(order[_MOST_NAMES:]).to_numpy()
     if rest.any():
