@@ -11,14 +11,13 @@ from scipy import sparse
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..data.batches import CountLoader
+from ..data.batches import CountLoader, model_counts
 from ..data.contract import context_labels, obs_labels
 from ..errors import DataError, LabelError, did_you_mean, three_beats
 from ..models.affine import AffineOperator
 from ..models.conditions import Condition
 from ..models.operators import OperatorModel
 from ..models.vae import NBVAE
-from ..training.vae import model_counts
 
 
 @torch.no_grad()

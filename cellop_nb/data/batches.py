@@ -214,6 +214,20 @@ def count_matrix(
     return CountMatrix(matrix, library=library, covariates=codes)
 
 
+def model_counts(adata: AnnData, model, *, layer: str | None = None) -> CountMatrix:
+    """Counts of the genes and covariates that `model` (``.genes``, ``.covariates``) was made for, of all cells.
+
+    Raises
+    ------
+    DataError, LabelError
+        If genes are missing, or a covariate has a category that the model does not know.
+    """
+    known = model.covariates
+    return count_matrix(
+        adata, layer=layer, genes=model.genes, covariate_keys=list(known), categories=known
+    )
+
+
 def gene_positions(adata: AnnData, genes: Sequence[str]) -> np.ndarray:
     """Columns of the named genes, (gene,); refuses names that `adata` lacks."""
     positions = adata.var_names.get_indexer(list(genes))

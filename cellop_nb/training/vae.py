@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.batches import CountBatch, CountLoader, count_matrix, covariate_categories
+from ..data.batches import CountBatch, CountLoader, covariate_categories, model_counts
 from ..data.contract import counts
 from ..data.splits import rows_of
 from ..models.likelihood import SparseCounts
@@ -57,13 +57,6 @@ def new_vae(
     explained = gene_mean**2 * (total.var() / total.mean() ** 2)
     dispersion = moment_dispersion(torch.as_tensor(gene_mean), torch.as_tensor(variance - explained))
     return vae.start_from(torch.as_tensor(gene_mean / total.mean()).float(), dispersion.float())
-
-
-def model_counts(adata, model: NBVAE, *, layer: str | None = None):
-    """The model's genes and covariates of all cells, ready for minibatches; refuses genes that `adata` lacks."""
-    return count_matrix(
-        adata, layer=layer, genes=model.genes, covariate_keys=list(model.covariates), categories=model.covariates
-    )
 
 
 class VAETrainer(Trainer):
