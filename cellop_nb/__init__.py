@@ -32,6 +32,8 @@ _PUBLIC = {
     "Callback": "training.callbacks",
     "EarlyStopping": "training.callbacks",
     "NonFiniteError": "training.guard",
+    "save": "training.checkpoint",
+    "load": "training.checkpoint",
     "embed": "analysis.predict",
     "predict": "analysis.predict",
     "evaluate": "analysis.metrics",

@@ -1,122 +1,197 @@
-"""Models on disk: weights as safetensors, how to build the models as JSON; no code is ever run on reading."""
+"""Trained models in one file: tensors (safetensors) and a JSON description; no code is stored or run."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
-from ..errors import CheckpointError, three_beats
+from ..errors import CheckpointError, did_you_mean, three_beats
 from ..models.operators import OperatorModel
 from ..models.vae import NBVAE
 
-FORMAT = 1
-_DESCRIPTION = "models.json"
+SCHEMA = 1
+"""Version of the file's layout; a file with a higher one is refused."""
+
+_ENTRY = "cellop_nb"
+_MODELS = {"vae": NBVAE, "operators": OperatorModel}
+_FEATURES = "conditions.features"  # given to the constructor, not part of the configuration
 
 
 @dataclass(frozen=True)
-class Stored:
-    """What :func:`load` found: models that were not saved are None."""
+class Saved:
+    """What :func:`load` gives back.
+
+    Attributes
+    ----------
+    vae, operators
+        The models in evaluation mode, on the CPU; None where none was saved.
+    keys
+        Keywords that the data were read with (``layer``, ``perturbation_key`` ...).
+    summary
+        Numbers about the training.
+    versions
+        Versions of the packages that wrote the file.
+    """
 
     vae: NBVAE | None = None
     operators: OperatorModel | None = None
-    extra: dict[str, Any] = field(default_factory=dict)
+    keys: dict = field(default_factory=dict)
+    summary: dict = field(default_factory=dict)
+    versions: dict = field(default_factory=dict)
 
 
 def save(
     path: str | Path,
-    *,
     vae: NBVAE | None = None,
     operators: OperatorModel | None = None,
-    extra: dict[str, Any] | None = None,
+    *,
+    keys: Mapping | None = None,
+    summary: Mapping | None = None,
 ) -> Path:
-    """Write models into a folder.
+    """Write trained models to one file, whole or not at all.
 
     Parameters
     ----------
     path
-        Folder; made when it is not there. Each file is replaced as a whole.
+        File to write (``.safetensors``); an earlier one is replaced at the last moment.
     vae, operators
-        The models to write.
-    extra
-        Anything that JSON can hold, given back by :func:`load`.
+        At least one of them. Gene names, covariate categories, perturbations and contexts go with them.
+    keys, summary
+        What else should be known later: keywords of the data, numbers of the training. JSON values.
 
     Returns
     -------
-    The folder.
-    """
-    path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    models = {"vae": vae, "operators": operators}
-    kept = {name: model for name, model in models.items() if model is not None}
-    for name, model in kept.items():
-        weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-        _replace(path / f"{name}.safetensors", lambda file, w=weights: save_file(w, file))
-    description = {
-        "format": FORMAT,
-        "models": {name: model.config for name, model in kept.items()},
-        "extra": extra or {},
-    }
-    text = json.dumps(description, indent=1)
-    _replace(path / _DESCRIPTION, lambda file: Path(file).write_text(text, encoding="utf-8"))
-    return path
-
-
-def load(path: str | Path) -> Stored:
-    """Read the models of a folder written by :func:`save`, in evaluation mode.
+    The path.
 
     Raises
     ------
     CheckpointError
-        Where the folder, or a file in it, is missing, damaged or of a later format.
+        If there is nothing to save, or `keys` or `summary` hold what JSON cannot.
     """
+    given = {name: model for name, model in {"vae": vae, "operators": operators}.items() if model is not None}
+    if not given:
+        fix = "pass vae=..., operators=... or both"
+        raise CheckpointError(three_beats("a model to save", "neither a VAE nor operators", fix))
+    about = {
+        "schema": SCHEMA,
+        "versions": {name: _version(name) for name in ("cellop_nb", "torch", "anndata")},
+        "config": {name: model.config for name, model in given.items()},
+        "keys": dict(keys or {}),
+        "summary": dict(summary or {}),
+    }
+    states = {name: model.state_dict().items() for name, model in given.items()}
+    tensors = {f"{name}.{key}": _plain(value) for name, state in states.items() for key, value in state}
+    metadata = {_ENTRY: _json(about)}
+    return write_whole(path, lambda part: save_file(tensors, part, metadata))
+
+
+def load(path: str | Path, *, genes: Iterable[str] | None = None) -> Saved:
+    """Read models written by :func:`save`.
+
+    Parameters
+    ----------
+    path
+        The file.
+    genes
+        Gene names of the data that the VAE is meant for (``adata.var_names``): a VAE with genes that are not
+        among them is refused. Their order does not matter.
+
+    Raises
+    ------
+    CheckpointError
+        If the file is missing, damaged, of another kind, of a later version, or made for other genes.
+    """
+    about, tensors = _read(Path(path))
+    if about["schema"] > SCHEMA:
+        found = f"schema {about['schema']}, written by cellop_nb {about['versions'].get('cellop_nb')}"
+        raise CheckpointError(
+            three_beats(f"schema {SCHEMA} or lower in {path}", found, "install that version of cellop_nb")
+        )
+    models = {name: _rebuild(name, config, tensors, path) for name, config in about["config"].items()}
+    if genes is not None and "vae" in models:
+        _refuse_other_genes(models["vae"].genes, [str(gene) for gene in genes], path)
+    return Saved(**models, keys=about["keys"], summary=about["summary"], versions=about["versions"])
+
+
+def write_whole(path: str | Path, write: Callable[[Path], object]) -> Path:
+    """Call `write` with a temporary name beside `path`, and rename: no half file is ever seen."""
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
     try:
-        description = json.loads((path / _DESCRIPTION).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        fix = "name the folder that save() wrote"
-        raise CheckpointError(three_beats(f"models in {path}", str(error), fix)) from error
-    if description.get("format") != FORMAT:
-        found = f"format {description.get('format')!r}"
-        raise CheckpointError(three_beats(f"models of format {FORMAT}", found, "save them again"))
-    builders = {"vae": _vae, "operators": _operators}
-    described = description["models"].items()
-    models = {name: _read(path, name, builders[name], config) for name, config in described}
-    return Stored(**models, extra=description["extra"])
+        write(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    return path
 
 
-def _read(path: Path, name: str, build, config: dict) -> nn.Module:
+def _plain(value: Tensor) -> Tensor:
+    return value.detach().cpu().contiguous()
+
+
+def _version(package: str) -> str:
     try:
-        weights = load_file(path / f"{name}.safetensors")
-        model = build(config, weights)
-        model.load_state_dict(weights)
-    except (OSError, SafetensorError, RuntimeError, TypeError) as error:
-        fix = "save the model again with this version"
-        raise CheckpointError(three_beats(f"a readable {name} in {path}", str(error), fix)) from error
+        return version(package)
+    except PackageNotFoundError:  # run from a checkout that was never installed
+        return "unknown"
+
+
+def _json(about: dict) -> str:
+    try:
+        return json.dumps(about, allow_nan=True)
+    except TypeError as error:
+        fix = "convert them with float(), str() or .to_dict()"
+        raise CheckpointError(
+            three_beats("text, numbers, lists and dictionaries in keys and summary", str(error), fix)
+        ) from error
+
+
+def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
+    expected = f"a file written by cellop_nb.save at {path}"
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            about = json.loads((file.metadata() or {})[_ENTRY])
+    except KeyError:
+        fix = "give the path that cellop_nb.save returned"
+        raise CheckpointError(three_beats(expected, "tensors of another program", fix)) from None
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        found = "no such file" if not path.is_file() else f"a damaged or foreign file ({error})"
+        raise CheckpointError(
+            three_beats(expected, found, "save the models again, or check the path")
+        ) from error
+    return about, tensors
+
+
+def _rebuild(name: str, config: dict, tensors: dict[str, Tensor], path: str | Path):
+    state = {
+        key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")
+    }
+    given = {"features": state[_FEATURES]} if _FEATURES in state else {}
+    try:
+        model = _MODELS[name](**config, **given)
+        # Saved in double precision, loaded in double precision.
+        model.to(next(iter(state.values())).dtype).load_state_dict(state)
+    except (KeyError, RuntimeError, StopIteration, TypeError) as error:
+        fix = "save the models again with this version"
+        raise CheckpointError(
+            three_beats(f"the tensors of the {name} in {path}", f"{type(error).__name__}: {error}", fix)
+        ) from error
     return model.eval()
 
 
-def _vae(config: dict, weights: dict) -> NBVAE:
-    return NBVAE(**config)
-
-
-def _operators(config: dict, weights: dict) -> OperatorModel:
-    # given features of perturbations are a buffer, whose size the model must know when it is built
-    pairs = [tuple(pair) for pair in config["pairs"]]
-    return OperatorModel(**{**config, "pairs": pairs}, features=weights.get("conditions.features"))
-
-
-def _replace(path: Path, write) -> None:
-    """Write beside `path`, then rename: a reader never sees half a file."""
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _refuse_other_genes(wanted: list[str], known: list[str], path: str | Path) -> None:
+    missing = sorted(set(wanted) - set(known))
+    if missing:
+        found = f"{len(missing)} of {len(wanted)} missing, such as {missing[:3]}"
+        fix = f"use data with the genes of {path} ({did_you_mean(missing[0], known)})"
+        raise CheckpointError(three_beats("data with all genes of the saved VAE", found, fix))

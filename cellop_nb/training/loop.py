@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import copy
 import math
-import os
 import threading
 import time
 from collections.abc import Iterable, Sequence
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, DataError, three_beats
 from .callbacks import Callback, HistoryCSV, ProgressBar, SaveCheckpoints
+from .checkpoint import write_whole
 from .guard import NonFiniteGuard
 
 
@@ -358,12 +358,7 @@ class Trainer:
 
     def save_checkpoint(self, path: str | Path) -> Path:
         """Write :meth:`state` atomically; readable with ``weights_only=True``."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".part")
-        torch.save(self._state(), temporary)
-        os.replace(temporary, path)
-        return path
+        return write_whole(path, lambda part: torch.save(self._state(), part))
 
     def load_checkpoint(self, path: str | Path) -> None:
         """Read :meth:`save_checkpoint`'s file; no code in it is ever run.

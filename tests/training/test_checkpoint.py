@@ -1,0 +1,177 @@
+"""Saved models: the same after loading, whole or not at all, and refused where they do not fit."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import cellop_nb
+from cellop_nb.errors import CheckpointError
+from cellop_nb.models.conditions import Condition
+from cellop_nb.models.operators import OperatorModel
+from cellop_nb.models.vae import NBVAE
+from cellop_nb.training import checkpoint
+from cellop_nb.training.checkpoint import load, save
+
+GENES = ["ISG15", "MX1", "IFI6"]
+
+
+def random_(model):
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            tensor.copy_(torch.randn(tensor.shape, generator=generator))
+    return model
+
+
+@pytest.fixture
+def vae():
+    return random_(NBVAE(GENES, n_latent=2, n_hidden=4, covariates={"batch": ["b1", "b2"]}))
+
+
+@pytest.fixture
+def operators():
+    return random_(OperatorModel(2, ["A", "B"], ["x"], context_rank=1, rank=0, pairs=[("A", "B")]))
+
+
+@pytest.fixture
+def path(tmp_path, vae, operators):
+    return save(tmp_path / "run" / "model.safetensors", vae, operators)
+
+
+def rewrite(path, **changes):
+    """Change the description inside a file."""
+    with safe_open(path, framework="pt") as file:
+        about = json.loads(file.metadata()["cellop_nb"]) | changes
+    save_file(load_file(path), path, {"cellop_nb": json.dumps(about)})
+
+
+def test_models_come_back_bit_by_bit(path, vae, operators):
+    saved = load(path)
+    for before, after in ((vae, saved.vae), (operators, saved.operators)):
+        assert after.config == before.config
+        assert not after.training
+        assert all(
+            torch.equal(after.state_dict()[name], value) for name, value in before.state_dict().items()
+        )
+    condition = Condition(("A", "B"), "x")
+    assert torch.equal(saved.operators.shift(condition), operators.shift(condition))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"context_rank": None},
+        {"features": torch.eye(3)[:2]},
+        {"n_axes": 5},
+        {"rank": 1, "pairs": [("B", "A")]},
+    ],
+    ids=str,
+)
+def test_every_form_of_operators_is_rebuilt(tmp_path, settings):
+    model = random_(OperatorModel(2, ["A", "B"], ["x"], **settings))
+    again = load(save(tmp_path / "model", operators=model)).operators
+    assert torch.equal(again.matrix(Condition(("A",), "x")), model.matrix(Condition(("A",), "x")))
+    assert again.context_shift.requires_grad == model.context_shift.requires_grad
+
+
+def test_one_model_alone(tmp_path, vae, operators):
+    assert load(save(tmp_path / "a", vae)).operators is None
+    assert load(save(tmp_path / "b", operators=operators)).vae is None
+
+
+def test_double_precision_survives(tmp_path, vae):
+    vae = vae.double()
+    vae.decoder.log_dispersion.data += 1e-12
+    again = load(save(tmp_path / "a", vae)).vae
+    assert torch.equal(again.decoder.log_dispersion, vae.decoder.log_dispersion)
+
+
+def test_keys_summary_and_versions_travel_along(tmp_path, vae):
+    keys, summary = {"layer": None, "context_key": ["cell_type", "donor"]}, {"best_epoch": 3, "val_loss": 1.5}
+    saved = load(save(tmp_path / "a", vae, keys=keys, summary=summary))
+    assert (saved.keys, saved.summary) == (keys, summary)
+    assert saved.versions["torch"].split("+")[0] == torch.__version__.split("+")[0]
+
+
+def test_the_names_are_public():
+    assert cellop_nb.save is save
+    assert cellop_nb.load is load
+
+
+def test_genes_may_be_in_another_order_but_not_be_others(path):
+    assert load(path, genes=reversed(GENES)).vae.genes == GENES
+    with pytest.raises(
+        CheckpointError, match="all genes of the saved VAE.*1 of 3 missing.*'MX1'.*did you mean 'MX2'"
+    ):
+        load(path, genes=["ISG15", "MX2", "IFI6"])
+
+
+def test_nothing_to_save_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="a model to save.*pass vae"):
+        save(tmp_path / "a")
+
+
+def test_a_summary_that_json_cannot_hold_is_refused_and_nothing_is_written(tmp_path, vae):
+    with pytest.raises(CheckpointError, match="keys and summary.*Tensor.*float"):
+        save(tmp_path / "a", vae, summary={"loss": torch.ones(1)})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, -1])
+def test_a_truncated_file_is_refused(path, keep):
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(
+        CheckpointError, match="written by cellop_nb.save.*a damaged or foreign file.*To fix it"
+    ):
+        load(path)
+
+
+def test_a_missing_file_or_a_folder_is_refused(tmp_path):
+    for path in (tmp_path / "absent", tmp_path):
+        with pytest.raises(CheckpointError, match="no such file"):
+            load(path)
+
+
+def test_tensors_of_another_program_are_refused(tmp_path):
+    save_file({"weight": torch.ones(2)}, tmp_path / "other")
+    with pytest.raises(CheckpointError, match="tensors of another program"):
+        load(tmp_path / "other")
+
+
+def test_a_later_schema_is_refused(path):
+    rewrite(path, schema=checkpoint.SCHEMA + 1, versions={"cellop_nb": "9.9"})
+    with pytest.raises(CheckpointError, match="schema 1 or lower.*schema 2.*9.9.*install that version"):
+        load(path)
+
+
+def test_tensors_that_do_not_fit_their_description_are_refused(path, vae):
+    rewrite(path, config={"vae": vae.config | {"n_latent": 7}})
+    with pytest.raises(CheckpointError, match="(?s)the tensors of the vae.*size mismatch"):
+        load(path)
+    rewrite(path, config={"flux": {}})
+    with pytest.raises(CheckpointError, match="the tensors of the flux"):
+        load(path)
+
+
+def test_a_failed_save_leaves_the_earlier_file(path, vae, monkeypatch):
+    before = path.read_bytes()
+
+    def half(tensors, where, metadata):
+        where.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(checkpoint, "save_file", half)
+    with pytest.raises(OSError, match="disk full"):
+        save(path, vae)
+    assert path.read_bytes() == before
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_no_pickle_is_inside(path):
+    assert b"\x80\x02" not in path.read_bytes()[:8]
+    assert set(load_file(path)) > {"vae.decoder.log_dispersion", "operators.center"}
