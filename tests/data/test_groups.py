@@ -31,7 +31,7 @@ labels = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(labels, st.one_of(st.none(), st.integers(1, 9)), st.integers(0, 10**6))
 def test_groups_never_mix_contexts_or_sides(cells, n_cells, seed):
     cells = cells + [(c, p) for c in "AB" for p in ("control", "p") for _ in range(2)]

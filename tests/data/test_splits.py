@@ -41,7 +41,7 @@ holdouts = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(cells, holdouts, st.floats(0, 0.5), st.integers(0, 10**6))
 def test_a_holdout_is_exactly_the_matching_perturbed_cells(more, holdout, val_fraction, seed):
     base = [(c, p, d) for c in CONTEXTS for p in PERTURBATIONS for d in DONORS]
