@@ -158,8 +158,8 @@ class OperatorTrainer(Trainer):
         """Cut the held-out groups to at most 256 cells a side, and cache what does not change."""
         items = self.held_out.items
         self.val_design = self.model.conditions.design([condition_of(group, control) for group in items])
-        controls = [self.held_out.control[group.context][:256] for group in items]
-        perturbed = [group.cells[:256] for group in items]
+        controls = [_spread(self.held_out.control[group.context], 256) for group in items]
+        perturbed = [_spread(group.cells, 256) for group in items]
         self.val_control, self.val_sizes = torch.cat(controls), [len(cells) for cells in controls]
         self.val_perturbed, self.val_counts = torch.cat(perturbed), [len(cells) for cells in perturbed]
         self.val_self = self_distance(self.val_perturbed, self.val_counts)
@@ -207,3 +207,10 @@ class OperatorTrainer(Trainer):
 
     def describe_batch(self, batch) -> dict[str, list[str]]:
         return {"groups": list(self.groups.labels)}
+
+
+def _spread(cells: Tensor, most: int) -> Tensor:
+    """At most `most` cells, evenly over the order of the data, which may be sorted by donor or batch."""
+    if len(cells) <= most:
+        return cells
+    return cells[torch.linspace(0, len(cells) - 1, most, device=cells.device).round().long()]

@@ -48,7 +48,7 @@ def new_vae(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         vae = NBVAE(list(adata.var_names), covariates=covariates, **sizes)
-    train = counts(adata, layer)[rows_of(adata, "train", split_key=split_key)]
+    train = counts(adata, layer)[rows_of(adata, "train", split_key=split_key)].astype(np.float64)
     total = np.asarray(train.sum(1), dtype=np.float64).ravel()
     gene_mean = np.asarray(train.mean(0), dtype=np.float64).ravel()
     squares = train.multiply(train) if hasattr(train, "multiply") else train * train
