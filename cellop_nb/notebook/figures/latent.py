@@ -206,7 +206,8 @@ def transport(
         ("control moved", moved, 0, 0.55),
     )
     for i, (ax, name) in enumerate(zip(axes, names, strict=False)):
-        for _, cells, index, alpha in clouds:
+        # the smallest cloud last, so that it is not hidden
+        for _, cells, index, alpha in sorted(clouds, key=lambda cloud: -len(cloud[1][name])):
             _cloud(ax, np.asarray(cells[name], dtype=float), s.mark(index), alpha, max_cells, seed)
         s.label(
             ax,
