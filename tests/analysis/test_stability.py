@@ -149,3 +149,10 @@ def test_the_penalty_makes_a_red_family_healthy():
     assert worst.loc["before", "red"] == 2 and worst.loc["after", "red"] == 0
     assert worst.loc["before", "spectral_norm"] == pytest.approx(6, rel=1e-4)
     assert worst.loc["after", "spectral_norm"] <= 1.5 + 1e-3
+
+
+def test_the_numerical_range_of_a_known_generator():
+    """A shear is exp of [[0, 1], [0, 0]], whose field of values spans [-1/2, 1/2] on the real axis."""
+    health = affine_health(np.array([[1.0, 1.0], [0.0, 1.0]]), ZERO)
+    assert health["numerical_abscissa"] == pytest.approx(0.5)
+    assert health["numerical_low"] == pytest.approx(-0.5)

@@ -378,6 +378,12 @@ def test_infinities_that_are_masked_are_not_blamed():
     assert fail(trainer).origin.name == "operation div"
 
 
+def test_of_two_births_in_one_term_the_first_is_told():
+    trainer = ToyTrainer()
+    trainer.weird_term = lambda value: value / 0.0 + (value * 0).log()
+    assert fail(trainer).origin.name == "operation div"
+
+
 # -- cost ------------------------------------------------------------------------------------------
 
 
