@@ -31,7 +31,7 @@ from . import batch, parameters
 from .figures.style import show
 
 _SCREEN = ("data", "layer", "perturbation_key", "context_key", "control", "n_genes", "seed")
-_VAE, _OPERATORS = "02_train_vae", "04_train_operators"
+_VAE, _OPERATORS, _MODEL = "02_train_vae", "04_train_operators", "model.safetensors"
 
 
 class Workspace:
@@ -159,10 +159,10 @@ class Workspace:
     def _load(self, notebook: str, part: str, made: Mapping[str, str]):
         """A model that an earlier notebook left, when it was made from this very input; else None."""
         try:
-            stored = load(self.run_dir / notebook / "model")
+            stored = load(self.run_dir / notebook / _MODEL)
         except CheckpointError:
             stored = None
-        fits = stored is not None and stored.extra == made
+        fits = stored is not None and stored.summary == made
         self.origin[part] = notebook if fits else "a stand-in trained here"
         return getattr(stored, part) if fits else None
 
@@ -176,7 +176,7 @@ class Workspace:
         """Write trained models for the notebooks that follow, with what they were made from."""
         inputs = ("screen", "vae") if "operators" in models else ("screen",)
         made = {name: adata.uns["cellop_nb"][name] for name in inputs}
-        return save(self.folder / "model", **models, extra=made)
+        return save(self.folder / _MODEL, **models, keys={"layer": self.layer, **self.keys}, summary=made)
 
     def figure(self, figure, name: str):
         """Write the figure as PNG and show it."""
