@@ -89,7 +89,7 @@ def group_counts(table: pd.DataFrame, *, min_cells: int = 10) -> Figure:
     bar = fig.colorbar(shades, ax=ax, fraction=0.04, pad=0.02)
     _count_bar(bar, values.max(initial=1.0))
     few = int((values < min_cells).sum())
-    warning = f"; framed: {few} with fewer than {min_cells}" if few else ""
+    warning = f"\nframed: {few} with fewer than {min_cells}" if few else ""
     return s.label(ax, f"Cells per context and perturbation{warning}").get_figure()
 
 
@@ -143,5 +143,6 @@ def noise_floor(table: pd.DataFrame, *, max_groups: int = 40) -> Figure:
     ax.axvline(0, color=s.QUIET, linewidth=0.8, linestyle=":")
     s.long_names(ax, rows["group"], "y")
     ax.invert_yaxis()
-    s.legend(ax, loc="lower right")
+    # above the panel: no corner is free of groups in every screen
+    s.legend(ax, loc="lower right", bbox_to_anchor=(1.0, 1.0), columns=2, handlelength=0.8)
     return s.label(ax, "Effect against noise floor", "energy distance (Euclidean, U-statistic)").get_figure()
