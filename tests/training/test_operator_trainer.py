@@ -1,0 +1,289 @@
+"""Training of the operators on true latents: planted operators come back, down to the noise floor."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from toy import Do, assert_same_run
+
+from cellop_nb.data.groups import groups
+from cellop_nb.data.splits import split
+from cellop_nb.data.synthetic import planted_operator, synthetic
+from cellop_nb.errors import LabelError
+from cellop_nb.models.conditions import Condition
+from cellop_nb.models.energy import energy_distance, self_distance
+from cellop_nb.models.vae import NBVAE
+from cellop_nb.training.operators import OperatorTrainer, condition_of, new_operators, split_half_floor
+
+REP = {"use_rep": "X_truth"}
+QUIET = {"progress": False, "accelerator": "cpu"}
+
+
+def screen_of(n_cells, n_contexts=2):
+    adata = synthetic(
+        n_contexts=n_contexts, n_perturbations=3, n_cells=n_cells, n_genes=10, n_latent=4, seed=1
+    )
+    split(adata, test_fraction=0.3, val_fraction=0.15)
+    return adata
+
+
+def fitted(adata, epochs=12, **settings):
+    """One affine map per perturbation for all contexts, as it was planted."""
+    model = new_operators(adata, context_rank=None, **REP)
+    given = {"max_epochs": epochs, "steps_per_epoch": 10, "cells_per_group": 96, "ridge": 0.01} | settings
+    trainer = OperatorTrainer(adata, model, **given, **REP, **QUIET)
+    trainer.fit()
+    return trainer
+
+
+def transported_means(adata, model):
+    """Learned and planted means of all controls of each group's context, (group, d)."""
+    is_control = adata.obs["perturbation"] == "control"
+    learned, planted = [], []
+    for group in groups(adata, split="test", **REP).items:
+        here = (is_control & (adata.obs["cell_type"] == group.context)).to_numpy()
+        controls = torch.as_tensor(adata.obsm["X_truth"][here])
+        matrix, shift = (
+            torch.as_tensor(part).float() for part in planted_operator(adata, group.perturbation)
+        )
+        planted.append((controls @ matrix.T + shift).mean(0))
+        learned.append(model.operator(condition_of(group))(controls).mean(0))
+    return torch.stack(learned), torch.stack(planted)
+
+
+def mean_error(adata, model):
+    """Relative error of the transported means over all groups."""
+    learned, planted = transported_means(adata, model)
+    return float((learned - planted).norm() / planted.norm())
+
+
+@pytest.fixture(scope="module")
+def screen():
+    return screen_of(400, n_contexts=4)
+
+
+@pytest.fixture(scope="module")
+def trainer(screen):
+    return fitted(screen)
+
+
+@pytest.fixture(scope="module")
+def small():
+    return screen_of(60)
+
+
+def small_trainer(adata, **settings):
+    given = {"max_epochs": 4, "steps_per_epoch": 3, "cells_per_group": 16} | settings
+    return OperatorTrainer(adata, new_operators(adata, **REP), **REP, **QUIET, **given)
+
+
+# -- the science ------------------------------------------------------------------------------------------
+
+
+def test_held_out_groups_are_at_the_noise_floor(screen, trainer):
+    held_out = groups(screen, split="test", control_split="train", **REP)
+    generator = torch.Generator().manual_seed(0)
+    for group in held_out.items:
+        moved = trainer.model.operator(condition_of(group))(held_out.control[group.context])
+        found = float(energy_distance(moved, group.cells))
+        # The unbiased estimate scatters around zero: the size of that scatter is the noise floor.
+        halves = [split_half_floor(group.cells, generator, repeats=1) for _ in range(30)]
+        assert found < 2 * np.mean(np.abs(halves)), group.label
+        before = float(energy_distance(held_out.control[group.context], group.cells))
+        assert before < 0.5 or found < 0.1 * before, group.label
+
+
+def test_transported_means_are_within_five_percent(screen, trainer):
+    assert mean_error(screen, trainer.model) < 0.05
+
+
+def test_the_planted_matrices_are_approached(screen, trainer):
+    """Clouds near to Gaussian identify a matrix only up to a rotation; several contexts do better."""
+    left = []
+    for name in ("drug 1", "drug 2"):
+        planted = torch.as_tensor(planted_operator(screen, name)[0]).float()
+        learned = trainer.model.matrix(Condition((name,)))
+        left.append(float((learned - planted).norm() / (planted - torch.eye(4)).norm()))
+    assert np.mean(left) < 0.6
+
+
+def test_the_error_falls_as_cells_grow():
+    few, many = (
+        mean_error(adata, fitted(adata, epochs=6).model) for adata in (screen_of(50), screen_of(1200))
+    )
+    # A factor of 24 in cells is about 5 in a standard error.
+    assert many < 0.5 * few
+
+
+def test_control_stays_the_identity(screen, trainer):
+    z = torch.as_tensor(screen.obsm["X_truth"])
+    for context in [None, *trainer.model.config["contexts"]]:
+        assert torch.equal(trainer.model.operator(Condition((), context))(z), z)
+
+
+def test_a_screen_without_effects_gives_the_identity(small):
+    """Controls relabelled as a perturbation: what is learned is no more than noise."""
+    null = small[small.obs["perturbation"] == "control"].copy()
+    half = np.random.default_rng(0).random(null.n_obs) < 0.5
+    null.obs["perturbation"] = np.where(half, "nothing", "control")
+    split(null, test_fraction=0, val_fraction=0.2)
+    model = fitted(null, epochs=6).model
+    for context in model.config["contexts"]:
+        before = torch.as_tensor(null.obsm["X_truth"][(null.obs["cell_type"] == context).to_numpy()])
+        after = model.operator(Condition(("nothing",), context))(before)
+        assert (after - before).norm(dim=1).mean() < 0.5 * before.std(0).norm()
+
+
+def test_mixtures_are_not_enough(screen):
+    """Two groups with their operators swapped match as a mixture; the loss per group must see it."""
+    trainer = small_trainer(screen, cells_per_group=200)
+    right = float(trainer.loss_terms(next(iter(trainer.batches())))["energy"])
+    embedding = trainer.model.conditions.embedding.data
+    rows = [trainer.model.config["perturbations"].index(name) for name in ("drug 1", "drug 2")]
+    embedding[rows] = embedding[rows[::-1]]
+    assert float(trainer.loss_terms(next(iter(trainer.batches())))["energy"]) > 3 * right + 0.1
+
+
+# -- the loss ---------------------------------------------------------------------------------------------
+
+
+def test_the_loss_is_the_mean_energy_distance_of_the_groups(small):
+    trainer = small_trainer(small)
+    batch = next(iter(trainer.batches()))
+    terms = trainer.loss_terms(batch)
+    x, y = batch.control.split(batch.control_sizes), batch.perturbed.split(batch.perturbed_sizes)
+    expected = []
+    for cells, target, group in zip(x, y, trainer.groups.items, strict=True):
+        moved = trainer.model.operator(condition_of(group))(cells)
+        n, m = len(moved), len(target)
+        cross = torch.cdist(moved, target).sum() / (n * m)
+        within = (
+            torch.cdist(moved, moved).sum() / (n * (n - 1)),
+            torch.cdist(target, target).sum() / (m * (m - 1)),
+        )
+        expected.append(float(2 * cross - sum(within)))
+    assert float(terms["energy"]) == pytest.approx(np.mean(expected), abs=1e-4)
+    matrices, _ = trainer.model.affine(trainer.design)
+    own = trainer.weights["ridge"] * trainer.model.ridge(matrices)
+    own = own + trainer.weights["context_ridge"] * trainer.model.context_ridge()
+    torch.testing.assert_close(terms["ridge"], own)
+    assert set(terms) == {"energy", "ridge", "stability"}
+
+
+def test_training_lowers_the_distance_from_the_identity_start(small):
+    """From the identity, not from the moments: every sign of the energy distance is needed for this."""
+    trainer = small_trainer(small, max_epochs=15, ridge=0.0)
+    with torch.no_grad():
+        trainer.model.axis_left.zero_()
+        trainer.model.axis_shift.zero_()
+    start = trainer.validate()["val_loss"]
+    assert trainer.fit()["val_loss"].min() < 0.3 * start
+
+
+def test_the_stability_penalty_holds_the_norm_down(small):
+    free, held = (
+        small_trainer(small, max_norm=1.0, stability_weight=w, max_epochs=10).fit()["operator_norm"].iloc[-1]
+        for w in (0.0, 100.0)
+    )
+    assert held < min(free, 1.2)
+
+
+def test_validation_names_each_group_and_caches_what_is_constant(small):
+    trainer = small_trainer(small)
+    row = trainer.fit(1).iloc[-1]
+    labels = trainer.held_out.labels
+    assert [f"val_energy[{label}]" in row for label in labels] == [True] * 6
+    assert row["val_loss"] == pytest.approx(np.mean([row[f"val_energy[{label}]"] for label in labels]))
+    torch.testing.assert_close(trainer.val_self, self_distance(trainer.val_perturbed, trainer.val_counts))
+    norms = [trainer.model.norm(condition) for condition in trainer.conditions]
+    assert row["operator_norm"] == pytest.approx(max(norms), rel=1e-5)
+
+
+def test_validation_cells_are_spread_over_the_whole_group(small):
+    trainer = small_trainer(screen_of(400))
+    positions = trainer.held_out.control["type A"]
+    assert torch.equal(trainer.val_control[0], positions[0])
+    assert torch.equal(trainer.val_control[: trainer.val_sizes[0]][-1], positions[-1])
+    assert max(trainer.val_sizes) <= 256
+
+
+# -- what it reads ----------------------------------------------------------------------------------------
+
+
+def test_genes_are_never_touched(small):
+    """The same run without counts, and a VAE beside it that gets no gradient."""
+    blind = small.copy()
+    blind.X = None
+    vae = NBVAE(10, n_latent=4)
+    plain, without = small_trainer(small), small_trainer(blind)
+    plain.fit()
+    without.fit()
+    assert_same_run(plain, without)
+    assert all(p.grad is None for p in vae.parameters())
+    owned = {id(p) for group in plain.optimizer.param_groups for p in group["params"]}
+    assert owned == {id(p) for p in plain.model.parameters() if p.requires_grad}
+
+
+def test_test_cells_are_never_read(small):
+    ruined = small.copy()
+    ruined.obsm["X_truth"][(small.obs["split"] == "test").to_numpy()] = 1e6
+    one, two = small_trainer(small), small_trainer(ruined)
+    one.fit()
+    two.fit()
+    assert_same_run(one, two)
+
+
+def test_equal_seeds_give_bit_equal_runs(small):
+    one, two, other = (small_trainer(small, seed=seed) for seed in (1, 1, 2))
+    for trainer in (one, two, other):
+        trainer.fit()
+    assert_same_run(one, two)
+    assert not one.history["train_loss"].equals(other.history["train_loss"])
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(small, tmp_path):
+    plain = small_trainer(small)
+    plain.fit()
+    small_trainer(small, callbacks=[Do(lambda t: t.save_checkpoint(tmp_path / "two.pt"), epoch=1)]).fit()
+    resumed = small_trainer(small, seed=5)
+    resumed.load_checkpoint(tmp_path / "two.pt")
+    resumed.fit()
+    assert_same_run(plain, resumed)
+
+
+def test_unknown_split_and_representation_are_refused(small):
+    bare = small.copy()
+    del bare.obs["split"]
+    with pytest.raises(LabelError, match="'split'"):
+        new_operators(bare, **REP)
+    with pytest.raises(ValueError, match="'X_true'.*did you mean 'X_truth'"):
+        new_operators(small, use_rep="X_true")
+
+
+def test_doses_and_combinations_get_conditions():
+    adata = synthetic(
+        n_contexts=1, n_perturbations=2, combinations=1, doses=(0.5, 1.0), n_cells=40, n_genes=10, n_latent=4
+    )
+    split(adata)
+    model = new_operators(adata, dose_key="dose", **REP)
+    assert model.config["pairs"] == [["drug 1", "drug 2"]]
+    trainer = OperatorTrainer(adata, model, dose_key="dose", max_epochs=2, **REP, **QUIET)
+    trainer.fit()
+    assert {condition.doses for condition in trainer.conditions} == {(0.5,), (1.0,), (1.0, 1.0)}
+
+
+def test_features_reach_a_perturbation_that_was_never_measured(small):
+    table = pd.DataFrame(np.eye(4)[:, :3] + 0.5, index=["drug 1", "drug 2", "drug 3", "drug 4"])
+    model = new_operators(small, features=table, **REP)
+    assert model.shift(Condition(("drug 4",))).isfinite().all()
+    with pytest.raises(LabelError, match="drug 3"):
+        new_operators(small, features=table.drop(index="drug 3"), **REP)
+
+
+def test_the_noise_floor_is_that_of_two_halves():
+    cells = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
+    floor = split_half_floor(cells, torch.Generator().manual_seed(0), repeats=20)
+    assert abs(floor) < 0.05
+    assert split_half_floor(cells, torch.Generator().manual_seed(0), repeats=20) == floor
