@@ -167,7 +167,7 @@ def _changes(ax, rows: pd.DataFrame, n_names: int) -> None:
     dots = {"linestyle": "", "rasterized": True, "markersize": 3}
     ax.plot(*both[~marked].T, alpha=0.5, **dots | {"color": s.QUIET, "marker": "o"})
     ax.plot(*both[marked].T, **dots | s.mark(3) | {"markersize": 3.5})
-    top = rows.reindex(rows["true"].abs().sort_values(ascending=False).index)[:n_names]
+    top = rows.iloc[np.argsort(-rows["true"].abs().to_numpy(), kind="stable")[:n_names]]
     genes = [s.safe(gene, 12) for gene in top["gene"]]
     names_beside(ax, top["true"].to_numpy(), top["predicted"].to_numpy(), genes, high + 0.1 * span)
     s.few_ticks(ax, n=4)
