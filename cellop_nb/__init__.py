@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "datasets": "data.catalogue",
     "check": "data.contract",
+    "context_labels": "data.contract",
     "split": "data.splits",
     "groups": "data.batches",
     "nb_log_likelihood": "models.likelihood",

@@ -207,7 +207,7 @@ def _virtual_cells(
     for fitted in fits:
         start = torch.as_tensor(fitted.latents[rows])
         moved = fitted.response.operator(perturbation, context, start)(start)
-        cells = decode_cells(train[rows], fitted.vae, moved, layer=layer, seed=fitted.seed)
+        cells = decode_cells(train[rows], fitted.vae, moved, start=start, layer=layer, seed=fitted.seed)
         cells.obs["source_cell"] = cells.obs_names
         cells.obs_names = [f"{name}, {perturbation}, fit {fitted.seed}" for name in cells.obs_names]
         parts.append(cells)
@@ -231,3 +231,37 @@ def _pooled_shift(training: Screen, target: Target, *, fits: list[Fitted], layer
             latent_shift(training, target, latents=fitted.latents, start=start, decode=decode).counts
         )
     return Prediction.of_counts(LATENT_SHIFT, sparse.vstack(counts).tocsr(), target.space)
+
+
+def strongest_group(
+    adata,
+    *,
+    layer: str | None = None,
+    perturbation_key: str = "perturbation",
+    context_key: str | Sequence[str] | None = "cell_type",
+    control: str = "control",
+) -> tuple[str, str]:
+    """The (context, perturbation) group with the largest mean shift in log1p-CP10k, among those that can be
+    predicted: the same perturbation was measured in another context.
+
+    Raises
+    ------
+    HoldoutError
+        Where no perturbation was measured in two contexts.
+    """
+    space = EvaluationSpace(np.asarray(adata.var_names), np.zeros(0), np.zeros(0), adata.n_obs)
+    cells = space.transform(space.select(adata, layer))
+    screen = Screen.of(
+        adata, cells, perturbation_key=perturbation_key, context_key=context_key, control=control
+    )
+    groups = screen.measured()
+    repeated = [(c, p) for c, p in groups if any(q == p and d != c for d, q in groups)]
+    if not repeated:
+        raise HoldoutError(
+            three_beats(
+                "a perturbation measured in two contexts",
+                "none",
+                "hold out cells or combinations instead, or name another context_key",
+            )
+        )
+    return max(repeated, key=lambda group: float(np.linalg.norm(screen.shift(*group))))

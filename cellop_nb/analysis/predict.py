@@ -16,6 +16,7 @@ from ..data.contract import context_labels, obs_labels
 from ..errors import DataError, LabelError, did_you_mean, three_beats
 from ..models.affine import AffineOperator
 from ..models.conditions import Condition
+from ..models.coupling import carried_mean, carry_counts
 from ..models.operators import OperatorModel
 from ..models.vae import NBVAE
 
@@ -50,7 +51,9 @@ def embed(
     adata.obsm[key_added] = torch.cat(parts).numpy()
 
 
-def operator_for(operators: OperatorModel, perturbation: str, context: str | None, *, control: str = "control"):
+def operator_for(
+    operators: OperatorModel, perturbation: str, context: str | None, *, control: str = "control"
+):
     """The operator of a perturbation in a context, and whether the context is one that it was fitted with.
 
     A context never seen gets the shared response: this is a prediction, and callers say so.
@@ -74,6 +77,7 @@ def predict(
     perturbation_key: str = "perturbation",
     context_key: str | Sequence[str] | None = "cell_type",
     control: str = "control",
+    carry: bool = True,
     max_cells: int | None = None,
     seed: int = 0,
 ) -> ad.AnnData:
@@ -92,6 +96,9 @@ def predict(
         fitted with is moved by the shared response, and marked.
     strength
         Power of the operator: 0 leaves the cells, 1 is the measured strength.
+    carry
+        Whether each cell keeps its own counts as far as its expected counts stay the same
+        (:func:`cellop_nb.models.coupling.carry_counts`); otherwise counts are drawn afresh.
     max_cells
         Take at most this many source cells, drawn with `seed`.
     seed
@@ -99,7 +106,7 @@ def predict(
 
     Returns
     -------
-    AnnData of the source cells, with sampled counts at the source cells' library sizes in ``X``, expected
+    AnnData of the source cells, with sampled counts in ``X``, expected
     counts in ``layers["mean"]``, moved latents in ``obsm[use_rep]``, the source cells' ``obs`` with
     ``obs[perturbation_key]`` set, and ``uns["cellop_nb"]["prediction"]``.
 
@@ -116,8 +123,10 @@ def predict(
     known = True
     if isinstance(operators, OperatorModel):
         operators, known = operator_for(operators, perturbation, context, control=control)
-    moved = operators.power(strength)(latents(adata[source], use_rep))
-    predicted = decode_cells(adata[source], vae, moved, layer=layer, key_added=use_rep, seed=seed)
+    start = latents(adata[source], use_rep)
+    moved = operators.power(strength)(start)
+    options = {"layer": layer, "key_added": use_rep, "seed": seed}
+    predicted = decode_cells(adata[source], vae, moved, start=start if carry else None, **options)
     predicted.obs[perturbation_key] = perturbation
     predicted.uns["cellop_nb"] = {
         "prediction": {
@@ -164,18 +173,34 @@ def latents(adata, use_rep: str = "X_nbvae") -> Tensor:
     """Latents (cell, d) float32 of ``obsm[use_rep]``."""
     if use_rep not in adata.obsm:
         raise DataError(
-            three_beats(f"latents in obsm[{use_rep!r}]", f"{list(adata.obsm)}", "call embed(adata, vae) first")
+            three_beats(
+                f"latents in obsm[{use_rep!r}]", f"{list(adata.obsm)}", "call embed(adata, vae) first"
+            )
         )
     return torch.as_tensor(np.asarray(adata.obsm[use_rep]), dtype=torch.float32)
 
 
 @torch.no_grad()
 def decode_cells(
-    adata, vae: NBVAE, moved: Tensor, *, layer: str | None = None, key_added: str = "X_nbvae", seed: int = 0
+    adata,
+    vae: NBVAE,
+    moved: Tensor,
+    *,
+    start: Tensor | None = None,
+    layer: str | None = None,
+    key_added: str = "X_nbvae",
+    seed: int = 0,
 ) -> ad.AnnData:
-    """Cells of `adata` with the latents `moved` (cell, d): sampled counts at their own library sizes.
+    """Cells of `adata` with the latents `moved` (cell, d), as counts.
 
     Counts are sampled, since log1p of an expected count is not the expectation of log1p counts.
+
+    Parameters
+    ----------
+    start
+        (cell, d) latents before the move. With them, each cell keeps its own counts as far as its expected
+        counts stay the same (:func:`carry_counts`); without, counts are drawn afresh from the decoder at the
+        cells' library sizes.
 
     Returns
     -------
@@ -185,9 +210,17 @@ def decode_cells(
     device = next(vae.parameters()).device
     generator = torch.Generator(device=device).manual_seed(seed)
     covariates = {key: code.to(device) for key, code in matrix.covariates.items()}
-    distribution = vae.decode(moved.to(device), matrix.library.to(device), covariates)
-    sampled = sparse.csr_matrix(distribution.sample(generator).cpu().numpy())
-    cells = ad.AnnData(X=sampled, obs=adata.obs.copy(), layers={"mean": distribution.mean.cpu().numpy()})
+    library = matrix.library.to(device)
+    end = vae.decode(moved.to(device), library, covariates)
+    if start is None:
+        sampled, mean = end.sample(generator), end.mean
+    else:
+        x = matrix.batch(np.arange(len(matrix)), device).x
+        begin = vae.decode(start.to(device), library, covariates)
+        sampled, mean = carry_counts(x, begin, end, generator), carried_mean(x, begin, end)
+    cells = ad.AnnData(
+        X=sparse.csr_matrix(sampled.cpu().numpy()), obs=adata.obs.copy(), layers={"mean": mean.cpu().numpy()}
+    )
     cells.var_names = vae.genes
     cells.obsm[key_added] = moved.cpu().numpy()
     return cells

@@ -81,10 +81,10 @@ NOTEBOOKS: dict[str, tuple[Parameter, ...]] = {
     ),
     "06_predict": (
         *DATA,
-        Parameter("holdout_context", "str", "", "context left out of training; empty: the largest"),
+        Parameter("holdout_context", "str", "", "context left out of training; empty: where the effect is largest"),
         Parameter("holdout_perturbation", "str", "", "perturbation to predict; empty: the largest effect"),
-        LATENT_DIM, *EPOCHS,
-        Parameter("n_seeds", "int", 1, "fits that are averaged", minimum=1, maximum=20),
+        LATENT_DIM, replace(HIDDEN, default=256), replace(VAE_EPOCHS, name="max_epochs_vae"),
+        Parameter("n_seeds", "int", 1, "fits whose predictions are pooled", minimum=1, maximum=20),
         SEED, RUN_DIR,
     ),
 }  # fmt: skip

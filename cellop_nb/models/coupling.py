@@ -1,0 +1,58 @@
+"""Counts of a moved cell that keep what is the cell's own: negative-binomial counts coupled to observed ones."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .likelihood import NegativeBinomial
+
+
+def carry_counts(
+    x: Tensor, start: NegativeBinomial, end: NegativeBinomial, generator: torch.Generator | None = None
+) -> Tensor:
+    r"""Draw counts of `end` that are coupled to the counts observed under `start`.
+
+    .. math::
+        x \mid g \sim \mathrm{Poisson}(\mu_0 g), \quad g \sim \mathrm{Gamma}(r, r)
+        \;\Rightarrow\; g \mid x \sim \mathrm{Gamma}(r + x,\, r + \mu_0)
+
+    .. math::
+        x' = x + \mathrm{Poisson}\big((\mu_1 - \mu_0)\, g\big) \;\text{ if } \mu_1 > \mu_0, \qquad
+        x' \sim \mathrm{Binomial}(x, \mu_1 / \mu_0) \;\text{ otherwise}
+
+    If x follows `start`, then x' follows `end` exactly; if x departs from the model (a program that the latent
+    does not hold, a gene that varies more than it should), x' departs in the same way. No change of the mean
+    leaves every count as it is, so that a decoder's error is not added to what the operator does.
+
+    Parameters
+    ----------
+    x
+        (cell, gene) observed counts.
+    start, end
+        Distributions (cell, gene) before and after, with the same inverse dispersion r.
+
+    Returns
+    -------
+    Tensor (cell, gene) of counts.
+
+    References
+    ----------
+    Kingman (1993), Poisson Processes, sections 2.2 (superposition) and 5.1 (thinning); the posterior of the
+    gamma-Poisson mixture is conjugate (Gelman et al. 2013, Bayesian Data Analysis, section 2.6).
+    """
+    own = torch._standard_gamma(start.r + x, generator=generator) / (start.r + start.mean)
+    more = torch.poisson((end.mean - start.mean).clamp_min(0) * own, generator=generator)
+    fewer = torch.binomial(x, (end.mean / start.mean).clamp_max(1), generator=generator)
+    return torch.where(end.mean > start.mean, x + more, fewer)
+
+
+def carried_mean(x: Tensor, start: NegativeBinomial, end: NegativeBinomial) -> Tensor:
+    r"""Expectation of :func:`carry_counts` given x, (cell, gene).
+
+    .. math::
+        E[x' \mid x] = x + (\mu_1 - \mu_0) \frac{r + x}{r + \mu_0} \;\text{ if } \mu_1 > \mu_0, \quad
+        x \mu_1 / \mu_0 \;\text{ otherwise}
+    """
+    more = x + (end.mean - start.mean) * (start.r + x) / (start.r + start.mean)
+    return torch.where(end.mean > start.mean, more, x * end.mean / start.mean)
