@@ -1,7 +1,8 @@
-"""Energy distance between clouds of cells: exact, tiled, with the gradient accumulated in the forward pass."""
+"""Energy distance between clouds of cells: exact, tiled, its gradient accumulated in the forward pass."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -10,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from ..errors import ModelError, did_you_mean, three_beats
 from .energy_groups import batches, count_pairs, gather, scatter
-from .energy_kernels import cross_sums, scale_of, self_sums
+from .energy_kernels import Exact, cross_sums, scale_of, self_sums
 
 ESTIMATORS = ("U", "V")
 
@@ -28,7 +29,7 @@ def energy_distance(
 
     .. math:: E(X, Y) = 2\, E\|X - Y\| - E\|X - X'\| - E\|Y - Y'\|
 
-    Exact, in memory O(n d + tile^2): value and gradient come from the same pass over the tiles and are the same
+    Exact, in memory O(n d + tile^2): value and gradient come from one pass over the tiles and are the same
     for every tile size. Coincident points have distance 0 and a zero (sub)gradient.
 
     Parameters
@@ -56,7 +57,8 @@ def energy_distance(
 
     References
     ----------
-    Szekely and Rizzo (2013), Energy statistics: a class of statistics based on distances, J. Stat. Plan. Inf. 143.
+    Szekely and Rizzo (2013), Energy statistics: a class of statistics based on distances, Journal of
+    Statistical Planning and Inference 143:1249.
     """
     known = None if y_self is None else torch.as_tensor(y_self, device=x.device).reshape(1)
     options = {"estimator": estimator, "y_self": known, "validate": validate, "tile": tile}
@@ -76,8 +78,8 @@ def grouped_energy_distance(
 ) -> Tensor:
     """Energy distance of each of many pairs of clouds of unequal sizes, in one call.
 
-    Groups of similar size are padded and computed together; large groups are tiled one by one. Value and gradient
-    are those of :func:`energy_distance` on each pair of groups.
+    Groups of similar size are padded and computed together; large groups are tiled one by one. Value and
+    gradient are those of :func:`energy_distance` on each pair of groups.
 
     Parameters
     ----------
@@ -134,9 +136,9 @@ def self_distance(
     with torch.autocast(y.device.type, enabled=False):
         for batch in batches(groups, groups):
             cloud, _, pad = gather(y, groups, batch)
-            cloud = _moved(cloud, _mean(cloud, pad), pad)
-            scale = scale_of(cloud)
-            total, _ = self_sums(cloud.div_(scale), want=False, tile=tile, pad=pad)
+            moved = _moved(cloud, _mean(cloud, pad), pad)
+            scale = scale_of(moved)
+            total, _ = self_sums(moved.div_(scale), (cloud, cloud, scale), want=False, tile=tile, pad=pad)
             out[batch] = (total * scale.flatten() / count_pairs(groups, batch, estimator, y.device)).to(
                 y.dtype
             )
@@ -176,21 +178,21 @@ class _GroupedEnergy(torch.autograd.Function):
 
 
 def _energies(cloud_x, cloud_y, pairs, want_x, want_y, tile, y_self):
-    """Energy distances (group,) float64 of one batch of padded groups, with the gradients (group, cell, d)."""
-    (x, _, pad_x), (y, _, pad_y) = cloud_x, cloud_y
-    centre = (_mean(x, pad_x) + _mean(y, pad_y)) / 2
-    x, y = _moved(x, centre, pad_x), _moved(y, centre, pad_y)
+    """Energy distances (group,) float64 of a batch of padded groups, with the gradients (group, cell, d)."""
+    (given_x, _, pad_x), (given_y, _, pad_y) = cloud_x, cloud_y
+    centre = (_mean(given_x, pad_x) + _mean(given_y, pad_y)) / 2
+    x, y = _moved(given_x, centre, pad_x), _moved(given_y, centre, pad_y)
     scale = scale_of(x, y)
     x, y = x.div_(scale), y.div_(scale)
     options = {"want_x": want_x, "want_y": want_y, "tile": tile, "pad_x": pad_x, "pad_y": pad_y}
     counts = _count(x, pad_x) * _count(y, pad_y)
-    cross, cross_x, cross_y = cross_sums(x, y, **options)
-    within_x, self_x = _within(x, want_x, tile, pad_x)
+    cross, cross_x, cross_y = cross_sums(x, y, (given_x, given_y, scale), **options)
+    within_x, self_x = _within(x, (given_x, given_x, scale), want_x, tile, pad_x)
     energy = 2 * cross / counts - within_x / pairs[0]
     force_x = _combine(cross_x, counts, self_x, pairs[0])
     if y_self is not None:
         return energy * scale.flatten() - y_self, force_x, None
-    within_y, self_y = _within(y, want_y, tile, pad_y)
+    within_y, self_y = _within(y, (given_y, given_y, scale), want_y, tile, pad_y)
     energy = (energy - within_y / pairs[1]) * scale.flatten()
     return energy, force_x, _combine(cross_y, counts, self_y, pairs[1])
 
@@ -207,9 +209,11 @@ def _combine(cross: Tensor | None, counts, within: Tensor | None, pairs) -> Tens
     return cross.sub_(within.mul_(factors[1].view(-1, 1, 1)))
 
 
-def _within(x: Tensor, want: bool, tile: int | None, pad: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _within(
+    x: Tensor, exact: Exact, want: bool, tile: int | None, pad: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """:func:`self_sums` of clouds that are first centred on themselves."""
-    return self_sums(_moved(x, _mean(x, pad), pad), want=want, tile=tile, pad=pad)
+    return self_sums(_moved(x, _mean(x, pad), pad), exact, want=want, tile=tile, pad=pad)
 
 
 def _count(x: Tensor, pad: Tensor | None) -> Tensor | int:
@@ -257,7 +261,7 @@ def _check_cloud(name: str, x: Tensor, sizes: list[int], least: int, validate: b
             'leave the group out, or pass estimator="V" for one cell' if least == 2 else "leave the group out"
         )
         raise ModelError(three_beats(f"at least {least} cell(s) in every group", found, fix))
-    if validate and not torch.isfinite(x).all():
+    if validate and not math.isfinite(float(x.detach().sum())) and not torch.isfinite(x).all():
         row = int((~torch.isfinite(x)).any(-1).nonzero()[0])
         found = f"NaN or infinity in row {row} of {name}"
         raise ModelError(

@@ -55,7 +55,7 @@ def scatter(grad: Tensor | None, force: Tensor | None, cloud: tuple) -> None:
 
 
 def count_pairs(sizes: list[int], batch: list[int], estimator: str, device: torch.device) -> Tensor | int:
-    """Number of ordered pairs within each group: (group,) float64, or one number where all sizes are equal."""
+    """Number of ordered pairs within each group: (group,) float64, one number where all sizes are equal."""
     counts = [sizes[g] * (sizes[g] - (estimator == "U")) for g in batch]
     if min(counts) == max(counts):
         return counts[0]

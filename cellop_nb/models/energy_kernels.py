@@ -1,27 +1,30 @@
 """Sums of Euclidean distances and their gradients, tile by tile or group by group.
 
-With the augmented rows :math:`L_j = [y_j, |y_j|^2, 1]` and :math:`R_i = [-2 x_i, 1, |x_i|^2]` one product gives
-:math:`d_{ij}^2 = R_i L_j`, and with :math:`w_{ij} = 1/d_{ij}` a second one, :math:`G_i = \\sum_j w_{ij} L_j`,
+With the augmented rows :math:`L_j = [y_j, |y_j|^2, 1]` and :math:`R_i = [-2 x_i, 1, |x_i|^2]` one product
+gives :math:`d_{ij}^2 = R_i L_j`; with :math:`w_{ij} = 1/d_{ij}` a second, :math:`G_i = \\sum_j w_{ij} L_j`,
 gives both the row's sum of distances, :math:`R_i G_i = \\sum_j w_{ij} d_{ij}^2`, and its gradient,
 :math:`x_i \\sum_j w_{ij} - \\sum_j w_{ij} y_j`. Between the two products a tile is passed over twice.
 
-The product form loses digits where two points are close compared with their norms: clouds are centred first, and
-pairs that are still close are taken out of the tile (:data:`CLOSE`) and computed from their differences.
+The product form loses digits where two points are close compared with their norms: clouds are centred first,
+and pairs that are still close are taken out of the tile (:data:`CLOSE`) and computed from their differences.
 
 All clouds here are (group, cell, d); tiling is for one group, padding for many.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 CLOSE = 1e-3
-"""Pairs with d^2 below this share of |x|^2 + |y|^2 are computed from differences: above it d is good to 1e-4."""
+"""Pairs with d^2 below this share of |x|^2 + |y|^2 come from differences; above it, d is good to 1e-4."""
+
+Exact = tuple[Tensor, Tensor, Tensor]
+"""Clouds x and y as given, and the scale (group, 1, 1): centring may round small differences away."""
 
 _PAIRS_AT_ONCE = 1 << 15
 _TILE_BYTES = 1 << 20  # a tile is visited four times, so it has to stay in the cores' own cache
@@ -29,9 +32,9 @@ _TILE_BYTES = 1 << 20  # a tile is visited four times, so it has to stay in the 
 
 def scale_of(*clouds: Tensor) -> Tensor:
     """(group, 1, 1) power of two above every norm: dividing by it is exact, and norms are below 1."""
-    largest = torch.stack([cloud.abs().amax((-2, -1), keepdim=True) for cloud in clouds]).amax(0)
-    bound = largest * math.sqrt(clouds[0].shape[-1])
-    return torch.ldexp(torch.ones_like(bound), torch.frexp(bound).exponent)
+    norms = [torch.linalg.vector_norm(cloud, math.inf, dim=(-2, -1), keepdim=True) for cloud in clouds]
+    bound = functools.reduce(torch.maximum, norms) * math.sqrt(clouds[0].shape[-1])
+    return torch.exp2(torch.frexp(bound).exponent.to(bound.dtype))
 
 
 def pieces(n: int, tile: int | None, dtype: torch.dtype) -> list[slice]:
@@ -54,7 +57,7 @@ def _no_padding(z: Tensor) -> Tensor:
     return torch.zeros(z.shape[:-1], dtype=torch.bool, device=z.device)
 
 
-@lru_cache(maxsize=32)
+@functools.lru_cache(maxsize=32)
 def _form(d: int, padded: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The matrix M with R = L M, so that d^2 = L_i M L_j."""
     form = torch.diag(torch.tensor([-2.0] * d + [0.0, 0.0] + [1.0] * padded, dtype=dtype, device=device))
@@ -89,8 +92,9 @@ def _force(z: Tensor, gathered: Tensor) -> Tensor:
 class _ClosePairs:
     """Distances and gradients of the pairs that the product form would blur."""
 
-    def __init__(self, x: Tensor, y: Tensor, norms_x: Tensor, norms_y: Tensor):
-        self.x, self.y, self.norms_x, self.norms_y = x, y, norms_x, norms_y
+    def __init__(self, exact: Exact, norms_x: Tensor, norms_y: Tensor):
+        self.x, self.y, self.scale = exact
+        self.norms_x, self.norms_y = norms_x, norms_y
         self.limit = CLOSE * float(norms_x.amax() + norms_y.amax())
         self.total: Tensor | float = 0.0
         self.pull_x = self.pull_y = None
@@ -115,17 +119,17 @@ class _ClosePairs:
                 self.pull_y.index_put_((group, j), unit, accumulate=True)
 
     def _add(self, group: Tensor, i: Tensor, j: Tensor, weight: int) -> Tensor:
-        difference = self.x[group, i] - self.y[group, j]
-        distance = difference.double().norm(dim=-1)
+        difference = self.x[group, i].double() - self.y[group, j].double()
+        distance = difference.norm(dim=-1)
         zeros = distance.new_zeros(len(self.x))
-        self.total = self.total + zeros.index_add_(0, group, distance, alpha=weight)
+        self.total = self.total + zeros.index_add_(0, group, distance, alpha=weight) / self.scale.flatten()
         # Coincident points pull nowhere: zero is the subgradient of least norm.
         unit = difference / distance.masked_fill(distance == 0, 1).unsqueeze(-1)
-        return unit.to(difference.dtype)
+        return unit.to(self.x.dtype)
 
 
 def _tiles(rows: list[slice], columns: list[slice], like: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Every (rows, columns) with its place in one reused buffer; the upper triangle where both are one list."""
+    """Each (rows, columns) with its place in one reused buffer; the upper triangle where both are one list."""
     widest = (rows[0].stop - rows[0].start) * (columns[0].stop - columns[0].start)
     buffer = like.new_empty(len(like) * widest)
     for index, i in enumerate(rows):
@@ -137,6 +141,7 @@ def _tiles(rows: list[slice], columns: list[slice], like: Tensor) -> Iterator[tu
 def cross_sums(
     x: Tensor,
     y: Tensor,
+    exact: Exact,
     *,
     want_x: bool,
     want_y: bool,
@@ -144,18 +149,27 @@ def cross_sums(
     pad_x: Tensor | None = None,
     pad_y: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Sum over all pairs of |x_i - y_j|, (group,) float64, and its gradients with respect to x and y.
+    """Sum over all pairs of |x_i - y_j|, (group,) float64, and its gradients in x and y.
 
-    x (group, n, d) and y (group, m, d) have norms below 1; `pad_x` and `pad_y` mark padding rows, or neither.
+    x (group, n, d) and y (group, m, d) have norms below 1; `pad_x` and `pad_y` mark padding rows, or are None.
     """
     if want_y and not want_x:
-        total, grad_y, _ = cross_sums(y, x, want_x=True, want_y=False, tile=tile, pad_x=pad_y, pad_y=pad_x)
+        total, grad_y, _ = cross_sums(
+            y,
+            x,
+            (exact[1], exact[0], exact[2]),
+            want_x=True,
+            want_y=False,
+            tile=tile,
+            pad_x=pad_y,
+            pad_y=pad_x,
+        )
         return total, None, grad_y
-    if pad_x is not None or pad_y is not None:  # a cloud without padding still needs the column
+    if pad_x is not None or pad_y is not None:  # then both need the column
         pad_x, pad_y = (_no_padding(z) if pad is None else pad for z, pad in ((x, pad_x), (y, pad_y)))
     d, left_x, left_y = x.shape[-1], _left(x, pad_x), _left(y, pad_y)
     right = _right(left_x, d)
-    close = _ClosePairs(x, y, left_x[..., d], left_y[..., d])
+    close = _ClosePairs(exact, left_x[..., d], left_y[..., d])
     to_x = torch.zeros_like(left_x)
     to_y = torch.zeros_like(left_y) if want_y else None
     for i, j, d2 in _tiles(pieces(x.shape[1], tile, x.dtype), pieces(y.shape[1], tile, x.dtype), x):
@@ -177,7 +191,7 @@ def cross_sums(
 
 
 def self_sums(
-    x: Tensor, *, want: bool, tile: int | None = None, pad: Tensor | None = None
+    x: Tensor, exact: Exact, *, want: bool, tile: int | None = None, pad: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Sum over ordered pairs i != j of |x_i - x_j|, (group,) float64, and half its gradient.
 
@@ -185,7 +199,7 @@ def self_sums(
     """
     d, left = x.shape[-1], _left(x, pad)
     right = _right(left, d)
-    close = _ClosePairs(x, x, left[..., d], left[..., d])
+    close = _ClosePairs(exact, left[..., d], left[..., d])
     gathered = torch.zeros_like(left)
     blocks = pieces(x.shape[1], tile, x.dtype)
     for i, j, d2 in _tiles(blocks, blocks, x):

@@ -1,0 +1,307 @@
+"""Energy distance against closed forms, a double loop, dcor, and the defects that it must not have."""
+
+from __future__ import annotations
+
+import math
+
+import dcor
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cellop_nb.errors import ModelError
+from cellop_nb.models.energy import energy_distance, grouped_energy_distance, self_distance
+
+
+def clouds(n, m, d, seed=0, dtype=torch.float64, grad=True):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, d, generator=generator, dtype=torch.float64)
+    y = torch.randn(m, d, generator=generator, dtype=torch.float64) + 0.3
+    return x.to(dtype).requires_grad_(grad), y.to(dtype).requires_grad_(grad)
+
+
+def double_loop(x, y, estimator):
+    """Textbook definition, one pair at a time."""
+    x, y = (z.detach().double().numpy() for z in (x, y))
+
+    def mean(a, b, within):
+        total = sum(math.dist(p, q) for p in a for q in b)
+        return total / (len(a) * (len(b) - (within and estimator == "U")))
+
+    return 2 * mean(x, y, False) - mean(x, x, True) - mean(y, y, True)
+
+
+def value_and_gradient(x, y, **options):
+    value = energy_distance(x, y, **options)
+    return value, *torch.autograd.grad(value, (x, y))
+
+
+@pytest.mark.parametrize("estimator", ["U", "V"])
+@pytest.mark.parametrize("d", [1, 2, 32])
+def test_equals_the_double_loop(estimator, d):
+    x, y = clouds(13, 21, d)
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        found = energy_distance(x.to(dtype), y.to(dtype), estimator=estimator, tile=8)
+        assert found.dtype == dtype and found.dim() == 0
+        assert float(found.detach()) == pytest.approx(
+            double_loop(x, y, estimator), rel=tolerance, abs=tolerance
+        )
+
+
+def test_v_equals_dcor():
+    x, y = clouds(150, 130, 8, grad=False)
+    expected = dcor.energy_distance(x.numpy(), y.numpy())
+    assert float(energy_distance(x, y, estimator="V")) == pytest.approx(expected, rel=1e-10)
+    found = float(energy_distance(x.float(), y.float(), estimator="V"))
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_two_piles_of_points():
+    a, b = torch.tensor([1.0, 2.0, 2.0]), torch.tensor([0.0, 0.0, 0.0])
+    x, y = a.repeat(40, 1).requires_grad_(), b.repeat(30, 1)
+    for estimator in "UV":
+        value = energy_distance(x, y, estimator=estimator)
+        assert float(value) == pytest.approx(2 * 3.0, rel=1e-6)
+        (gradient,) = torch.autograd.grad(value, x)
+        assert torch.allclose(gradient.sum(0), 2 * a / 3, atol=1e-6)
+
+
+def test_gaussians_have_a_closed_form():
+    """In one dimension E|N(m, v)| is known; the sample value is within a few standard errors."""
+
+    def mean_abs(m, s):
+        return s * math.sqrt(2 / math.pi) * math.exp(-(m**2) / (2 * s**2)) + m * math.erf(
+            m / (s * math.sqrt(2))
+        )
+
+    rng, shift, spread = np.random.default_rng(0), 1.0, 1.5
+    expected = (
+        2 * mean_abs(shift, math.hypot(1, spread))
+        - mean_abs(0, math.sqrt(2))
+        - mean_abs(0, spread * math.sqrt(2))
+    )
+    x, y = rng.normal(size=(2000, 1)), shift + spread * rng.normal(size=(2000, 1))
+    assert float(energy_distance(torch.tensor(x), torch.tensor(y))) == pytest.approx(expected, abs=0.08)
+
+
+def test_isotropic_gaussians_in_many_dimensions():
+    """E||X - X'|| = sqrt(2) E chi_d, for the constant term."""
+    d, cells = 32, torch.randn(3000, 32, generator=torch.Generator().manual_seed(0))
+    expected = math.sqrt(2) * math.sqrt(2) * math.exp(math.lgamma((d + 1) / 2) - math.lgamma(d / 2))
+    assert float(self_distance(cells)) == pytest.approx(expected, rel=0.005)
+
+
+@pytest.mark.parametrize("estimator", ["U", "V"])
+@pytest.mark.parametrize("tile", [None, 3])
+def test_gradcheck(estimator, tile):
+    x, y = clouds(7, 5, 3)
+    assert torch.autograd.gradcheck(
+        lambda a, b: energy_distance(a, b, estimator=estimator, tile=tile), (x, y)
+    )
+    assert torch.autograd.gradcheck(
+        lambda a: energy_distance(a, y.detach(), estimator=estimator, tile=tile), (x,)
+    )
+    assert torch.autograd.gradcheck(
+        lambda b: energy_distance(x.detach(), b, estimator=estimator, tile=tile), (y,)
+    )
+
+
+def last_tile_only(x, y, tile):
+    """Defect 1 of the report: a chunked distance that keeps the gradient of the last block alone."""
+    blocks = list(x.split(tile))
+    kept = [block.detach() for block in blocks[:-1]] + blocks[-1:]
+    cross = sum(torch.cdist(block, y).sum() for block in kept) / (len(x) * len(y))
+    within = [torch.cdist(z, z).sum() / (len(z) * (len(z) - 1)) for z in (x, y)]
+    return 2 * cross - within[0] - within[1]
+
+
+def independent_of_tile(distance, x, y, tiles):
+    values, gradients = zip(*((v, g) for v, g, *_ in (distance(x, y, tile) for tile in tiles)), strict=True)
+    same_value = all(torch.allclose(v, values[0], rtol=1e-10) for v in values)
+    return same_value and all(torch.allclose(g, gradients[0], rtol=1e-8, atol=1e-12) for g in gradients)
+
+
+def test_a_broken_chunk_gradient_is_caught():
+    x, y = clouds(12, 9, 3)
+
+    def defective(a, b, tile):
+        value = last_tile_only(a, b, tile)
+        return value, *torch.autograd.grad(value, a)
+
+    assert not independent_of_tile(defective, x, y, (4, 5, 12))
+    assert not torch.autograd.gradcheck(lambda a: last_tile_only(a, y, 4), (x,), raise_exception=False)
+    assert independent_of_tile(lambda a, b, tile: value_and_gradient(a, b, tile=tile), x, y, (4, 5, 12))
+
+
+@settings(max_examples=20, deadline=None)
+@given(n=st.integers(2, 40), m=st.integers(2, 40), tile=st.integers(1, 50), estimator=st.sampled_from("UV"))
+def test_every_tile_gives_the_same(n, m, tile, estimator):
+    x, y = clouds(n, m, 4, seed=n * 41 + m)
+    whole = value_and_gradient(x, y, estimator=estimator)
+    tiled = value_and_gradient(x, y, estimator=estimator, tile=tile)
+    for a, b in zip(whole, tiled, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_default_tiles_cover_large_clouds():
+    x, y = clouds(1100, 700, 3, dtype=torch.float32)
+    exact = value_and_gradient(x.double(), y.double(), tile=300)
+    for found, expected in zip(value_and_gradient(x, y), exact, strict=True):
+        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-8)
+
+
+@settings(max_examples=12, deadline=None)
+@given(sizes=st.lists(st.tuples(st.integers(2, 30), st.integers(2, 30)), min_size=1, max_size=12),
+       estimator=st.sampled_from("UV"))  # fmt: skip
+def test_grouped_equals_the_loop(sizes, estimator):
+    x_sizes, y_sizes = map(list, zip(*sizes, strict=True))
+    x, y = clouds(sum(x_sizes), sum(y_sizes), 3)
+    weights = torch.linspace(0.5, 2, len(sizes), dtype=torch.float64)
+    together = grouped_energy_distance(x, y, x_sizes, y_sizes, estimator=estimator)
+    pairs = zip(x.split(x_sizes), y.split(y_sizes), strict=True)
+    alone = torch.stack([energy_distance(a, b, estimator=estimator) for a, b in pairs])
+    torch.testing.assert_close(together, alone, rtol=1e-10, atol=1e-12)
+    found, expected = (torch.autograd.grad((v * weights).sum(), (x, y)) for v in (together, alone))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_groups_of_very_unequal_size():
+    x_sizes, y_sizes = [600, 2, 64, 64, 700], [3, 800, 64, 63, 650]
+    x, y = clouds(sum(x_sizes), sum(y_sizes), 5)
+    together = grouped_energy_distance(x, y, torch.tensor(x_sizes), y_sizes)
+    pairs = zip(x.split(x_sizes), y.split(y_sizes), strict=True)
+    torch.testing.assert_close(together, torch.stack([energy_distance(a, b) for a, b in pairs]))
+
+
+@pytest.mark.parametrize("estimator", ["U", "V"])
+def test_cached_constant_changes_nothing(estimator):
+    x_sizes, y_sizes = [5, 8, 20], [6, 9, 2]
+    x, y = clouds(33, 17, 3)
+    known = self_distance(y, y_sizes, estimator)
+    found = grouped_energy_distance(x, y.detach(), x_sizes, y_sizes, estimator=estimator, y_self=known)
+    expected = grouped_energy_distance(x, y, x_sizes, y_sizes, estimator=estimator)
+    torch.testing.assert_close(found, expected)
+    for a, b in zip(*(torch.autograd.grad(v.sum(), x) for v in (found, expected)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_identical_cells_have_distance_zero_and_finite_gradient(dtype):
+    x = torch.full((6, 4), 3.3, dtype=dtype, requires_grad=True)
+    value = energy_distance(x, x.detach().clone())
+    (gradient,) = torch.autograd.grad(value, x)
+    assert float(value) == 0 and torch.equal(gradient, torch.zeros_like(x))
+
+
+def test_identical_clouds():
+    x, _ = clouds(200, 2, 8)
+    biased, gradient = energy_distance(x, x.detach(), estimator="V"), None
+    (gradient,) = torch.autograd.grad(biased, x)
+    assert abs(float(biased)) < 1e-12 and gradient.abs().max() < 1e-12
+    # U leaves the zero pairs out of two of its three terms: -2 E||X - X'|| / n
+    assert float(energy_distance(x, x)) == pytest.approx(-2 * float(self_distance(x)) / 200, rel=1e-9)
+
+
+def test_unbiased_under_the_null():
+    """Section 1 of the field notes: with n = 50, d = 32, V is about 0.35 where U is about 0."""
+    values = {"U": [], "V": []}
+    for seed in range(40):
+        x, y = clouds(50, 50, 32, seed=seed, grad=False)
+        for estimator, found in values.items():
+            found.append(float(energy_distance(x, y - 0.3, estimator=estimator)))
+    assert abs(np.mean(values["U"])) < 0.02 and np.mean(values["V"]) == pytest.approx(0.32, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("spread", "offset"), [(1e-3, 1e4), (1e-3, 1e2), (1.0, 1e6), (1e20, 0.0), (1e-25, 0.0)]
+)
+def test_float32_far_from_the_origin_and_at_extreme_scales(spread, offset):
+    x, y = (z * spread + offset for z in clouds(300, 200, 8, dtype=torch.float32, grad=False))
+    exact = value_and_gradient(x.double().requires_grad_(), y.double().requires_grad_())
+    found = value_and_gradient(x.requires_grad_(), y.requires_grad_())
+    assert float(found[0]) == pytest.approx(float(exact[0]), rel=1e-5)
+    torch.testing.assert_close(found[1].double(), exact[1], rtol=1e-3, atol=1e-7)
+
+
+def test_tight_clusters_inside_a_wide_cloud():
+    """Half of the pairs are a million times closer than the others: the product form would lose them."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = (
+        torch.randn(60, 4, generator=generator) * 1e-4 + torch.arange(60)[:, None] % 2 * 100 for _ in "xy"
+    )
+    exact = value_and_gradient(x.double().requires_grad_(), y.double().requires_grad_())
+    found = value_and_gradient(x.requires_grad_(), y.requires_grad_())
+    assert abs(float(found[0] - exact[0])) < 1e-5 * float(self_distance(x))
+    torch.testing.assert_close(found[1].double(), exact[1], rtol=1e-3, atol=1e-6)
+
+
+def test_invariances():
+    x, y = clouds(40, 30, 5, grad=False)
+    value = float(energy_distance(x, y))
+    rotation, _ = torch.linalg.qr(
+        torch.randn(5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    )
+    assert float(energy_distance(x + 1000, y + 1000)) == pytest.approx(value, rel=1e-9)
+    assert float(energy_distance(x @ rotation, y @ rotation)) == pytest.approx(value, rel=1e-9)
+    assert float(energy_distance(3 * x, 3 * y)) == pytest.approx(3 * value, rel=1e-9)
+    assert float(energy_distance(y, x)) == pytest.approx(value, rel=1e-9)
+
+
+def test_one_cell():
+    x, y = torch.zeros(1, 2), torch.tensor([[3.0, 4.0]])
+    assert float(energy_distance(x, y, estimator="V")) == pytest.approx(10)
+    with pytest.raises(ModelError, match="at least 2 cell"):
+        energy_distance(x, y)
+
+
+def test_autocast_and_half_precision_inputs():
+    x, y = clouds(30, 20, 4, dtype=torch.float32, grad=False)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert float(energy_distance(x, y)) == pytest.approx(
+            float(energy_distance(x.double(), y.double())), rel=1e-5
+        )
+    half = energy_distance(x.bfloat16(), y.bfloat16())
+    assert half.dtype == torch.float32 and torch.isfinite(half)
+
+
+def test_twice_differentiating_is_refused():
+    x, y = clouds(5, 4, 2)
+    weight = torch.ones((), dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(weight * energy_distance(x, y), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+BAD = {
+    "empty": (lambda x: energy_distance(x[:0], x), "at least 2 cell"),
+    "empty, V": (lambda x: energy_distance(x[:0], x, estimator="V"), "at least 1 cell"),
+    "one cell": (lambda x: energy_distance(x, x[:1]), "group 0 of y"),
+    "dimensions": (lambda x: energy_distance(x, x[:, :2]), "one space"),
+    "a vector": (lambda x: energy_distance(x[0], x), r"shape \(cell, d\)"),
+    "NaN": (lambda x: energy_distance(x.index_fill(0, torch.tensor(3), math.nan), x), "row 3 of x"),
+    "infinity": (lambda x: energy_distance(x, x * math.inf), "finite coordinates"),
+    "estimator": (lambda x: energy_distance(x, x, estimator="u"), "did you mean 'U'"),
+    "sizes": (lambda x: grouped_energy_distance(x, x, [2, 2], [3, 3]), "sum to 4"),
+    "groups": (lambda x: grouped_energy_distance(x, x, [6], [3, 3]), "for each group"),
+    "small group": (lambda x: grouped_energy_distance(x, x, [5, 1], [3, 3]), "group 1 of x"),
+    "y_self": (
+        lambda x: grouped_energy_distance(x, x, [3, 3], [3, 3], y_self=torch.zeros(3)),
+        "y_self of shape",
+    ),
+    "y not constant": (lambda x: energy_distance(x, x.clone().requires_grad_(), y_self=1.0), "constant y"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused(case):
+    call, message = BAD[case]
+    with pytest.raises(ModelError, match=message):
+        call(torch.randn(6, 3, generator=torch.Generator().manual_seed(0)))
+
+
+def test_non_finite_values_pass_through_where_asked():
+    x = torch.full((4, 2), math.nan, requires_grad=True)
+    assert not torch.isfinite(energy_distance(x, torch.zeros(3, 2), validate=False))
