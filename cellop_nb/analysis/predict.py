@@ -124,7 +124,7 @@ def predict(
     if isinstance(operators, OperatorModel):
         operators, known = operator_for(operators, perturbation, context, control=control)
     start = latents(adata[source], use_rep)
-    moved = operators.power(strength)(start)
+    moved = operators.power(strength)(start.to(operators.matrix))
     options = {"layer": layer, "key_added": use_rep, "seed": seed}
     predicted = decode_cells(adata[source], vae, moved, start=start if carry else None, **options)
     predicted.obs[perturbation_key] = perturbation
@@ -206,6 +206,7 @@ def decode_cells(
     -------
     AnnData with ``X`` (sampled counts, CSR), ``layers["mean"]``, ``obsm[key_added]`` and a copy of ``obs``.
     """
+    vae.eval()
     matrix = model_counts(adata, vae, layer=layer)
     device = next(vae.parameters()).device
     generator = torch.Generator(device=device).manual_seed(seed)

@@ -39,6 +39,9 @@ class AffineOperator:
 
     def __call__(self, z: Tensor) -> Tensor:
         """Move latents (cell, d)."""
+        if z.shape[-1] != len(self.shift):
+            fix = "use the representation that the operators were fitted in (use_rep=...)"
+            raise ModelError(three_beats(f"latents with {len(self.shift)} columns", str(z.shape[-1]), fix))
         return z @ self.matrix.T + self.shift
 
     def __matmul__(self, first: AffineOperator) -> AffineOperator:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Normal
 
+from ..errors import LabelError, three_beats
 from .likelihood import NegativeBinomial, SparseCounts, nb_log_likelihood_logits
 
 LOGVAR_BOUND = 10.0
@@ -277,7 +278,9 @@ class NBVAE(nn.Module):
             return None
         missing = sorted(set(self.covariates) - set(covariates or {}))
         if missing:
-            raise KeyError(f"the model needs the covariates {missing} for every cell")
+            found = f"{sorted(covariates or {})}"
+            fix = f"pass integer codes of {missing} too, one per cell"
+            raise LabelError(three_beats(f"the covariates {sorted(self.covariates)}", found, fix))
         columns = [nn.functional.one_hot(covariates[name], len(known)) for name, known in self.covariates.items()]
         return torch.cat(columns, -1).to(self.decoder.linear.weight.dtype)
 

@@ -147,3 +147,8 @@ def test_the_advised_strengths_work_where_no_logarithm_exists():
 def test_a_singular_operator_has_no_inverse(values):
     with pytest.raises(ModelError, match=r"invertible operator.*'odd'.*condition number.*larger ridge"):
         diagonal(*values).inverse()
+
+
+def test_latents_of_another_dimension_are_refused():
+    with pytest.raises(ModelError, match="latents with 3 columns. Found 2.*use_rep"):
+        AffineOperator.identity(D)(torch.ones(4, 2))

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch.distributions import Normal, kl_divergence
 
+from cellop_nb.errors import LabelError
 from cellop_nb.models.likelihood import NegativeBinomial, SparseCounts
 from cellop_nb.models.vae import (
     LOGVAR_BOUND,
@@ -282,9 +283,9 @@ def test_covariates_enter_the_decoder_and_on_request_the_encoder(counts, encode_
 
 def test_a_missing_covariate_is_refused(counts):
     vae = small_vae(covariates=BATCHES)
-    with pytest.raises(KeyError, match="batch"):
+    with pytest.raises(LabelError, match=r"Expected the covariates \['batch'\].*Found \[\]"):
         vae.decode(torch.zeros(CELLS, LATENT), counts.sum(1))
-    with pytest.raises(KeyError, match="batch"):
+    with pytest.raises(LabelError, match=r"Found \['donor'\].*codes of \['batch'\]"):
         vae(counts, counts.sum(1), {"donor": torch.zeros(CELLS, dtype=torch.long)})
 
 

@@ -172,6 +172,14 @@ def test_a_failed_save_leaves_the_earlier_file(path, vae, monkeypatch):
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
+def test_a_reader_of_the_earlier_file_is_not_disturbed(path, operators):
+    before = path.read_bytes()
+    with path.open("rb") as reader:
+        save(path, operators=operators)
+        assert reader.read() == before
+    assert load(path).vae is None
+
+
 def test_no_pickle_is_inside(path):
     assert b"\x80\x02" not in path.read_bytes()[:8]
     assert set(load_file(path)) > {"vae.decoder.log_dispersion", "operators.center"}
