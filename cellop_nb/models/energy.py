@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..errors import ModelError, did_you_mean, three_beats
+from .energy_checks import as_list, check_cloud, check_estimator, check_pair
 from .energy_groups import batches, count_pairs, gather, scatter
-from .energy_kernels import Exact, cross_sums, scale_of, self_sums
+from .energy_kernels import Exact, cross_sums, joint_energy, scale_of, self_sums
 
-ESTIMATORS = ("U", "V")
+SMALL_PAIRS = 640_000  # up to here the number of calls counts, not the number of pairs
 
 
 def energy_distance(
@@ -101,11 +100,11 @@ def grouped_energy_distance(
     ModelError
         As :func:`energy_distance`; also where sizes and rows disagree.
     """
-    x_sizes, y_sizes = _sizes(x_sizes), _sizes(y_sizes)
-    _check_estimator(estimator)
-    _check_cloud("x", x, x_sizes, 2 if estimator == "U" else 1, validate)
-    _check_cloud("y", y, y_sizes, 2 if estimator == "U" and y_self is None else 1, validate)
-    _check_pair(x, y, x_sizes, y_sizes, y_self)
+    x_sizes, y_sizes = as_list(x_sizes), as_list(y_sizes)
+    check_estimator(estimator)
+    check_cloud("x", x, x_sizes, 2 if estimator == "U" else 1, validate)
+    check_cloud("y", y, y_sizes, 2 if estimator == "U" and y_self is None else 1, validate)
+    check_pair(x, y, x_sizes, y_sizes, y_self)
     dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
     return _GroupedEnergy.apply(x.to(dtype), y.to(dtype), x_sizes, y_sizes, estimator, tile, y_self)
 
@@ -128,9 +127,9 @@ def self_distance(
     -------
     0-d tensor, or (group,) with `sizes`, without gradient.
     """
-    groups = [len(y)] if sizes is None else _sizes(sizes)
-    _check_estimator(estimator)
-    _check_cloud("y", y, groups, 2 if estimator == "U" else 1, True)
+    groups = [len(y)] if sizes is None else as_list(sizes)
+    check_estimator(estimator)
+    check_cloud("y", y, groups, 2 if estimator == "U" else 1, True)
     y = y.detach().to(torch.promote_types(y.dtype, torch.float32))
     out = y.new_empty(len(groups))
     with torch.autocast(y.device.type, enabled=False):
@@ -151,18 +150,13 @@ class _GroupedEnergy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, y, x_sizes, y_sizes, estimator, tile, y_self):
         want_x, want_y = ctx.needs_input_grad[:2]
-        grad_x = torch.zeros_like(x) if want_x else None
-        grad_y = torch.zeros_like(y) if want_y else None
-        value = x.new_empty(len(x_sizes), dtype=torch.float64)
         with torch.autocast(x.device.type, enabled=False):
-            for batch in batches(x_sizes, y_sizes):
-                known = None if y_self is None else y_self[batch]
-                clouds = gather(x, x_sizes, batch), gather(y, y_sizes, batch)
-                pairs = tuple(count_pairs(sizes, batch, estimator, x.device) for sizes in (x_sizes, y_sizes))
-                energy, force_x, force_y = _energies(*clouds, pairs, want_x, want_y, tile, known)
-                value[batch] = energy
-                scatter(grad_x, force_x, clouds[0])
-                scatter(grad_y, force_y, clouds[1])
+            found = None
+            if len(x_sizes) == 1 and tile is None and (len(x) + len(y)) ** 2 <= SMALL_PAIRS:
+                found = _small(x, y, estimator, want_x, want_y, y_self)
+            if found is None:
+                found = _grouped(x, y, x_sizes, y_sizes, estimator, tile, y_self, want_x, want_y)
+        value, grad_x, grad_y = found
         ctx.sizes = x_sizes, y_sizes
         ctx.save_for_backward(grad_x, grad_y)
         return value.to(x.dtype)
@@ -175,6 +169,33 @@ class _GroupedEnergy(torch.autograd.Function):
             per_cell = upstream if len(sizes) == 1 else _repeat(upstream, sizes)
             grads.append(None if grad is None else grad * per_cell.unsqueeze(-1))
         return *grads, None, None, None, None, None
+
+
+def _small(x, y, estimator, want_x, want_y, y_self):
+    """Value (1,) and gradients of one pair of small clouds, or None where cells are too close for it."""
+    n, m, known = len(x), len(y), y_self is not None
+    pairs_x, pairs_y = (k * (k - (estimator == "U")) for k in (n, m))
+    found = joint_energy(x, y, pairs_x, 0 if known else pairs_y, want=want_x or want_y)
+    if found is None:
+        return None
+    value, grad = found
+    value = value.view(1) - y_self if known else value.view(1)
+    return value, grad[:n] if want_x else None, grad[n:] if want_y else None
+
+
+def _grouped(x, y, x_sizes, y_sizes, estimator, tile, y_self, want_x, want_y):
+    """Values (group,) and gradients, batch by batch of similar groups."""
+    grad_x = torch.zeros_like(x) if want_x else None
+    grad_y = torch.zeros_like(y) if want_y else None
+    value = x.new_empty(len(x_sizes), dtype=torch.float64)
+    for batch in batches(x_sizes, y_sizes):
+        known = None if y_self is None else y_self[batch]
+        clouds = gather(x, x_sizes, batch), gather(y, y_sizes, batch)
+        pairs = tuple(count_pairs(sizes, batch, estimator, x.device) for sizes in (x_sizes, y_sizes))
+        value[batch], force_x, force_y = _energies(*clouds, pairs, want_x, want_y, tile, known)
+        scatter(grad_x, force_x, clouds[0])
+        scatter(grad_y, force_y, clouds[1])
+    return value, grad_x, grad_y
 
 
 def _energies(cloud_x, cloud_y, pairs, want_x, want_y, tile, y_self):
@@ -234,57 +255,3 @@ def _moved(x: Tensor, centre: Tensor, pad: Tensor | None) -> Tensor:
 def _repeat(per_group: Tensor, sizes: list[int]) -> Tensor:
     counts = torch.tensor(sizes, device=per_group.device)
     return per_group.repeat_interleave(counts, output_size=sum(sizes))
-
-
-def _sizes(sizes: Sequence[int] | Tensor) -> list[int]:
-    return [int(size) for size in sizes]
-
-
-def _check_estimator(estimator: str) -> None:
-    if estimator not in ESTIMATORS:
-        found = f"{estimator!r} ({did_you_mean(estimator, ESTIMATORS)})"
-        raise ModelError(three_beats('estimator "U" or "V"', found, 'pass "U" for an unbiased distance'))
-
-
-def _check_cloud(name: str, x: Tensor, sizes: list[int], least: int, validate: bool) -> None:
-    if x.dim() != 2:
-        found = f"shape {tuple(x.shape)}"
-        raise ModelError(three_beats(f"{name} of shape (cell, d)", found, "pass one row per cell"))
-    if sum(sizes) != len(x) or not sizes:
-        found = f"{len(x)} rows and sizes that sum to {sum(sizes)} over {len(sizes)} groups"
-        raise ModelError(
-            three_beats(f"as many rows in {name} as its groups have cells", found, "pass matching sizes")
-        )
-    if min(sizes) < least:
-        found = f"{min(sizes)} in group {sizes.index(min(sizes))} of {name}"
-        fix = (
-            'leave the group out, or pass estimator="V" for one cell' if least == 2 else "leave the group out"
-        )
-        raise ModelError(three_beats(f"at least {least} cell(s) in every group", found, fix))
-    if validate and not math.isfinite(float(x.detach().sum())) and not torch.isfinite(x).all():
-        row = int((~torch.isfinite(x)).any(-1).nonzero()[0])
-        found = f"NaN or infinity in row {row} of {name}"
-        raise ModelError(
-            three_beats("finite coordinates", found, "look at the model that produced that cell")
-        )
-
-
-def _check_pair(x: Tensor, y: Tensor, x_sizes: list[int], y_sizes: list[int], y_self: Tensor | None) -> None:
-    if x.shape[1] != y.shape[1]:
-        found = f"{x.shape[1]} and {y.shape[1]}"
-        raise ModelError(
-            three_beats("x and y in one space", f"dimensions {found}", "embed both with one model")
-        )
-    if len(x_sizes) != len(y_sizes):
-        found = f"{len(x_sizes)} and {len(y_sizes)} groups"
-        raise ModelError(three_beats("a group of y for each group of x", found, "match the groups first"))
-    if y_self is None:
-        return
-    if y.requires_grad:
-        fix = "drop y_self, or detach y"
-        raise ModelError(three_beats("a constant y with y_self", "a y that requires a gradient", fix))
-    if tuple(y_self.shape) != (len(y_sizes),):
-        found = f"shape {tuple(y_self.shape)}"
-        raise ModelError(
-            three_beats(f"y_self of shape ({len(y_sizes)},)", found, "pass self_distance(y, y_sizes)")
-        )

@@ -1,0 +1,123 @@
+"""Energy distance, value and gradient: ours against dense autograd and the peers."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..models.energy import energy_distance, grouped_energy_distance, self_distance
+from .measure import in_fresh_process, interleaved, missing
+
+DIMENSIONS = 32
+
+
+def dense(x: Tensor, y: Tensor) -> Tensor:
+    """The usual form: three distance matrices, differentiated by autograd."""
+    n, m = len(x), len(y)
+    within = torch.cdist(x, x).sum() / (n * (n - 1)) + torch.cdist(y, y).sum() / (m * (m - 1))
+    return 2 * torch.cdist(x, y).mean() - within
+
+
+def geomloss(x: Tensor, y: Tensor, backend: str) -> Tensor:
+    """The same (V form, doubled) with geomloss."""
+    from geomloss import SamplesLoss
+
+    return 2 * SamplesLoss("energy", backend=backend)(x, y)
+
+
+VARIANTS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], tuple[str, ...]]] = {
+    "cellop_nb": (energy_distance, ()),
+    "torch.cdist": (dense, ()),
+    "geomloss tensorized": (lambda x, y: geomloss(x, y, "tensorized"), ("geomloss",)),
+    "geomloss online": (lambda x, y: geomloss(x, y, "online"), ("geomloss", "pykeops")),
+}
+
+
+def step(variant: str, n: int) -> Callable[[], None]:
+    """Value and gradient at n = m cells of two Gaussian clouds."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(n, DIMENSIONS, generator=generator).requires_grad_()
+    y = torch.randn(n, DIMENSIONS, generator=generator) + 0.3
+    torch.autograd.grad(VARIANTS[variant][0](x[:8], y[:8]), x)  # libraries allocate at their first call
+    return lambda: torch.autograd.grad(VARIANTS[variant][0](x, y), x)
+
+
+def grouped_steps(groups: int = 200, cells: int = 64) -> dict[str, Callable[[], object]]:
+    """Many small groups: one call, one call with the constant known, and Python loops."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(groups * cells, DIMENSIONS, generator=generator).requires_grad_()
+    y = torch.randn(groups * cells, DIMENSIONS, generator=generator)
+    sizes = [cells] * groups
+    known = self_distance(y, sizes)
+
+    def loop(distance) -> Tensor:
+        return sum(distance(a, b) for a, b in zip(x.split(sizes), y.split(sizes), strict=True))
+
+    values = {
+        "cellop_nb grouped": lambda: grouped_energy_distance(x, y, sizes, sizes).sum(),
+        "cellop_nb grouped, y_self known": lambda: grouped_energy_distance(
+            x, y, sizes, sizes, y_self=known
+        ).sum(),
+        "cellop_nb in a loop": lambda: loop(energy_distance),
+        "torch.cdist in a loop": lambda: loop(dense),
+    }
+    return {name: (lambda value=value: torch.autograd.grad(value(), x)) for name, value in values.items()}
+
+
+def bound_seconds(n: int) -> float:
+    """Seconds that the matrix products alone would take at this machine's rate for a tile.
+
+    Per pair one product for d^2 and one or two for the gradient: in units of 2 (d + 2) operations, the cross
+    term takes 2, the x term 3 / 2 (each pair once, two gradients), and the y term 2 / 2.
+    """
+    a, b = torch.randn(512, DIMENSIONS + 2), torch.randn(DIMENSIONS + 2, 512)
+    out = torch.empty(512, 512)
+    taken = []
+    for _ in range(30):
+        start = time.perf_counter()
+        torch.mm(a, b, out=out)
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken) / 512**2 * n**2 * 4.5
+
+
+def run(quick: bool = False) -> list[dict]:
+    """Measure all variants.
+
+    Parameters
+    ----------
+    quick
+        Small sizes and few repetitions: seconds instead of minutes.
+
+    Returns
+    -------
+    One row per variant and size: variant, n (cells per cloud), groups, seconds, cpu_seconds (medians), extra_mb
+    (peak above the input, fresh process), ratio (seconds over those of cellop_nb), bound_seconds (matrix
+    products alone), note.
+    """
+    rows = []
+    for n in (200, 1000) if quick else (200, 1000, 2000, 5000, 10_000):
+        absent = {name: missing(*needs) for name, (_, needs) in VARIANTS.items()}
+        calls = {name: step(name, n) for name, note in absent.items() if note is None}
+        times = interleaved(calls, 3 if quick or n > 2000 else 15)
+        bound = bound_seconds(n)
+        for name, note in absent.items():
+            row = {"variant": name, "n": n, "note": note}
+            if note is None:
+                memory = in_fresh_process(__name__, "step", {"variant": name, "n": n})
+                row |= times[name] | {"extra_mb": memory["extra_mb"], "bound_seconds": bound}
+                row["ratio"] = times[name]["seconds"] / times["cellop_nb"]["seconds"]
+            rows.append(row)
+    if not quick:
+        memory = in_fresh_process(__name__, "step", {"variant": "cellop_nb", "n": 100_000}, timeout=3600)
+        rows.append({"variant": "cellop_nb", "n": 100_000, "note": None} | memory)
+    times = interleaved(grouped_steps(), 3 if quick else 9)
+    base = times["cellop_nb grouped"]["seconds"]
+    rows += [
+        {"variant": name, "groups": 200, "n": 64, "note": None, "ratio": taken["seconds"] / base} | taken
+        for name, taken in times.items()
+    ]
+    return rows

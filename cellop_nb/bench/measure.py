@@ -1,0 +1,87 @@
+"""How the benchmarks measure: interleaved repetitions for time, a fresh process for memory."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+_CHILD = """
+import json, sys
+from cellop_nb.bench.measure import child
+print(json.dumps(child(*json.loads(sys.argv[1]))))
+"""
+
+
+def interleaved(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, dict[str, float]]:
+    """Median wall and CPU seconds of each call, one repetition of each in turn.
+
+    Turns spread a disturbance of the machine over all variants, so that their ratios hold. The first turn
+    warms up and is dropped.
+
+    Returns
+    -------
+    Name to ``{"seconds", "cpu_seconds"}``.
+    """
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
+    for turn in range(repeats + 1):
+        for name, call in calls.items():
+            wall, cpu = time.perf_counter(), time.process_time()
+            call()
+            if turn:
+                seconds[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+    return {
+        name: {
+            "seconds": statistics.median(a for a, _ in taken),
+            "cpu_seconds": statistics.median(b for _, b in taken),
+        }
+        for name, taken in seconds.items()
+    }
+
+
+def peak_mb(*, restart: bool = False) -> float:
+    """Largest resident memory of this process in MB, since its start or (Linux) since the last restart."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+    if restart:
+        # Importing peaks above what stays resident, and a child inherits the ru_maxrss of its parent: both
+        # would hide what the call takes.
+        Path("/proc/self/clear_refs").write_text("5")
+    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024 / 1e6
+
+
+def child(module: str, function: str, arguments: dict) -> dict:
+    """In the fresh process: make the call to measure, then the peak memory that it adds and its time."""
+    call = getattr(importlib.import_module(module), function)(**arguments)
+    before, wall = peak_mb(restart=True), time.perf_counter()
+    call()
+    return {"seconds": time.perf_counter() - wall, "extra_mb": peak_mb() - before}
+
+
+def in_fresh_process(module: str, function: str, arguments: dict, timeout: float = 600) -> dict:
+    """``{"extra_mb", "seconds"}`` of the call that ``module.function(**arguments)`` returns, in a new process.
+
+    Extra memory is the peak above what importing and making the input took.
+    """
+    command = [sys.executable, "-c", _CHILD, json.dumps([module, function, arguments])]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        return {"extra_mb": None, "seconds": None, "note": reason}
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def missing(*modules: str) -> str | None:
+    """'not installed: a, b' of the optional peers that are absent, or None."""
+    absent = [name for name in modules if importlib.util.find_spec(name) is None]
+    return f"not installed: {', '.join(absent)}" if absent else None
