@@ -72,6 +72,9 @@ FIGURES = {
         limit=2,
     ),
     "response_axes": lambda: figures.response_axes(_genes("axis")),
+    "response_genes": lambda: figures.response_genes(
+        _genes("context").rename(columns={"effect": "lfc"}).assign(gene=[f"$G{i % 15}" for i in range(30)])
+    ),
     "gradient_map": lambda: figures.gradient_map(
         pd.DataFrame(
             {"parameter": ["a.weight", "b.bias"], "reached": [1.0, 0.0], "grad_norm": [2.0, 0.0], "norm": 1.0}
@@ -215,3 +218,15 @@ def test_a_live_frame_equals_a_fresh_drawing(vae_rows):
     fresh = Dashboard(pick_panels(columns.names()))
     fresh.update(columns, Marks("30 epochs", best_epoch=2))
     assert fresh.png() == picture
+
+
+def test_a_frozen_parameter_is_not_shown_as_a_fault():
+    table = pd.DataFrame({"parameter": ["a", "b"], "reached": 0.0, "grad_norm": 0.0, "norm": 1.0})
+    shown = words(figures.gradient_map(table.assign(status=["frozen", "not reached"])))
+    assert shown.count("frozen") == 1 and shown.count("no gradient") == 1
+
+
+def test_ranks_stand_in_the_cells_of_the_genes_that_lead():
+    table = pd.DataFrame({"group": "g", "gene": list("abcd"), "lfc": [0.1, -3.0, 2.0, 0.0]})
+    shown = words(figures.response_genes(table, n_top=3, n_named=2))
+    assert [shown.count(rank) for rank in "123"] == [1, 1, 0] and "d" not in shown

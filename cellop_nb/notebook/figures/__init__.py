@@ -11,6 +11,7 @@ Okabe and Ito (2008), Color universal design.
 from __future__ import annotations
 
 from cellop_nb.notebook.figures.data import group_counts, library_sizes, noise_floor
+from cellop_nb.notebook.figures.genes import response_genes
 from cellop_nb.notebook.figures.latent import embedding, predictive_checks, transport
 from cellop_nb.notebook.figures.operators import gradient_map, planted_vs_learned, response_axes, spectra
 from cellop_nb.notebook.figures.results import energy_bars, error_budget, predicted_vs_true
@@ -46,6 +47,7 @@ __all__ = [
     "predicted_vs_true",
     "predictive_checks",
     "response_axes",
+    "response_genes",
     "safe",
     "show",
     "spectra",

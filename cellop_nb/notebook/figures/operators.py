@@ -124,7 +124,8 @@ def gradient_map(table: pd.DataFrame, *, max_rows: int = 40) -> Figure:
     ----------
     table
         One row per parameter (and loss term, if there is a column `term`): `parameter`, `reached` (part of
-        its elements with a gradient other than zero, 0 to 1), `grad_norm`; on request `norm` of itself.
+        its elements with a gradient other than zero, 0 to 1), `grad_norm`; on request `norm` of itself, and
+        `status`, where "frozen" parameters are meant to have no gradient.
     """
     need(table, "parameter", "reached", "grad_norm")
     names = list(dict.fromkeys(table["parameter"]))[:max_rows]
@@ -136,10 +137,12 @@ def gradient_map(table: pd.DataFrame, *, max_rows: int = 40) -> Figure:
     )
     best = table.groupby("parameter")["reached"].max().reindex(names)
     reach.barh(range(len(names)), best, color=s.OKABE_ITO[5], edgecolor="white", height=0.8)
+    frozen = set(table.loc[table["status"] == "frozen", "parameter"]) if "status" in table else set()
     for row in np.flatnonzero(best.to_numpy() == 0):
-        reach.text(
-            0.02, row, "no gradient", fontsize=s.SMALL, color=s.OKABE_ITO[3], va="center", fontweight="bold"
-        )
+        words, style = "no gradient", {"color": s.OKABE_ITO[3], "fontweight": "bold"}
+        if names[row] in frozen:
+            words, style = "frozen", {"color": s.QUIET}
+        reach.text(0.02, row, words, fontsize=s.SMALL, va="center", **style)
     for i, term in enumerate(terms):
         rows = table if term is None else table[table["term"] == term]
         rows = rows[rows["grad_norm"] > 0]
