@@ -59,12 +59,12 @@ def _round_trip(result: Holdout, cells, layer, max_cells: int, seed: int) -> flo
     rng = np.random.default_rng(seed)
     rows = np.sort(rng.permutation(cells.n_obs)[:max_cells])
     cells = cells[rows].copy()
-    truth = result.space.points(result.space.transform(result.space.select(cells, layer)))
+    truth = result.space.project(result.space.transform(result.space.select(cells, layer)))
     values = []
     for fitted in result.fits:
         embed(cells, fitted.vae, layer=layer)
         again = decode_cells(cells, fitted.vae, torch.as_tensor(cells.obsm["X_nbvae"]), layer=layer, seed=seed)
-        values.append(e_distance(result.space.points(result.space.transform(again.X)), truth))
+        values.append(e_distance(result.space.project(result.space.transform(again.X)), truth))
     return float(np.mean(values))
 
 

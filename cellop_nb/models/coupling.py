@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .likelihood import NegativeBinomial
+from .likelihood import MIN_MEAN, NegativeBinomial
 
 
 def carry_counts(
@@ -41,10 +41,11 @@ def carry_counts(
     Kingman (1993), Poisson Processes, sections 2.2 (superposition) and 5.1 (thinning); the posterior of the
     gamma-Poisson mixture is conjugate (Gelman et al. 2013, Bayesian Data Analysis, section 2.6).
     """
-    own = torch._standard_gamma(start.r + x, generator=generator) / (start.r + start.mean)
-    more = torch.poisson((end.mean - start.mean).clamp_min(0) * own, generator=generator)
-    fewer = torch.binomial(x, (end.mean / start.mean).clamp_max(1), generator=generator)
-    return torch.where(end.mean > start.mean, x + more, fewer)
+    before, after = _means(start, end)
+    own = torch._standard_gamma(start.r + x, generator=generator) / (start.r + before)
+    more = torch.poisson((after - before).clamp_min(0) * own, generator=generator)
+    fewer = torch.binomial(x, (after / before).clamp_max(1), generator=generator)
+    return torch.where(after > before, x + more, fewer)
 
 
 def carried_mean(x: Tensor, start: NegativeBinomial, end: NegativeBinomial) -> Tensor:
@@ -54,5 +55,11 @@ def carried_mean(x: Tensor, start: NegativeBinomial, end: NegativeBinomial) -> T
         E[x' \mid x] = x + (\mu_1 - \mu_0) \frac{r + x}{r + \mu_0} \;\text{ if } \mu_1 > \mu_0, \quad
         x \mu_1 / \mu_0 \;\text{ otherwise}
     """
-    more = x + (end.mean - start.mean) * (start.r + x) / (start.r + start.mean)
-    return torch.where(end.mean > start.mean, more, x * end.mean / start.mean)
+    before, after = _means(start, end)
+    more = x + (after - before) * (start.r + x) / (start.r + before)
+    return torch.where(after > before, more, x * after / before)
+
+
+def _means(start: NegativeBinomial, end: NegativeBinomial) -> tuple[Tensor, Tensor]:
+    """Means before and after, bounded below: a softmax may underflow to 0, and 0 / 0 is no ratio."""
+    return start.mean.clamp_min(MIN_MEAN), end.mean.clamp_min(MIN_MEAN)

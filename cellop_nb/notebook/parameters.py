@@ -83,7 +83,7 @@ NOTEBOOKS: dict[str, tuple[Parameter, ...]] = {
         *DATA,
         Parameter("holdout_context", "str", "", "context left out of training; empty: where the effect is largest"),
         Parameter("holdout_perturbation", "str", "", "perturbation to predict; empty: the largest effect"),
-        LATENT_DIM, replace(HIDDEN, default=256), replace(VAE_EPOCHS, name="max_epochs_vae"),
+        LATENT_DIM, HIDDEN, replace(VAE_EPOCHS, name="max_epochs_vae"),
         Parameter("n_seeds", "int", 1, "fits whose predictions are pooled", minimum=1, maximum=20),
         SEED, RUN_DIR,
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from itertools import combinations
 
 import torch
@@ -147,12 +148,13 @@ class OperatorTrainer(Trainer):
         self.conditions = [condition_of(group, control) for group in self.groups.items]
         self.design = model.conditions.design(self.conditions)
         self._prepare_validation(control)
+
+    @cached_property
+    def floors(self) -> dict[str, float]:
+        """Noise floor of each group: the energy distance between halves of its training cells."""
         generator = torch.Generator().manual_seed(self.seed)
-        self.floors = {
-            label: split_half_floor(group.cells.cpu(), generator)
-            for label, group in zip(self.groups.labels, self.groups.items, strict=True)
-            if len(group.cells) >= 4
-        }
+        named = zip(self.groups.labels, self.groups.items, strict=True)
+        return {k: split_half_floor(g.cells.cpu(), generator) for k, g in named if len(g.cells) >= 4}
 
     def _prepare_validation(self, control: str) -> None:
         """Cut the held-out groups to at most 256 cells a side, and cache what does not change."""
@@ -203,7 +205,12 @@ class OperatorTrainer(Trainer):
         named = zip(self.held_out.labels, energy.tolist(), strict=True)
         per_group = {f"val_energy[{label}]": value for label, value in named}
         norm = float(torch.linalg.matrix_norm(matrices, 2).max())
-        return {"val_loss": float(energy.mean()), "val_energy": float(energy.mean()), "operator_norm": norm, **per_group}
+        return {
+            "val_loss": float(energy.mean()),
+            "val_energy": float(energy.mean()),
+            "operator_norm": norm,
+            **per_group,
+        }
 
     def describe_batch(self, batch) -> dict[str, list[str]]:
         return {"groups": list(self.groups.labels)}

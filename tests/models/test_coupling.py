@@ -50,3 +50,13 @@ def test_what_the_model_does_not_explain_is_kept():
     high = torch.where(torch.arange(4000).unsqueeze(1) < 2000, 8.0, 2.0)
     moved = carry_counts(high, start, end, generator(5))
     assert moved[:2000].mean() > 2 * moved[2000:].mean()
+
+
+def test_a_mean_that_underflowed_to_zero_gives_counts_not_nan():
+    x, r = torch.tensor([[0.0, 3.0]]), torch.ones(2)
+    nothing = NegativeBinomial(torch.zeros(1, 2), r)
+    some = NegativeBinomial(torch.ones(1, 2), r)
+    for start, end in [(nothing, nothing), (nothing, some), (some, nothing)]:
+        assert carry_counts(x, start, end).isfinite().all()
+        assert carried_mean(x, start, end).isfinite().all()
+    assert torch.equal(carry_counts(x, nothing, nothing), x)
