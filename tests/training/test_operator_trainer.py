@@ -139,11 +139,11 @@ def test_a_screen_without_effects_gives_the_identity(small):
 def test_mixtures_are_not_enough(screen):
     """Two groups with their operators swapped match as a mixture; the loss per group must see it."""
     trainer = small_trainer(screen, cells_per_group=200)
-    right = float(trainer.loss_terms(next(iter(trainer.batches())))["energy"])
+    right = trainer.loss_terms(next(iter(trainer.batches())))["energy"].item()
     embedding = trainer.model.conditions.embedding.data
     rows = [trainer.model.config["perturbations"].index(name) for name in ("drug 1", "drug 2")]
     embedding[rows] = embedding[rows[::-1]]
-    assert float(trainer.loss_terms(next(iter(trainer.batches())))["energy"]) > 3 * right + 0.1
+    assert trainer.loss_terms(next(iter(trainer.batches())))["energy"].item() > 3 * right + 0.1
 
 
 # -- the loss ---------------------------------------------------------------------------------------------
@@ -164,7 +164,7 @@ def test_the_loss_is_the_mean_energy_distance_of_the_groups(small):
             torch.cdist(target, target).sum() / (m * (m - 1)),
         )
         expected.append(float(2 * cross - sum(within)))
-    assert float(terms["energy"]) == pytest.approx(np.mean(expected), abs=1e-4)
+    assert terms["energy"].item() == pytest.approx(np.mean(expected), abs=1e-4)
     matrices, _ = trainer.model.affine(trainer.design)
     own = trainer.weights["ridge"] * trainer.model.ridge(matrices)
     own = own + trainer.weights["context_ridge"] * trainer.model.context_ridge()
@@ -287,3 +287,10 @@ def test_the_noise_floor_is_that_of_two_halves():
     floor = split_half_floor(cells, torch.Generator().manual_seed(0), repeats=20)
     assert abs(floor) < 0.05
     assert split_half_floor(cells, torch.Generator().manual_seed(0), repeats=20) == floor
+
+
+def test_the_trainer_knows_the_floor_of_each_group(small):
+    floors = small_trainer(small).floors
+    assert list(floors) == small_trainer(small).groups.labels
+    assert all(abs(floor) < 1 for floor in floors.values())
+    assert floors == small_trainer(small).floors
