@@ -190,7 +190,6 @@ class Trainer:
             At the first non-finite value, naming where it came from.
         """
         self.max_epochs = self.max_epochs if max_epochs is None else max_epochs
-        self._stop.clear()
         self._go.set()  # a pause that an interrupt has ended
         self.status, self.stop_reason = "running", ""
         try:
@@ -209,6 +208,7 @@ class Trainer:
         finally:
             self.restore_best()
             self._call("on_fit_end")
+            self._stop.clear()  # last, so that a request made before the first step is not lost
         return self.history
 
     async def fit_async(self, max_epochs: int | None = None) -> pd.DataFrame:

@@ -1,0 +1,190 @@
+"""A hold-out leaks nothing, scores every method, and finds planted operators; its complexity is chosen honestly."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from cellop_nb import datasets, energy_distance, split
+from cellop_nb.analysis.budget import STAGES, advice, error_budget
+from cellop_nb.analysis.holdout import OPERATORS, holdout, strongest_group
+from cellop_nb.analysis.selection import Complexity, borrowing, choose, fit_response, leave_contexts_out
+from cellop_nb.errors import HoldoutError, LabelError, ModelError
+
+QUICK = {
+    "vae": {"n_latent": 8, "n_hidden": 32},
+    "training": {"max_epochs": 30, "lr": 5e-3, "batch_size": 48},
+    "candidates": [Complexity(rank=0), Complexity(ridge=0.1)],
+    "progress": False,
+}
+HELD = {"cell_type": "type B", "perturbation": "drug 1"}
+
+
+@pytest.fixture(scope="module")
+def screen():
+    return datasets.synthetic(n_contexts=3, n_perturbations=2, n_cells=80, n_genes=80, n_latent=4, seed=1)
+
+
+@pytest.fixture(scope="module")
+def result(screen):
+    return holdout(screen, heldout=HELD, metrics=["e_distance", "pearson_delta", "library_ratio"], **QUICK)
+
+
+def test_table_has_every_method_and_the_noise(result):
+    methods = set(result.table["method"])
+    assert {"no change", "mean shift", "nearest context", "latent shift", OPERATORS} <= methods
+    assert any("floor" in method for method in methods)
+    assert set(result.table["group"]) == {"type B, drug 1"}
+
+
+def test_operators_are_far_nearer_than_no_change(result):
+    energy = result.summary()["e_distance"]
+    assert energy[OPERATORS] < 0.35 * energy["no change"]
+
+
+def test_predictions_are_cells_with_names_and_sources(result, screen):
+    cells = result.predictions
+    assert list(cells.var_names) == list(result.real.var_names)
+    assert set(cells.obs["source_cell"]) <= set(screen.obs_names[screen.obs["perturbation"] == "control"])
+    assert set(cells.obs["perturbation"]) == {"drug 1"} and set(cells.obs["cell_type"]) == {"type B"}
+    assert (cells.X.data == np.round(cells.X.data)).all() and cells.obs_names.is_unique
+
+
+def test_held_out_cells_change_nothing_that_is_trained(screen, result):
+    """The held-out cells' counts are replaced by noise: the predictions stay bit for bit the same."""
+    spoilt = screen.copy()
+    held = ((spoilt.obs["cell_type"] == "type B") & (spoilt.obs["perturbation"] == "drug 1")).to_numpy()
+    dense = spoilt.X.toarray()
+    dense[held] = np.random.default_rng(0).poisson(3.0, dense[held].shape)
+    spoilt.X = dense
+    again = holdout(spoilt, heldout=HELD, metrics=["e_distance"], **QUICK)
+    assert again.complexity == result.complexity
+    assert (again.predictions.X != result.predictions.X).nnz == 0
+
+
+def test_same_seed_same_numbers(screen, result):
+    again = holdout(screen, heldout=HELD, metrics=["e_distance", "pearson_delta", "library_ratio"], **QUICK)
+    pd.testing.assert_frame_equal(again.table, result.table)
+
+
+def test_seeds_are_pooled(screen):
+    two = holdout(screen, heldout=HELD, metrics=["e_distance"], n_seeds=2, **QUICK)
+    assert len(two.fits) == 2 and two.predictions.n_obs == 2 * two.predictions.obs["source_cell"].nunique()
+
+
+@pytest.mark.parametrize(
+    ("heldout", "error", "text"),
+    [
+        ({"cell_type": "type Z", "perturbation": "drug 1"}, LabelError, "type Z"),
+        ({"cell_type": "type B", "perturbation": "control"}, HoldoutError, "perturbed"),
+        ({"celltype": "type B"}, LabelError, "cell_type"),
+    ],
+)
+def test_bad_holdouts_are_refused(screen, heldout, error, text):
+    with pytest.raises(error, match=text):
+        holdout(screen, heldout=heldout, **QUICK)
+
+
+def test_budget_names_the_stages(result):
+    budget = error_budget(result)
+    assert list(budget["stage"]) == list(STAGES)
+    energy = budget.set_index("stage")["energy"]
+    assert energy["noise floor"] < energy["operators"] < energy["no change"]
+    assert len(advice(budget)) == 1
+
+
+@pytest.mark.parametrize(
+    ("energies", "words"),
+    [
+        ((0.0, 0.1, 0.1, 0.05, 5.0), "nothing to improve"),
+        ((0.0, 0.1, 0.9, 1.0, 5.0), "improve the VAE"),
+        ((0.0, 0.1, 0.1, 1.0, 5.0), "the operator's"),
+        ((0.0, 0.1, 0.1, 0.1, 0.02), "hardly an effect"),
+    ],
+)
+def test_advice_says_what_the_numbers_say(energies, words):
+    budget = pd.DataFrame({"group": "g", "stage": STAGES, "energy": energies})
+    assert words in advice(budget)["advice"].iloc[0]
+
+
+def test_strongest_group_is_strong_and_repeated(screen):
+    context, perturbation = strongest_group(screen)
+    assert perturbation == "drug 1" or perturbation == "drug 2"
+    alone = screen[screen.obs["cell_type"] == "type A"]
+    with pytest.raises(HoldoutError, match="two contexts"):
+        strongest_group(alone)
+
+
+# -- the choice of complexity
+
+
+def planted_latents(matrix_size: float, seed: int = 0):
+    """Five contexts whose response is a shift, or (with `matrix_size`) an affine map, in two dimensions."""
+    import anndata as ad
+
+    rng = np.random.default_rng(seed)
+    matrix = np.eye(2) + matrix_size * np.array([[0.0, 1.0], [-1.0, 0.5]])
+    z, obs = [], []
+    for context in "abcde":
+        centre = 2 * rng.normal(size=2)
+        for perturbation in ("control", "drug"):
+            cells = centre + 0.5 * rng.normal(size=(120, 2))
+            z.append(cells if perturbation == "control" else cells @ matrix.T + [1.0, -1.0])
+            obs += [(context, perturbation)] * 120
+    obs = pd.DataFrame(obs, columns=["cell_type", "perturbation"]).set_index(pd.Index(map(str, range(1200))))
+    adata = ad.AnnData(obs=obs, obsm={"X_nbvae": np.concatenate(z).astype(np.float32)})
+    split(adata, test_fraction=0.0)
+    return adata
+
+
+CANDIDATES = [Complexity(rank=0, ridge=0.0), Complexity(ridge=0.01)]
+
+
+@pytest.mark.parametrize(("matrix_size", "rank"), [(0.0, 0), (0.6, None)])
+def test_choice_follows_the_planted_form(matrix_size, rank):
+    table = leave_contexts_out(planted_latents(matrix_size), CANDIDATES, progress=False)
+    assert choose(table, CANDIDATES).rank == rank
+
+
+def test_left_out_context_is_predicted_from_the_others():
+    adata = planted_latents(0.6)
+    table = leave_contexts_out(adata, CANDIDATES[1:], progress=False)
+    assert (table["e_distance"] < 0.1 * table["no_change"]).all()
+
+
+def test_a_tie_goes_to_the_simplest():
+    table = pd.DataFrame(
+        {"candidate": [0, 1, 0, 1], "group": ["a", "a", "b", "b"], "e_distance": [0.50, 0.49, 0.30, 0.31]}
+    )
+    assert choose(table, CANDIDATES) == CANDIDATES[0]
+
+
+def test_one_context_leaves_nothing_to_choose_by():
+    adata = planted_latents(0.0)
+    with pytest.raises(ModelError, match="two or more contexts"):
+        leave_contexts_out(adata[adata.obs["cell_type"] == "a"].copy(), CANDIDATES, progress=False)
+
+
+def test_borrowing_prefers_the_near():
+    controls = {"near": torch.zeros(10, 2), "far": torch.full((10, 2), 9.0)}
+    shares = dict(borrowing(torch.ones(5, 2), controls, 1.0))
+    assert shares["near"] > 0.99 and sum(shares.values()) == pytest.approx(1.0)
+    assert dict(borrowing(torch.ones(5, 2), controls, 0.0))["far"] == pytest.approx(0.5)
+
+
+def test_borrowed_response_is_that_of_the_neighbour():
+    """Two families of contexts respond in opposite ways; a new context near one of them responds as it does."""
+    adata = planted_latents(0.0)
+    z = adata.obsm["X_nbvae"].copy()
+    far = adata.obs["cell_type"].isin(["c", "d", "e"]).to_numpy()
+    drug = (adata.obs["perturbation"] == "drug").to_numpy()
+    z[far] += 30.0
+    z[far & drug] -= [4.0, -4.0]
+    adata.obsm["X_nbvae"] = z
+    local = Complexity(rank=0, ridge=0.0, context_rank=0, locality=1.0)
+    for left_out in ("a", "c"):
+        here = (adata.obs["cell_type"] == left_out).to_numpy()
+        response = fit_response(adata[~(here & drug)].copy(), local)
+        start, real = (torch.as_tensor(z[here & side]) for side in (~drug, drug))
+        moved = response.operator("drug", left_out, start)(start)
+        assert energy_distance(moved, real) < 0.2 * energy_distance(start, real)
