@@ -95,8 +95,8 @@ def run(quick: bool = False) -> list[dict]:
     Returns
     -------
     One row per variant and size: variant, n (cells per cloud), groups, seconds, cpu_seconds (medians),
-    extra_mb (peak above the input, fresh process), ratio (seconds over those of cellop_nb), bound_seconds (matrix
-    products alone), note.
+    extra_mb (peak above the input, fresh process), ratio (seconds over those of cellop_nb), bound_seconds
+    (matrix products alone), note.
     """
     rows = []
     for n in (200, 1000) if quick else (200, 1000, 2000, 5000, 10_000):

@@ -69,7 +69,7 @@ def child(module: str, function: str, arguments: dict) -> dict:
 
 
 def in_fresh_process(module: str, function: str, arguments: dict, timeout: float = 600) -> dict:
-    """``{"extra_mb", "seconds"}`` of the call that ``module.function(**arguments)`` returns, in a new process.
+    """``{"extra_mb", "seconds"}`` of the call that ``module.function(**arguments)`` returns, in a new one.
 
     Extra memory is the peak above what importing and making the input took.
     """

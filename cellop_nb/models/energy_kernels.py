@@ -32,7 +32,7 @@ _TILE_BYTES = 1 << 20  # a tile is visited four times, so it has to stay in the 
 
 def scale_of(*clouds: Tensor) -> Tensor:
     """(group, 1, 1) power of two above every norm: dividing by it is exact, and norms are below 1."""
-    norms = [torch.linalg.vector_norm(cloud, math.inf, dim=(-2, -1), keepdim=True) for cloud in clouds]
+    norms = [cloud.abs().amax((-2, -1), keepdim=True) for cloud in clouds]
     bound = functools.reduce(torch.maximum, norms) * math.sqrt(clouds[0].shape[-1])
     return torch.exp2(torch.frexp(bound).exponent.to(bound.dtype))
 
