@@ -33,6 +33,11 @@ from cellop_nb.analysis.report import (
     old_sample,
     old_variance,
     outcome,
+    own_dispersion,
+    own_kl,
+    own_posterior,
+    own_sample,
+    path_gradients,
     relative_error,
 )
 from cellop_nb.errors import ModelError
@@ -275,6 +280,23 @@ def test_an_outcome_is_sound_when_finite_or_refused():
     assert not outcome(torch.sqrt, 0.0)["sound"], "a finite value with an infinite gradient"
     refused = outcome(lambda x: nb_log_likelihood(x, torch.ones(1, 1), torch.ones(1)), torch.tensor([[-1.0]]))
     assert refused["sound"] and refused["words"].startswith("refused: Expected counts x >= 0. Found -1")
+
+
+@pytest.mark.parametrize("log_variance", [25.0, 800.0, 1e4])
+def test_the_own_forms_are_bounded_where_the_old_ones_are_not(log_variance):
+    assert outcome(old_kl, log_variance)["huge"] and not outcome(own_kl, log_variance)["huge"]
+    sample = outcome(own_sample, log_variance)
+    assert sample["sound"] and sample["gradient"] > 0
+    assert float(own_posterior(torch.tensor([2.0])).scale.log()) == pytest.approx(1.0)
+    assert float(own_dispersion(torch.tensor(-120.0))) == pytest.approx(MIN_DISPERSION)
+
+
+def test_path_gradients_follow_the_path():
+    start = torch.ones(2, 3, requires_grad=True)
+    middle, aside = start * 2, start.sum() * 3
+    table = path_gradients(middle.sum(), {"start": start, "aside": aside, "middle": middle})
+    assert table["grad_norm"].tolist() == pytest.approx([2 * 6**0.5, 0, 6**0.5])
+    assert table["zero_share"].tolist() == [0, 1, 0] and table["finite"].all()
 
 
 def test_far_logits_overflow_in_the_old_decoder_only():

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import ModelError, three_beats
@@ -162,12 +164,15 @@ class _Flow(TorchDispatchMode):
         self._last_use.update(dict.fromkeys(depends, place))
         if not any(tensor.requires_grad for tensor in inputs):
             return
+        text = ""
         if name == "detach":
-            self._cuts.append(_Cut(place, depends))
+            text = place
         elif not torch.is_grad_enabled():
-            self._cuts.append(_Cut(f"no_grad around {place}", depends))
+            text = f"no_grad around {place}"
         elif not any(tensor.is_floating_point() for tensor in outputs):
-            self._cuts.append(_Cut(f"no derivative of {place}", depends))
+            text = f"no derivative of {place}"
+        if text and not _in_function():
+            self._cuts.append(_Cut(text, depends))
 
     def _place(self, name: str) -> str:
         module, line = self.scopes.current, caller(_HERE)
@@ -182,6 +187,16 @@ class _Flow(TorchDispatchMode):
                 return cut.text
         last = self._last_use.get(parameter)
         return f"its last use is {last}; that result does not enter the loss" if last else "never used"
+
+
+def _in_function() -> bool:
+    """Whether this runs in the forward of an `autograd.Function`, which has a backward of its own."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "forward" and isinstance(frame.f_locals.get("ctx"), FunctionCtx):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _constants(loss: Tensor) -> str:

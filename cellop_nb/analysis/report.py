@@ -1,7 +1,7 @@
 """The six defects of the report that this package grew from, in their old form, and how they are measured.
 
-Everything named ``old_*`` is wrong on purpose. It is kept to be shown beside the right form, in the notebook
-`05_diagnose` and in the tests, and nothing of the package uses it.
+Everything named ``old_*`` is wrong on purpose. It is kept to be shown beside the right form (``own_*``, which
+calls the package's own code), in the notebook `05_diagnose` and in the tests; nothing of the package uses it.
 """
 
 from __future__ import annotations
@@ -11,11 +11,15 @@ from collections.abc import Callable, Iterable
 from statistics import median
 from types import SimpleNamespace
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.distributions import Normal
 
 from ..errors import CellopError
 from ..models.energy import energy_distance
+from ..models.likelihood import nb_log_likelihood, nb_log_likelihood_logits
+from ..models.vae import DecoderNB, Encoder, kl_to_standard_normal, sample_z
 
 # -- 1, critical: a chunked energy distance keeps the gradient of its last block only ------------------------
 
@@ -117,9 +121,33 @@ def old_sample(log_variance: Tensor) -> Tensor:
     return torch.exp(0.5 * log_variance).sum()
 
 
+def own_posterior(log_variance: Tensor) -> Normal:
+    """What the encoder makes of a log variance that its last layer gives, with mean 0."""
+    flat = log_variance.reshape(-1)
+    encoder, zeros = Encoder(1, len(flat), n_hidden=1), torch.zeros(len(flat), 1)
+    mean = {"mean.weight": zeros, "mean.bias": zeros[:, 0]}
+    given = {"log_variance.weight": zeros, "log_variance.bias": flat, **mean}
+    return torch.func.functional_call(encoder, given, (torch.ones(1, 1), torch.ones(1)))
+
+
+def own_kl(log_variance: Tensor) -> Tensor:
+    """The right form of :func:`old_kl`: the log variance is bounded, and its gradient goes through."""
+    return kl_to_standard_normal(own_posterior(log_variance)).sum()
+
+
+def own_sample(log_variance: Tensor) -> Tensor:
+    """The right form of :func:`old_sample`."""
+    return sample_z(own_posterior(log_variance), torch.Generator().manual_seed(0)).sum()
+
+
 def old_dispersion(log_dispersion: Tensor) -> Tensor:
     """No lower bound: exactly 0 below -103 in single precision."""
     return torch.exp(log_dispersion)
+
+
+def own_dispersion(log_dispersion: Tensor) -> Tensor:
+    """The right form, as the decoder has it: inside [1e-4, 1e6]."""
+    return DecoderNB.dispersion.fget(SimpleNamespace(log_dispersion=log_dispersion))
 
 
 # -- 4, high: lgamma is NaN or infinite for r near 0 and x < 0 -----------------------------------------------
@@ -175,13 +203,29 @@ def nonfinite_parameters(model: nn.Module) -> int:
 # -- what happens --------------------------------------------------------------------------------------------
 
 
+def path_gradients(loss: Tensor, stops: dict[str, Tensor]) -> pd.DataFrame:
+    """Gradient of a loss at each stop of a path, first stop first.
+
+    Returns
+    -------
+    One row per stop: its name, ``shape``, ``grad_norm``, ``zero_share`` and whether it is ``finite``.
+    """
+    slopes = torch.autograd.grad(loss, list(stops.values()), allow_unused=True)
+    rows = []
+    for (name, place), slope in zip(stops.items(), slopes, strict=True):
+        slope = torch.zeros_like(place) if slope is None else slope
+        numbers = float(slope.norm()), float((slope == 0).double().mean()), bool(slope.isfinite().all())
+        rows.append((name, " x ".join(map(str, place.shape)), *numbers))
+    return pd.DataFrame(rows, columns=["stop", "shape", "grad_norm", "zero_share", "finite"])
+
+
 def outcome(function: Callable[[Tensor], Tensor], at: Tensor | float) -> dict:
     """Value and gradient of a function at one place, or its refusal.
 
     Returns
     -------
     Dictionary with ``value`` (summed), ``gradient`` (its norm), ``sound`` (both finite, or refused with a
-    reason) and ``words``.
+    reason), ``huge`` (one of them not below 1e9, where it drowns all else) and ``words``.
     """
     leaf = torch.as_tensor(at, dtype=torch.float32).clone().requires_grad_()
     nothing = float("nan")
@@ -190,7 +234,58 @@ def outcome(function: Callable[[Tensor], Tensor], at: Tensor | float) -> dict:
         slope = torch.autograd.grad(value, leaf)[0].norm()
     except CellopError as refusal:
         words = "refused: " + str(refusal).partition(" To fix it")[0]
-        return {"value": nothing, "gradient": nothing, "sound": True, "words": words}
+        return {"value": nothing, "gradient": nothing, "sound": True, "huge": False, "words": words}
     sound = bool(torch.isfinite(value) & torch.isfinite(slope))
     found = {"value": float(value.detach()), "gradient": float(slope), "sound": sound}
-    return found | {"words": f"value {found['value']:.3g}, gradient {found['gradient']:.3g}"}
+    huge = not max(abs(found["value"]), found["gradient"]) < 1e9
+    return found | {"huge": huge, "words": f"value {found['value']:.3g}, gradient {found['gradient']:.3g}"}
+
+
+def extremes() -> pd.DataFrame:
+    """The risk points at inputs where plain code breaks: the old form and the right one, evaluated now.
+
+    Returns
+    -------
+    One row per input: ``place``, ``input``, ``defect`` (its number in the report, 0 for none), ``old`` and
+    ``ours`` (what happened, in words), ``old_faulty`` (not finite, or above 1e9), ``ours_sound`` (finite, or
+    refused with a reason) and ``how``, what makes the difference.
+    """
+    rows = []
+    for place, given, defect, old, own, at, how in _pairs():
+        before, now = outcome(old, at), outcome(own, at)
+        faulty = not before["sound"] or before["huge"]
+        rows.append((place, given, defect, before["words"], now["words"], faulty, now["sound"], how))
+    names = ["place", "input", "defect", "old", "ours", "old_faulty", "ours_sound", "how"]
+    return pd.DataFrame(rows, columns=names)
+
+
+def _pairs() -> list[tuple]:
+    x, mu, three = torch.tensor([[0.0, 1.0, 50.0]]), torch.full((1, 3), 2.0), torch.ones(3)
+    library, far = torch.full((1,), 100.0), torch.tensor([[0.0, 100.0, 0.0]])
+
+    def by_r(nb):
+        return lambda r: nb(x, mu, r.expand(3))
+
+    def by_x(nb):
+        return lambda first: nb(torch.stack([first, x[0, 1], x[0, 2]]).unsqueeze(0), mu, three)
+
+    def by_logits(nb):
+        return lambda logits: nb(x, logits, library, three)
+
+    def by_dispersion(nb, dispersion):
+        return lambda log_dispersion: nb(x, mu, dispersion(log_dispersion).expand(3))
+
+    ours = nb_log_likelihood
+    thin = by_dispersion(old_nb, old_dispersion), by_dispersion(ours, own_dispersion)
+    softmax = by_logits(old_decoder_nb), by_logits(nb_log_likelihood_logits)
+    bounded, refused = "bounded, the gradient lives on", "refused, with the reason"
+    return [
+        ("sample_z", "logvar = 800", 3, old_sample, own_sample, 800.0, bounded),
+        ("ELBO", "logvar = 25", 3, old_kl, own_kl, 25.0, bounded),
+        ("ELBO", "logvar = 800", 3, old_kl, own_kl, 800.0, bounded),
+        ("NB log likelihood", "r = 1e-30", 4, by_r(old_nb), by_r(ours), 1e-30, "r bounded below"),
+        ("NB log likelihood", "r = 0", 4, by_r(old_nb), by_r(ours), 0.0, refused),
+        ("NB log likelihood", "count = -1", 4, by_x(old_nb), by_x(ours), -1.0, refused),
+        ("decoder", "log dispersion = -120", 6, *thin, -120.0, bounded),
+        ("decoder", "one logit = 100", 0, *softmax, far, "softmax, largest logit first"),
+    ]

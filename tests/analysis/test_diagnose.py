@@ -12,7 +12,7 @@ from cellop_nb.errors import ModelError
 from cellop_nb.models.conditions import Condition
 from cellop_nb.models.energy import energy_distance
 from cellop_nb.models.operators import OperatorModel
-from cellop_nb.models.vae import NBVAE, elbo_loss
+from cellop_nb.models.vae import NBVAE, bounded, elbo_loss
 
 
 class Two(nn.Module):
@@ -179,3 +179,11 @@ def test_the_second_path_reaches_the_operators_and_leaves_the_frozen_encoder_alo
     assert (table[table.index.str.startswith("vae")]["status"] == "frozen").all()
     assert mine.drop("operators.conditions.interaction")["reached"].all()
     assert mine.loc["operators.axis_shift", "status"] == "ok"
+
+
+def test_a_function_with_its_own_backward_is_no_cut():
+    """Its forward runs without gradients; the path ends later, where the result is dropped."""
+    model = Two(lambda hidden: bounded(hidden, -1.0, 1.0))
+    assert audit(model).loc["first.weight", "status"] == "ok"
+    ends = audit(model, lambda: (model(X), model.second(torch.ones(1, 4)))[1].sum())
+    assert "does not enter the loss" in ends.loc["first.weight", "path_ends"]
