@@ -39,10 +39,15 @@ _HERE = ("diagnose.py", "trace.py")
 
 @dataclass
 class _Cut:
-    """An operation that passes values on but no gradient."""
+    """An operation that passes values on but no gradient.
+
+    Autograd itself detaches what it keeps for the backward pass; such a copy takes no part in what follows.
+    """
 
     text: str
     parameters: frozenset[str]
+    addresses: frozenset[int]
+    followed: bool = False
 
 
 def gradient_audit(model: nn.Module, loss: Tensor | Callable, *, retain_graph: bool = False) -> pd.DataFrame:
@@ -146,6 +151,7 @@ class _Flow(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         inputs = [tensor for _, tensor in named_tensors([args, kwargs], depth=3)]
+        self._follow(inputs)
         known = [self._depends.get(storage_address(tensor), frozenset()) for tensor in inputs]
         out = func(*args, **kwargs)
         depends = frozenset().union(*known)
@@ -172,7 +178,14 @@ class _Flow(TorchDispatchMode):
         elif not any(tensor.is_floating_point() for tensor in outputs):
             text = f"no derivative of {place}"
         if text and not _in_function():
-            self._cuts.append(_Cut(text, depends))
+            self._cuts.append(_Cut(text, depends, frozenset(map(storage_address, outputs))))
+
+    def _follow(self, inputs: list) -> None:
+        """Mark the cuts whose result, now without a gradient, is used: the latest where several share it."""
+        constants = {storage_address(tensor) for tensor in inputs if not tensor.requires_grad}
+        for cut in reversed(self._cuts):
+            cut.followed = cut.followed or bool(cut.addresses & constants)
+            constants -= cut.addresses
 
     def _place(self, name: str) -> str:
         module, line = self.scopes.current, caller(_HERE)
@@ -182,10 +195,10 @@ class _Flow(TorchDispatchMode):
         """Where the path from a parameter to the loss ends."""
         if not self.watched:
             return _constants(loss)
-        for cut in self._cuts:
-            if parameter in cut.parameters:
-                return cut.text
         last = self._last_use.get(parameter)
+        for cut in self._cuts:
+            if parameter in cut.parameters and (cut.followed or cut.text.endswith(last)):
+                return cut.text
         return f"its last use is {last}; that result does not enter the loss" if last else "never used"
 
 

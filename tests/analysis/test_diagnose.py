@@ -187,3 +187,11 @@ def test_a_function_with_its_own_backward_is_no_cut():
     assert audit(model).loc["first.weight", "status"] == "ok"
     ends = audit(model, lambda: (model(X), model.second(torch.ones(1, 4)))[1].sum())
     assert "does not enter the loss" in ends.loc["first.weight", "path_ends"]
+
+
+def test_what_autograd_keeps_for_itself_is_no_cut():
+    """A ReLU detaches its result for the backward pass; the cut is the one in the loss."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2), nn.ReLU(), nn.Linear(2, 1))
+    table = audit(model, lambda: model[4](model[:4](X).detach()).sum())
+    assert table.loc["0.weight", "path_ends"].startswith("detach at test_diagnose.py")
+    assert table.loc["4.weight", "status"] == "ok"
