@@ -20,7 +20,8 @@ ALLOWED = {
     "training": {"models", "data"},
     "analysis": {"models", "data", "training"},
     "notebook": {"models", "data", "training", "analysis"},
-    "commands": {"notebook", "data", "analysis", "training", "models"},
+    "bench": {"notebook", "data", "analysis", "training", "models"},
+    "commands": {"notebook", "data", "analysis", "training", "models", "bench"},
 }
 HEAVY = {
     "torch",

@@ -1,0 +1,262 @@
+"""One training step of the operators, and a whole fit, in three forms: before, the report's fix, and ours.
+
+All three minimise the same loss, the mean over groups of the energy distance (Euclidean, U-statistic) between
+moved controls and perturbed cells, and make the same step of the same optimiser.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from anndata import AnnData
+from torch import Tensor
+
+from ..analysis.predict import embed
+from ..data.batches import count_matrix
+from ..models.conditions import Condition
+from ..models.energy import grouped_energy_distance, self_distance
+from ..models.operators import OperatorModel
+from ..models.vae import NBVAE
+from ..training.operators import OperatorTrainer, new_operators
+from .measure import in_fresh_process, interleaved
+from .overhead import guard_share, live_share
+from .vae import screen
+
+LATENT = 32
+SIZES = {"groups": 16, "cells": 128, "genes": 2_000, "hidden": 512}
+QUICK = {"groups": 4, "cells": 16, "genes": 60, "hidden": 16}
+BEFORE, FIX, OURS, WHOLE = "before", "report's fix", "cellop_nb", "cellop_nb, OperatorTrainer"
+
+
+def problem(groups: int, cells: int, genes: int, hidden: int, *, seed: int = 0) -> SimpleNamespace:
+    """VAE, operators, control counts and perturbed latents of one step, groups one after the other."""
+    torch.manual_seed(seed)
+    vae = NBVAE(genes, n_latent=LATENT, n_hidden=hidden).eval()
+    adata = screen(groups * cells, genes, seed=seed)
+    names = [f"P{k}" for k in range(max(1, groups // 4))]
+    contexts = [f"T{k}" for k in range(-(-groups // len(names)))]
+    conditions = [Condition((p,), context=c) for c in contexts for p in names][:groups]
+    model = OperatorModel(LATENT, names, contexts)
+    model.axis_left.data.normal_(std=0.1)
+    x = torch.from_numpy(adata.X.toarray())
+    library = x.sum(1).clamp_min(1)
+    with torch.no_grad():
+        z = vae.encode(x, library).loc
+    target, own = z.roll(1, 0) + 0.3 * torch.randn_like(z), [cells] * groups
+    return SimpleNamespace(
+        vae=vae,
+        model=model,
+        design=model.conditions.design(conditions),
+        x=x,
+        library=library,
+        latents=z,
+        target=target,
+        target_self=self_distance(target, own),
+        sizes=own,
+    )
+
+
+def dense_energy(moved: Tensor, target: Tensor, sizes: list[int]) -> Tensor:
+    """Mean over groups of the energy distance, by autograd through all pairs of cells of the batch."""
+    groups, cells = len(sizes), sizes[0]
+
+    def own(a: Tensor, b: Tensor) -> Tensor:
+        blocks = torch.cdist(a, b).view(groups, cells, groups, cells)
+        return blocks.diagonal(dim1=0, dim2=2).sum((0, 1))
+
+    pairs = cells * (cells - 1)
+    cross, within = own(moved, target) / cells**2, own(moved, moved) + own(target, target)
+    return (2 * cross - within / pairs).mean()
+
+
+def loss_before(p: SimpleNamespace) -> Tensor:
+    """Encoder with its graph in every step, a copy of the operator for each cell, one dense distance."""
+    z = p.vae.encode(p.x, p.library).loc
+    matrices, shifts = p.model.affine(p.design)
+    per_cell = matrices.repeat_interleave(p.sizes[0], 0)
+    moved = (per_cell * z.unsqueeze(1)).sum(-1) + shifts.repeat_interleave(p.sizes[0], 0)
+    return dense_energy(moved, p.target, p.sizes)
+
+
+def loss_fix(p: SimpleNamespace) -> Tensor:
+    """The encoder still runs in every step but keeps no graph, and no copy per cell is kept."""
+    with torch.no_grad():
+        z = p.vae.encode(p.x, p.library).loc
+    return dense_energy(p.model(z, p.sizes, *p.model.affine(p.design)), p.target, p.sizes)
+
+
+def loss_ours(p: SimpleNamespace) -> Tensor:
+    """Cached latents, one operator per group, all groups' distances in one call with closed-form gradient.
+
+    The distances within the perturbed cells are a constant, computed before.
+    """
+    moved = p.model(p.latents, p.sizes, *p.model.affine(p.design))
+    options = {"y_self": p.target_self, "validate": False}
+    return grouped_energy_distance(moved, p.target, p.sizes, p.sizes, **options).mean()
+
+
+LOSSES: dict[str, Callable[[SimpleNamespace], Tensor]] = {
+    BEFORE: loss_before,
+    FIX: loss_fix,
+    OURS: loss_ours,
+}
+
+
+def stepper(variant: str, p: SimpleNamespace) -> Callable[[], Tensor]:
+    """Loss, gradient and one step of the optimiser at each call."""
+    optimizer = torch.optim.AdamW(p.model.parameters(), lr=1e-3, fused=True)
+
+    def step() -> Tensor:
+        optimizer.zero_grad()
+        p.vae.zero_grad()
+        loss = LOSSES[variant](p)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+def step(variant: str, sizes: dict) -> Callable[[], Tensor]:
+    """For the fresh process: a step, after a small one (libraries allocate at their first call)."""
+    stepper(variant, problem(**QUICK))()
+    call = stepper(variant, problem(**sizes))
+    if sys.platform == "linux":
+        # Memory that making the problem has freed would be taken again unseen: give it back first.
+        ctypes.CDLL(None).malloc_trim(0)
+    return call
+
+
+# -- a whole fit -------------------------------------------------------------------------------------------
+
+
+def fit_screen(groups: int, cells: int, genes: int) -> AnnData:
+    """Counts of a screen with `groups` groups of `cells` training cells, and as many controls per context."""
+    perturbations = max(1, groups // 4)
+    contexts = -(-groups // perturbations)
+    labels = ["control", *(f"P{k}" for k in range(perturbations))]
+    size = cells + cells // 4
+    adata = screen(contexts * len(labels) * size, genes)
+    group = np.arange(adata.n_obs) // size
+    adata.obs["perturbation"] = np.array(labels)[group % len(labels)]
+    adata.obs["cell_type"] = np.char.add("T", (group // len(labels)).astype(str))
+    adata.obs["split"] = np.where(np.arange(adata.n_obs) % 5 == 0, "val", "train")
+    return adata
+
+
+def fit_ours(adata: AnnData, vae: NBVAE, steps: int, callbacks: tuple = ()) -> OperatorTrainer:
+    """Encode all cells once, start the operators from moments, and train; all of it counted."""
+    embed(adata, vae)
+    return _trainer(adata, steps, callbacks)
+
+
+def _trainer(adata: AnnData, steps: int, callbacks: tuple = ()) -> OperatorTrainer:
+    settings = {"progress": False, "accelerator": "cpu", "callbacks": callbacks}
+    per_epoch = min(20, steps)
+    return OperatorTrainer(
+        adata,
+        new_operators(adata),
+        max_epochs=steps // per_epoch,
+        steps_per_epoch=per_epoch,
+        **settings,
+    )
+
+
+def fit_rows(sizes: dict, steps: int, counted: int) -> list[dict]:
+    """Seconds of a fit of `steps` steps; of the forms without a cache `counted` steps are made and scaled up.
+
+    They read the counts of each step's cells from CSR, as ours does once; their steps all cost the same.
+    """
+    adata = fit_screen(sizes["groups"], 2 * sizes["cells"], sizes["genes"])
+    torch.manual_seed(0)
+    vae = NBVAE(list(adata.var_names), n_latent=LATENT, n_hidden=sizes["hidden"]).eval()
+    start, cpu = time.perf_counter(), time.process_time()
+    fit_ours(adata, vae, steps).fit()
+    taken = {OURS: (time.perf_counter() - start, time.process_time() - cpu)}
+    p, matrix = problem(**sizes), count_matrix(adata)
+    cells, rng = len(p.x), np.random.default_rng(0)
+    for name in (BEFORE, FIX):
+        call = stepper(name, p)
+        call()
+        start, cpu = time.perf_counter(), time.process_time()
+        for _ in range(counted):
+            batch = matrix.batch(np.sort(rng.choice(len(matrix), cells, replace=False)))
+            p.x, p.library = batch.x, batch.library
+            call()
+        scale = steps / counted
+        taken[name] = scale * (time.perf_counter() - start), scale * (time.process_time() - cpu)
+    note = f"{counted} of {steps} steps made, scaled up"
+    return [
+        {"variant": name, "what": f"fit of {steps} steps", "seconds": wall, "cpu_seconds": cpu}
+        | {"ratio": wall / taken[OURS][0], "note": None if name == OURS else note}
+        for name, (wall, cpu) in taken.items()
+    ]
+
+
+def run(quick: bool = False) -> list[dict]:
+    """Measure the forms.
+
+    Parameters
+    ----------
+    quick
+        A small problem and few steps: seconds instead of minutes.
+
+    Returns
+    -------
+    One row per form and measure: variant, what ("step" or "fit of n steps"), seconds, cpu_seconds (medians of
+    steps made in turn), extra_mb (peak of a step above its input, fresh process), extra_share (of that of
+    "before"), ratio (seconds over those of cellop_nb), note. "OperatorTrainer" is the trainer's
+    whole step, with the draw of cells, penalties, guard and clipping, which the other three leave out. The
+    last rows are the shares of the guard and of the live picture.
+    """
+    sizes = QUICK if quick else SIZES
+    calls: dict[str, Callable[[], object]] = {name: stepper(name, problem(**sizes)) for name in LOSSES}
+    calls[WHOLE] = whole_step(sizes)
+    times = interleaved(calls, 2 if quick else 15)
+    memory = {
+        name: in_fresh_process(__name__, "step", {"variant": name, "sizes": sizes})["extra_mb"]
+        for name in LOSSES
+    }
+    rows = []
+    for name, taken in times.items():
+        row = {"variant": name, "what": "step", "extra_mb": memory.get(name), "note": None} | taken
+        row["ratio"] = taken["seconds"] / times[OURS]["seconds"]
+        if memory.get(name) is not None and memory[BEFORE]:
+            row["extra_share"] = memory[name] / memory[BEFORE]
+        rows.append(row)
+    rows += fit_rows(sizes, 4 if quick else 200, 2 if quick else 20)
+    trainer = _latent_trainer(sizes, 4 if quick else 200)
+    rows.append({"variant": "guard", "what": "step"} | guard_share(trainer, 4 if quick else 400))
+    steps = 4 if quick else 2000
+    live = live_share(_latent_trainer, sizes, steps)
+    return [*rows, {"variant": "live picture", "what": f"fit of {steps} steps"} | live]
+
+
+def _latent_trainer(sizes: dict, steps: int, callbacks: tuple = ()) -> OperatorTrainer:
+    """On random latents: what the operators see of a screen."""
+    adata = fit_screen(sizes["groups"], 2 * sizes["cells"], 50)
+    latents = np.random.default_rng(0).normal(size=(adata.n_obs, LATENT)) + 1.0 * (
+        adata.obs[["perturbation"]].to_numpy() != "control"
+    )
+    adata.obsm["X_nbvae"] = latents.astype(np.float32)
+    trainer = _trainer(adata, steps, callbacks)
+    trainer.cells_per_group = sizes["cells"]
+    return trainer
+
+
+def whole_step(sizes: dict) -> Callable[[], object]:
+    """The trainer's own step, from the draw of its cells to the guard's last look."""
+    trainer = _latent_trainer(sizes, 200)
+    trainer.model.train()
+
+    def call() -> None:
+        trainer._run_step(trainer.groups.sample(trainer.cells_per_group, trainer.cpu_generator))
+        trainer.step += 1
+
+    return call

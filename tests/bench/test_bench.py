@@ -1,0 +1,112 @@
+"""The benchmarks run, their rows are complete, and what they compare agrees in value; no timing is tested."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from cellop_nb.__main__ import main
+from cellop_nb.bench import energy, operator, overhead, vae
+from cellop_nb.commands import bench
+
+
+@pytest.fixture
+def problem():
+    """The small problem in double precision, where the products in cdist lose nothing that matters."""
+    p = operator.problem(**operator.QUICK)
+    for name in ("x", "library", "latents", "target", "target_self"):
+        setattr(p, name, getattr(p, name).double())
+    p.vae.double()
+    p.model.double()
+    p.design = type(p.design)(*(part.double() for part in vars(p.design).values()))
+    p.target_self = operator.self_distance(p.target, p.sizes)
+    with torch.no_grad():
+        p.latents = p.vae.encode(p.x, p.library).loc
+    return p
+
+
+def gradients(p, name):
+    p.model.zero_grad()
+    p.vae.zero_grad()
+    loss = operator.LOSSES[name](p)
+    loss.backward()
+    found = {key: value.grad for key, value in p.model.named_parameters() if value.grad is not None}
+    return loss.detach(), found
+
+
+def test_three_forms_of_the_operator_step_agree(problem):
+    value, found = gradients(problem, operator.OURS)
+    assert any(grad.abs().max() > 0 for grad in found.values())
+    for name in (operator.BEFORE, operator.FIX):
+        other, theirs = gradients(problem, name)
+        torch.testing.assert_close(other, value, rtol=1e-7, atol=1e-9)
+        for key, grad in found.items():
+            torch.testing.assert_close(theirs[key], grad, rtol=1e-5, atol=1e-8, msg=key)
+
+
+def test_only_the_old_form_sends_gradients_to_the_frozen_encoder(problem):
+    for name in operator.LOSSES:
+        gradients(problem, name)
+        reached = any(parameter.grad is not None for parameter in problem.vae.encoder.parameters())
+        assert reached == (name == operator.BEFORE)
+
+
+def test_steps_of_the_three_forms_lead_to_the_same_operators():
+    models = {}
+    for name in operator.LOSSES:
+        p = operator.problem(**operator.QUICK)
+        step = operator.stepper(name, p)
+        losses = [float(step()) for _ in range(3)]
+        assert losses[2] < losses[0]
+        models[name] = p.model.axis_shift.detach()
+    for name in (operator.BEFORE, operator.FIX):
+        torch.testing.assert_close(models[name], models[operator.OURS], rtol=1e-2, atol=1e-4)
+
+
+def test_the_screen_has_the_wanted_share_of_nonzeros():
+    adata = vae.screen(1_000, 500)
+    assert adata.X.nnz / (1_000 * 500) == pytest.approx(0.10, abs=0.01)
+    assert np.array_equal(vae.screen(1_000, 500).X.indices, adata.X.indices)
+    assert (adata.obs["split"] == "val").mean() == pytest.approx(0.1)
+
+
+def test_dense_and_grouped_energy_agree():
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(40, 5, generator=generator).double() for _ in range(2))
+    torch.testing.assert_close(energy.dense(x, y), energy.energy_distance(x, y))
+
+
+def test_the_guard_is_back_after_timing():
+    trainer = operator._latent_trainer(operator.QUICK, 4)
+    guard = trainer.guard
+    row = overhead.guard_share(trainer, 3)
+    assert trainer.guard is guard
+    assert trainer.step == 6
+    assert row["share"] == pytest.approx(row["guard_seconds"] / row["cpu_seconds"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("section", bench.SECTIONS)
+def test_the_command_measures_and_writes(section, tmp_path, capsys):
+    target = tmp_path / "bench.json"
+    assert main(["bench", section, "--quick", "--threads", "1", "--out", str(target)]) == 0
+    written = json.loads(target.read_text())
+    assert {"date", "machine", "threads", "versions", "quick", "results"} <= set(written)
+    assert (written["threads"], written["quick"]) == (1, True)
+    rows = written["results"][section]
+    assert {row["variant"] for row in rows} >= {"cellop_nb"}
+    for row in rows:
+        known = {key for key in row if row[key] is not None}
+        measured = {"seconds", "cells_per_s", "negative_elbo", "share"} & known
+        assert measured or row["note"].startswith("not installed"), row
+    out = capsys.readouterr().out
+    assert all(row["variant"] in out for row in rows)
+
+
+def test_bench_refuses_what_it_could_not_do(capsys, tmp_path):
+    for arguments in (["--threads", "0"], ["--out", str(tmp_path / "none" / "x.json")]):
+        assert main(["bench", "energy", "--quick", *arguments]) == 2
+        assert "To fix it" in capsys.readouterr().err
