@@ -233,7 +233,7 @@ def run(quick: bool = False) -> list[dict]:
     rows += fit_rows(sizes, 4 if quick else 200, 2 if quick else 20)
     trainer = _latent_trainer(sizes, 4 if quick else 200)
     rows.append({"variant": "guard", "what": "step"} | guard_share(trainer, 4 if quick else 400))
-    steps = 4 if quick else 2000
+    steps = 4 if quick else 1000
     live = live_share(_latent_trainer, sizes, steps)
     return [*rows, {"variant": "live picture", "what": f"fit of {steps} steps"} | live]
 

@@ -188,7 +188,7 @@ def run(quick: bool = False) -> list[dict]:
     rows = []
     for hidden, batch in SIZES[:1] if quick else SIZES:
         rows += _speed(adata, hidden, batch, rounds=1 if quick else 3)
-    rows += validation(adata, 2 if quick else 20)
+    rows += validation(adata, 2 if quick else 10)
     return rows + _shares(adata, quick)
 
 

@@ -145,7 +145,8 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor, library: Tensor, covariates: Tensor | None = None) -> Normal:
         """Posterior of shape (cell, latent) for counts (cell, gene) and library sizes (cell,)."""
-        scaled = torch.log1p(x * (COUNTS_PER_CELL / library.clamp_min(1.0)).unsqueeze(-1))
+        # In place: allocating a second (cell, gene) array costs as much as filling it.
+        scaled = (x * (COUNTS_PER_CELL / library.clamp_min(1.0)).unsqueeze(-1)).log1p_()
         hidden = self.body(scaled if covariates is None else torch.cat([scaled, covariates], -1))
         log_variance = bounded(self.log_variance(hidden), -LOGVAR_BOUND, LOGVAR_BOUND)
         return Normal(self.mean(hidden), torch.exp(0.5 * log_variance), validate_args=False)

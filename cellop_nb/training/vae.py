@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.batches import CountBatch, CountLoader, covariate_categories, model_counts
+from ..data.batches import CountBatch, CountLoader, CountMatrix, covariate_categories, model_counts
 from ..data.contract import counts
 from ..data.splits import rows_of
 from ..models.likelihood import SparseCounts
@@ -103,6 +103,7 @@ class VAETrainer(Trainer):
             matrix, rows["train"], batch_size=batch_size, generator=self.cpu_generator, device=device
         )
         self.validation = CountLoader(matrix, rows["val"], batch_size=512, shuffle=False, device=device)
+        self._constant = _constants(matrix, np.concatenate(list(rows.values()))).to(device)
 
     def batches(self) -> CountLoader:
         return self.loader
@@ -137,8 +138,20 @@ class VAETrainer(Trainer):
 
     def _forward(self, batch: CountBatch, generator: torch.Generator):
         rows = torch.repeat_interleave(batch.indptr.diff(), output_size=len(batch.values))
-        counts = SparseCounts(batch.x.shape, rows, batch.columns, batch.values)
+        constant = self._constant[batch.index]
+        counts = SparseCounts(batch.x.shape, rows, batch.columns, batch.values, constant)
         return self.module(batch.x, batch.library, batch.covariates, counts=counts, generator=generator)
 
     def describe_batch(self, batch: CountBatch) -> dict[str, list[str]]:
         return {"cells": self.cells[batch.index.cpu().numpy()].tolist(), "genes": self.genes}
+
+
+def _constants(matrix: CountMatrix, rows: np.ndarray) -> Tensor:
+    """(cell,) part of each cell's log-likelihood that no parameter enters; 0 for cells not in `rows`."""
+    constant = torch.zeros(len(matrix))
+    for part in np.array_split(rows, max(1, len(rows) // 4096)):
+        csr = matrix.csr[part]
+        cells = torch.from_numpy(np.repeat(np.arange(len(part)), np.diff(csr.indptr)))
+        columns = torch.from_numpy(csr.indices.astype(np.int64))
+        constant[part] = SparseCounts(csr.shape, cells, columns, torch.from_numpy(csr.data)).constant
+    return constant
