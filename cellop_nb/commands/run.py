@@ -7,6 +7,8 @@ import os
 import platform
 import re
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from cellop_nb.notebook import batch, parameters
 SUMMARY = "run the numbered notebooks, on the embedded data or on yours"
 EXTRAS: tuple[str, ...] = ()
 
+_ALONE = ("00_quickstart", "06_predict")  # they make all they need themselves
 _KEYS = ("perturbation_key", "context_key", "control", "layer")
 
 
@@ -181,19 +184,45 @@ def _check_data(values: dict[str, dict[str, Any]]) -> None:
 
 
 def _execute(selected: list[Path], target: Path, values: dict[str, dict[str, Any]]) -> list[batch.Outcome]:
-    """Outcomes up to the first failure: later notebooks read what earlier ones wrote."""
+    """Run two lanes side by side: notebooks that read what others wrote, in their order, and the rest."""
+    lanes = [[p for p in selected if (p.stem in _ALONE) is alone] for alone in (False, True)]
+    lanes = [lane for lane in lanes if lane]
+    _share_cores(len(lanes))
+    stages: dict[str, str] = {}
+    with Status("  running") as status, batch.kernel_surroundings(), ThreadPoolExecutor(len(lanes)) as pool:
+
+        def progress(notebook: str, stage: str) -> None:
+            stages[notebook] = stage
+            status.update(", ".join(f"{name} {text}" for name, text in list(stages.items()) if text))
+
+        futures = [pool.submit(_lane, lane, target, values, progress) for lane in lanes]
+        outcomes = [outcome for future in futures for outcome in future.result()]
+    return sorted(outcomes, key=lambda outcome: outcome.notebook)
+
+
+def _lane(
+    lane: list[Path], target: Path, values: dict[str, dict[str, Any]], progress: Callable[[str, str], None]
+) -> list[batch.Outcome]:
+    """Outcomes up to the first failure: later notebooks of a lane read what earlier ones wrote."""
     outcomes: list[batch.Outcome] = []
-    for path in selected:
-        with Status(f"  {path.stem}") as status:
-            status.update("starting the kernel")
-            outcome = batch.execute(
-                path, target, values[path.stem], on_cell=lambda i, n, s=status: s.update(f"cell {i} of {n}")
-            )
+    for path in lane:
+        progress(path.stem, "starts")
+        outcome = batch.execute(
+            path, target, values[path.stem], on_cell=lambda i, n, name=path.stem: progress(name, f"{i}/{n}")
+        )
         outcomes.append(outcome)
+        progress(path.stem, "")
         say(f"  {path.stem}  {clock(outcome.seconds)}  {'FAILED' if outcome.error else 'done'}")
         if outcome.error:
             break
     return outcomes
+
+
+def _share_cores(lanes: int) -> None:
+    """Give each kernel its share of the cores; its waiting threads must not keep one from the other."""
+    threads = max(1, (os.cpu_count() or 1) // lanes)
+    for name, value in (("OMP_NUM_THREADS", str(threads)), ("OMP_WAIT_POLICY", "PASSIVE")):
+        os.environ.setdefault(name, value)
 
 
 def _record(target: Path, values: dict[str, dict[str, Any]], outcomes: list[batch.Outcome]) -> None:
@@ -216,7 +245,8 @@ def _record(target: Path, values: dict[str, dict[str, Any]], outcomes: list[batc
 def _close(outcomes: list[batch.Outcome], selected: list[Path], seconds: float) -> None:
     """Print the closing table."""
     rows = [[o.notebook, f"{o.seconds:.1f}", _headline(o), o.output.name] for o in outcomes]
-    rows += [[path.stem, "", "not run", ""] for path in selected[len(outcomes) :]]
+    ran = {outcome.notebook for outcome in outcomes}
+    rows += [[path.stem, "", "not run", ""] for path in selected if path.stem not in ran]
     say()
     say(table(["notebook", "seconds", "key numbers", "look at"], rows, right=(1,)))
     say(f"\n{clock(seconds)} in all. Executed notebooks, figures, tables and models: {outcomes[0].folder}")
