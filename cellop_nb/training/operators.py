@@ -16,6 +16,10 @@ from ..models.operators import OperatorModel, spectral_excess
 from .loop import Trainer
 
 
+MIN_SHOWN = 8
+"""Held-out cells below which a group has no column of its own in the history: its energy is mostly noise."""
+
+
 def new_operators(
     adata,
     *,
@@ -203,8 +207,9 @@ class OperatorTrainer(Trainer):
         energy = grouped_energy_distance(
             moved, self.val_perturbed, self.val_sizes, self.val_counts, y_self=self.val_self
         )
-        named = zip(self.held_out.labels, energy.tolist(), strict=True)
-        per_group = {f"val_energy[{label}]": value for label, value in named}
+        named = zip(self.held_out.labels, energy.tolist(), self.val_counts, strict=True)
+        least = min(MIN_SHOWN, max(self.val_counts))
+        per_group = {f"val_energy[{label}]": value for label, value, cells in named if cells >= least}
         # A group of three held-out cells is mostly noise: it must not decide which epoch is best.
         weight = torch.tensor(self.val_counts, dtype=energy.dtype, device=energy.device)
         mean = float((weight * energy).sum() / weight.sum())
