@@ -27,10 +27,11 @@ def batches(x_sizes: list[int], y_sizes: list[int]) -> Iterator[list[int]]:
 
 def gather(x: Tensor, sizes: list[int], batch: list[int]) -> tuple[Tensor, Tensor | slice, Tensor | None]:
     """Padded groups (group, cell, d), the rows they came from, and which rows are padding (None: none)."""
-    if len(batch) == 1:
-        start = sum(sizes[: batch[0]])
-        rows = slice(start, start + sizes[batch[0]])
-        return x[rows].unsqueeze(0), rows, None
+    first, cells = batch[0], sizes[batch[0]]
+    if batch == list(range(first, first + len(batch))) and all(sizes[g] == cells for g in batch):
+        start = sum(sizes[:first])  # neighbours of one size: nothing has to be copied
+        rows = slice(start, start + len(batch) * cells)
+        return x[rows].unflatten(0, (len(batch), cells)), rows, None
     counts = torch.tensor(sizes)
     starts = (counts.cumsum(0) - counts)[batch]
     counts = counts[batch]
@@ -51,7 +52,7 @@ def scatter(grad: Tensor | None, force: Tensor | None, cloud: tuple) -> None:
     if pad is not None:
         grad[rows[~pad]] = force[~pad]
     else:
-        grad[rows] = force.squeeze(0) if isinstance(rows, slice) else force
+        grad[rows] = force.flatten(0, 1) if isinstance(rows, slice) else force
 
 
 def count_pairs(sizes: list[int], batch: list[int], estimator: str, device: torch.device) -> Tensor | int:
