@@ -6,8 +6,6 @@ moved controls and perturbed cells, and make the same step of the same optimiser
 
 from __future__ import annotations
 
-import ctypes
-import sys
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -126,11 +124,7 @@ def stepper(variant: str, p: SimpleNamespace) -> Callable[[], Tensor]:
 def step(variant: str, sizes: dict) -> Callable[[], Tensor]:
     """For the fresh process: a step, after a small one (libraries allocate at their first call)."""
     stepper(variant, problem(**QUICK))()
-    call = stepper(variant, problem(**sizes))
-    if sys.platform == "linux":
-        # Memory that making the problem has freed would be taken again unseen: give it back first.
-        ctypes.CDLL(None).malloc_trim(0)
-    return call
+    return stepper(variant, problem(**sizes))
 
 
 # -- a whole fit -------------------------------------------------------------------------------------------
