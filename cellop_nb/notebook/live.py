@@ -22,6 +22,10 @@ from cellop_nb.training.callbacks import Callback
 log = logging.getLogger("cellop_nb")
 
 
+FIRST_COST = 0.1
+"""Seconds that a picture is taken to cost before one was drawn, so that a short run affords its last one."""
+
+
 class LivePlot(Callback):
     """A picture of the history, updated in place while training runs; the last one stays in the notebook.
 
@@ -79,7 +83,7 @@ class LivePlot(Callback):
         self._board_key: tuple = ()
         self._start = self._last = self._last_row = self._clock()
         self._end: float | None = None
-        self._last_cost = 0.0
+        self._last_cost = FIRST_COST
         self._durations: list[float] = []
         self._outlets: list[Callable[[bytes], None]] | None = None
         self._wanted.clear()
@@ -88,6 +92,7 @@ class LivePlot(Callback):
 
     def on_fit_start(self, trainer) -> None:
         """Take a place in the cell that runs; later pictures go there from any thread."""
+        getattr(trainer, "floors", None)  # computed on first use: not while a picture is drawn
         self._begin()
         if not getattr(getattr(trainer, "fabric", None), "is_global_zero", True):
             self._outlets = []  # one picture, not one per process
