@@ -22,8 +22,8 @@ from cellop_nb.training.callbacks import Callback
 log = logging.getLogger("cellop_nb")
 
 
-FIRST_COST = 0.1
-"""Seconds that a picture is taken to cost before one was drawn, so that a short run affords its last one."""
+FIRST_COST = 0.25
+"""Seconds that a picture is taken to cost before one was drawn (the first ones load fonts)."""
 
 
 class LivePlot(Callback):
@@ -83,6 +83,7 @@ class LivePlot(Callback):
         self._board_key: tuple = ()
         self._start = self._last = self._last_row = self._clock()
         self._end: float | None = None
+        self._expected = float("inf")  # seconds of the whole training, as far as they can be told
         self._last_cost = FIRST_COST
         self._durations: list[float] = []
         self._outlets: list[Callable[[bytes], None]] | None = None
@@ -113,6 +114,8 @@ class LivePlot(Callback):
         now = self._clock()
         self._durations.append(now - self._last_row)
         self._last_row = now
+        per_epoch = (now - self._start) / len(self._durations)
+        self._expected = per_epoch * (getattr(trainer, "max_epochs", None) or float("inf"))
         if self._wanted.is_set() or self._due():
             self._draw(trainer, trainer.rows)
 
@@ -151,7 +154,7 @@ class LivePlot(Callback):
 
     @property
     def share(self) -> float:
-        """Part of the training time that went into drawing."""
+        """Part of the training time that went into drawing, the last picture included."""
         return self.cost_seconds / max((self._end or self._clock()) - self._start, 1e-9)
 
     # -- drawing
@@ -159,8 +162,8 @@ class LivePlot(Callback):
     def _due(self) -> bool:
         """Not too soon after the last drawing, and with enough of the budget left for the one at the end."""
         now = self._clock()
-        if self.n_drawn == 0:
-            return True
+        if self.n_drawn == 0:  # a run too short to afford two pictures gets the last one
+            return self.budget * self._expected >= 2 * FIRST_COST
         rested = now - self._last >= max(self.every, self._last_cost / self.budget)
         return rested and self.cost_seconds + 2 * self._last_cost <= self.budget * (now - self._start)
 

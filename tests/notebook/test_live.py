@@ -118,12 +118,19 @@ def test_never_more_often_than_every(fake_trainer, clock, pictures):
     assert live.n_drawn <= 1 + 5 + 1
 
 
-def test_first_and_last_epoch_are_drawn_however_short(fake_trainer, clock, pictures):
+def test_last_epoch_is_drawn_however_short_the_run(fake_trainer, clock, pictures):
     live = LivePlot(clock=clock, publish=pictures.append)
     _run(live, fake_trainer(epochs=40), clock, epoch_seconds=0.001, cost=0.01)
-    assert live.n_drawn == 2
+    assert live.n_drawn == 1, "two pictures would be more than a fiftieth of this run"
     assert live.columns.n_rows == 40, "the last picture shows every epoch"
     assert live.picture == pictures[-1]
+
+
+def test_a_run_that_can_afford_it_is_drawn_from_the_first_epoch(fake_trainer, clock):
+    at = []
+    live = LivePlot(clock=clock, publish=lambda _: at.append(live.columns.n_rows))
+    _run(live, fake_trainer(epochs=40), clock, epoch_seconds=1.0, cost=0.01)
+    assert 1 in at
 
 
 def test_draw_now_is_done_by_the_training(fake_trainer, clock, pictures):
