@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -11,33 +10,7 @@ from torch.distributions import Normal
 
 from ..errors import LabelError, three_beats
 from .likelihood import NegativeBinomial, SparseCounts, nb_log_likelihood_logits
-
-LOGVAR_BOUND = 10.0
-MIN_DISPERSION = 1e-4
-MAX_DISPERSION = 1e6
-COUNTS_PER_CELL = 1e4
-
-
-class _Bounded(torch.autograd.Function):
-    """Clamp in the forward pass, identity in the backward pass (straight-through)."""
-
-    @staticmethod
-    def forward(ctx, value: Tensor, low: float, high: float) -> Tensor:
-        # An infinite input is a fault, not a large number: it must surface, not be clamped away.
-        return torch.where(value.isinf(), torch.nan, value.clamp(low, high))
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor):
-        return gradient, None, None
-
-
-def bounded(value: Tensor, low: float, high: float) -> Tensor:
-    """`value` limited to [low, high], with gradients that still flow from outside the interval.
-
-    A plain ``clamp`` has zero gradient outside, so that a parameter that once left could never return.
-    Infinite entries become NaN, so that the non-finite guard sees them.
-    """
-    return _Bounded.apply(value, low, high)
+from .networks import MAX_DISPERSION, MIN_DISPERSION, DecoderNB, Encoder
 
 
 def sample_z(posterior: Normal, generator: torch.Generator | None = None) -> Tensor:
@@ -106,90 +79,6 @@ def elbo_loss(log_likelihood: Tensor, posterior: Normal, kl_weight: float = 1.0)
     }
 
 
-def _mlp(n_in: int, n_hidden: int, n_layers: int, dropout: float) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for layer in range(n_layers):
-        layers += [nn.Linear(n_in if layer == 0 else n_hidden, n_hidden), nn.LayerNorm(n_hidden), nn.ReLU()]
-        if dropout:
-            layers.append(nn.Dropout(dropout))
-    return nn.Sequential(*layers)
-
-
-class Encoder(nn.Module):
-    """log1p of library-normalised counts to a Normal over the latent.
-
-    Parameters
-    ----------
-    n_genes, n_latent, n_hidden, n_layers
-        Sizes of the network.
-    n_covariates
-        Width of the one-hot covariates that are appended to the input; 0 for none.
-    dropout
-        Share of hidden units dropped while training.
-    """
-
-    def __init__(
-        self,
-        n_genes: int,
-        n_latent: int,
-        *,
-        n_hidden: int = 128,
-        n_layers: int = 1,
-        n_covariates: int = 0,
-        dropout: float = 0.0,
-    ):
-        super().__init__()
-        self.body = _mlp(n_genes + n_covariates, n_hidden, n_layers, dropout)
-        self.mean = nn.Linear(n_hidden, n_latent)
-        self.log_variance = nn.Linear(n_hidden, n_latent)
-
-    def forward(self, x: Tensor, library: Tensor, covariates: Tensor | None = None) -> Normal:
-        """Posterior of shape (cell, latent) for counts (cell, gene) and library sizes (cell,)."""
-        # In place: allocating a second (cell, gene) array costs as much as filling it.
-        scaled = (x * (COUNTS_PER_CELL / library.clamp_min(1.0)).unsqueeze(-1)).log1p_()
-        hidden = self.body(scaled if covariates is None else torch.cat([scaled, covariates], -1))
-        log_variance = bounded(self.log_variance(hidden), -LOGVAR_BOUND, LOGVAR_BOUND)
-        return Normal(self.mean(hidden), torch.exp(0.5 * log_variance), validate_args=False)
-
-
-class DecoderNB(nn.Module):
-    r"""Latent to the logits of gene proportions, by a linear path beside an MLP, with gene-wise dispersion.
-
-    .. math:: \mu = l \cdot \mathrm{softmax}(W z + f(z, c) + C c + a), \quad r = e^{\rho}
-
-    The linear path keeps the decoder sensible for latents outside the training clouds, which is where
-    predictions of unseen conditions live.
-    """
-
-    def __init__(
-        self,
-        n_latent: int,
-        n_genes: int,
-        *,
-        n_hidden: int = 128,
-        n_layers: int = 1,
-        n_covariates: int = 0,
-        dropout: float = 0.0,
-    ):
-        super().__init__()
-        self.linear = nn.Linear(n_latent + n_covariates, n_genes)
-        self.body = _mlp(n_latent + n_covariates, n_hidden, n_layers, dropout)
-        self.output = nn.Linear(n_hidden, n_genes, bias=False)
-        self.log_dispersion = nn.Parameter(torch.zeros(n_genes))
-
-    def forward(self, z: Tensor, covariates: Tensor | None = None) -> Tensor:
-        """Logits (cell, gene) of the expected proportions."""
-        given = z if covariates is None else torch.cat([z, covariates], -1)
-        hidden = self.body(given)
-        return self.linear(given) + self.output(hidden)
-
-    @property
-    def dispersion(self) -> Tensor:
-        """(gene,) inverse dispersion r, inside [1e-4, 1e6]."""
-        low, high = math.log(MIN_DISPERSION), math.log(MAX_DISPERSION)
-        return torch.exp(bounded(self.log_dispersion, low, high))
-
-
 class NBVAE(nn.Module):
     r"""Negative-binomial variational autoencoder with library size and covariates.
 
@@ -229,8 +118,12 @@ class NBVAE(nn.Module):
         dropout: float = 0.0,
     ):
         super().__init__()
-        names = [f"gene_{i}" for i in range(genes)] if isinstance(genes, int) else [str(name) for name in genes]
-        self.covariates = {name: [str(c) for c in categories] for name, categories in (covariates or {}).items()}
+        names = (
+            [f"gene_{i}" for i in range(genes)] if isinstance(genes, int) else [str(name) for name in genes]
+        )
+        self.covariates = {
+            name: [str(c) for c in categories] for name, categories in (covariates or {}).items()
+        }
         self.config = {
             "genes": names,
             "n_latent": n_latent,
@@ -282,10 +175,14 @@ class NBVAE(nn.Module):
             found = f"{sorted(covariates or {})}"
             fix = f"pass integer codes of {missing} too, one per cell"
             raise LabelError(three_beats(f"the covariates {sorted(self.covariates)}", found, fix))
-        columns = [nn.functional.one_hot(covariates[name], len(known)) for name, known in self.covariates.items()]
+        columns = [
+            nn.functional.one_hot(covariates[name], len(known)) for name, known in self.covariates.items()
+        ]
         return torch.cat(columns, -1).to(self.decoder.linear.weight.dtype)
 
-    def encode(self, x: Tensor, library: Tensor | None = None, covariates: dict[str, Tensor] | None = None) -> Normal:
+    def encode(
+        self, x: Tensor, library: Tensor | None = None, covariates: dict[str, Tensor] | None = None
+    ) -> Normal:
         """Posterior over the latent.
 
         Parameters

@@ -1,0 +1,120 @@
+"""The two networks of the VAE: encoder (counts to a latent) and decoder (latent to logits), with bounded outputs."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Normal
+
+LOGVAR_BOUND = 10.0
+MIN_DISPERSION = 1e-4
+MAX_DISPERSION = 1e6
+COUNTS_PER_CELL = 1e4
+
+
+class _Bounded(torch.autograd.Function):
+    """Clamp in the forward pass, identity in the backward pass (straight-through)."""
+
+    @staticmethod
+    def forward(ctx, value: Tensor, low: float, high: float) -> Tensor:
+        # An infinite input is a fault, not a large number: it must surface, not be clamped away.
+        return torch.where(value.isinf(), torch.nan, value.clamp(low, high))
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        return gradient, None, None
+
+
+def bounded(value: Tensor, low: float, high: float) -> Tensor:
+    """`value` limited to [low, high], with gradients that still flow from outside the interval.
+
+    A plain ``clamp`` has zero gradient outside, so that a parameter that once left could never return.
+    Infinite entries become NaN, so that the non-finite guard sees them.
+    """
+    return _Bounded.apply(value, low, high)
+
+
+def _mlp(n_in: int, n_hidden: int, n_layers: int, dropout: float) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for layer in range(n_layers):
+        layers += [nn.Linear(n_in if layer == 0 else n_hidden, n_hidden), nn.LayerNorm(n_hidden), nn.ReLU()]
+        if dropout:
+            layers.append(nn.Dropout(dropout))
+    return nn.Sequential(*layers)
+
+
+class Encoder(nn.Module):
+    """log1p of library-normalised counts to a Normal over the latent.
+
+    Parameters
+    ----------
+    n_genes, n_latent, n_hidden, n_layers
+        Sizes of the network.
+    n_covariates
+        Width of the one-hot covariates that are appended to the input; 0 for none.
+    dropout
+        Share of hidden units dropped while training.
+    """
+
+    def __init__(
+        self,
+        n_genes: int,
+        n_latent: int,
+        *,
+        n_hidden: int = 128,
+        n_layers: int = 1,
+        n_covariates: int = 0,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        self.body = _mlp(n_genes + n_covariates, n_hidden, n_layers, dropout)
+        self.mean = nn.Linear(n_hidden, n_latent)
+        self.log_variance = nn.Linear(n_hidden, n_latent)
+
+    def forward(self, x: Tensor, library: Tensor, covariates: Tensor | None = None) -> Normal:
+        """Posterior of shape (cell, latent) for counts (cell, gene) and library sizes (cell,)."""
+        # In place: allocating a second (cell, gene) array costs as much as filling it.
+        scaled = (x * (COUNTS_PER_CELL / library.clamp_min(1.0)).unsqueeze(-1)).log1p_()
+        hidden = self.body(scaled if covariates is None else torch.cat([scaled, covariates], -1))
+        log_variance = bounded(self.log_variance(hidden), -LOGVAR_BOUND, LOGVAR_BOUND)
+        return Normal(self.mean(hidden), torch.exp(0.5 * log_variance), validate_args=False)
+
+
+class DecoderNB(nn.Module):
+    r"""Latent to the logits of gene proportions, by a linear path beside an MLP, with gene-wise dispersion.
+
+    .. math:: \mu = l \cdot \mathrm{softmax}(W z + f(z, c) + C c + a), \quad r = e^{\rho}
+
+    The linear path keeps the decoder sensible for latents outside the training clouds, which is where
+    predictions of unseen conditions live.
+    """
+
+    def __init__(
+        self,
+        n_latent: int,
+        n_genes: int,
+        *,
+        n_hidden: int = 128,
+        n_layers: int = 1,
+        n_covariates: int = 0,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        self.linear = nn.Linear(n_latent + n_covariates, n_genes)
+        self.body = _mlp(n_latent + n_covariates, n_hidden, n_layers, dropout)
+        self.output = nn.Linear(n_hidden, n_genes, bias=False)
+        self.log_dispersion = nn.Parameter(torch.zeros(n_genes))
+
+    def forward(self, z: Tensor, covariates: Tensor | None = None) -> Tensor:
+        """Logits (cell, gene) of the expected proportions."""
+        given = z if covariates is None else torch.cat([z, covariates], -1)
+        hidden = self.body(given)
+        return self.linear(given) + self.output(hidden)
+
+    @property
+    def dispersion(self) -> Tensor:
+        """(gene,) inverse dispersion r, inside [1e-4, 1e6]."""
+        low, high = math.log(MIN_DISPERSION), math.log(MAX_DISPERSION)
+        return torch.exp(bounded(self.log_dispersion, low, high))
