@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import copy
 import math
-import threading
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,10 +13,11 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, DataError, three_beats
+from ..errors import DataError, three_beats
 from .callbacks import Callback, HistoryCSV, ProgressBar, SaveCheckpoints
-from .checkpoint import write_whole
 from .guard import NonFiniteGuard
+from .remote import RemoteControl
+from .resume import Resumable
 
 
 def half_cosine(step: int, total: int, *, floor: float = 0.02) -> float:
@@ -28,7 +26,7 @@ def half_cosine(step: int, total: int, *, floor: float = 0.02) -> float:
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * share))
 
 
-class Trainer:
+class Trainer(RemoteControl, Resumable):
     """Runs epochs, keeps history and the best state, and obeys requests made while it runs.
 
     A subclass gives the data and the mathematics: :meth:`batches`, :meth:`loss_terms`, :meth:`validate`,
@@ -77,6 +75,7 @@ class Trainer:
         strategy: str = "auto",
         precision: str = "32-true",
     ):
+        RemoteControl.__init__(self, lr)
         self.fabric = Fabric(
             accelerator=accelerator, devices=devices, num_nodes=num_nodes, strategy=strategy, precision=precision
         )
@@ -97,11 +96,6 @@ class Trainer:
         self.best_epoch, self.best_value, self.patience = -1, float("inf"), None
         self._best_state: dict | None = None
         self.batch, self.terms = None, {}
-        self.status, self.stop_reason = "idle", ""
-        self._base_lr = float(lr)
-        self._stop = threading.Event()
-        self._go = threading.Event()
-        self._go.set()
 
     def _standard_callbacks(self, progress: bool) -> list[Callback]:
         callbacks: list[Callback] = [ProgressBar(self.unit)] if progress else []
@@ -137,38 +131,6 @@ class Trainer:
 
     def before_epoch(self) -> None:
         """Set what changes by epoch (warm-ups)."""
-
-    # -- requests, safe to make from another thread while training runs ----------------------------------------
-
-    @property
-    def learning_rate(self) -> float:
-        """Base learning rate; the rate in force is this times the schedule's factor."""
-        return self._base_lr
-
-    @learning_rate.setter
-    def learning_rate(self, value: float) -> None:
-        if not (value > 0 and math.isfinite(value)):
-            raise ValueError(f"Expected a positive learning rate. Found {value}. To fix it: give a number such as 1e-3.")
-        self._base_lr = float(value)
-
-    def stop(self, reason: str = "stopped by hand") -> None:
-        """End after the current step; the model and the history stay usable."""
-        self.stop_reason = reason
-        self._stop.set()
-        self._go.set()
-
-    def pause(self) -> None:
-        """Hold after the current step until :meth:`resume` or :meth:`stop`."""
-        self._go.clear()
-
-    def resume(self) -> None:
-        """Go on after :meth:`pause`."""
-        self._go.set()
-
-    @property
-    def ending(self) -> bool:
-        """Whether the epoch just finished is the last one."""
-        return self._stop.is_set() or self.epoch >= self.max_epochs
 
     # -- the loop ----------------------------------------------------------------------------------------------
 
@@ -210,19 +172,6 @@ class Trainer:
             self._call("on_fit_end")
             self._stop.clear()  # last, so that a request made before the first step is not lost
         return self.history
-
-    async def fit_async(self, max_epochs: int | None = None) -> pd.DataFrame:
-        """Same as :meth:`fit` in a worker thread, so that a notebook's controls keep working meanwhile."""
-        loop = asyncio.get_running_loop()
-        future = loop.run_in_executor(None, self.fit, max_epochs)
-        try:
-            # Waking up often lets the kernel's interrupt reach this coroutine.
-            while not future.done():
-                await asyncio.wait({future}, timeout=0.1)
-        except (KeyboardInterrupt, asyncio.CancelledError):
-            self.stop("interrupted")
-            await asyncio.wait({future})
-        return future.result()
 
     @contextlib.contextmanager
     def _own_randomness(self):
@@ -300,82 +249,6 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self._base_lr * factor
 
-    def _hold_while_paused(self) -> None:
-        if not self._go.is_set() and not self._stop.is_set():
-            self.status = "paused"
-            self._go.wait()
-            self.status = "running"
-
     def _call(self, hook: str, *args) -> None:
         for callback in self.callbacks:
             getattr(callback, hook)(self, *args)
-
-    # -- best state, checkpoints ---------------------------------------------------------------------------------
-
-    def _keep_best(self, row: dict) -> None:
-        if row[self.monitor] < self.best_value:
-            self.best_value, self.best_epoch = row[self.monitor], row["epoch"]
-            self._best_state = copy.deepcopy(self.model.state_dict())
-
-    def restore_best(self) -> None:
-        """Put the parameters of the best epoch back into the model."""
-        if self._best_state is not None:
-            self.model.load_state_dict(self._best_state)
-        self.model.eval()
-
-    def state(self) -> dict:
-        """Copy of everything that the next epoch depends on: tensors, numbers and text."""
-        return copy.deepcopy(self._state())
-
-    def _state(self) -> dict:
-        return {
-            "model": self.model.state_dict(),
-            "best_model": self._best_state,
-            "optimizer": self.optimizer.state_dict(),
-            "generators": [self.generator.get_state(), self.cpu_generator.get_state()],
-            "rows": self.rows,
-            "seed": self.seed,
-            "epoch": self.epoch,
-            "step": self.step,
-            "best": [self.best_epoch, self.best_value],
-            "base_lr": self._base_lr,
-            "weights": {name: float(value) for name, value in self.weights.items()},
-        }
-
-    def load_state(self, state: dict) -> None:
-        """Go on exactly where :meth:`state` was taken."""
-        state = copy.deepcopy(state)  # the optimiser would change it in place
-        self.model.load_state_dict(state["model"])
-        self._best_state = state["best_model"]
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.generator.set_state(state["generators"][0].cpu())
-        self.cpu_generator.set_state(state["generators"][1].cpu())
-        self.rows = list(state["rows"])
-        self.seed, self.epoch, self.step = state["seed"], state["epoch"], state["step"]
-        self.best_epoch, self.best_value = state["best"]
-        self._base_lr = state["base_lr"]
-        self.weights |= state["weights"]
-
-    def save_checkpoint(self, path: str | Path) -> Path:
-        """Write :meth:`state` atomically; readable with ``weights_only=True``."""
-        return write_whole(path, lambda part: torch.save(self._state(), part))
-
-    def load_checkpoint(self, path: str | Path) -> None:
-        """Read :meth:`save_checkpoint`'s file; no code in it is ever run.
-
-        Raises
-        ------
-        CheckpointError
-            If the file is missing, damaged, or of another model.
-        """
-        expected = f"a checkpoint of this {type(self.model).__name__}"
-        try:
-            state = torch.load(path, map_location=self.fabric.device, weights_only=True)
-        except Exception as error:
-            fix = "give the path of a last.pt or best.pt, or start the run anew"
-            raise CheckpointError(three_beats(expected, f"{path}: {error}", fix)) from error
-        try:
-            self.load_state(state)
-        except (KeyError, RuntimeError, TypeError, ValueError) as error:
-            fix = "build the model with the names and sizes of the run that was saved"
-            raise CheckpointError(three_beats(expected, f"{path}: {error}", fix)) from error
