@@ -33,6 +33,10 @@ class CheckpointError(CellopError):
     """A saved file is damaged, of another version, or made for other genes or keys."""
 
 
+class StorageError(CellopError, OSError):
+    """A file could not be written: no room, no permission, no such folder."""
+
+
 def three_beats(expected: str, found: str, fix: str) -> str:
     """Join the three beats of an error message: expected, found, how to fix it."""
     return f"Expected {expected}. Found {found}. To fix it: {fix}."

@@ -63,7 +63,9 @@ def _round_trip(result: Holdout, cells, layer, max_cells: int, seed: int) -> flo
     values = []
     for fitted in result.fits:
         embed(cells, fitted.vae, layer=layer)
-        again = decode_cells(cells, fitted.vae, torch.as_tensor(cells.obsm["X_nbvae"]), layer=layer, seed=seed)
+        again = decode_cells(
+            cells, fitted.vae, torch.as_tensor(cells.obsm["X_nbvae"]), layer=layer, seed=seed
+        )
         values.append(e_distance(result.space.project(result.space.transform(again.X)), truth))
     return float(np.mean(values))
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from cellop_nb.commands.terminal import Status, say, table
 from cellop_nb.errors import DataError, three_beats
+from cellop_nb.files import write_whole
 
 SUMMARY = "measure speed and memory, beside the peers that are installed"
 EXTRAS = ()  # the peers are optional: those that are absent are named as such
@@ -77,7 +78,8 @@ def main(args: argparse.Namespace) -> int:
         torch.set_num_threads(before)
     if args.out is not None:
         written = _surroundings(threads, args.quick) | {"results": results}
-        args.out.write_text(json.dumps(written, indent=1) + "\n")
+        text = json.dumps(written, indent=1) + "\n"
+        write_whole(args.out, lambda part: part.write_text(text, encoding="utf-8"))
         say(f"written: {args.out}")
     return 0
 

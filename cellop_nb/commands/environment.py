@@ -13,6 +13,7 @@ from pathlib import Path
 
 from cellop_nb.commands.terminal import Status, clock, complain, say
 from cellop_nb.errors import CellopError, three_beats
+from cellop_nb.files import storing
 
 PACKAGE = Path(__file__).resolve().parents[1]
 ROOT = PACKAGE.parent
@@ -31,6 +32,17 @@ _RESTARTED = "CELLOP_RESTARTED"
 
 class SetupError(CellopError):
     """The environment could not be made or lacks packages."""
+
+
+def home() -> Path:
+    """The folder whose `notebooks/` are meant: the checkout, or where an installed package is used."""
+    return ROOT if IS_CHECKOUT else Path.cwd()
+
+
+def notebooks() -> Path:
+    """The checkout's notebooks; installed, a person's own copy in the current folder, else the package's."""
+    own = home() / "notebooks"
+    return own if next(own.glob("[0-9][0-9]_*.ipynb"), None) else NOTEBOOKS
 
 
 def requirements(*extras: str) -> list[str]:
@@ -118,8 +130,9 @@ def _runs() -> bool:
 def make() -> None:
     """Create or complete `.venv`; the stamp is written last, so that a broken installation is redone."""
     _refuse_second()
-    _LOG.parent.mkdir(exist_ok=True)
-    _STAMP.unlink(missing_ok=True)
+    with storing(_LOG):
+        _LOG.parent.mkdir(exist_ok=True)
+        _STAMP.unlink(missing_ok=True)
     say(f"Setting up {VENV} (once; about 2 GB, a few minutes). Log: {_LOG}")
     with _LOG.open("w", encoding="utf-8") as log, Status("setting up") as status:
         afresh = _UNFINISHED.exists() or not _runs()

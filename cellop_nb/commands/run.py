@@ -15,6 +15,7 @@ from typing import Any
 from cellop_nb.commands import environment
 from cellop_nb.commands.terminal import Status, clock, complain, say, table
 from cellop_nb.errors import DataError, LabelError, did_you_mean, three_beats
+from cellop_nb.files import storing
 from cellop_nb.notebook import batch, parameters
 
 SUMMARY = "run the numbered notebooks, on the embedded data or on yours"
@@ -66,8 +67,10 @@ def main(args: argparse.Namespace) -> int:
     values = settings(args, selected, with_file=True)
     _check_data(values)
     target = folder(args)
-    target.mkdir(parents=True, exist_ok=True)
-    say(f"Running {len(selected)} notebook{'s' * (len(selected) != 1)} into {target}")
+    with storing(target):
+        target.mkdir(parents=True, exist_ok=True)
+    books = f"{len(selected)} notebook{'s' * (len(selected) != 1)} of {selected[0].parent}"
+    say(f"Running {books} into {target}")
     start = time.monotonic()
     outcomes = _execute(selected, target, values)
     _record(target, values, outcomes)
@@ -77,7 +80,7 @@ def main(args: argparse.Namespace) -> int:
 
 def select(args: argparse.Namespace) -> list[Path]:
     """Notebooks to run, in order."""
-    home = Path(args.notebooks).resolve() if args.notebooks else environment.NOTEBOOKS
+    home = Path(args.notebooks).resolve() if args.notebooks else environment.notebooks()
     found = sorted(home.glob("[0-9][0-9]_*.ipynb"))
     if not found:
         fix = "give --notebooks a folder that has some"
@@ -149,7 +152,7 @@ def _locate(data: str) -> str:
 
 def folder(args: argparse.Namespace) -> Path:
     """Run folder; one that has results is used again only for chosen notebooks."""
-    parent = Path(args.runs).resolve() if args.runs else _home() / "runs"
+    parent = Path(args.runs).resolve() if args.runs else environment.home() / "runs"
     name = args.name or time.strftime("%Y-%m-%d_%H-%M-%S")
     if not re.fullmatch(r"[\w.+-]+", name) or set(name) == {"."}:
         fix = "use letters, digits, - and _; --runs sets the parent folder"
@@ -159,10 +162,6 @@ def folder(args: argparse.Namespace) -> Path:
         fix = "give another --name, or choose the notebooks to run again in it with --only"
         raise DataError(three_beats("a new run folder", f"results in {target}", fix))
     return target
-
-
-def _home() -> Path:
-    return environment.ROOT if environment.IS_CHECKOUT else Path.cwd()
 
 
 def _check_data(values: dict[str, dict[str, Any]]) -> None:

@@ -223,9 +223,7 @@ def model_counts(adata: AnnData, model, *, layer: str | None = None) -> CountMat
         If genes are missing, or a covariate has a category that the model does not know.
     """
     known = model.covariates
-    return count_matrix(
-        adata, layer=layer, genes=model.genes, covariate_keys=list(known), categories=known
-    )
+    return count_matrix(adata, layer=layer, genes=model.genes, covariate_keys=list(known), categories=known)
 
 
 def gene_positions(adata: AnnData, genes: Sequence[str]) -> np.ndarray:

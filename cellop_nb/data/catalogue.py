@@ -16,6 +16,7 @@ import pandas as pd
 from anndata import AnnData
 
 from ..errors import DataError, did_you_mean, three_beats
+from ..files import write_whole
 from .screens import COLUMNS, SCREENS, Screen, scperturb
 from .synthetic import EXAMPLE, planted_operator, planted_proportions, synthetic
 
@@ -216,11 +217,9 @@ def _recorded(folder: Path) -> dict[str, str]:
 
 
 def _record(folder: Path, name: str, checksum: str) -> None:
-    """Add a checksum; the file is replaced whole, so that a reader never sees half of it."""
-    fresh = folder / f"{_RECORD}.{os.getpid()}"
+    """Add a checksum."""
     text = json.dumps(_recorded(folder) | {name: checksum}, indent=1, sort_keys=True)
-    fresh.write_text(text, encoding="utf-8")
-    os.replace(fresh, folder / _RECORD)
+    write_whole(folder / _RECORD, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def _label(label: str, screen: Screen) -> str:

@@ -16,6 +16,7 @@ from anndata import AnnData
 from scipy import sparse
 
 from ..errors import DataError, LabelError, did_you_mean, three_beats
+from ..files import write_whole
 from .planted import Cloud, Decoder, draw_generators, operator_of
 
 EXAMPLE = {"combinations": 2, "n_genes": 500, "n_cells": 160, "n_controls": 240, "seed": 0}
@@ -203,7 +204,8 @@ def _letters(number: int) -> str:
 
 def write_example(path: str | Path) -> None:
     """Write the example screen to `path` (h5ad)."""
-    synthetic(**EXAMPLE).write_h5ad(path, compression="gzip")
+    adata = synthetic(**EXAMPLE)
+    write_whole(path, lambda part: adata.write_h5ad(part, compression="gzip"))
 
 
 if __name__ == "__main__":

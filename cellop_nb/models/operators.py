@@ -100,7 +100,9 @@ class OperatorModel(nn.Module):
     ):
         super().__init__()
         if not perturbations:
-            raise ModelError(three_beats("at least one perturbation", "none", "check perturbation_key and control"))
+            raise ModelError(
+                three_beats("at least one perturbation", "none", "check perturbation_key and control")
+            )
         n_axes = min(len(perturbations), 8) if n_axes is None else n_axes
         rank = n_latent if rank is None else min(rank, n_latent)
         self.config = {
@@ -213,7 +215,9 @@ class OperatorModel(nn.Module):
         self.axis_shift.copy_(_least_squares(alpha, wanted))
         if self.context_shift.requires_grad:
             left_over = wanted - alpha @ self.axis_shift
-            self.context_shift.copy_(_least_squares(design.contexts * design.strength.unsqueeze(1), left_over))
+            self.context_shift.copy_(
+                _least_squares(design.contexts * design.strength.unsqueeze(1), left_over)
+            )
         return self
 
     def _forget(self) -> None:
@@ -233,9 +237,13 @@ class OperatorModel(nn.Module):
         kept = min(n_axes, scores.shape[1])
         embedding[:, :kept] = scores[:, :kept] * len(single) ** 0.5
         features = self.conditions.features
-        self.conditions.embedding.copy_(embedding if features is None else _least_squares(features, embedding))
+        self.conditions.embedding.copy_(
+            embedding if features is None else _least_squares(features, embedding)
+        )
 
-    def _start_matrices(self, design: Design, controls: Sequence[Tensor], perturbed: Sequence[Tensor]) -> None:
+    def _start_matrices(
+        self, design: Design, controls: Sequence[Tensor], perturbed: Sequence[Tensor]
+    ) -> None:
         d, rank = self.axis_left.shape[1:]
         enough = [min(len(a), len(b)) > 2 * d for a, b in zip(controls, perturbed, strict=True)]
         if not rank or not any(enough):

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cellop_nb.files import write_whole
 from cellop_nb.notebook import parameters
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
@@ -187,7 +188,6 @@ def write_metrics(run_dir: str | Path, notebook: str, metrics: Mapping[str, Any]
         The file, `<run_dir>/<notebook>/metrics.json`.
     """
     path = metrics_file(run_dir, notebook)
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, metrics)
     return path
 
@@ -200,11 +200,8 @@ def read_metrics(run_dir: str | Path, notebook: str) -> dict[str, Any]:
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON in one step: a reader, or a run killed here, never leaves or sees half a file."""
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=path.parent, suffix=".tmp", delete=False
-    ) as draft:
-        draft.write(json.dumps(_plain(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-    os.replace(draft.name, path)
+    text = json.dumps(_plain(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def _plain(value: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import threading
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cellop_nb.files import write_whole
 from cellop_nb.notebook.figures.dashboard import Dashboard, Marks
 from cellop_nb.notebook.figures.panels import Columns, pick_panels
 from cellop_nb.notebook.figures.sheet import Sheet
@@ -239,10 +239,7 @@ class LivePlot(Callback):
             outlet(picture)
 
     def _write_file(self, picture: bytes) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(self.path.name + ".part")
-        temporary.write_bytes(picture)
-        os.replace(temporary, self.path)
+        write_whole(self.path, lambda part: part.write_bytes(picture))
 
     def _wait_for_first_row(self) -> None:
         if self._ready():

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import tempfile
 import time
 from pathlib import Path
 
 import nbformat
 
+from ..files import write_whole
 from . import batch, parameters
 
 logger = logging.getLogger("cellop_nb")
@@ -75,12 +75,7 @@ def _set_parameters(book: nbformat.NotebookNode, name: str) -> None:
 
 
 def _write(book: nbformat.NotebookNode, path: Path) -> None:
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        nbformat.write(book, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, lambda part: nbformat.write(book, part))
 
 
 def main(arguments: list[str] | None = None) -> None:

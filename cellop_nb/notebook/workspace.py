@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from ..data.contract import check as check_screen
 from ..data.contract import select_genes
 from ..data.splits import split
 from ..errors import CellopError, CheckpointError, three_beats
+from ..files import write_whole
 from ..models.operators import OperatorModel
 from ..models.vae import NBVAE
 from ..training.checkpoint import load, save
@@ -194,14 +194,7 @@ class Workspace:
         return batch.write_metrics(self.run_dir, self.notebook, content)
 
     def _write(self, name: str, writer) -> Path:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path, temporary = self.folder / name, self.folder / f".{os.getpid()}.{name}"
-        try:
-            writer(temporary)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        return path
+        return write_whole(self.folder / name, writer)
 
     # -- what must hold
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pandas as pd
 from tqdm.auto import tqdm
+
+from ..files import write_whole
 
 
 class Callback:
@@ -71,7 +72,9 @@ class ProgressBar(Callback):
         self._bar = tqdm(total=trainer.max_epochs, initial=trainer.epoch, desc=self.description, unit="epoch")
 
     def on_epoch_end(self, trainer, row: dict) -> None:
-        self._bar.set_postfix({trainer.monitor: f"{row.get(trainer.monitor, float('nan')):.4g}"}, refresh=False)
+        self._bar.set_postfix(
+            {trainer.monitor: f"{row.get(trainer.monitor, float('nan')):.4g}"}, refresh=False
+        )
         self._bar.update()
 
     def on_fit_end(self, trainer) -> None:
@@ -86,10 +89,7 @@ class HistoryCSV(Callback):
         self.path = Path(path)
 
     def on_epoch_end(self, trainer, row: dict) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(self.path.name + ".part")
-        pd.DataFrame(trainer.rows).to_csv(temporary, index=False)
-        os.replace(temporary, self.path)
+        write_whole(self.path, lambda part: pd.DataFrame(trainer.rows).to_csv(part, index=False))
 
 
 class SaveCheckpoints(Callback):

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import CheckpointError, did_you_mean, three_beats
+from ..files import write_whole
 from ..models.operators import OperatorModel
 from ..models.vae import NBVAE
 
@@ -119,19 +119,6 @@ def load(path: str | Path, *, genes: Iterable[str] | None = None) -> Saved:
     if genes is not None and "vae" in models:
         _refuse_other_genes(models["vae"].genes, [str(gene) for gene in genes], path)
     return Saved(**models, keys=about["keys"], summary=about["summary"], versions=about["versions"])
-
-
-def write_whole(path: str | Path, write: Callable[[Path], object]) -> Path:
-    """Call `write` with a temporary name beside `path`, and rename: no half file is ever seen."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    try:
-        write(part)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-    return path
 
 
 def _plain(value: Tensor) -> Tensor:

@@ -199,4 +199,3 @@ def _message(told: dict, tensor: str | None, origin: Origin | None, people: dict
 def _short(names: list[str], limit: int = 5) -> str:
     rest = len(names) - limit
     return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
-

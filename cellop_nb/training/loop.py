@@ -77,7 +77,11 @@ class Trainer(RemoteControl, Resumable):
     ):
         RemoteControl.__init__(self, lr)
         self.fabric = Fabric(
-            accelerator=accelerator, devices=devices, num_nodes=num_nodes, strategy=strategy, precision=precision
+            accelerator=accelerator,
+            devices=devices,
+            num_nodes=num_nodes,
+            strategy=strategy,
+            precision=precision,
         )
         self.model, self.max_epochs, self.clip_norm, self.seed = model, max_epochs, clip_norm, seed
         self.folder = None if folder is None else Path(folder)

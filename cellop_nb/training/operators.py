@@ -15,7 +15,6 @@ from ..models.energy import energy_distance, grouped_energy_distance, self_dista
 from ..models.operators import OperatorModel, spectral_excess
 from .loop import Trainer
 
-
 MIN_SHOWN = 8
 """Held-out cells below which a group has no column of its own in the history: its energy is mostly noise."""
 

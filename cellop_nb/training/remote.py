@@ -27,7 +27,9 @@ class RemoteControl:
     @learning_rate.setter
     def learning_rate(self, value: float) -> None:
         if not (value > 0 and math.isfinite(value)):
-            raise ValueError(f"Expected a positive learning rate. Found {value}. To fix it: give a number such as 1e-3.")
+            raise ValueError(
+                f"Expected a positive learning rate. Found {value}. To fix it: give a number such as 1e-3."
+            )
         self._base_lr = float(value)
 
     def stop(self, reason: str = "stopped by hand") -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, three_beats
+from ..files import write_whole
 
 
 @dataclass
@@ -102,13 +102,13 @@ def save_reproducer(
     told
         Numbers and words about the fault (stage, epoch, step, tensor, module, learning rate).
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
     content = {"model": _copy(model.state_dict()), "batch": _plain(batch), "random": random, "fault": told}
-    torch.save(content, part)
-    torch.load(part, weights_only=True)  # a file that cannot be read back is of no use: better to know now
-    os.replace(part, path)
-    return path
+
+    def write(part: Path) -> None:
+        torch.save(content, part)
+        torch.load(part, weights_only=True)  # a file that cannot be read back is of no use
+
+    return write_whole(path, write)
 
 
 def load_reproducer(path: str | Path) -> dict:

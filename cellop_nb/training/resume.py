@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from ..errors import CheckpointError, three_beats
-from .checkpoint import write_whole
+from ..files import write_whole
 
 
 class Resumable:

@@ -11,8 +11,8 @@ from cellop_nb.analysis.diagnose import saved_for_backward
 from cellop_nb.errors import ModelError
 from cellop_nb.models.conditions import Condition
 from cellop_nb.models.energy import energy_distance
-from cellop_nb.models.operators import OperatorModel
 from cellop_nb.models.networks import bounded
+from cellop_nb.models.operators import OperatorModel
 from cellop_nb.models.vae import NBVAE, elbo_loss
 
 

@@ -42,7 +42,9 @@ def test_a_failing_notebook_is_kept_and_tells_its_cell(tmp_path, write_notebook)
     outcome = batch.execute(book, folder)
     assert outcome.error == "KeyError: 'gone'"
     executed = nbformat.read(outcome.output, 4)
-    failing = next(c for c in executed.cells if "gone" in c.source and "error-code-cell" not in str(c.metadata))
+    failing = next(
+        c for c in executed.cells if "gone" in c.source and "error-code-cell" not in str(c.metadata)
+    )
     assert outcome.cell == failing.execution_count
     assert outcome.output.is_file()
     assert outcome.metrics == {}, "the metrics of an earlier run must not stand for this one"

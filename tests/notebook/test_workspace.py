@@ -27,9 +27,7 @@ def short(monkeypatch):
         values = parameters.defaults(name) | {"max_epochs": 1}
         tables[name] = values | {key: 4 for key in ("latent_dim", "hidden", "rank") if key in values}
     known = parameters.defaults
-    monkeypatch.setattr(
-        workspace.parameters, "defaults", lambda name: dict(tables.get(name) or known(name))
-    )
+    monkeypatch.setattr(workspace.parameters, "defaults", lambda name: dict(tables.get(name) or known(name)))
 
 
 @pytest.fixture

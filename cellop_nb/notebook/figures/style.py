@@ -18,6 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from PIL import Image as Pixels
 
+from cellop_nb.files import write_whole
+
 if TYPE_CHECKING:
     from IPython.display import Image
     from matplotlib.axes import Axes
@@ -241,6 +243,5 @@ def show(
 
     data = png(fig, dpi=dpi)
     if path is not None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_bytes(data)
+        write_whole(path, lambda part: part.write_bytes(data))
     return Image(data, format="png", alt=alt)

@@ -1,0 +1,95 @@
+"""Installed, not cloned: the wheel alone does what a checkout does, except the tests.
+
+The wheel is built with `python -m build` from a copy of the tree and installed into an empty virtual
+environment. What it depends on is read from the running environment, through one line in a `.pth` file: a second
+installation would be 2 GB of the same files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+
+def call(command, **surroundings) -> str:
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, **surroundings)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(root, tmp_path_factory) -> Path:
+    """Built from the source distribution, as `python -m build` does; needs the build backend."""
+    folder = tmp_path_factory.mktemp("dist")
+    ignore = shutil.ignore_patterns(".venv", ".git", "runs", "__pycache__", ".*_cache", "_build")
+    shutil.copytree(root, folder / "copy", ignore=ignore)
+    call([sys.executable, "-m", "build", "--outdir", folder, folder / "copy"])
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    """A function that runs `cellop` of an environment that has the wheel, in a folder that has nothing."""
+    home = tmp_path_factory.mktemp("installed")
+    call([sys.executable, "-m", "venv", "--without-pip", home / "venv"])
+    python = home / "venv" / "bin" / "python"
+    paths = sysconfig.get_paths(vars={"base": str(home / "venv"), "platbase": str(home / "venv")})
+    install = ["install", "--no-deps", "--no-index", "--quiet", wheel]
+    call([sys.executable, "-m", "pip", "--python", python, *install])
+    (Path(paths["purelib"]) / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    (home / "work").mkdir()
+
+    def cellop(*words, cwd=home / "work") -> str:
+        return call([home / "venv" / "bin" / "cellop", *words], cwd=cwd, env=clean)
+
+    cellop.python, cellop.work, cellop.environment = python, home / "work", clean
+    return cellop
+
+
+def test_the_wheel_holds_the_notebooks_and_the_example_data(root, wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    shared = [
+        path for folder in ("notebooks", "data") for path in (root / folder).iterdir() if path.is_file()
+    ]
+    assert {f"cellop_nb/_share/{path.parent.name}/{path.name}" for path in shared} <= names
+    assert not [name for name in names if name.startswith("tests/") or "__pycache__" in name]
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_it_is_the_wheel_that_runs(installed):
+    code = "import cellop_nb; print(cellop_nb.__file__); print(cellop_nb.datasets.example_path())"
+    out = call([installed.python, "-c", code], cwd=installed.work, env=installed.environment)
+    assert [line.startswith(str(installed.python.parents[1])) for line in out.splitlines()] == [True, True]
+
+
+def test_the_quickstart_runs_from_the_wheel(installed):
+    """`notebooks DIR`, then `run` in DIR: the copies run, and the results land beside them."""
+    installed("notebooks", "mine")
+    mine = installed.work / "mine"
+    short = ("-p", "max_epochs_vae", "2", "-p", "max_epochs_operators", "2")
+    out = installed("run", "--only", "00", "--name", "first", *short, cwd=mine)
+    assert f"of {mine / 'notebooks'} into {mine / 'runs' / 'first'}" in out
+    metrics = json.loads((mine / "runs" / "first" / "00_quickstart" / "metrics.json").read_text())
+    assert metrics["parameters"]["max_epochs_vae"] == 2
+    assert (mine / "data" / "synthetic_screen.h5ad").is_file()
+
+
+def test_the_tests_alone_need_a_checkout(installed):
+    done = subprocess.run(
+        [installed.python, "-m", "cellop_nb", "test"],
+        cwd=installed.work, env=installed.environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "To fix it: clone the repository" in done.stderr
