@@ -6,6 +6,7 @@ Names are loaded on first use, so that importing the package takes milliseconds.
 from __future__ import annotations
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
@@ -44,6 +45,39 @@ _PUBLIC = {
     "LivePlot": "notebook.live",
 }
 _MODULES = {"datasets"}
+
+if TYPE_CHECKING:  # the names below are found by `__getattr__` while running
+    from .analysis.diagnose import gradient_audit as gradient_audit
+    from .analysis.etest import etest as etest
+    from .analysis.holdout import holdout as holdout
+    from .analysis.metrics import evaluate as evaluate
+    from .analysis.predict import embed as embed
+    from .analysis.predict import predict as predict
+    from .data import catalogue as datasets
+    from .data.batches import groups as groups
+    from .data.contract import check as check
+    from .data.contract import context_labels as context_labels
+    from .data.splits import split as split
+    from .models.conditions import Condition as Condition
+    from .models.energy import energy_distance as energy_distance
+    from .models.likelihood import NegativeBinomial as NegativeBinomial
+    from .models.likelihood import nb_log_likelihood as nb_log_likelihood
+    from .models.operators import OperatorModel as OperatorModel
+    from .models.vae import NBVAE as NBVAE
+    from .models.vae import DecoderNB as DecoderNB
+    from .models.vae import Encoder as Encoder
+    from .models.vae import elbo_loss as elbo_loss
+    from .models.vae import sample_z as sample_z
+    from .notebook.live import LivePlot as LivePlot
+    from .training.callbacks import Callback as Callback
+    from .training.callbacks import EarlyStopping as EarlyStopping
+    from .training.checkpoint import load as load
+    from .training.checkpoint import save as save
+    from .training.guard import NonFiniteError as NonFiniteError
+    from .training.operators import OperatorTrainer as OperatorTrainer
+    from .training.operators import new_operators as new_operators
+    from .training.vae import VAETrainer as VAETrainer
+    from .training.vae import new_vae as new_vae
 
 __all__ = sorted([*_PUBLIC, "__version__"])
 
