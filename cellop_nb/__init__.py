@@ -53,7 +53,7 @@ if TYPE_CHECKING:  # the names below are found by `__getattr__` while running
     from .analysis.metrics import evaluate as evaluate
     from .analysis.predict import embed as embed
     from .analysis.predict import predict as predict
-    from .data import catalogue as datasets
+    from .data import catalogue as datasets  # noqa: F401
     from .data.batches import groups as groups
     from .data.contract import check as check
     from .data.contract import context_labels as context_labels

@@ -58,7 +58,7 @@ def gradient_audit(model: nn.Module, loss: Tensor | Callable, *, retain_graph: b
     model
         Any module.
     loss
-        Scalar tensor; or a function without arguments that returns one (or a dictionary of named terms).
+        0-d tensor; or a function without arguments that returns one (or a dictionary of named terms).
         Only a function can be watched, and only then is the place named where a path ends.
     retain_graph
         Keep the graph of a tensor `loss` for a later backward.

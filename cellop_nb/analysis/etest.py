@@ -130,6 +130,8 @@ def etest(
         B. The smallest p is 1/(1 + B): with many groups and Holm, B must exceed (number of groups)/alpha.
     correction : {"holm", "bh"}
         Over all groups tested here.
+    alpha : float
+        Level of the adjusted p below which a group is called different.
     max_cells : int
         A side; more are subsampled (seeded).
 

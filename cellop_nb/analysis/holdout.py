@@ -120,6 +120,11 @@ def holdout(
     n_seeds
         Fits whose predicted cells are pooled.
 
+    Returns
+    -------
+    Holdout
+        The table of scores, the predicted and the real cells, and the fits.
+
     Raises
     ------
     HoldoutError

@@ -62,10 +62,14 @@ def evaluate(
         Fitted on training cells only.
     metrics : names, optional
         All of :data:`METRICS` and "discrimination" (PDS) by default.
+    method : str
+        Name of the prediction in the column `method`.
     training : Screen, optional
         Training cells in this space; without them the Systema correlation is undefined.
     layer, predicted_layer : str, optional
         Where the counts of (real and control) and of predicted cells are.
+    max_cells : int
+        Cells a side in the energy distance; more are subsampled (seeded).
 
     Returns
     -------

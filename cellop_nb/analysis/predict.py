@@ -35,6 +35,8 @@ def embed(
         A trained VAE.
     layer
         Layer that holds the counts; ``X`` where None.
+    batch_size
+        Cells that are encoded at a time.
 
     Returns
     -------

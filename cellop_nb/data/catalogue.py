@@ -87,7 +87,13 @@ def example_path() -> Path | None:
 
 
 def cache_folder() -> Path:
-    """Where downloads go: `$CELLOP_CACHE`, or the system's cache folder."""
+    """Where downloads go: `$CELLOP_CACHE`, or the system's cache folder.
+
+    Returns
+    -------
+    Path
+        The folder; made at the first download.
+    """
     import pooch
 
     return Path(os.environ.get("CELLOP_CACHE") or pooch.os_cache("cellop_nb"))
@@ -98,6 +104,18 @@ def fetch(screen: Screen | str, *, progress: bool = True) -> Path:
 
     The SHA-256 of the first complete download is recorded; a file that differs later, in the cache or at the
     source, is refused.
+
+    Parameters
+    ----------
+    screen
+        A name of :func:`list`, or "scperturb/NAME".
+    progress
+        Show a progress bar while downloading.
+
+    Returns
+    -------
+    Path
+        The `.h5ad` file in :func:`cache_folder`.
 
     Raises
     ------
@@ -140,7 +158,14 @@ def to_contract(adata: AnnData, screen: Screen) -> AnnData:
 
 
 def list() -> pd.DataFrame:  # noqa: A001 - read as datasets.list()
-    """The catalogue: name, cells (about; missing where not stated), title, citation, licence, url, cached."""
+    """The catalogue of screens.
+
+    Returns
+    -------
+    DataFrame
+        One row per screen: `name`, `cells` (about; missing where not stated), `title`, `citation`, `licence`,
+        `url`, `cached`.
+    """
     folder = cache_folder()
     rows = [
         (

@@ -93,6 +93,11 @@ def context_labels(adata: AnnData, context_key: str | Sequence[str] | None) -> p
     context_key
         A column of `obs`, several columns (their labels are joined with " | "), or None: one context, "all".
 
+    Returns
+    -------
+    Series
+        Labels (cell,), indexed by cell.
+
     Raises
     ------
     LabelError

@@ -56,6 +56,8 @@ def synthetic(
 
     Parameters
     ----------
+    n_contexts, n_perturbations, n_genes, n_latent, n_donors
+        Sizes of the screen.
     combinations
         How many pairs of perturbations to add ("A+B": first A, then B, so A_B A_A), or their labels.
     doses
@@ -80,6 +82,10 @@ def synthetic(
     See Also
     --------
     planted_operator, planted_proportions
+
+    References
+    ----------
+    Higham (2008), Functions of Matrices, chapter 10 (the exponential of the homogeneous matrix).
     """
     _check_sizes(n_contexts=n_contexts, n_perturbations=n_perturbations, n_cells=n_cells, n_genes=n_genes)
     rng = np.random.default_rng(seed)
@@ -130,7 +136,21 @@ def synthetic(
 def planted_operator(
     adata: AnnData, perturbation: str, context: str | None = None, *, dose: float = 1.0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The planted A (d, d) and b (d,) of a condition; `context` matters only where contexts deviate.
+    """The planted A and b of a condition.
+
+    Parameters
+    ----------
+    perturbation
+        A perturbation of the screen, or a combination "A+B".
+    context
+        Matters only where contexts deviate; None takes the first.
+    dose
+        A dose that was planted.
+
+    Returns
+    -------
+    tuple of ndarray
+        A (d, d) and b (d,), in the units of the true latent.
 
     Raises
     ------
@@ -150,7 +170,23 @@ def planted_operator(
 
 
 def planted_proportions(adata: AnnData, z: np.ndarray) -> np.ndarray:
-    """Noise-free gene proportions of true latents z (cell, d), in the first batch: (cell, gene)."""
+    """Noise-free gene proportions of true latents, in the first batch.
+
+    Parameters
+    ----------
+    z
+        True latents, (cell, d), as in ``obsm["z_true"]``.
+
+    Returns
+    -------
+    ndarray
+        Proportions (cell, gene); each row sums to one.
+
+    Raises
+    ------
+    DataError
+        If `adata` holds no planted truth.
+    """
     return Decoder(**_truth(adata)["decoder"]).proportions(np.asarray(z, dtype=float))
 
 

@@ -26,6 +26,11 @@ class Condition:
     like
         For a context that was never seen: known contexts with weights that sum to one, whose own parts of the
         response are borrowed in these shares; ``()`` borrows none.
+
+    Raises
+    ------
+    ModelError
+        If there are not as many doses as perturbations.
     """
 
     perturbations: tuple[str, ...]

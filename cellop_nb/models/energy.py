@@ -41,7 +41,7 @@ def energy_distance(
     tile
         Side of a tile in cells; sized to the cache where None.
     y_self
-        :func:`self_distance` of `y`, where it is known; `y` is then a constant.
+        0-d, :func:`self_distance` of `y`, where it is known; `y` is then a constant.
     validate
         Refuse NaN and infinity. Otherwise they end in a non-finite value.
 

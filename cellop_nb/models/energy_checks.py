@@ -14,16 +14,19 @@ ESTIMATORS = ("U", "V")
 
 
 def as_list(sizes: Sequence[int] | Tensor) -> list[int]:
+    """Cells per group as plain integers."""
     return [int(size) for size in sizes]
 
 
 def check_estimator(estimator: str) -> None:
+    """Refuse what is neither U nor V."""
     if estimator not in ESTIMATORS:
         found = f"{estimator!r} ({did_you_mean(estimator, ESTIMATORS)})"
         raise ModelError(three_beats('estimator "U" or "V"', found, 'pass "U" for an unbiased distance'))
 
 
 def check_cloud(name: str, x: Tensor, sizes: list[int], least: int, validate: bool) -> None:
+    """Refuse a cloud (cell, d) that does not fit its sizes, has too few cells, or is not finite."""
     if x.dim() != 2:
         found = f"shape {tuple(x.shape)}"
         raise ModelError(three_beats(f"{name} of shape (cell, d)", found, "pass one row per cell"))
@@ -47,6 +50,7 @@ def check_cloud(name: str, x: Tensor, sizes: list[int], least: int, validate: bo
 
 
 def check_pair(x: Tensor, y: Tensor, x_sizes: list[int], y_sizes: list[int], y_self: Tensor | None) -> None:
+    """Refuse two clouds of other dimensions or groups, and a self-distance that cannot be used."""
     if x.shape[1] != y.shape[1]:
         found = f"{x.shape[1]} and {y.shape[1]}"
         raise ModelError(

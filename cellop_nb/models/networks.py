@@ -89,6 +89,19 @@ class DecoderNB(nn.Module):
 
     The linear path keeps the decoder sensible for latents outside the training clouds, which is where
     predictions of unseen conditions live.
+
+    Parameters
+    ----------
+    n_latent, n_genes, n_hidden, n_layers
+        Sizes of the network.
+    n_covariates
+        Width of the one-hot covariates c that are appended to the latent; 0 for none.
+    dropout
+        Share of hidden units dropped while training.
+
+    References
+    ----------
+    Lopez, Regier, Cole, Jordan and Yosef (2018), Nat. Methods 15:1053 (the negative-binomial decoder).
     """
 
     def __init__(

@@ -82,8 +82,21 @@ class OperatorModel(nn.Module):
         Rank of each axis' matrix; 0 gives pure shifts, None full rank.
     context_rank
         Rank of the contexts' own matrices D_c; 0 gives each context its own shift only, None no part of its own.
-    pairs, features
-        As in :class:`ConditionEncoder`.
+    pairs
+        Measured pairs of perturbations, each of which gets an interaction term.
+    features
+        (perturbation, feature) given descriptors in the order of `perturbations`; without them each
+        perturbation has a learned embedding.
+
+    Raises
+    ------
+    ModelError
+        If there is no perturbation, or not one row of features for each.
+
+    References
+    ----------
+    Bunne et al. (2023), Nat. Methods 20:1759 (perturbations as maps between unpaired clouds); Lotfollahi et al.
+    (2023), Mol. Syst. Biol. 19:e11517 (perturbation and context as parts that add up).
     """
 
     def __init__(

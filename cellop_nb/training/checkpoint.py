@@ -104,6 +104,11 @@ def load(path: str | Path, *, genes: Iterable[str] | None = None) -> Saved:
         Gene names of the data that the VAE is meant for (``adata.var_names``): a VAE with genes that are not
         among them is refused. Their order does not matter.
 
+    Returns
+    -------
+    Saved
+        The models in evaluation mode, with the keywords and numbers that were saved beside them.
+
     Raises
     ------
     CheckpointError

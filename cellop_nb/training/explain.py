@@ -26,6 +26,13 @@ _ADVICE = {
 class NonFiniteError(CellopError):
     """A loss term, a gradient or a parameter is NaN or infinite.
 
+    Parameters
+    ----------
+    message
+        Three beats: what was expected, what was found, how to fix it.
+    people
+        ``{"cells": names, "genes": names, "groups": names}``, as far as they are known.
+
     Attributes
     ----------
     stage

@@ -46,6 +46,13 @@ def new_operators(
     Returns
     -------
     OperatorModel; untrained, but its shifts already match the group means.
+
+    Raises
+    ------
+    LabelError
+        If a key, the control label or a perturbation in `features` is unknown.
+    DataError
+        If the latents are missing or not finite, a context has no controls, or no perturbed group is left.
     """
     data = groups(
         adata,
@@ -107,8 +114,17 @@ class OperatorTrainer(Trainer):
         Weight of :func:`spectral_excess` and the norm rho beyond which it acts.
     steps_per_epoch
         Steps between two lines of the history.
+    max_epochs, lr
+        Lines of the history, and the base learning rate of Adam.
     **settings
         As in :class:`Trainer`.
+
+    Raises
+    ------
+    LabelError
+        If a key, the control label, or a condition of the training cells is unknown to the data or the model.
+    DataError
+        If the latents are missing or not finite, or a context has no controls.
     """
 
     unit = "operators"

@@ -43,6 +43,13 @@ def new_vae(
     Returns
     -------
     NBVAE, untrained.
+
+    Raises
+    ------
+    LabelError
+        If a covariate or the split is missing.
+    DataError
+        If the layer is missing.
     """
     covariates = covariate_categories(adata, covariate_keys)
     with torch.random.fork_rng(devices=[]):
@@ -76,6 +83,13 @@ class VAETrainer(Trainer):
         Final weight of the divergence and the epochs over which it grows from zero.
     **settings
         As in :class:`Trainer` (``max_epochs``, ``lr``, ``callbacks``, ``folder``, ``seed`` ...).
+
+    Raises
+    ------
+    DataError
+        If the counts are missing, are no raw counts, or are of other genes than the model's.
+    LabelError
+        If ``obs[split_key]`` or a covariate is missing, or a category is unknown to the model.
     """
 
     unit = "VAE"
