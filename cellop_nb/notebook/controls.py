@@ -24,9 +24,10 @@ class RunControls(Callback):
     """Buttons and sliders for a trainer; show it in a cell of its own, then ``await trainer.fit_async()``.
 
     Parameters
+    ----------
     trainer
-        Anything with `stop`, `pause`, `resume`, `learning_rate`, `weights` and `save_checkpoint`. The
-        controls add themselves to its `callbacks`.
+        Anything with `stop`, `pause`, `resume`, `change`, `learning_rate`, `weights` and `save_checkpoint`.
+        The controls add themselves to its `callbacks`. It records what was changed: ``trainer.changes``.
     live
         Picture for "draw now"; the trainer's own `LivePlot` by default.
     checkpoint
@@ -35,9 +36,7 @@ class RunControls(Callback):
         Seconds as a function, for tests.
 
     Attributes
-    changes
-        What was changed by hand, in order: dicts of `epoch`, `step`, `name`, `value`. Write them beside the
-        metrics, and the run can be repeated.
+    ----------
     panel
         The widget.
     """
@@ -52,7 +51,6 @@ class RunControls(Callback):
     ) -> None:
         self.trainer, self._live = trainer, live
         self.checkpoint = Path(checkpoint or Path(getattr(trainer, "folder", None) or ".") / "by_hand.pt")
-        self.changes: list[dict] = []
         self._clock, self._said, self._start = clock, -math.inf, clock()
         self._save = threading.Event()
         self._build()
@@ -63,7 +61,6 @@ class RunControls(Callback):
 
     def stop(self) -> None:
         """End after the current step; model and history stay usable."""
-        self._note("stop", True)
         self.trainer.stop()
 
     def pause(self) -> None:
@@ -82,13 +79,11 @@ class RunControls(Callback):
 
     def set_learning_rate(self, value: float) -> None:
         """Change the learning rate from the next step on."""
-        self.trainer.learning_rate = float(value)
-        self._note("learning_rate", float(value))
+        self.trainer.change("learning_rate", value)
 
     def set_weight(self, name: str, value: float) -> None:
         """Change the weight of a loss term from the next step on."""
-        self.trainer.weights[name] = float(value)
-        self._note(name, float(value))
+        self.trainer.change(name, value)
 
     def draw_now(self) -> None:
         """Draw the live picture at the end of the current step."""
@@ -132,15 +127,10 @@ class RunControls(Callback):
 
     # -- inside
 
-    def _note(self, name: str, value: object) -> None:
-        when = {"epoch": self.trainer.epoch, "step": self.trainer.step}
-        self.changes.append(when | {"name": name, "value": value})
-
     def _save_if_asked(self) -> None:
         if self._save.is_set():
             self._save.clear()
             self.trainer.save_checkpoint(self.checkpoint)
-            self._note("save_checkpoint", str(self.checkpoint))
             self._say(self.note, f"saved {self.checkpoint} after step {self.trainer.step:,}")
 
     def _write_status(self, trainer) -> None:
@@ -229,6 +219,7 @@ def free_comms(widgets: Iterable) -> int:
     to the front end's own. Harmless elsewhere.
 
     Returns
+    -------
     The number of widgets that had been tied to a loop.
     """
     freed = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -59,6 +60,31 @@ class EarlyStopping(Callback):
         value = row.get(monitor, float("inf"))
         if value < self._best - self.min_delta:
             self._best, self._best_epoch = value, row["epoch"]
+
+
+class Replay(Callback):
+    """Make the changes of an earlier run again, each before the same step, so that the run is repeated.
+
+    Parameters
+    ----------
+    changes
+        ``trainer.changes`` of that run, or ``"changed_by_hand"`` of its ``metrics.json``.
+    """
+
+    def __init__(self, changes: Iterable[Mapping]):
+        self.changes = [dict(change) for change in changes]
+
+    def on_fit_start(self, trainer) -> None:
+        self._make(trainer)
+
+    def on_step_end(self, trainer) -> None:
+        self._make(trainer)
+
+    def _make(self, trainer) -> None:
+        for change in self.changes:
+            if change["step"] == trainer.step:
+                name, value = change["name"], change["value"]
+                trainer.stop() if name == "stop" else trainer.change(name, value)
 
 
 class ProgressBar(Callback):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..errors import DataError, three_beats
 from .callbacks import Callback, HistoryCSV, ProgressBar, SaveCheckpoints
 from .guard import NonFiniteGuard
-from .remote import RemoteControl
+from .remote import BY_HAND, RemoteControl
 from .resume import Resumable
 
 
@@ -94,7 +94,6 @@ class Trainer(RemoteControl, Resumable):
         self.cpu_generator = torch.Generator().manual_seed(seed)
         self.callbacks = self._standard_callbacks(progress) + list(callbacks)
         self.guard = NonFiniteGuard(model, self.optimizer, folder=self.folder, on_nonfinite=on_nonfinite)
-        self.weights: dict[str, float] = {}
         self.rows: list[dict] = []
         self.epoch = self.step = 0
         self.best_epoch, self.best_value, self.patience = -1, float("inf"), None
@@ -172,6 +171,8 @@ class Trainer(RemoteControl, Resumable):
             self._call("on_exception", error)
             raise
         finally:
+            if self.stop_reason in BY_HAND:
+                self._record("stop", self.stop_reason)
             self.restore_best()
             self._call("on_fit_end")
             self._stop.clear()  # last, so that a request made before the first step is not lost
@@ -221,6 +222,7 @@ class Trainer(RemoteControl, Resumable):
             "train_loss": sum(means.values()),
             **means,
             **{name: float(value) for name, value in self.weights.items()},
+            **self._changes_of_epoch(),
         }
         self.model.eval()
         row |= self.validate()
@@ -232,6 +234,7 @@ class Trainer(RemoteControl, Resumable):
     def _run_step(self, batch) -> Tensor | None:
         """One optimiser step; the gradient norm, still on the device, or None where the guard rolled it back."""
         self.batch = batch
+        self._obey()
         self._set_rate()
         self.optimizer.zero_grad(set_to_none=True)
         self.guard.begin_step(self)

@@ -4,16 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import math
+import queue
 import threading
 
 import pandas as pd
 
+from ..errors import LabelError, ModelError, did_you_mean, three_beats
+
+BY_HAND = "stopped by hand", "interrupted"
+"""Reasons to stop that a repeated run would not find by itself."""
+
 
 class RemoteControl:
-    """The part of :class:`Trainer` that a notebook's controls talk to; the loop obeys after each step."""
+    """The part of :class:`Trainer` that a notebook's controls talk to; the loop obeys between two steps.
+
+    Attributes
+    ----------
+    changes
+        What was changed by hand, in order: dicts of ``epoch``, ``step`` (steps done before it took effect), ``name``,
+        ``value``. :class:`Replay` makes the same changes again.
+    """
 
     def __init__(self, lr: float) -> None:
         self.status, self.stop_reason = "idle", ""
+        self.weights: dict[str, float] = {}
+        self.changes: list[dict] = []
+        self._asked: queue.SimpleQueue[tuple[str, float]] = queue.SimpleQueue()
         self._base_lr = float(lr)
         self._stop = threading.Event()
         self._go = threading.Event()
@@ -32,7 +48,54 @@ class RemoteControl:
             )
         self._base_lr = float(value)
 
-    def stop(self, reason: str = "stopped by hand") -> None:
+    def change(self, name: str, value: float) -> None:
+        """Change the learning rate or the weight of a loss term by hand, from the next step on.
+
+        Parameters
+        ----------
+        name
+            ``"learning_rate"``, or a name in ``weights``.
+        value
+            The new base learning rate (positive) or weight (not negative).
+
+        Raises
+        ------
+        LabelError
+            For a name that nothing here bears.
+        ModelError
+            For a value that cannot be trained with.
+        """
+        known = ["learning_rate", *self.weights]
+        if name not in known:
+            raise LabelError(three_beats("a setting of this training", repr(name), did_you_mean(name, known)))
+        value = float(value)
+        if not math.isfinite(value) or value < 0 or (value == 0 and name == "learning_rate"):
+            fix = "give a finite number above 0 (a weight may be 0)"
+            raise ModelError(three_beats(f"a value for {name}", f"{value:g}", fix))
+        self._asked.put((name, value))
+        if self.status not in ("running", "paused"):
+            self._obey()
+
+    def _obey(self) -> None:
+        """Make the changes that were asked for; called between steps, so that each is known to the step."""
+        while not self._asked.empty():
+            name, value = self._asked.get()
+            if name == "learning_rate":
+                self.learning_rate = value
+            else:
+                self.weights[name] = value
+            self._record(name, value)
+
+    def _record(self, name: str, value: float | str) -> None:
+        self.changes.append({"epoch": self.epoch, "step": self.step, "name": name, "value": value})
+
+    def _changes_of_epoch(self) -> dict[str, str]:
+        """The history's column of changes by hand; none where nothing was changed."""
+        made = [c for c in self.changes if c["epoch"] == self.epoch and c["name"] != "stop"]
+        words = "; ".join(f"{c['name']} {c['value']:.4g} after step {c['step']}" for c in made)
+        return {"by_hand": words} if words else {}
+
+    def stop(self, reason: str = BY_HAND[0]) -> None:
         """End after the current step; the model and the history stay usable."""
         self.stop_reason = reason
         self._stop.set()

@@ -36,6 +36,7 @@ class Resumable:
             "optimizer": self.optimizer.state_dict(),
             "generators": [self.generator.get_state(), self.cpu_generator.get_state()],
             "rows": self.rows,
+            "changes": self.changes,
             "seed": self.seed,
             "epoch": self.epoch,
             "step": self.step,
@@ -52,7 +53,7 @@ class Resumable:
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generators"][0].cpu())
         self.cpu_generator.set_state(state["generators"][1].cpu())
-        self.rows = list(state["rows"])
+        self.rows, self.changes = list(state["rows"]), list(state.get("changes", []))
         self.seed, self.epoch, self.step = state["seed"], state["epoch"], state["step"]
         self.best_epoch, self.best_value = state["best"]
         self._base_lr = state["base_lr"]

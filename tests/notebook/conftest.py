@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 import time
 
 import numpy as np
 import pytest
+
+from cellop_nb.training.remote import RemoteControl
 
 
 def vae_row(epoch: int, **more: float) -> dict[str, float]:
@@ -48,29 +49,18 @@ def operator_row(epoch: int, groups: list[str]) -> dict[str, float]:
     }
 
 
-class FakeTrainer:
+class FakeTrainer(RemoteControl):
     """Counts steps, sleeps between them, and obeys as the real trainer does."""
 
     monitor, patience = "val_loss", 10
 
     def __init__(self, *, epochs: int = 3, steps: int = 2, pause: float = 0.0, callbacks=(), row=vae_row):
+        super().__init__(1e-3)
         self.max_epochs, self.n_steps, self.seconds, self.row = epochs, steps, pause, row
         self.callbacks, self.rows, self.floors = list(callbacks), [], {}
         self.epoch = self.step = 0
-        self.learning_rate, self.weights = 1e-3, {"kl_weight": 1.0, "stability_weight": 0.1}
-        self.status, self.saved, self.seen = "idle", [], []
-        self._stop, self._go = threading.Event(), threading.Event()
-        self._go.set()
-
-    def stop(self):
-        self._stop.set()
-        self._go.set()
-
-    def pause(self):
-        self._go.clear()
-
-    def resume(self):
-        self._go.set()
+        self.weights = {"kl_weight": 1.0, "stability_weight": 0.1}
+        self.saved, self.seen = [], []
 
     def save_checkpoint(self, path):
         self.saved.append((path, self.step))
@@ -85,13 +75,11 @@ class FakeTrainer:
         while self.epoch < self.max_epochs and not self._stop.is_set():
             for _ in range(self.n_steps):
                 time.sleep(self.seconds)
+                self._obey()
                 self.step += 1
                 self.seen.append((self.learning_rate, dict(self.weights)))
                 self.call("on_step_end")
-                if not self._go.is_set() and not self._stop.is_set():
-                    self.status = "paused"
-                    self._go.wait()
-                    self.status = "running"
+                self._hold_while_paused()
                 if self._stop.is_set():
                     break
             row = self.row(self.epoch, lr=self.learning_rate, **self.weights)

@@ -36,7 +36,7 @@ def test_without_anybody_at_the_controls_training_runs_to_its_end(controls, trai
     trainer.fit()
     assert trainer.status == "finished"
     assert len(trainer.rows) == 3
-    assert controls.changes == []
+    assert trainer.changes == []
     assert "finished" in controls.status.value
 
 
@@ -80,8 +80,8 @@ def test_sliders_reach_the_trainer_and_are_recorded(controls, trainer):
     trainer.fit()
     assert trainer.seen[0] == (pytest.approx(1e-2), trainer.weights)
     assert trainer.rows[0]["stability_weight"] == pytest.approx(0.15)
-    assert [change["name"] for change in controls.changes] == ["learning_rate", "stability_weight"]
-    assert controls.changes[0] == {
+    assert [change["name"] for change in trainer.changes] == ["learning_rate", "stability_weight"]
+    assert trainer.changes[0] == {
         "epoch": 0,
         "step": 0,
         "name": "learning_rate",
@@ -116,7 +116,7 @@ def test_the_first_weight_lies_on_the_grid(weight):
 
 def test_showing_a_slider_changes_nothing(controls, trainer):
     assert trainer.learning_rate == 1e-3
-    assert controls.changes == []
+    assert trainer.changes == []
 
 
 def test_save_waits_for_the_end_of_the_step(controls, trainer):
