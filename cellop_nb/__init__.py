@@ -33,6 +33,7 @@ _PUBLIC = {
     "new_operators": "training.operators",
     "Callback": "training.callbacks",
     "EarlyStopping": "training.callbacks",
+    "Replay": "training.callbacks",
     "NonFiniteError": "training.guard",
     "save": "training.checkpoint",
     "load": "training.checkpoint",
@@ -43,6 +44,7 @@ _PUBLIC = {
     "etest": "analysis.etest",
     "gradient_audit": "analysis.diagnose",
     "LivePlot": "notebook.live",
+    "RunControls": "notebook.controls",
 }
 _MODULES = {"datasets"}
 

@@ -180,7 +180,15 @@ class RunControls(Callback):
         self.panel = VBox([row, rate, *self.weight_sliders.values(), self.status, self.note])
 
     def _repr_mimebundle_(self, **kwargs):
-        return self.panel._repr_mimebundle_(**kwargs)
+        return spoken(self.panel, "Run controls (they need a running kernel)", **kwargs)
+
+
+def spoken(widget, words: str, **kwargs) -> dict:
+    """MIME bundle of a widget whose text, all that a file or a printed page shows of it, is `words`."""
+    bundle = widget._repr_mimebundle_(**kwargs)
+    data, *rest = bundle if isinstance(bundle, tuple) else (bundle,)
+    data = {**data, "text/plain": words}
+    return (data, *rest) if rest else data
 
 
 def _button(description: str, tooltip: str, action: Callable[[], None]):

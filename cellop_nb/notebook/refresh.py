@@ -65,6 +65,8 @@ def clean(book: nbformat.NotebookNode) -> nbformat.NotebookNode:
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
             for output in cell.outputs:
                 output.get("metadata", {}).clear()
+                # without its kernel a widget is an error message; the words beside it stay
+                output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
     return book
 
 

@@ -45,3 +45,11 @@ def test_a_failure_leaves_the_file_as_it_was(tmp_path, write_notebook):
 def test_widget_state_is_left_out():
     book = nbformat.v4.new_notebook(metadata={"widgets": {"state": {}}})
     assert "widgets" not in clean(book).metadata
+
+
+def test_a_widget_leaves_its_words_only():
+    view = {"application/vnd.jupyter.widget-view+json": {"model_id": "1"}, "text/plain": "Run controls"}
+    output = nbformat.v4.new_output("display_data", data=view)
+    cell = nbformat.v4.new_code_cell("controls", outputs=[output])
+    kept = clean(nbformat.v4.new_notebook(cells=[cell])).cells[0].outputs[0]
+    assert dict(kept.data) == {"text/plain": "Run controls"}
