@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import anndata as ad
@@ -19,10 +20,14 @@ from ..models.vae import NBVAE
 from ..training.callbacks import EarlyStopping
 from ..training.vae import VAETrainer, new_vae
 from .baselines import BASELINES, Prediction, Screen, Target, latent_shift
+from .combine import response_operator
+from .formulas import Undefined
 from .metrics import score_split
 from .predict import decode_cells, embed, source_cells
-from .selection import CANDIDATES, Complexity, Response, choose, fit_response, leave_contexts_out
+from .selection import CANDIDATES, Complexity, Response, choose, fit_response, leave_out, what_to_leave_out
 from .space import EvaluationSpace, variable_genes
+
+logger = logging.getLogger("cellop_nb")
 
 OPERATORS = "operators"
 LATENT_SHIFT = "latent shift"
@@ -143,24 +148,27 @@ def holdout(
         _fit_vae(train, layer, seed + k, dict(vae or {}), dict(training or {}), progress)
         for k in range(n_seeds)
     ]
-    choice, complexity = _choose(train, models[0], list(candidates), keys, seed, progress)
+    wanted = _groups_of(real, keys)
+    choice, complexity = _choose(train, models[0], list(candidates), wanted, keys, seed, progress)
     fits = []
     for k, (model, z) in enumerate(models):
         train.obsm["X_nbvae"] = z
         fits.append(Fitted(model, fit_response(train, complexity, seed=seed + k, **keys), z, seed + k))
     space = EvaluationSpace.fit(train, genes=list(train.var_names), layer=layer, seed=seed)
-    virtual = {group: _virtual_cells(train, fits, *group, layer, keys) for group in _groups_of(real, keys)}
+    ask = partial(_virtual_cells, train, fits, layer=layer, keys=keys)
+    virtual = _predictable(ask, wanted)
     methods = {
         **BASELINES,
         LATENT_SHIFT: partial(_pooled_shift, fits=fits, layer=layer),
-        OPERATORS: lambda _, target: Prediction.of_counts(
-            OPERATORS, virtual[target.context, target.perturbation].X, target.space
-        ),
+        OPERATORS: partial(_from_operators, method=OPERATORS, ask=partial(_ready, virtual)),
     }
+    if any("+" in perturbation for _, perturbation in wanted):
+        for rule in ("composition", "generator"):
+            methods[rule] = partial(_from_operators, method=rule, ask=partial(ask, rule=rule))
     table = score_split(train, real, methods, space=space, layer=layer, metrics=metrics, seed=seed, **keys)
     return Holdout(
         table=table,
-        predictions=ad.concat(virtual.values()),
+        predictions=ad.concat([cells for cells in virtual.values() if not isinstance(cells, str)]),
         real=real,
         control=train[(train.obs[perturbation_key].astype(str) == control).to_numpy()].copy(),
         choice=choice,
@@ -189,11 +197,18 @@ def _fit_vae(
     return model, train.obsm["X_nbvae"].copy()
 
 
-def _choose(train, first, candidates: list[Complexity], keys: dict, seed: int, progress: bool):
+def _choose(train, first, candidates: list[Complexity], wanted, keys: dict, seed: int, progress: bool):
     train.obsm["X_nbvae"] = first[1]
     if len(candidates) == 1:
         return pd.DataFrame(), candidates[0]
-    choice = leave_contexts_out(train, candidates, seed=seed, progress=progress, **keys)
+    groups = [group for group in _groups_of(train, keys) if group[1] != keys["control"]]
+    over = what_to_leave_out(groups, wanted)
+    if len({context for context, _ in groups}) < 2:  # nobody to borrow from
+        candidates = list(dict.fromkeys(replace(candidate, locality=None) for candidate in candidates))
+    if over is None:
+        logger.warning("holdout: no two contexts or combinations to leave out in turn; the simplest is taken")
+        return pd.DataFrame(), candidates[0]
+    choice = leave_out(train, candidates, over=over, seed=seed, progress=progress, **keys)
     return choice, choose(choice, candidates)
 
 
@@ -203,15 +218,42 @@ def _groups_of(real, keys: dict) -> list[tuple[str, str]]:
     return sorted(set(zip(contexts, real.obs[keys["perturbation_key"]].astype(str), strict=True)))
 
 
+def _predictable(ask, wanted: list[tuple[str, str]]) -> dict[tuple[str, str], ad.AnnData | str]:
+    """Virtual cells of each group, or why there are none; refused where there are none at all."""
+    virtual: dict = {}
+    for group in wanted:
+        try:
+            virtual[group] = ask(*group)
+        except Undefined as refusal:
+            virtual[group] = str(refusal)
+    if all(isinstance(cells, str) for cells in virtual.values()):
+        fix = "measure it elsewhere, give features=..., or hold out another group"
+        found = next(iter(virtual.values()))
+        raise HoldoutError(three_beats("a perturbation that can be predicted", found, fix))
+    return virtual
+
+
+def _ready(virtual: Mapping, context: str, perturbation: str) -> ad.AnnData:
+    found = virtual[context, perturbation]
+    if isinstance(found, str):
+        raise Undefined(found)
+    return found
+
+
+def _from_operators(_: Screen, target: Target, *, method: str, ask) -> Prediction:
+    return Prediction.of_counts(method, ask(target.context, target.perturbation).X, target.space)
+
+
 def _virtual_cells(
-    train, fits: list[Fitted], context: str, perturbation: str, layer, keys: dict
+    train, fits: list[Fitted], context: str, perturbation: str, *, layer, keys: dict, rule: str = "axes"
 ) -> ad.AnnData:
     """The context's control cells, moved by the operator of each fit and decoded; pooled over the fits."""
     rows = source_cells(train, context, **keys)
     parts = []
     for fitted in fits:
         start = torch.as_tensor(fitted.latents[rows])
-        moved = fitted.response.operator(perturbation, context, start)(start)
+        operator = response_operator(fitted.response, perturbation, context, start, rule=rule)
+        moved = operator(start)
         cells = decode_cells(train[rows], fitted.vae, moved, start=start, layer=layer, seed=fitted.seed)
         cells.obs["source_cell"] = cells.obs_names
         cells.obs_names = [f"{name}, {perturbation}, fit {fitted.seed}" for name in cells.obs_names]

@@ -15,6 +15,7 @@ from ..data.batches import CountLoader, model_counts
 from ..data.contract import context_labels, obs_labels
 from ..errors import DataError, LabelError, did_you_mean, three_beats
 from ..models.affine import AffineOperator
+from ..models.combine import check_strength
 from ..models.conditions import Condition
 from ..models.coupling import carried_mean, carry_counts
 from ..models.operators import OperatorModel
@@ -97,7 +98,7 @@ def predict(
         Whose control cells are moved; all control cells where None. A context that the operators were not
         fitted with is moved by the shared response, and marked.
     strength
-        Power of the operator: 0 leaves the cells, 1 is the measured strength.
+        Power of the operator, 0 to 1.5: 0 leaves the cells, 1 is the measured strength.
     carry
         Whether each cell keeps its own counts as far as its expected counts stay the same
         (:func:`cellop_nb.models.coupling.carry_counts`); otherwise counts are drawn afresh.
@@ -116,7 +117,10 @@ def predict(
     ------
     LabelError
         For an unknown context or perturbation.
+    ModelError
+        For a strength out of range, or a part strength of an operator without a real logarithm.
     """
+    check_strength(strength)
     source = source_cells(
         adata, context, perturbation_key=perturbation_key, context_key=context_key, control=control
     )

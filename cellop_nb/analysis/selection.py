@@ -1,4 +1,4 @@
-"""Choosing how complex the operators may be, by leaving training contexts out in turn."""
+"""Choosing how complex the operators may be, by leaving training contexts or combinations out in turn."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ class Complexity:
 
     def __str__(self) -> str:
         form = "shift" if self.rank == 0 else f"affine, ridge {self.ridge:g}"
-        return form if self.locality is None else f"{form}, borrowing {self.locality:g}"
+        if self.locality is not None:
+            return f"{form}, borrowing {self.locality:g}"
+        return form if self.context_rank is None else f"{form}, own parts"
 
     @property
     def model(self) -> dict:
@@ -145,10 +147,11 @@ def fit_response(
     return Response(model.cpu().eval(), trainer.groups.control, complexity, control)
 
 
-def leave_contexts_out(
+def leave_out(
     adata,
     candidates: Sequence[Complexity] = CANDIDATES,
     *,
+    over: str = "context",
     use_rep: str = "X_nbvae",
     perturbation_key: str = "perturbation",
     context_key: str | Sequence[str] | None = "cell_type",
@@ -159,61 +162,103 @@ def leave_contexts_out(
     progress: bool = True,
     **training,
 ) -> pd.DataFrame:
-    """Energy distance of each candidate on each training group whose context took no part in its fit.
+    """Energy distance of each candidate on training groups that took no part in its fit.
 
     Only cells of train and val are used: held-out cells take no part in the choice.
+
+    Parameters
+    ----------
+    over
+        What is left out in turn: the perturbed cells of each ``"context"`` that shares a perturbation with
+        another one, or each measured ``"combination"`` whose parts are known from other groups.
 
     Returns
     -------
     DataFrame ``candidate, complexity, group, e_distance, no_change``: energy distance in the latent space
     (Euclidean, U-statistic, one per group) after and without the operator.
+
+    Raises
+    ------
+    ModelError
+        Where fewer than two can be left out in turn.
     """
     keys = {"perturbation_key": perturbation_key, "context_key": context_key, "control": control}
     cells = _latents_only(adata, use_rep, split_key)
     contexts = context_labels(cells, context_key).to_numpy()
     perturbations = obs_labels(cells, perturbation_key).to_numpy()
     groups = sorted({(c, p) for c, p in zip(contexts, perturbations, strict=True) if p != control})
-    folds = sorted({c for c, p in groups if any(q == p and d != c for d, q in groups)})
+    folds = _FOLDS[over](groups)
     if len(folds) < 2:
-        found = f"{len(folds)} contexts that share a perturbation with another one"
-        raise ModelError(
-            three_beats("two or more contexts to leave out in turn", found, "name the complexity")
-        )
+        found = f"{len(folds)} {over}s that the other groups could predict"
+        expected = f"two or more {over}s to leave out in turn"
+        raise ModelError(three_beats(expected, found, "name the complexity"))
     z, rows, fits = latents(cells, use_rep), [], {}
     tries = [(fold, candidate) for fold in folds for candidate in candidates]
     for fold, candidate in tqdm(tries, desc="choosing complexity", disable=not progress):
-        kept = cells[(contexts != fold) | (perturbations == control)]
-        form = (
-            fold,
-            replace(candidate, locality=None),
-        )  # borrowing changes what is asked, not what is fitted
+        # borrowing changes what is asked, not what is fitted
+        form = (fold, replace(candidate, locality=None))
         if form not in fits:
-            fits[form] = fit_response(
-                kept,
-                candidate,
-                use_rep=use_rep,
-                split_key=split_key,
-                seed=seed,
-                **keys,
-                **(_QUICK | training),
-            )
+            out = [pair in folds[fold] for pair in zip(contexts, perturbations, strict=True)]
+            options = {"use_rep": use_rep, "split_key": split_key, "seed": seed}
+            options |= keys | _QUICK | training
+            fits[form] = fit_response(cells[~np.array(out)], candidate, **options)
         response = replace(fits[form], complexity=candidate)
-        start = z[(contexts == fold) & (perturbations == control)]
-        for perturbation in [p for c, p in groups if c == fold]:
+        for context, perturbation in folds[fold]:
             if not set(perturbation.split("+")) <= set(response.operators.conditions.perturbations):
                 continue
-            real = z[(contexts == fold) & (perturbations == perturbation)][:max_cells]
-            moved = response.operator(perturbation, fold, start)(start[:max_cells])
+            start = z[(contexts == context) & (perturbations == control)]
+            real = z[(contexts == context) & (perturbations == perturbation)][:max_cells]
+            moved = response.operator(perturbation, context, start)(start[:max_cells])
             rows.append(
                 {
                     "candidate": candidates.index(candidate),
                     "complexity": str(candidate),
-                    "group": f"{fold}, {perturbation}",
+                    "group": f"{context}, {perturbation}",
                     "e_distance": float(energy_distance(moved, real)),
                     "no_change": float(energy_distance(start[:max_cells], real)),
                 }
             )
     return pd.DataFrame(rows)
+
+
+def leave_contexts_out(adata, candidates: Sequence[Complexity] = CANDIDATES, **options) -> pd.DataFrame:
+    """:func:`leave_out` over contexts."""
+    return leave_out(adata, candidates, over="context", **options)
+
+
+def _context_folds(groups: list[tuple[str, str]]) -> dict[str, list[tuple[str, str]]]:
+    shared = sorted({c for c, p in groups if any(q == p and d != c for d, q in groups)})
+    return {context: [group for group in groups if group[0] == context] for context in shared}
+
+
+def _combination_folds(groups: list[tuple[str, str]]) -> dict[str, list[tuple[str, str]]]:
+    labels = {p for _, p in groups}
+
+    def known(part: str, whole: str) -> bool:
+        return any(part in label.split("+") for label in labels - {whole})
+
+    doubles = sorted(p for p in labels if "+" in p and all(known(part, p) for part in p.split("+")))
+    return {label: [group for group in groups if group[1] == label] for label in doubles}
+
+
+_FOLDS = {"context": _context_folds, "combination": _combination_folds}
+
+
+def what_to_leave_out(groups: Sequence[tuple[str, str]], wanted: Sequence[tuple[str, str]]) -> str | None:
+    """What resembles the question most: combinations for an unmeasured combination, else contexts.
+
+    Parameters
+    ----------
+    groups, wanted
+        Perturbed (context, perturbation) groups of the training cells, and those to predict.
+
+    Returns
+    -------
+    ``"context"``, ``"combination"``, or None where fewer than two of either can be left out in turn.
+    """
+    unmeasured = {p for _, p in wanted} - {p for _, p in groups}
+    order = ["combination", "context"] if any("+" in p for p in unmeasured) else ["context"]
+    return next((over for over in order if len(_FOLDS[over](list(groups))) > 1), None)
 
 
 def choose(table: pd.DataFrame, candidates: Sequence[Complexity] = CANDIDATES) -> Complexity:

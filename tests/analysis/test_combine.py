@@ -1,0 +1,200 @@
+"""Combinations, sequences and reversal on planted operators, where the answer is known."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from cellop_nb import datasets, energy_distance, holdout, split
+from cellop_nb.analysis.combine import RULES, combine, order_effects, response_operator, reversal, sequence
+from cellop_nb.analysis.formulas import Undefined
+from cellop_nb.analysis.selection import Complexity, fit_response, leave_out, what_to_leave_out
+from cellop_nb.errors import HoldoutError, LabelError, ModelError
+from cellop_nb.models.affine import AffineOperator
+from cellop_nb.models.conditions import Condition
+
+DOUBLE = "drug 1+drug 2"
+AFFINE = Complexity(ridge=1e-2)
+
+
+@pytest.fixture(scope="module")
+def screen():
+    """True latents as the representation: what is tested is the operators, not an encoder."""
+    adata = datasets.synthetic(
+        n_contexts=2, n_perturbations=3, combinations=[DOUBLE], n_cells=300, n_genes=20, n_latent=4, seed=3
+    )
+    split(adata, holdout={"perturbation": DOUBLE})
+    adata.obsm["X_nbvae"] = adata.obsm["X_truth"]
+    return adata
+
+
+@pytest.fixture(scope="module")
+def response(screen):
+    return fit_response(screen, AFFINE, max_epochs=15, cells_per_group=128)
+
+
+def cells(screen, context, perturbation):
+    rows = (screen.obs["cell_type"] == context) & (screen.obs["perturbation"] == perturbation)
+    return torch.as_tensor(screen.obsm["X_truth"][rows.to_numpy()])
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_predicts_a_double_that_was_never_seen(screen, response, rule):
+    for context in ("type A", "type B"):
+        start, real = cells(screen, context, "control"), cells(screen, context, DOUBLE)
+        moved = combine(response.operators, DOUBLE, context, rule=rule)(start)
+        assert energy_distance(moved, real) < 0.25 * energy_distance(start, real)
+
+
+def test_composition_in_the_planted_order_is_nearest_to_the_planted_double(screen, response):
+    """The planted double is B after A: its cells must lie nearer to that order than to the other."""
+    for context in ("type A", "type B"):
+        start, real = cells(screen, context, "control"), cells(screen, context, DOUBLE)
+
+        def energy(label, rule="composition", context=context, start=start, real=real):
+            return float(energy_distance(combine(response.operators, label, context, rule=rule)(start), real))
+
+        assert energy(DOUBLE) < 0.6 * energy("drug 2+drug 1")
+        assert energy(DOUBLE) < 0.6 * energy(DOUBLE, "axes")
+
+
+def test_rules_agree_on_single_perturbations(response):
+    found = [combine(response.operators, "drug 1", "type A", rule=rule) for rule in ("axes", "composition")]
+    torch.testing.assert_close(found[0].matrix, found[1].matrix)
+
+
+def test_unknown_rule_and_perturbation_are_refused(response):
+    with pytest.raises(LabelError, match="did you mean 'composition'"):
+        combine(response.operators, DOUBLE, rule="compositon")
+    with pytest.raises(LabelError, match="drug 9"):
+        combine(response.operators, "drug 1+drug 9", rule="composition")
+    with pytest.raises(Undefined, match="drug 9"):
+        response_operator(response, "drug 1+drug 9", "type A", torch.zeros(3, 4))
+    with pytest.raises(Undefined, match="not a combination"):
+        response_operator(response, "drug 1", "type A", torch.zeros(3, 4), rule="composition")
+
+
+def test_sequence_of_part_strengths(response):
+    op = response.operators.operator(Condition.parse("drug 1", "type A"))
+    halves = sequence(response.operators, [("drug 1", 0.5), ("drug 1", 0.5)], "type A")
+    torch.testing.assert_close(halves.matrix, op.matrix, atol=1e-5, rtol=1e-5)
+    there = sequence(response.operators, ["drug 1", ("drug 2", 1.0)], "type A")
+    composed = combine(response.operators, DOUBLE, "type A", rule="composition")
+    torch.testing.assert_close(there.shift, composed.shift)
+    with pytest.raises(ModelError, match="between 0 and 1.5"):
+        sequence(response.operators, [("drug 1", 2.0)], "type A")
+
+
+def test_order_effects_are_largest_where_maps_do_not_commute(screen, response):
+    table = order_effects(screen, response.operators)
+    assert len(table) == 6 and table["energy"].is_monotonic_decreasing
+    nothing = table[(table["first"] == "drug 3") | (table["second"] == "drug 3")]  # drug 3 does nothing
+    strong = table[(table["first"] == "drug 1") & (table["second"] == "drug 2")]
+    assert strong["gap"].min() > 1.5 * nothing["gap"].max()
+    assert strong["energy"].min() > 5 * nothing["energy"].max()
+
+
+def test_reversal_leads_perturbed_cells_back(screen, response):
+    table = reversal(screen, response.operators, split=None)
+    wide = table[table["perturbation"].isin(["drug 1", "drug 2"])].pivot_table(
+        index="group", columns="method", values="energy"
+    )
+    assert (wide["operator"] < 0.1 * wide["no change"]).all()
+    assert (wide["operator"] < wide["mean shift"]).all()
+
+
+def test_reversal_without_an_inverse_says_so(screen, response, monkeypatch):
+    singular = AffineOperator(torch.zeros(4, 4), torch.zeros(4), "collapse")
+    monkeypatch.setattr("cellop_nb.analysis.combine.operator_for", lambda *_, **__: (singular, True))
+    table = reversal(screen, response.operators, split=None).set_index("method").loc["operator"]
+    assert table["energy"].isna().all() and table["reason"].str.contains("condition number").all()
+
+
+# -- interaction, learned where doubles were measured
+
+
+def interacting(seed: int = 0):
+    """Latents of one context in which A+B is half of the sum of A and B; the shifts are 4 long."""
+    import anndata as ad
+
+    rng = np.random.default_rng(seed)
+    shift = {"control": [0, 0], "A": [4, 0], "B": [0, 4], "C": [-4, 0], "A+B": [2, 2], "B+C": [-4, 4]}
+    z = np.concatenate([np.array(s) + 0.5 * rng.normal(size=(100, 2)) for s in shift.values()])
+    obs = pd.DataFrame({"perturbation": np.repeat(list(shift), 100)})
+    obs.index = obs.index.astype(str)
+    adata = ad.AnnData(obs=obs, obsm={"X_nbvae": z.astype(np.float32)})
+    split(adata, test_fraction=0.0, context_key=None)
+    return adata
+
+
+def test_interaction_is_learned_where_the_double_was_measured():
+    adata = interacting()
+    training = {"max_epochs": 30, "context_key": None}
+    axes = fit_response(adata, Complexity(ridge=10.0), **training).operators
+    move = axes.operator(Condition(("A", "B")))
+    start = torch.as_tensor(adata.obsm["X_nbvae"][:100])
+    assert torch.allclose(move(start).mean(0), torch.tensor([2.0, 2.0]), atol=0.4)
+    unseen = adata[adata.obs["perturbation"] != "A+B"].copy()
+    additive = fit_response(unseen, Complexity(ridge=10.0), **training).operators
+    move = additive.operator(Condition(("A", "B")))
+    assert torch.allclose(move(start).mean(0), torch.tensor([4.0, 4.0]), atol=0.4)
+
+
+# -- hold-outs of combinations
+
+
+def test_what_is_left_out_resembles_the_question():
+    singles, doubles = [("x", "A"), ("x", "B"), ("x", "C")], [("x", "A+B"), ("x", "B+C")]
+    assert what_to_leave_out(singles + doubles, [("x", "A+C")]) == "combination"
+    assert what_to_leave_out(singles, [("x", "A+C")]) is None
+    assert what_to_leave_out([*singles, ("y", "A")], [("x", "A+C")]) == "context"
+    assert what_to_leave_out([*singles, *doubles, ("y", "A")], [("y", "B")]) == "context"
+
+
+def test_combinations_are_left_out_in_turn():
+    adata = interacting()
+    table = leave_out(adata, [Complexity(rank=0)], over="combination", context_key=None, progress=False)
+    assert set(table["group"]) == {"all, A+B", "all, B+C"} or len(table) == 2
+    energy = table.set_index("group")["e_distance"]
+    assert energy.filter(like="B+C").iloc[0] < energy.filter(like="A+B").iloc[0]  # only B+C is additive
+
+
+QUICK = {
+    "context_key": None,
+    "vae": {"n_latent": 4, "n_hidden": 16},
+    "training": {"max_epochs": 3},
+    "metrics": ["e_distance", "pearson_delta"],
+    "progress": False,
+}
+
+
+@pytest.fixture(scope="module")
+def doubles():
+    return datasets.synthetic(n_contexts=1, n_perturbations=3, combinations=3, n_cells=40, n_genes=60, seed=1)
+
+
+def test_holdout_of_combinations_has_every_rule_and_baseline(doubles):
+    held = {"perturbation": ["drug 1+drug 2", "drug 1+drug 3"]}
+    result = holdout(doubles, heldout=held, candidates=[Complexity(rank=0)], **QUICK)
+    table = result.table[result.table["metric"] == "pearson_delta"].set_index(["perturbation", "method"])
+    for double in held["perturbation"]:
+        for method in ("operators", "composition", "generator", "additive", "best single", "no change"):
+            assert np.isfinite(table.loc[(double, method), "value"]), method
+    assert set(result.predictions.obs["perturbation"]) == set(held["perturbation"])
+
+
+def test_unseen_perturbation_is_refused_with_the_reason(doubles):
+    with pytest.raises(HoldoutError, match="drug 3.*features"):
+        holdout(
+            doubles[~doubles.obs["perturbation"].str.contains("3").to_numpy() | (doubles.obs["perturbation"] == "drug 3").to_numpy()],
+            heldout={"perturbation": "drug 3"}, candidates=[Complexity(rank=0)], **QUICK,
+        )  # fmt: skip
+
+
+def test_a_group_that_cannot_be_predicted_has_its_reason_in_the_table(doubles):
+    keep = ~doubles.obs["perturbation"].isin(["drug 1+drug 3", "drug 2+drug 3"]).to_numpy()
+    held = {"perturbation": ["drug 1+drug 2", "drug 3"]}
+    result = holdout(doubles[keep], heldout=held, candidates=[Complexity(rank=0)], **QUICK)
+    row = result.table[(result.table["perturbation"] == "drug 3") & (result.table["method"] == "operators")]
+    assert row["value"].isna().all() and row["reason"].str.contains("drug 3").all()
+    assert set(result.predictions.obs["perturbation"]) == {"drug 1+drug 2"}
