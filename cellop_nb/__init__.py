@@ -41,6 +41,11 @@ _PUBLIC = {
     "predict": "analysis.predict",
     "evaluate": "analysis.metrics",
     "holdout": "analysis.holdout",
+    "holdout_all": "analysis.holdouts",
+    "combine": "analysis.combinations",
+    "sequence": "analysis.combinations",
+    "order_effects": "analysis.combinations",
+    "reversal": "analysis.combinations",
     "etest": "analysis.etest",
     "gradient_audit": "analysis.diagnose",
     "LivePlot": "notebook.live",
@@ -49,9 +54,14 @@ _PUBLIC = {
 _MODULES = {"datasets"}
 
 if TYPE_CHECKING:  # the names below are found by `__getattr__` while running
+    from .analysis.combinations import combine as combine
+    from .analysis.combinations import order_effects as order_effects
+    from .analysis.combinations import reversal as reversal
+    from .analysis.combinations import sequence as sequence
     from .analysis.diagnose import gradient_audit as gradient_audit
     from .analysis.etest import etest as etest
     from .analysis.holdout import holdout as holdout
+    from .analysis.holdouts import holdout_all as holdout_all
     from .analysis.metrics import evaluate as evaluate
     from .analysis.predict import embed as embed
     from .analysis.predict import predict as predict

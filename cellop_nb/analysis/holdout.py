@@ -20,7 +20,7 @@ from ..models.vae import NBVAE
 from ..training.callbacks import EarlyStopping
 from ..training.vae import VAETrainer, new_vae
 from .baselines import BASELINES, Prediction, Screen, Target, latent_shift
-from .combine import response_operator
+from .combinations import response_operator
 from .formulas import Undefined
 from .metrics import score_split
 from .predict import decode_cells, embed, source_cells
@@ -98,6 +98,7 @@ def holdout(
     vae: Mapping | None = None,
     training: Mapping | None = None,
     candidates: Sequence[Complexity] = CANDIDATES,
+    features: pd.DataFrame | None = None,
     metrics: Sequence[str] | None = None,
     n_seeds: int = 1,
     seed: int = 0,
@@ -120,6 +121,9 @@ def holdout(
         Settings of :func:`new_vae` and :class:`VAETrainer` that differ from the defaults.
     candidates
         Complexities to choose from; one alone is taken without a choice.
+    features
+        (perturbation, feature) descriptors of every perturbation, such as gene embeddings or fingerprints; a
+        perturbation that was never measured can then be held out, and is refused without them.
     metrics
         Names in :data:`cellop_nb.analysis.scores.METRICS`; all where None.
     n_seeds
@@ -149,11 +153,12 @@ def holdout(
         for k in range(n_seeds)
     ]
     wanted = _groups_of(real, keys)
-    choice, complexity = _choose(train, models[0], list(candidates), wanted, keys, seed, progress)
+    choice, complexity = _choose(train, models[0], list(candidates), wanted, features, keys, seed, progress)
     fits = []
     for k, (model, z) in enumerate(models):
         train.obsm["X_nbvae"] = z
-        fits.append(Fitted(model, fit_response(train, complexity, seed=seed + k, **keys), z, seed + k))
+        response = fit_response(train, complexity, features=features, seed=seed + k, **keys)
+        fits.append(Fitted(model, response, z, seed + k))
     space = EvaluationSpace.fit(train, genes=list(train.var_names), layer=layer, seed=seed)
     ask = partial(_virtual_cells, train, fits, layer=layer, keys=keys)
     virtual = _predictable(ask, wanted)
@@ -197,18 +202,21 @@ def _fit_vae(
     return model, train.obsm["X_nbvae"].copy()
 
 
-def _choose(train, first, candidates: list[Complexity], wanted, keys: dict, seed: int, progress: bool):
+def _choose(
+    train, first, candidates: list[Complexity], wanted, features, keys: dict, seed: int, progress: bool
+):
     train.obsm["X_nbvae"] = first[1]
     if len(candidates) == 1:
         return pd.DataFrame(), candidates[0]
     groups = [group for group in _groups_of(train, keys) if group[1] != keys["control"]]
-    over = what_to_leave_out(groups, wanted)
+    over = what_to_leave_out(groups, wanted, described=features is not None)
     if len({context for context, _ in groups}) < 2:  # nobody to borrow from
         candidates = list(dict.fromkeys(replace(candidate, locality=None) for candidate in candidates))
     if over is None:
         logger.warning("holdout: no two contexts or combinations to leave out in turn; the simplest is taken")
         return pd.DataFrame(), candidates[0]
-    choice = leave_out(train, candidates, over=over, seed=seed, progress=progress, **keys)
+    options = {"features": features, "seed": seed, "progress": progress}
+    choice = leave_out(train, candidates, over=over, **options, **keys)
     return choice, choose(choice, candidates)
 
 

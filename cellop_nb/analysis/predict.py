@@ -15,7 +15,7 @@ from ..data.batches import CountLoader, model_counts
 from ..data.contract import context_labels, obs_labels
 from ..errors import DataError, LabelError, did_you_mean, three_beats
 from ..models.affine import AffineOperator
-from ..models.combine import check_strength
+from ..models.algebra import check_strength
 from ..models.conditions import Condition
 from ..models.coupling import carried_mean, carry_counts
 from ..models.operators import OperatorModel

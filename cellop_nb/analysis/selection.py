@@ -128,6 +128,7 @@ def fit_response(
     context_key: str | Sequence[str] | None = "cell_type",
     control: str = "control",
     split_key: str = "split",
+    features: pd.DataFrame | None = None,
     seed: int = 0,
     **training,
 ) -> Response:
@@ -139,7 +140,7 @@ def fit_response(
         "control": control,
         "split_key": split_key,
     }
-    model = new_operators(adata, **keys, **complexity.model)
+    model = new_operators(adata, features=features, **keys, **complexity.model)
     settings = {"progress": False, "max_epochs": 5, "steps_per_epoch": 20, "lr": 2e-2, "accelerator": "cpu"}
     trainer = OperatorTrainer(adata, model, seed=seed, **keys, **complexity.training, **(settings | training))
     if complexity.rank != 0:  # shifts already are where the moments put them
@@ -157,6 +158,7 @@ def leave_out(
     context_key: str | Sequence[str] | None = "cell_type",
     control: str = "control",
     split_key: str = "split",
+    features: pd.DataFrame | None = None,
     seed: int = 0,
     max_cells: int = 300,
     progress: bool = True,
@@ -170,7 +172,10 @@ def leave_out(
     ----------
     over
         What is left out in turn: the perturbed cells of each ``"context"`` that shares a perturbation with
-        another one, or each measured ``"combination"`` whose parts are known from other groups.
+        another one, each measured ``"combination"`` whose parts are known from other groups, or each
+        ``"perturbation"``, which `features` must then describe.
+    features
+        As in :func:`new_operators`.
 
     Returns
     -------
@@ -199,7 +204,7 @@ def leave_out(
         form = (fold, replace(candidate, locality=None))
         if form not in fits:
             out = [pair in folds[fold] for pair in zip(contexts, perturbations, strict=True)]
-            options = {"use_rep": use_rep, "split_key": split_key, "seed": seed}
+            options = {"use_rep": use_rep, "split_key": split_key, "features": features, "seed": seed}
             options |= keys | _QUICK | training
             fits[form] = fit_response(cells[~np.array(out)], candidate, **options)
         response = replace(fits[form], complexity=candidate)
@@ -231,33 +236,53 @@ def _context_folds(groups: list[tuple[str, str]]) -> dict[str, list[tuple[str, s
     return {context: [group for group in groups if group[0] == context] for context in shared}
 
 
-def _combination_folds(groups: list[tuple[str, str]]) -> dict[str, list[tuple[str, str]]]:
+def combinations_of(groups: Sequence[tuple[str, str]]) -> list[str]:
+    """Combinations among the (context, perturbation) groups whose parts are all known from other labels."""
     labels = {p for _, p in groups}
 
     def known(part: str, whole: str) -> bool:
         return any(part in label.split("+") for label in labels - {whole})
 
-    doubles = sorted(p for p in labels if "+" in p and all(known(part, p) for part in p.split("+")))
-    return {label: [group for group in groups if group[1] == label] for label in doubles}
+    return sorted(p for p in labels if "+" in p and all(known(part, p) for part in p.split("+")))
 
 
-_FOLDS = {"context": _context_folds, "combination": _combination_folds}
+def _combination_folds(groups: list[tuple[str, str]]) -> dict[str, list[tuple[str, str]]]:
+    return {label: [group for group in groups if group[1] == label] for label in combinations_of(groups)}
 
 
-def what_to_leave_out(groups: Sequence[tuple[str, str]], wanted: Sequence[tuple[str, str]]) -> str | None:
-    """What resembles the question most: combinations for an unmeasured combination, else contexts.
+def _perturbation_folds(groups: list[tuple[str, str]]) -> dict[str, list[tuple[str, str]]]:
+    """Each perturbation, with the combinations that it is part of."""
+    singles = sorted({p for _, p in groups if "+" not in p})
+    return {single: [group for group in groups if single in group[1].split("+")] for single in singles}
+
+
+_FOLDS = {"context": _context_folds, "combination": _combination_folds, "perturbation": _perturbation_folds}
+
+
+def what_to_leave_out(
+    groups: Sequence[tuple[str, str]], wanted: Sequence[tuple[str, str]], *, described: bool = False
+) -> str | None:
+    """What resembles the question most: combinations, perturbations or contexts.
 
     Parameters
     ----------
     groups, wanted
         Perturbed (context, perturbation) groups of the training cells, and those to predict.
+    described
+        Whether features describe the perturbations, so that unmeasured ones can be asked for.
 
     Returns
     -------
-    ``"context"``, ``"combination"``, or None where fewer than two of either can be left out in turn.
+    A value of `over` of :func:`leave_out`, or None where fewer than two can be left out in turn.
     """
-    unmeasured = {p for _, p in wanted} - {p for _, p in groups}
-    order = ["combination", "context"] if any("+" in p for p in unmeasured) else ["context"]
+    measured = {p for _, p in groups}
+    unmeasured = {p for _, p in wanted} - measured
+    parts = {part for label in measured for part in label.split("+")}
+    order = ["context"]
+    if any("+" in label for label in unmeasured):
+        order = ["combination", *order]
+    if described and any(not set(label.split("+")) <= parts for label in unmeasured):
+        order = ["perturbation", *order]
     return next((over for over in order if len(_FOLDS[over](list(groups))) > 1), None)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..data.groups import Group, groups
+from ..errors import LabelError, ModelError, did_you_mean, three_beats
 from ..models.conditions import Condition
 from ..models.energy import energy_distance, grouped_energy_distance, self_distance
 from ..models.operators import OperatorModel, spectral_excess
@@ -68,12 +69,30 @@ def new_operators(
     parts = sorted({part for condition in conditions for part in condition.perturbations})
     pairs = sorted({pair for c in conditions for pair in combinations(sorted(c.perturbations), 2)})
     known = parts if features is None else list(features.index.astype(str))
-    given = None if features is None else torch.as_tensor(features.to_numpy(), dtype=torch.float32)
+    given = None if features is None else _given(features, parts)
     contexts = sorted({condition.context for condition in conditions})
     n_latent = data.items[0].cells.shape[1]
     model = OperatorModel(n_latent, known, contexts, pairs=pairs, features=given, **sizes)
     controls = [data.control[group.context] for group in data.items]
     return model.start_from(conditions, controls, [group.cells for group in data.items])
+
+
+def _given(features, parts: Sequence[str]) -> Tensor:
+    """The features (perturbation, feature) as a tensor, once they are whole."""
+    known = features.index.astype(str)
+    missing = [part for part in parts if part not in set(known)]
+    if missing:
+        found = f"none of {missing[:5]}"
+        fix = f"add their rows, or leave these cells out ({did_you_mean(missing[0], known)})"
+        raise LabelError(three_beats("features of every perturbation in training", found, fix))
+    values = torch.as_tensor(features.to_numpy(dtype=float), dtype=torch.float32)
+    broken = ~values.isfinite().all(1).numpy()
+    if broken.any() or not known.is_unique:
+        found = f"{list(known[broken | known.duplicated()][:5])} with NaN, infinity or several rows"
+        raise ModelError(
+            three_beats("one row of finite features per perturbation", found, "repair the table")
+        )
+    return values
 
 
 def condition_of(group: Group, control: str = "control") -> Condition:

@@ -9,7 +9,7 @@ from scipy.linalg import expm
 
 from cellop_nb.errors import ModelError
 from cellop_nb.models.affine import AffineOperator
-from cellop_nb.models.combine import check_strength, commutator, compose, sum_generators
+from cellop_nb.models.algebra import check_strength, commutator, compose, sum_generators
 
 D = 4
 quick = settings(deadline=None, max_examples=25)

@@ -13,7 +13,7 @@ from ..data.contract import perturbation_parts
 from ..data.groups import groups
 from ..errors import LabelError, ModelError, did_you_mean, three_beats
 from ..models.affine import AffineOperator
-from ..models.combine import check_strength, commutator, compose, sum_generators
+from ..models.algebra import check_strength, commutator, compose, sum_generators
 from ..models.energy import energy_distance
 from ..models.operators import OperatorModel
 from .formulas import Undefined
@@ -52,6 +52,12 @@ def combine(
     context
         One that the operators were fitted with has its own part of the response; any other, or None, has the
         shared part.
+    rule
+        ``"axes"``, ``"composition"`` or ``"generator"``.
+
+    Returns
+    -------
+    AffineOperator
 
     Raises
     ------
@@ -59,6 +65,10 @@ def combine(
         For a rule or a perturbation that is not known.
     ModelError
         For ``rule="generator"`` where a part has no real logarithm.
+
+    References
+    ----------
+    Higham (2008), Functions of Matrices, section 10.1 (exponential of a sum against the product).
     """
 
     def operator(name: str) -> AffineOperator:
@@ -107,6 +117,12 @@ def sequence(
     ----------
     steps
         Labels, or pairs (label, strength) with a strength between 0 and 1.5; the first acts first.
+    operators, context
+        As in :func:`combine`.
+
+    Returns
+    -------
+    AffineOperator
 
     Raises
     ------
@@ -134,12 +150,14 @@ def order_effects(
     context_key: str | Sequence[str] | None = "cell_type",
     control: str = "control",
 ) -> pd.DataFrame:
-    """Does it matter which of two perturbations comes first?
+    """How much it matters which of two perturbations comes first.
 
     Parameters
     ----------
     adata
         With latents in ``obsm[use_rep]``; the control cells of each context are moved in both orders.
+    operators
+        Fitted operators.
     pairs
         Which pairs; all of the model's perturbations where None.
     contexts
@@ -193,6 +211,8 @@ def reversal(
 
     Parameters
     ----------
+    operators
+        Fitted operators.
     split
         Whose perturbed cells are led back, all cells where None; they are compared with the training controls
         of their context (all controls where None).
@@ -203,6 +223,11 @@ def reversal(
     reason``. Methods: "no change" (perturbed against control cells), "mean shift" (less the difference of the
     training means), "operator" (the inverse; NaN and the reason where it has none). Energy distances are
     Euclidean, U-statistic, in the latent space; the floor compares parts of the control cells.
+
+    Raises
+    ------
+    LabelError
+        For a key, split or perturbation that is not known.
     """
     keys = {
         "use_rep": use_rep,

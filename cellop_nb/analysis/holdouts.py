@@ -1,0 +1,292 @@
+"""Many hold-outs in one call: every context, donor, perturbation or combination in turn, over seeds, in parallel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import pandas as pd
+from tqdm.auto import tqdm
+
+from ..data.contract import context_labels, obs_labels
+from ..data.slots import require_control
+from ..data.splits import split
+from ..errors import CellopError, HoldoutError, three_beats
+from .holdout import OPERATORS, holdout
+from .selection import combinations_of
+
+FEWEST_CELLS = 10
+"""Held-out cells of a group below which its scores are mostly noise."""
+
+_NOT_BASELINES = (OPERATORS, "composition", "generator")
+
+
+@dataclass(frozen=True)
+class Holdouts:
+    """What :func:`holdout_all` gives back.
+
+    Attributes
+    ----------
+    table : DataFrame
+        ``heldout, seed, context, perturbation, group, method, metric, value, reason``.
+    choices : DataFrame
+        ``heldout, seed, complexity``: what was chosen each time, and the tried candidates' ``e_distance``.
+    left_out : DataFrame
+        ``heldout, seed, reason``: hold-outs that could not be made, and why.
+    """
+
+    table: pd.DataFrame
+    choices: pd.DataFrame
+    left_out: pd.DataFrame
+
+    def summary(self, metric: str = "e_distance") -> pd.DataFrame:
+        """Groups by methods: the mean of a metric over seeds, with a last row for the mean over groups."""
+        rows = self.table[self.table["metric"] == metric]
+        order = list(dict.fromkeys(rows["method"]))
+        wide = rows.pivot_table(index="group", columns="method", values="value", sort=False)
+        wide = wide.reindex(columns=[method for method in order if method in wide])
+        wide.loc["mean"] = wide.mean()
+        return wide
+
+    def behind(self, metric: str = "e_distance", *, share: float = 0.1, margin: float = 0.1) -> pd.DataFrame:
+        """Groups where the operators are farther from the truth than the best baseline, mean over seeds.
+
+        Parameters
+        ----------
+        metric
+            One that is smaller where the prediction is better.
+        share, margin
+            Reported where the operators exceed the baseline by more than this share and by more than this much.
+
+        Returns
+        -------
+        DataFrame ``group, operators, best_baseline, baseline, excess``, the worst first; empty is good.
+        """
+        wide = self.summary(metric).drop(index="mean")
+        noise = [name for name in wide if "noise" in name]
+        baselines = wide.drop(columns=[name for name in (*_NOT_BASELINES, *noise) if name in wide])
+        best = baselines.min(axis=1)
+        found = pd.DataFrame(
+            {
+                "operators": wide[OPERATORS],
+                "best_baseline": baselines.idxmin(axis=1),
+                "baseline": best,
+                "excess": wide[OPERATORS] - best,
+            }
+        )
+        behind = found["excess"] > np.maximum(share * best.abs(), margin)
+        return found[behind].sort_values("excess", ascending=False).rename_axis("group").reset_index()
+
+    def _repr_html_(self) -> str:
+        return self.summary().to_html(float_format="%.3f")
+
+
+def holdout_all(
+    adata,
+    *,
+    over: str = "context",
+    where: Mapping[str, object] | None = None,
+    perturbation_key: str = "perturbation",
+    context_key: str | Sequence[str] | None = "cell_type",
+    control: str = "control",
+    min_cells: int = FEWEST_CELLS,
+    n_seeds: int = 1,
+    n_pooled: int = 1,
+    seed: int = 0,
+    cluster=None,
+    progress: bool = True,
+    **options,
+) -> Holdouts:
+    """Hold out every context, donor, perturbation or combination in turn, for several seeds, and score all.
+
+    Parameters
+    ----------
+    over
+        ``"context"``: the perturbed cells of each context; ``"combination"``: each measured ``"A+B"`` whose
+        parts were measured too; ``"group"``: each (context, perturbation) that was measured in another context;
+        or a column of ``obs`` (donor, perturbation): the perturbed cells of each of its labels.
+    where
+        Further columns and labels that every hold-out must match, such as ``{"perturbation": "IFNb"}``.
+    min_cells
+        Hold-outs without any (context, perturbation) group of this size are left out, and listed.
+    n_seeds
+        Independent runs of each hold-out, with the seeds `seed`, `seed` + 1, ...
+    n_pooled
+        Fits pooled in each run (`n_seeds` of :func:`holdout`).
+    cluster
+        A Dask ``Client`` or cluster, or a number of local worker processes; None runs here, one after the other.
+        The tables are the same.
+    **options
+        As in :func:`holdout`: `layer`, `n_genes`, `vae`, `training`, `candidates`, `features`, `metrics`.
+
+    Returns
+    -------
+    Holdouts: ``table`` over all hold-outs and seeds, ``choices``, and what was ``left_out`` with reasons.
+
+    Raises
+    ------
+    HoldoutError
+        Where `over` gives nothing to hold out, with the numbers of each refusal.
+    LabelError
+        For a column or label that is not known.
+    """
+    if min(n_seeds, n_pooled) < 1:
+        found = f"n_seeds={n_seeds}, n_pooled={n_pooled}"
+        raise HoldoutError(three_beats("at least one seed", found, "pass positive numbers"))
+    keys = {"perturbation_key": perturbation_key, "context_key": context_key, "control": control}
+    plan, refused = _plan(adata, over, dict(where or {}), min_cells, keys)
+    if not plan:
+        found = "; ".join(f"{row['heldout']}: {row['reason']}" for row in refused) or "none"
+        fix = "lower min_cells, or hold out something else (over=...)"
+        raise HoldoutError(three_beats(f"something to hold out over {over!r}", found, fix))
+    tasks = [(name, held, seed + k) for name, held in plan.items() for k in range(n_seeds)]
+    work = partial(_one, n_pooled=n_pooled, options=options | keys)
+    bar = partial(tqdm, total=len(tasks), desc="hold-outs", disable=not progress)
+    with _runner(cluster, adata, len(tasks)) as run:
+        found = sorted(bar(run(work, tasks)), key=lambda result: result["place"])
+    tables = [result["table"] for result in found if "table" in result]
+    refused += [
+        {"heldout": r["heldout"], "seed": r["seed"], "reason": r["reason"]} for r in found if "reason" in r
+    ]
+    if not tables:
+        reasons = "; ".join(f"{row['heldout']}: {row['reason']}" for row in refused)
+        raise HoldoutError(three_beats("a hold-out that can be made", reasons, "change the hold-out"))
+    return Holdouts(
+        pd.concat(tables, ignore_index=True),
+        pd.concat([result["choice"] for result in found if "choice" in result], ignore_index=True),
+        pd.DataFrame(refused, columns=["heldout", "seed", "reason"]),
+    )
+
+
+# -- what is held out
+
+
+def _plan(adata, over: str, where: dict, min_cells: int, keys: dict) -> tuple[dict, list[dict]]:
+    """Name to hold-out of every run, and those refused before any training with their numbers."""
+    contexts = context_labels(adata, keys["context_key"])
+    perturbations = obs_labels(adata, keys["perturbation_key"])
+    perturbed = ~require_control(perturbations, keys["control"], keys["perturbation_key"])
+    plan, refused = {}, []
+    for name, held in _candidates(adata, over, perturbed, keys).items():
+        held = where | held
+        mask = perturbed.copy()
+        for column, value in held.items():
+            wanted = [str(v) for v in value] if isinstance(value, (list, tuple, set)) else [str(value)]
+            mask &= obs_labels(adata, column).isin(wanted).to_numpy()
+        sizes = (contexts[mask] + ", " + perturbations[mask]).value_counts()
+        if len(sizes) and sizes.max() >= min_cells:
+            reason = _refusal(adata, held, keys)
+        else:
+            largest = f"the largest group has {sizes.max()} cells" if len(sizes) else "no cells match"
+            reason = f"{largest}; {min_cells} are needed"
+        if reason:
+            refused.append({"heldout": name, "seed": np.nan, "reason": reason})
+        else:
+            plan[name] = held
+    return plan, refused
+
+
+def _candidates(adata, over: str, perturbed: np.ndarray, keys: dict) -> dict[str, dict]:
+    """Name to hold-out."""
+    key = keys["perturbation_key"]
+    perturbations = obs_labels(adata, key)[perturbed]
+    contexts = context_labels(adata, keys["context_key"])[perturbed]
+    groups = sorted(set(zip(contexts, perturbations, strict=True)))
+    if over == "combination":
+        return {label: {key: label} for label in combinations_of(groups)}
+    if over not in ("context", "group") or over in adata.obs:
+        labels = obs_labels(adata, over)[perturbed]
+        return {label: {over: label} for label in sorted(set(labels))}
+    columns = _columns(keys["context_key"])
+    places = adata.obs[perturbed].assign(_context=contexts.to_numpy()).drop_duplicates("_context")
+    where = {row["_context"]: {c: str(row[c]) for c in columns} for _, row in places.iterrows()}
+    if over == "context":
+        return {context: where[context] for context in sorted(where)}
+    repeated = [(c, p) for c, p in groups if any(q == p and d != c for d, q in groups)]
+    return {f"{c}, {p}": where[c] | {key: p} for c, p in repeated}
+
+
+def _columns(context_key: str | Sequence[str] | None) -> list[str]:
+    if not context_key:
+        fix = "name one (context_key=...), or hold out combinations or perturbations"
+        raise HoldoutError(three_beats("a column of contexts to hold out", "context_key=None", fix))
+    return [context_key] if isinstance(context_key, str) else list(context_key)
+
+
+def _refusal(adata, held: dict, keys: dict) -> str:
+    """Why this split would be refused, or nothing."""
+    labels = adata.obs.copy()
+    bare = type(adata)(obs=labels)
+    try:
+        split(bare, holdout=held, **keys)
+    except HoldoutError as refusal:
+        return str(refusal)
+    return ""
+
+
+# -- running
+
+
+def _one(adata, place: int, name: str, held: dict, seed: int, *, n_pooled: int, options: dict) -> dict:
+    """One hold-out at one seed; a refusal becomes a reason, so that it does not sink the others."""
+    labels = {"heldout": name, "seed": seed}
+    try:
+        result = holdout(adata, heldout=held, n_seeds=n_pooled, seed=seed, progress=False, **options)
+    except CellopError as refusal:
+        return labels | {"place": place, "reason": str(refusal)}
+    table = result.table.assign(**labels)[[*labels, *result.table.columns]]
+    return labels | {"place": place, "table": table, "choice": _choice(result).assign(**labels)}
+
+
+def _choice(result) -> pd.DataFrame:
+    """Mean energy distance of each candidate over the groups left out, the chosen one marked."""
+    if not len(result.choice):
+        return pd.DataFrame(
+            {"complexity": [str(result.complexity)], "e_distance": [np.nan], "chosen": [True]}
+        )
+    mean = result.choice.groupby("complexity", sort=False)["e_distance"].mean().reset_index()
+    return mean.assign(chosen=mean["complexity"] == str(result.complexity))
+
+
+@contextmanager
+def _runner(cluster, adata, n_tasks: int) -> Iterator:
+    """A function (work, tasks) -> results in any order, here or on Dask."""
+    if cluster is None:
+        yield lambda work, tasks: (work(adata, place, *task) for place, task in enumerate(tasks))
+        return
+    with _client(cluster, n_tasks) as client:
+        shared = client.scatter(adata, broadcast=True, hash=False)
+
+        def run(work, tasks):
+            from distributed import as_completed
+
+            futures = [client.submit(work, shared, k, *task, pure=False) for k, task in enumerate(tasks)]
+            try:
+                for future in as_completed(futures):
+                    yield future.result()
+            finally:
+                client.cancel(futures)
+
+        yield run
+
+
+@contextmanager
+def _client(cluster, n_tasks: int) -> Iterator:
+    """The caller's client; or one of our own, closed at the end, on a given cluster or on local workers."""
+    from distributed import Client, LocalCluster
+
+    if isinstance(cluster, Client):
+        yield cluster
+        return
+    if not isinstance(cluster, int):
+        with Client(cluster) as client:
+            yield client
+        return
+    if cluster < 1:
+        raise HoldoutError(three_beats("at least one worker", f"cluster={cluster}", "pass a positive number"))
+    workers = {"n_workers": min(cluster, n_tasks), "threads_per_worker": 1, "processes": True}
+    with LocalCluster(**workers, dashboard_address=None) as local, Client(local) as client:
+        yield client
