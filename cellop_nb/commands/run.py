@@ -27,31 +27,40 @@ _KEYS = ("perturbation_key", "context_key", "control", "layer")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `run`."""
-    data = parser.add_argument_group("your data")
-    data.add_argument(
-        "--data", metavar="FILE.h5ad", help="AnnData file with raw counts, or a data set's name"
-    )
-    data.add_argument("--perturbation-key", metavar="COLUMN", help="column of obs with the perturbation")
-    data.add_argument(
-        "--context-key", metavar="COLUMN", help="column of obs with the cell type; several: A,B"
-    )
-    data.add_argument("--control", metavar="LABEL", help="label of the unperturbed cells")
-    data.add_argument("--layer", metavar="LAYER", help="layer with the raw counts (default: X)")
+    add_data(parser.add_argument_group("your data"))
     what = parser.add_argument_group("what runs")
     what.add_argument("--only", metavar="00,02", help="these notebooks alone, by number or name")
-    what.add_argument(
-        "-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="values",
-        help="a notebook parameter, in every notebook that has it; 02.NAME in one (see `params`)",
-    )  # fmt: skip
-    what.add_argument(
-        "-f", metavar="FILE.yaml", dest="file", help="parameters from a file (`params --yaml` prints one)"
-    )
+    add_values(what)
     where = parser.add_argument_group("where")
     where.add_argument("--name", help="name of the run folder (default: the time)")
     where.add_argument(
         "--runs", metavar="FOLDER", help="parent of the run folders (default: the project's runs/)"
     )
     where.add_argument("--notebooks", metavar="FOLDER", help="other numbered notebooks than the project's")
+
+
+def add_data(group) -> None:
+    """Options that name the user's data."""
+    group.add_argument(
+        "--data", metavar="FILE.h5ad", help="AnnData file with raw counts, or a data set's name"
+    )
+    group.add_argument("--perturbation-key", metavar="COLUMN", help="column of obs with the perturbation")
+    group.add_argument(
+        "--context-key", metavar="COLUMN", help="column of obs with the cell type; several: A,B"
+    )
+    group.add_argument("--control", metavar="LABEL", help="label of the unperturbed cells")
+    group.add_argument("--layer", metavar="LAYER", help="layer with the raw counts (default: X)")
+
+
+def add_values(group) -> None:
+    """Options that set parameters."""
+    group.add_argument(
+        "-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="values",
+        help="a notebook parameter, in every notebook that has it; 02.NAME in one (see `params`)",
+    )  # fmt: skip
+    group.add_argument(
+        "-f", metavar="FILE.yaml", dest="file", help="parameters from a file (`params --yaml` prints one)"
+    )
 
 
 def check(args: argparse.Namespace) -> None:
@@ -65,7 +74,7 @@ def main(args: argparse.Namespace) -> int:
     """Run the selected notebooks; 0 when all ran to their end, 1 when one failed."""
     selected = select(args)
     values = settings(args, selected, with_file=True)
-    _check_data(values)
+    check_data(values)
     target = folder(args)
     with storing(target):
         target.mkdir(parents=True, exist_ok=True)
@@ -80,23 +89,30 @@ def main(args: argparse.Namespace) -> int:
 
 def select(args: argparse.Namespace) -> list[Path]:
     """Notebooks to run, in order."""
-    home = Path(args.notebooks).resolve() if args.notebooks else environment.notebooks()
-    found = sorted(home.glob("[0-9][0-9]_*.ipynb"))
-    if not found:
-        fix = "give --notebooks a folder that has some"
-        raise DataError(three_beats("numbered notebooks such as 00_quickstart.ipynb", f"none in {home}", fix))
+    found = numbered(args.notebooks)
     if args.only is None:
         return found
-    wanted = {_choose(word.strip(), found) for word in args.only.split(",")}
+    wanted = {choose(word.strip(), found, "notebooks after --only") for word in args.only.split(",")}
     return [path for path in found if path in wanted]
 
 
-def _choose(word: str, found: list[Path]) -> Path:
+def numbered(folder: str | None) -> list[Path]:
+    """The numbered notebooks of a folder, by default the project's."""
+    place = Path(folder).resolve() if folder else environment.notebooks()
+    found = sorted(place.glob("[0-9][0-9]_*.ipynb"))
+    if not found:
+        fix = "give --notebooks a folder that has some"
+        raise DataError(three_beats("numbered notebooks such as 00_quickstart.ipynb", f"none in {place}", fix))
+    return found
+
+
+def choose(word: str, found: list[Path], what: str) -> Path:
+    """The notebook of that number or name."""
     for path in found:
         if word.removesuffix(".ipynb") in (path.stem, path.stem.partition("_")[0]):
             return path
     fix = did_you_mean(word, [path.stem for path in found])
-    raise LabelError(three_beats("numbers or names of notebooks after --only", repr(word), fix))
+    raise LabelError(three_beats(f"numbers or names of {what}", repr(word), fix))
 
 
 def settings(
@@ -116,7 +132,7 @@ def settings(
             fix = "use --runs and --name"
             raise LabelError(three_beats("a parameter that is free", "'run_dir', set by the run", fix))
         for stem, typed in parameters.assign(selected, name, value, text=text).items():
-            values[stem][plain] = _locate(typed) if plain == "data" else typed
+            values[stem][plain] = locate(typed) if plain == "data" else typed
     return values
 
 
@@ -138,7 +154,7 @@ def _from_file(name: str) -> dict[str, Any]:
     return {str(key): value for key, value in content.items()}
 
 
-def _locate(data: str) -> str:
+def locate(data: str) -> str:
     """The absolute path where `data` is one: kernels work in the run folder, the caller elsewhere."""
     path = Path(data).expanduser()
     if path.exists():
@@ -153,18 +169,22 @@ def _locate(data: str) -> str:
 def folder(args: argparse.Namespace) -> Path:
     """Run folder; one that has results is used again only for chosen notebooks."""
     parent = Path(args.runs).resolve() if args.runs else environment.home() / "runs"
-    name = args.name or time.strftime("%Y-%m-%d_%H-%M-%S")
-    if not re.fullmatch(r"[\w.+-]+", name) or set(name) == {"."}:
-        fix = "use letters, digits, - and _; --runs sets the parent folder"
-        raise LabelError(three_beats("a folder name after --name", repr(name), fix))
-    target = parent / name
+    target = parent / folder_name(args.name or time.strftime("%Y-%m-%d_%H-%M-%S"))
     if args.name and args.only is None and target.exists() and any(target.iterdir()):
         fix = "give another --name, or choose the notebooks to run again in it with --only"
         raise DataError(three_beats("a new run folder", f"results in {target}", fix))
     return target
 
 
-def _check_data(values: dict[str, dict[str, Any]]) -> None:
+def folder_name(name: str) -> str:
+    """A plain name; refuses one that would lead elsewhere."""
+    if not re.fullmatch(r"[\w.+-]+", name) or set(name) == {"."}:
+        fix = "use letters, digits, - and _; --runs sets the parent folder"
+        raise LabelError(three_beats("a folder name after --name", repr(name), fix))
+    return name
+
+
+def check_data(values: dict[str, dict[str, Any]]) -> None:
     """Look at the user's file before the first kernel starts: a wrong key shows now, not a minute later."""
     asked = next((v for v in values.values() if Path(v.get("data", "")).suffix == ".h5ad"), None)
     if asked is None:

@@ -26,6 +26,7 @@ from cellop_nb.notebook.figures.style import (
     safe,
     show,
 )
+from cellop_nb.notebook.figures.sweep import parallel_coordinates, sweep_effects, sweep_map
 from cellop_nb.notebook.figures.training import training_curves
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "legend",
     "library_sizes",
     "noise_floor",
+    "parallel_coordinates",
     "planted_vs_learned",
     "png",
     "predicted_vs_true",
@@ -51,6 +53,8 @@ __all__ = [
     "safe",
     "show",
     "spectra",
+    "sweep_effects",
+    "sweep_map",
     "training_curves",
     "transport",
 ]

@@ -1,0 +1,154 @@
+"""`sweep`: one notebook for many parameter values, on Dask, with a report."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+from cellop_nb.commands import environment
+from cellop_nb.commands import run as single
+from cellop_nb.commands.terminal import clock, complain, say, table
+from cellop_nb.errors import DataError, three_beats
+from cellop_nb.notebook.sweeps import cluster, plan
+
+SUMMARY = "run a notebook for many parameter values, on this machine or a cluster"
+EXTRAS: tuple[str, ...] = ()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `sweep`."""
+    parser.add_argument("notebook", metavar="NOTEBOOK", help="number, name or path of a notebook")
+    what = parser.add_argument_group("what varies")
+    what.add_argument(
+        "-g", action="append", default=[], metavar="NAME=VALUES", dest="axes",
+        help="values to go through: latent_dim=8,16,32, seed=0..4; to sample from: lr=log:1e-4..1e-2",
+    )  # fmt: skip
+    what.add_argument("--random", type=int, metavar="N", help="N random combinations instead of all")
+    what.add_argument(
+        "--sample-seed", type=int, default=0, metavar="SEED", help="seed of --random (default: 0)"
+    )
+    single.add_values(parser.add_argument_group("what is fixed"))
+    single.add_data(parser.add_argument_group("your data"))
+    where = parser.add_argument_group("where")
+    where.add_argument(
+        "--cluster", default="local", metavar="WHERE",
+        help="local (default), slurm, pbs, sge, or the address tcp://HOST:PORT of a Dask scheduler",
+    )  # fmt: skip
+    where.add_argument("--workers", type=int, metavar="N", help="notebooks at once (default: what fits here)")
+    where.add_argument("--memory", default="4GB", help="of a job of slurm, pbs, sge (default: 4GB)")
+    where.add_argument("--walltime", default="04:00:00", help="of a job (default: 04:00:00)")
+    where.add_argument("--queue", help="partition or queue of the jobs")
+    where.add_argument("--timeout", type=int, metavar="SECONDS", help="that one cell may take")
+    where.add_argument("--name", help="name of the sweep's folder (default: that of the notebook)")
+    where.add_argument(
+        "--runs", metavar="FOLDER", help="parent of the sweeps' folders (default: runs/sweeps)"
+    )
+    where.add_argument("--notebooks", metavar="FOLDER", help="other numbered notebooks than the project's")
+    report = parser.add_argument_group("report and repetition")
+    report.add_argument("--metric", help="what the report compares (default: the notebook's first number)")
+    report.add_argument(
+        "--best", choices=("min", "max"), help="whether low or high is good (default: by name)"
+    )
+    report.add_argument("--retry-failed", action="store_true", help="also run again what failed before")
+    report.add_argument(
+        "--dry-run", action="store_true", help="list the runs and which are missing; run none"
+    )
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse wrong parameters, values and places before the environment exists."""
+    prepare(args)
+    cluster.check_where(args.cluster)
+    for option in ("workers", "timeout"):
+        value = getattr(args, option)
+        if value is not None and value < 1:
+            raise DataError(three_beats(f"--{option} of at least 1", str(value), "leave it out"))
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run what is missing and write the report; 0 when all runs are done, 1 when one failed."""
+    from cellop_nb.notebook.sweeps import execute
+
+    notebook, runs = prepare(args, with_file=True)
+    folder = place(args, notebook)
+    todo = execute.missing(folder, runs, retry_failed=args.retry_failed)
+    say(
+        f"{len(runs)} runs of {notebook.stem} in {folder}: {len(runs) - len(todo)} finished, {len(todo)} to do"
+    )
+    if args.dry_run:
+        _list(runs, todo)
+        return 0
+    single.check_data({notebook.stem: runs[0].values})
+    _run(args, notebook, folder, runs, n_done=len(runs) - len(todo))
+    return _report(args, notebook, folder, runs)
+
+
+def prepare(args: argparse.Namespace, *, with_file: bool = False) -> tuple[Path, list[plan.Run]]:
+    """The notebook and its planned runs, every value checked."""
+    notebook = find(args)
+    axes = [plan.read_axis(notebook, text) for text in args.axes]
+    axes = [_located(axis) if axis.name == "data" else axis for axis in axes]
+    fixed = single.settings(args, [notebook], with_file=with_file)[notebook.stem]
+    return notebook, plan.plan(notebook, axes, fixed, n_random=args.random, seed=args.sample_seed)
+
+
+def find(args: argparse.Namespace) -> Path:
+    """The notebook's path from its path, name or number."""
+    path = Path(args.notebook)
+    if path.suffix == ".ipynb" and path.is_file():
+        return path.resolve()
+    return single.choose(args.notebook, single.numbered(args.notebooks), "notebooks, or an .ipynb file")
+
+
+def _located(axis: plan.Axis) -> plan.Axis:
+    return replace(axis, values=tuple(single.locate(value) for value in axis.values))
+
+
+def place(args: argparse.Namespace, notebook: Path) -> Path:
+    """Folder of the sweep: the same for the same command, so that it goes on where it was broken off."""
+    parent = Path(args.runs).resolve() if args.runs else environment.home() / "runs" / "sweeps"
+    return parent / single.folder_name(args.name or notebook.stem)
+
+
+def _list(runs: list[plan.Run], todo: list[plan.Run]) -> None:
+    names = [name for name in runs[0].values if len({repr(run.values[name]) for run in runs}) > 1]
+    rows = [
+        [run.key, *(str(run.values[name]) for name in names), "to do" if run in todo else "finished"]
+        for run in runs
+    ]
+    say(table(["run", *names, ""], rows))
+
+
+def _run(args, notebook: Path, folder: Path, runs: list[plan.Run], *, n_done: int) -> None:
+    from tqdm.auto import tqdm
+
+    from cellop_nb.notebook.sweeps.execute import execute
+
+    queue = {"memory": args.memory, "walltime": args.walltime, "queue": args.queue}
+    ended = execute(
+        notebook, folder, runs, where=args.cluster, workers=args.workers or cluster.default_workers(),
+        timeout=args.timeout, options=queue, retry_failed=args.retry_failed,
+    )  # fmt: skip
+    failed = 0
+    with tqdm(total=len(runs), initial=n_done, desc=notebook.stem, unit="run", dynamic_ncols=True) as bar:
+        for run, result in ended:
+            if result["status"] == "failed":
+                failed += 1
+                bar.write(f"{run.key} failed: {result['error']}")
+            bar.set_postfix({"failed": failed}, refresh=False)
+            bar.update()
+
+
+def _report(args, notebook: Path, folder: Path, runs: list[plan.Run]) -> int:
+    from cellop_nb.notebook.sweeps import report
+
+    frame = report.write(notebook, folder, runs, metric=args.metric, best=args.best)
+    failed = frame[frame["status"] == "failed"]
+    say(f"Table: {folder / 'runs.csv'} and .parquet. Report: {folder / 'summary.ipynb'}")
+    if len(failed):
+        complain(f"{len(failed)} of {len(frame)} runs failed; --retry-failed runs them again. First error:")
+        complain(f"{failed['error'].iloc[0]}\nSee {folder / failed['run'].iloc[0]}")
+    seconds = frame["seconds"].sum()
+    say(f"{len(frame) - len(failed)} runs done, {clock(seconds)} of notebooks in all.")
+    return 1 if len(failed) else 0
