@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
         found = sys.version.split()[0]
         sys.stderr.write(f"Expected Python >= 3.11. Found {found}. To fix it: use a newer python3.\n")
         return 2
-    from cellop_nb.errors import CellopError
+    from cellop_nb.errors import CellopError, SetupError
 
     argv = sys.argv[1:] if argv is None else argv
     args = build_parser().parse_args(argv)
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     except CellopError as error:
         sys.stdout.flush()
         sys.stderr.write(f"{error}\n")
-        return 1 if type(error).__name__ == "SetupError" else 2
+        return 1 if isinstance(error, SetupError) else 2
     except KeyboardInterrupt:
         sys.stderr.write("\nStopped.\n")
         return 130

@@ -33,13 +33,20 @@ class CheckpointError(CellopError):
     """A saved file is damaged, of another version, or made for other genes or keys."""
 
 
+class SetupError(CellopError):
+    """The environment could not be made, lacks packages, or has packages that are too old."""
+
+
 class StorageError(CellopError, OSError):
     """A file could not be written: no room, no permission, no such folder."""
 
 
 def three_beats(expected: str, found: str, fix: str) -> str:
     """Join the three beats of an error message: expected, found, how to fix it."""
-    return f"Expected {expected}. Found {found}. To fix it: {fix}."
+    beats = {"Expected": expected, "Found": found, "To fix it:": fix}
+    return " ".join(
+        f"{word} {beat}" if beat.endswith((".", "?")) else f"{word} {beat}." for word, beat in beats.items()
+    )
 
 
 def did_you_mean(name: object, options: Iterable[object]) -> str:

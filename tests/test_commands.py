@@ -101,7 +101,7 @@ REFUSED = [
     (["run", "--data", "absent.h5ad"], "no file absent.h5ad.*a relative path starts in the current folder"),
     (["run", "--data", "screns/screen.h5ad"], "no file screns/screen.h5ad"),
     (["run", "--data", "here/scren.h5ad"], "did you mean 'screen.h5ad'"),
-    (["run", "--data", "here/screen.h5ad"], "Expected an AnnData file in"),
+    (["run", "--data", "here/screen.h5ad"], "Expected a readable .h5ad"),
     (["run", "--only", "00", "--data", "pbmc"], "a parameter of 00_quickstart.*'data'"),
     (["run", "--name", "a/b"], "'a/b'"),
     (["run", "--name", ".."], r"'\.\.'"),

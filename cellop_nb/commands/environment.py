@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from cellop_nb.commands.terminal import Status, clock, complain, say
-from cellop_nb.errors import CellopError, three_beats
+from cellop_nb.errors import SetupError, three_beats
 from cellop_nb.files import storing
+from cellop_nb.versions import missing, requirements
 
 PACKAGE = Path(__file__).resolve().parents[1]
 ROOT = PACKAGE.parent
@@ -30,10 +29,6 @@ _LOG = ROOT / "runs" / "setup.log"
 _RESTARTED = "CELLOP_RESTARTED"
 
 
-class SetupError(CellopError):
-    """The environment could not be made or lacks packages."""
-
-
 def home() -> Path:
     """The folder whose `notebooks/` are meant: the checkout, or where an installed package is used."""
     return ROOT if IS_CHECKOUT else Path.cwd()
@@ -43,32 +38,6 @@ def notebooks() -> Path:
     """The checkout's notebooks; installed, a person's own copy in the current folder, else the package's."""
     own = home() / "notebooks"
     return own if next(own.glob("[0-9][0-9]_*.ipynb"), None) else NOTEBOOKS
-
-
-def requirements(*extras: str) -> list[str]:
-    """Requirement strings of pyproject.toml: the dependencies and those of the named extras."""
-    import tomllib
-
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    return [*project["dependencies"], *(r for e in extras for r in project["optional-dependencies"][e])]
-
-
-def missing(wanted: list[str]) -> list[str]:
-    """Those of the wanted requirements that the running interpreter does not meet."""
-    return [requirement for requirement in wanted if not _met(requirement)]
-
-
-def _met(requirement: str) -> bool:
-    name, lowest = re.fullmatch(r"([\w.-]+)\s*(?:>=\s*([\d.]+))?", requirement).groups()
-    try:
-        found = version(name)
-    except PackageNotFoundError:
-        return False
-    return lowest is None or _numbers(found) >= _numbers(lowest)
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.match(r"\d+(?:\.\d+)*", text).group().split("."))
 
 
 def stamp() -> str:
@@ -94,12 +63,17 @@ def ensure(extras: tuple[str, ...], arguments: list[str]) -> None:
     SetupError
         When the environment cannot be made, or lacks packages although it was made.
     """
-    if not IS_CHECKOUT:
-        return
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    if IS_CHECKOUT:
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     lacking = missing(requirements(*extras))
     if not lacking:
         return
+    if not IS_CHECKOUT:
+        wanted = " ".join(f'"{requirement}"' for requirement in lacking)
+        found = f"none of: {', '.join(lacking)}"
+        raise SetupError(
+            three_beats("the packages that this command needs", found, f"run `pip install {wanted}`")
+        )
     if os.environ.get(_RESTARTED):
         raise SetupError(three_beats(
             "an environment with every package of pyproject.toml", f"none of: {', '.join(lacking)}",

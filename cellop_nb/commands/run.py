@@ -189,17 +189,10 @@ def check_data(values: dict[str, dict[str, Any]]) -> None:
     asked = next((v for v in values.values() if Path(v.get("data", "")).suffix == ".h5ad"), None)
     if asked is None:
         return
-    import anndata
+    import cellop_nb
 
-    from cellop_nb import check as check_data
-
-    try:
-        adata = anndata.read_h5ad(asked["data"], backed="r")
-    except (OSError, KeyError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        fix = "write the file with adata.write_h5ad"
-        raise DataError(three_beats(f"an AnnData file in {asked['data']}", reason, fix)) from error
-    check_data(adata, **{key: asked[key] for key in _KEYS if key in asked})
+    adata = cellop_nb.datasets.load(asked["data"], backed=True)
+    cellop_nb.check(adata, **{key: asked[key] for key in _KEYS if key in asked})
 
 
 def _execute(selected: list[Path], target: Path, values: dict[str, dict[str, Any]]) -> list[batch.Outcome]:

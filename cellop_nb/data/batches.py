@@ -13,6 +13,7 @@ from scipy import sparse
 from torch import Tensor
 
 from ..errors import DataError, LabelError, did_you_mean, three_beats
+from .checks import check_values
 from .contract import counts, obs_labels
 from .groups import Group, Groups, GroupSample, groups
 
@@ -220,9 +221,11 @@ def model_counts(adata: AnnData, model, *, layer: str | None = None) -> CountMat
     Raises
     ------
     DataError, LabelError
-        If genes are missing, or a covariate has a category that the model does not know.
+        If genes are missing, a covariate has a category that the model does not know, or the values are no raw
+        counts.
     """
     known = model.covariates
+    check_values(adata, layer)
     return count_matrix(adata, layer=layer, genes=model.genes, covariate_keys=list(known), categories=known)
 
 

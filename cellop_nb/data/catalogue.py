@@ -194,10 +194,16 @@ def _read(path: Path, backed: bool) -> AnnData:
         raise DataError(three_beats("a file .h5ad or .zarr", f"{path.name!r}", fix))
     try:
         return anndata.read_h5ad(path, backed="r" if backed else None)
-    except OSError as error:
-        raise DataError(
-            three_beats("a readable .h5ad", f"{path}: {error}", "copy or make the file again")
-        ) from error
+    except (
+        OSError,
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+    ) as error:  # h5py and anndata raise them all
+        found = f"{path}: {str(error).splitlines()[0]}"
+        fix = "copy the file again, or write it with adata.write_h5ad"
+        raise DataError(three_beats("a readable .h5ad", found, fix)) from error
 
 
 def _download(screen: Screen, path: Path, known: str | None, progress: bool) -> None:

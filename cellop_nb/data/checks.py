@@ -22,6 +22,24 @@ def check_counts(adata: AnnData, layer: str | None = None) -> np.ndarray:
         For values that are not numbers, not finite, negative or not whole, and for cells without any count.
     """
     where = "X" if layer is None else f"layers[{layer!r}]"
+    totals = check_values(adata, layer)
+    empty = np.flatnonzero(totals == 0)
+    if len(empty):
+        found = f"{len(empty)} without any, such as {adata.obs_names[empty[0]]!r}"
+        fix = "drop them with scanpy.pp.filter_cells(adata, min_counts=1)"
+        raise DataError(three_beats(f"counts in every cell of {where}", found, fix))
+    return totals
+
+
+def check_values(adata: AnnData, layer: str | None = None) -> np.ndarray:
+    """Refuse values that cannot be raw counts; sums per cell, (cell,) float64.
+
+    Raises
+    ------
+    DataError
+        For values that are not numbers, not finite, negative or not whole.
+    """
+    where = "X" if layer is None else f"layers[{layer!r}]"
     totals = np.zeros(adata.n_obs)
     if np.dtype(count_slot(adata, layer).dtype).kind not in "biuf":
         found = f"values of type {count_slot(adata, layer).dtype}"
@@ -29,11 +47,6 @@ def check_counts(adata: AnnData, layer: str | None = None) -> np.ndarray:
     for start, block in count_blocks(adata, layer):
         _check_block(adata, block, start, where, layer)
         totals[start : start + block.shape[0]] = np.asarray(block.sum(axis=1), dtype=float).ravel()
-    empty = np.flatnonzero(totals == 0)
-    if len(empty):
-        found = f"{len(empty)} without any, such as {adata.obs_names[empty[0]]!r}"
-        fix = "drop them with scanpy.pp.filter_cells(adata, min_counts=1)"
-        raise DataError(three_beats(f"counts in every cell of {where}", found, fix))
     return totals
 
 

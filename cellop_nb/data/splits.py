@@ -101,6 +101,9 @@ def rows_of(adata: AnnData, name: str | Sequence[str], *, split_key: str = "spli
     LabelError
         If the column is missing or no cell is in a named split.
     """
+    if split_key not in adata.obs:
+        fix = "run cellop_nb.split(adata, ...) first, or name the column with split_key=..."
+        raise LabelError(three_beats(f"a column {split_key!r} in obs", "cells without a split", fix))
     labels = obs_labels(adata, split_key)
     for wanted in _values(name):
         if wanted not in set(labels):

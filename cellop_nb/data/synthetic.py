@@ -79,6 +79,11 @@ def synthetic(
         `context`, `dose` (condition,), with their `A` (condition, d, d), `b` (condition, d); the `decoder`;
         the `dispersion` (gene,) of the NB and the second batch's `batch_shift` in logits (gene,).
 
+    Raises
+    ------
+    DataError
+        If a size is too small.
+
     See Also
     --------
     planted_operator, planted_proportions
@@ -88,6 +93,9 @@ def synthetic(
     Higham (2008), Functions of Matrices, chapter 10 (the exponential of the homogeneous matrix).
     """
     _check_sizes(n_contexts=n_contexts, n_perturbations=n_perturbations, n_cells=n_cells, n_genes=n_genes)
+    if n_latent < 4:
+        fix = "generators have two directions in and two out, so ask for at least 4"
+        raise DataError(three_beats("n_latent of at least 4", str(n_latent), fix))
     rng = np.random.default_rng(seed)
     contexts = [f"type {_letters(k)}" for k in range(n_contexts)]
     singles = [f"drug {k + 1}" for k in range(n_perturbations)]

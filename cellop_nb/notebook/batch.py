@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cellop_nb.errors import SetupError, three_beats
 from cellop_nb.files import write_whole
 from cellop_nb.notebook import parameters
 
@@ -108,6 +109,7 @@ def _papermill(
 ) -> tuple[str, int | None]:
     """Run papermill; the error and the failing cell, or `("", None)`."""
     import papermill
+    from jupyter_client.kernelspec import NoSuchKernel
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
 
     # papermill infers parameters with a pattern that does not know `str | None`, and warns of them as unknown
@@ -122,6 +124,9 @@ def _papermill(
             )  # fmt: skip
         except papermill.PapermillExecutionError as problem:
             return _ANSI.sub("", f"{problem.ename}: {problem.evalue}"), problem.exec_count
+        except NoSuchKernel as problem:
+            fix = "run `pip install ipykernel` in this environment"
+            raise SetupError(three_beats("a Python kernel", str(problem), fix)) from problem
         except (CellTimeoutError, DeadKernelError) as problem:
             return f"{type(problem).__name__}: {str(problem).strip().splitlines()[0]}", None
     return "", None

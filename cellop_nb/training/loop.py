@@ -13,7 +13,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from ..errors import DataError, three_beats
+from ..errors import DataError, ModelError, three_beats
 from .callbacks import Callback, HistoryCSV, ProgressBar, SaveCheckpoints
 from .guard import NonFiniteGuard
 from .remote import BY_HAND, RemoteControl
@@ -75,6 +75,10 @@ class Trainer(RemoteControl, Resumable):
         strategy: str = "auto",
         precision: str = "32-true",
     ):
+        if max_epochs < 1:
+            raise ModelError(
+                three_beats("max_epochs of at least 1", str(max_epochs), "give a positive number")
+            )
         RemoteControl.__init__(self, lr)
         self.fabric = Fabric(
             accelerator=accelerator,

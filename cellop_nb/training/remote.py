@@ -30,7 +30,7 @@ class RemoteControl:
         self.weights: dict[str, float] = {}
         self.changes: list[dict] = []
         self._asked: queue.SimpleQueue[tuple[str, float]] = queue.SimpleQueue()
-        self._base_lr = float(lr)
+        self.learning_rate = lr
         self._stop = threading.Event()
         self._go = threading.Event()
         self._go.set()
@@ -43,8 +43,8 @@ class RemoteControl:
     @learning_rate.setter
     def learning_rate(self, value: float) -> None:
         if not (value > 0 and math.isfinite(value)):
-            raise ValueError(
-                f"Expected a positive learning rate. Found {value}. To fix it: give a number such as 1e-3."
+            raise ModelError(
+                three_beats("a positive learning rate", f"{value}", "give a number such as 1e-3")
             )
         self._base_lr = float(value)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from pathlib import Path
 
 import torch
@@ -76,9 +77,19 @@ class Resumable:
             state = torch.load(path, map_location=self.fabric.device, weights_only=True)
         except Exception as error:
             fix = "give the path of a last.pt or best.pt, or start the run anew"
-            raise CheckpointError(three_beats(expected, f"{path}: {error}", fix)) from error
+            raise CheckpointError(three_beats(expected, f"{path}, {_reason(error)}", fix)) from error
         try:
             self.load_state(state)
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             fix = "build the model with the names and sizes of the run that was saved"
-            raise CheckpointError(three_beats(expected, f"{path}: {error}", fix)) from error
+            raise CheckpointError(three_beats(expected, f"{path}, {_reason(error)}", fix)) from error
+
+
+def _reason(error: Exception) -> str:
+    """In one line why a checkpoint cannot be used; torch's own text advises to run the code that a file holds."""
+    if isinstance(error, FileNotFoundError):
+        return "which does not exist"
+    if isinstance(error, pickle.UnpicklingError):
+        return "which holds more than tensors, numbers and text, and is never run"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"which does not fit: {lines[min(1, len(lines) - 1)]}" if lines else type(error).__name__

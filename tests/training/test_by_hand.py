@@ -9,7 +9,7 @@ import pytest
 from cellop_nb.errors import LabelError, ModelError
 from cellop_nb.training.callbacks import Replay
 
-from .toy import Do, LineTrainer, assert_same_run, comparable
+from .toy import Do, LineTrainer, assert_same_run
 
 
 def steered(**settings) -> LineTrainer:

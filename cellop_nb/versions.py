@@ -1,0 +1,77 @@
+"""Which versions of other packages this one needs, and which of them are here: standard library only."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+
+from cellop_nb.errors import SetupError, three_beats
+
+_PROJECT = Path(__file__).resolve().parents[1] / "pyproject.toml"
+
+
+def requirements(*extras: str) -> list[str]:
+    """Requirement strings: the dependencies and those of the named extras.
+
+    In a checkout they are those of pyproject.toml; an installed package reads what it was installed with.
+    """
+    if _PROJECT.is_file():
+        import tomllib
+
+        project = tomllib.loads(_PROJECT.read_text(encoding="utf-8"))["project"]
+        return [*project["dependencies"], *(r for e in extras for r in project["optional-dependencies"][e])]
+    found = []
+    for line in requires("cellop_nb") or []:
+        requirement, _, marker = line.partition(";")
+        extra = re.search(r"extra == ['\"](.+?)['\"]", marker)
+        if not extra or extra[1] in extras:
+            found.append(requirement.strip())
+    return found
+
+
+def missing(wanted: list[str]) -> list[str]:
+    """Those of the wanted requirements that the running interpreter does not meet."""
+    return [requirement for requirement in wanted if not _met(requirement, absent=False)]
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """The leading numbers of a version: (2, 13, 0) of "2.13.0+cpu"."""
+    found = re.match(r"\d+(?:\.\d+)*", text)
+    return tuple(int(part) for part in found[0].split(".")) if found else ()
+
+
+def refuse_outdated() -> None:
+    """Refuse packages that are too old before they fail in some other way; absent ones are told by Python.
+
+    Raises
+    ------
+    SetupError
+        Naming each package that is older than the lowest supported version.
+    """
+    old = [requirement for requirement in requirements() if not _met(requirement, absent=True)]
+    if old:
+        found = ", ".join(f"{_name(r)} {version(_name(r))}" for r in old)
+        command = " ".join(["pip install", *(f'"{requirement}"' for requirement in old)])
+        raise SetupError(three_beats(", ".join(old), found, f"run `{command}`"))
+
+
+@cache
+def refuse_outdated_once() -> None:
+    """:func:`refuse_outdated`, the first time that a public name is asked for."""
+    refuse_outdated()
+
+
+def _name(requirement: str) -> str:
+    return re.split(r"[\s<>=!~\[;]", requirement, maxsplit=1)[0]
+
+
+def _met(requirement: str, *, absent: bool) -> bool:
+    """Whether an installed version is high enough; `absent` is the answer for a package that is not there."""
+    try:
+        found = version(_name(requirement))
+    except PackageNotFoundError:
+        return absent
+    lowest = re.search(r">=\s*([\d.]+)", requirement)
+    return lowest is None or numbers(found) >= numbers(lowest[1])
