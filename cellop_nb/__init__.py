@@ -80,9 +80,11 @@ if TYPE_CHECKING:  # the names below are found by `__getattr__` while running
     from .models.vae import Encoder as Encoder
     from .models.vae import elbo_loss as elbo_loss
     from .models.vae import sample_z as sample_z
+    from .notebook.controls import RunControls as RunControls
     from .notebook.live import LivePlot as LivePlot
     from .training.callbacks import Callback as Callback
     from .training.callbacks import EarlyStopping as EarlyStopping
+    from .training.callbacks import Replay as Replay
     from .training.checkpoint import load as load
     from .training.checkpoint import save as save
     from .training.guard import NonFiniteError as NonFiniteError

@@ -258,5 +258,6 @@ def test_type_checkers_see_the_lazy_names():
             assert alias.asname, f"{alias.name}: `as` marks it as exported"
             seen[alias.asname] = node.module
     modules = dict.fromkeys(cellop_nb._MODULES, "data")
-    assert seen == {**cellop_nb._PUBLIC, **modules}
+    fix = "write `from .MODULE import NAME as NAME` into the TYPE_CHECKING block for each name of _PUBLIC"
+    assert seen == {**cellop_nb._PUBLIC, **modules}, fix
     assert (PACKAGE / "py.typed").is_file()

@@ -102,7 +102,9 @@ def numbered(folder: str | None) -> list[Path]:
     found = sorted(place.glob("[0-9][0-9]_*.ipynb"))
     if not found:
         fix = "give --notebooks a folder that has some"
-        raise DataError(three_beats("numbered notebooks such as 00_quickstart.ipynb", f"none in {place}", fix))
+        raise DataError(
+            three_beats("numbered notebooks such as 00_quickstart.ipynb", f"none in {place}", fix)
+        )
     return found
 
 
