@@ -117,8 +117,9 @@ class RunControls(Callback):
         if self._clock() - self._said >= 0.25:
             self._write_status(trainer)
 
-    def on_epoch_end(self, trainer, row: dict) -> None:
-        """Nothing: the status is written between steps."""
+    def on_pause(self, trainer) -> None:
+        """Say that it holds, and with which settings it will go on."""
+        self._write_status(trainer)
 
     def on_fit_end(self, trainer) -> None:
         """Say how it ended."""

@@ -20,6 +20,9 @@ class Callback:
     def on_step_end(self, trainer) -> None:
         """After each optimiser step."""
 
+    def on_pause(self, trainer) -> None:
+        """When training holds, and after each change made by hand while it holds."""
+
     def on_epoch_end(self, trainer, row: dict) -> None:
         """After each epoch; `row` is the epoch's line of the history."""
 

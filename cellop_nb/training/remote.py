@@ -115,10 +115,15 @@ class RemoteControl:
         return self._stop.is_set() or self.epoch >= self.max_epochs
 
     def _hold_while_paused(self) -> None:
-        if not self._go.is_set() and not self._stop.is_set():
-            self.status = "paused"
-            self._go.wait()
-            self.status = "running"
+        if self._go.is_set() or self._stop.is_set():
+            return
+        self.status = "paused"
+        self._call("on_pause")
+        while not self._go.wait(0.2):
+            if not self._asked.empty():
+                self._obey()
+                self._call("on_pause")
+        self.status = "running"
 
     async def fit_async(self, max_epochs: int | None = None) -> pd.DataFrame:
         """Same as :meth:`fit` in a worker thread, so that a notebook's controls keep working meanwhile."""

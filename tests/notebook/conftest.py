@@ -65,29 +65,29 @@ class FakeTrainer(RemoteControl):
     def save_checkpoint(self, path):
         self.saved.append((path, self.step))
 
-    def call(self, hook: str, *args):
+    def _call(self, hook: str, *args):
         for callback in self.callbacks:
             getattr(callback, hook)(self, *args)
 
     def fit(self):
         self.status = "running"
-        self.call("on_fit_start")
+        self._call("on_fit_start")
         while self.epoch < self.max_epochs and not self._stop.is_set():
             for _ in range(self.n_steps):
                 time.sleep(self.seconds)
                 self._obey()
                 self.step += 1
                 self.seen.append((self.learning_rate, dict(self.weights)))
-                self.call("on_step_end")
+                self._call("on_step_end")
                 self._hold_while_paused()
                 if self._stop.is_set():
                     break
             row = self.row(self.epoch, lr=self.learning_rate, **self.weights)
             self.rows.append(row)
             self.epoch += 1
-            self.call("on_epoch_end", row)
+            self._call("on_epoch_end", row)
         self.status = "stopped" if self._stop.is_set() else "finished"
-        self.call("on_fit_end")
+        self._call("on_fit_end")
         return self.rows
 
 

@@ -1,0 +1,200 @@
+"""A JupyterLab of its own, and a Chromium page on it: what a person sees and presses, for tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import nbformat
+
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
+_FLAGS = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
+]  # fmt: skip
+_LAB = [
+    "--no-browser", "--allow-root", "--ip=127.0.0.1", "--ServerApp.port=0",
+    "--LabApp.expose_app_in_browser=True", "--LabApp.news_url=None",
+    "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", "--LabApp.extension_manager=readonly",
+]  # fmt: skip
+# every cell stays in the page, so that a control can be found wherever the page is scrolled
+_SETTINGS = {"notebook-extension/tracker": {"windowingMode": "none"}}
+
+
+def chromium() -> str | None:
+    """Path of an installed browser."""
+    return next(filter(None, map(shutil.which, CHROMIUM)), None)
+
+
+class Lab:
+    """JupyterLab on a folder of notebooks, with its own configuration, ended with all its kernels.
+
+    Parameters
+    ----------
+    folder
+        Empty folder; notebooks go to `folder/notebooks`.
+    theme
+        ``"JupyterLab Light"`` or ``"JupyterLab Dark"``.
+    """
+
+    def __init__(self, folder: Path, *, theme: str = "JupyterLab Light"):
+        self.root = folder / "notebooks"
+        self._folder = folder
+        self.root.mkdir(parents=True)
+        for name, values in {**_SETTINGS, "apputils-extension/themes": {"theme": theme}}.items():
+            self._write_settings(name, values)
+        home = str(Path(__file__).resolve().parents[2])
+        places = {"CONFIG_DIR": "config", "DATA_DIR": "data", "RUNTIME_DIR": "runtime"}
+        self._env = {
+            **os.environ,
+            **{f"JUPYTER_{name}": str(folder / place) for name, place in places.items()},
+            "JUPYTERLAB_SETTINGS_DIR": str(folder / "settings"),
+            "JUPYTERLAB_WORKSPACES_DIR": str(folder / "workspaces"),
+            "JUPYTER_PREFER_ENV_PATH": "1",
+            "PYTHONPATH": os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")])),
+            "OMP_NUM_THREADS": "1",
+        }
+
+    def _write_settings(self, name: str, values: dict) -> None:
+        path = self._folder / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(values), encoding="utf-8")
+
+    def copy(self, notebook: Path, **parameters) -> str:
+        """Copy a committed notebook, its parameters changed as a person would; its name."""
+        book = nbformat.read(notebook, 4)
+        cell = next(cell for cell in book.cells if "parameters" in cell.metadata.get("tags", []))
+        cell.source += "".join(f"\n{name} = {value!r}" for name, value in parameters.items())
+        for cell in book.cells:
+            if cell.cell_type == "code":
+                cell.outputs, cell.execution_count = [], None
+        nbformat.write(book, self.root / notebook.name)
+        return notebook.name
+
+    def __enter__(self) -> Lab:
+        self._log = (self._folder / "lab.log").open("w")
+        command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={self.root}", *_LAB]
+        self._process = subprocess.Popen(
+            command, env=self._env, stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            self._server = wait_for(self._running_server, 90, "JupyterLab to start")
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _running_server(self) -> dict | None:
+        if self._process.poll() is not None:
+            raise RuntimeError(f"JupyterLab ended: {(self._folder / 'lab.log').read_text()[-2000:]}")
+        for path in (self._folder / "runtime").glob("jpserver-*.json"):
+            try:
+                return json.loads(path.read_text())
+            except ValueError:  # half written
+                continue
+        return None
+
+    def __exit__(self, *_) -> None:
+        """End the server and its kernels, by process group; the kernels have groups of their own."""
+        self._process.send_signal(signal.SIGTERM)  # the server shuts its kernels down first
+        try:
+            self._process.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait(10)
+        self._log.close()
+
+    def url(self, notebook: str) -> str:
+        """Address of a notebook, in a workspace of its own."""
+        return f"{self._server['url']}lab/workspaces/{Path(notebook).stem}/tree/{notebook}?token={self._server['token']}"
+
+
+def wait_for(condition: Callable, seconds: float, what: str):
+    """The first true value of `condition`, asked ten times a second."""
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        if time.monotonic() > end:
+            raise TimeoutError(f"{what}: not within {seconds} s")
+        time.sleep(0.1)
+    return value
+
+
+class NotebookPage:
+    """One notebook in one browser page.
+
+    Attributes
+    ----------
+    problems
+        What the browser's console reported as an error, and uncaught exceptions.
+    """
+
+    _IDLE = "window.jupyterapp?.shell?.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
+
+    def __init__(self, browser, url: str, *, width: int = 1280, height: int = 1000):
+        self.page = browser.new_page(viewport={"width": width, "height": height})
+        self.problems: list[str] = []
+        self.page.on("console", self._hear)
+        self.page.on("pageerror", lambda error: self.problems.append(str(error)))
+        self.page.goto(url)
+        self.wait_until_idle(120)
+
+    def _hear(self, message) -> None:
+        if message.type == "error":
+            self.problems.append(f"{message.text} {message.location.get('url', '')}")
+
+    def wait_until_idle(self, seconds: float) -> None:
+        """Wait for the kernel, not for its indicator."""
+        self.page.wait_for_function(self._IDLE, timeout=seconds * 1000)
+
+    def run_all(self) -> None:
+        """Start all cells, and do not wait for them."""
+        self.page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells'); }")
+
+    def wait_until_run(self, seconds: float) -> None:
+        """Wait until every code cell with text bears a number, and the kernel is idle again."""
+        done = """() => [...document.querySelectorAll('.jp-CodeCell')]
+            .filter(cell => cell.querySelector('.cm-content')?.textContent.trim())
+            .every(cell => /\\d/.test(cell.querySelector('.jp-InputPrompt')?.textContent ?? ''))"""
+        self.page.wait_for_function(done, timeout=seconds * 1000)
+        self.wait_until_idle(seconds)
+
+    def press(self, button: str) -> None:
+        self.page.locator(f'button:has-text("{button}")').first.click()
+
+    def slide(self, name: str, key: str = "ArrowRight", times: int = 1) -> None:
+        """Move the slider of that name by keyboard."""
+        row = self.page.locator(".widget-hslider", has=self.page.get_by_text(name, exact=True))
+        handle = row.locator(".noUi-handle").first
+        handle.focus()
+        for _ in range(times):
+            handle.press(key)
+
+    def choose(self, name: str, option: str) -> None:
+        """Choose from the drop-down list of that name."""
+        row = self.page.locator(".widget-dropdown", has=self.page.get_by_text(name, exact=True))
+        row.locator("select").first.select_option(label=option)
+
+    def said(self, pattern: str, seconds: float = 30) -> str:
+        """Wait for a status line with text of that pattern (a regular expression); the line."""
+        find = """pattern => [...document.querySelectorAll('[role=status]')].map(e => e.textContent)
+            .find(text => new RegExp(pattern).test(text))"""
+        return self.page.wait_for_function(find, arg=pattern, timeout=seconds * 1000).json_value()
+
+    def pictures(self) -> list[str]:
+        """The pictures in the outputs, as the page holds them."""
+        return self.page.evaluate(
+            "() => [...document.querySelectorAll('.jp-OutputArea-output img, .widget-image')].map(i => i.src)"
+        )
+
+    def errors_in_cells(self) -> list[str]:
+        """Tracebacks and text on stderr in the outputs."""
+        kinds = ["error", "stderr"]
+        selector = ", ".join(f'[data-mime-type="application/vnd.jupyter.{kind}"]' for kind in kinds)
+        return self.page.locator(selector).all_inner_texts()
