@@ -18,7 +18,8 @@ from torch import Tensor
 from ..analysis.predict import embed
 from ..data.batches import count_matrix
 from ..models.conditions import Condition
-from ..models.energy import grouped_energy_distance, self_distance
+from ..models.energy import self_distance
+from ..models.energy_moved import moved_energy_distance
 from ..models.operators import OperatorModel
 from ..models.vae import NBVAE
 from ..training.operators import OperatorTrainer, new_operators
@@ -94,9 +95,9 @@ def loss_ours(p: SimpleNamespace) -> Tensor:
 
     The distances within the perturbed cells are a constant, computed before.
     """
-    moved = p.model(p.latents, p.sizes, *p.model.affine(p.design))
     options = {"y_self": p.target_self, "validate": False}
-    return grouped_energy_distance(moved, p.target, p.sizes, p.sizes, **options).mean()
+    maps = p.model.affine(p.design)
+    return moved_energy_distance(p.latents, p.target, p.sizes, p.sizes, *maps, **options).mean()
 
 
 LOSSES: dict[str, Callable[[SimpleNamespace], Tensor]] = {

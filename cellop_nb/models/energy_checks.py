@@ -13,9 +13,9 @@ from ..errors import ModelError, did_you_mean, three_beats
 ESTIMATORS = ("U", "V")
 
 
-def as_list(sizes: Sequence[int] | Tensor) -> list[int]:
+def as_sizes(sizes: Sequence[int] | Tensor) -> tuple[int, ...]:
     """Cells per group as plain integers."""
-    return [int(size) for size in sizes]
+    return tuple(sizes.tolist() if isinstance(sizes, Tensor) else map(int, sizes))
 
 
 def check_estimator(estimator: str) -> None:
@@ -25,7 +25,7 @@ def check_estimator(estimator: str) -> None:
         raise ModelError(three_beats('estimator "U" or "V"', found, 'pass "U" for an unbiased distance'))
 
 
-def check_cloud(name: str, x: Tensor, sizes: list[int], least: int, validate: bool) -> None:
+def check_cloud(name: str, x: Tensor, sizes: Sequence[int], least: int, validate: bool) -> None:
     """Refuse a cloud (cell, d) that does not fit its sizes, has too few cells, or is not finite."""
     if x.dim() != 2:
         found = f"shape {tuple(x.shape)}"
@@ -49,7 +49,9 @@ def check_cloud(name: str, x: Tensor, sizes: list[int], least: int, validate: bo
         )
 
 
-def check_pair(x: Tensor, y: Tensor, x_sizes: list[int], y_sizes: list[int], y_self: Tensor | None) -> None:
+def check_pair(
+    x: Tensor, y: Tensor, x_sizes: Sequence[int], y_sizes: Sequence[int], y_self: Tensor | None
+) -> None:
     """Refuse two clouds of other dimensions or groups, and a self-distance that cannot be used."""
     if x.shape[1] != y.shape[1]:
         found = f"{x.shape[1]} and {y.shape[1]}"

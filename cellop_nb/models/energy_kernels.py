@@ -53,7 +53,7 @@ def _left(z: Tensor, pad: Tensor | None) -> Tensor:
     return torch.cat([z, norms.masked_fill(pad, 1), (~pad).to(z.dtype), pad.to(z.dtype)], -1)
 
 
-def _no_padding(z: Tensor) -> Tensor:
+def no_padding(z: Tensor) -> Tensor:
     return torch.zeros(z.shape[:-1], dtype=torch.bool, device=z.device)
 
 
@@ -138,33 +138,6 @@ def _tiles(rows: list[slice], columns: list[slice], like: Tensor) -> Iterator[tu
             yield i, j, buffer[: math.prod(shape)].view(shape)
 
 
-def joint_energy(
-    x: Tensor, y: Tensor, pairs_x: int, pairs_y: int, *, want: bool
-) -> tuple[Tensor, Tensor | None] | None:
-    """Energy distance of two small clouds (cell, d), float64, and its gradient (x, then y).
-
-    One weighted matrix for all three terms: a third of the calls, which is what counts for small clouds. None
-    where some pairs are so close that they need :func:`cross_sums` and :func:`self_sums`.
-    """
-    n, m, d = len(x), len(y), x.shape[1]
-    z = torch.cat([x, y])
-    z = z.sub_(z.mean(0))
-    scale = scale_of(z[None]).view(())
-    left = _left(z.div_(scale), None)
-    right = _right(left, d)
-    w = torch.mm(right, left.t()).fill_diagonal_(math.inf)
-    if not w.amin() > 2 * CLOSE * left[:, d].amax():
-        return None
-    w.rsqrt_()
-    w[:n, :n].mul_(-1 / pairs_x)
-    w[n:, n:].mul_(-1 / pairs_y if pairs_y else 0)
-    w[:n, n:].mul_(1 / (n * m))
-    w[n:, :n].mul_(1 / (n * m))
-    gathered = torch.mm(w, left)
-    value = scale * (right * gathered).sum(-1).sum(dtype=torch.float64)
-    return value, _force(z, gathered).mul_(2) if want else None
-
-
 def cross_sums(
     x: Tensor,
     y: Tensor,
@@ -193,7 +166,7 @@ def cross_sums(
         )
         return total, None, grad_y
     if pad_x is not None or pad_y is not None:  # then both need the column
-        pad_x, pad_y = (_no_padding(z) if pad is None else pad for z, pad in ((x, pad_x), (y, pad_y)))
+        pad_x, pad_y = (no_padding(z) if pad is None else pad for z, pad in ((x, pad_x), (y, pad_y)))
     d, left_x, left_y = x.shape[-1], _left(x, pad_x), _left(y, pad_y)
     right = _right(left_x, d)
     close = _ClosePairs(exact, left_x[..., d], left_y[..., d])

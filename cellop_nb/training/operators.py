@@ -13,8 +13,10 @@ from ..data.groups import Group, groups
 from ..errors import LabelError, ModelError, did_you_mean, three_beats
 from ..models.conditions import Condition
 from ..models.energy import energy_distance, grouped_energy_distance, self_distance
+from ..models.energy_moved import moved_energy_distance
 from ..models.operators import OperatorModel, spectral_excess
 from .loop import Trainer
+from .within import WithinTerm
 
 MIN_SHOWN = 8
 """Held-out cells below which a group has no column of its own in the history: its energy is mostly noise."""
@@ -185,6 +187,8 @@ class OperatorTrainer(Trainer):
         self.cells_per_group, self.max_norm, self._steps = cells_per_group, max_norm, steps_per_epoch
         self.conditions = [condition_of(group, control) for group in self.groups.items]
         self.design = model.conditions.design(self.conditions)
+        self.within = WithinTerm(self.groups)
+        self.module.mark_forward_method("affine")
         self._prepare_validation(control)
 
     @cached_property
@@ -215,12 +219,11 @@ class OperatorTrainer(Trainer):
         return len(batch.control) + len(batch.perturbed)
 
     def loss_terms(self, batch) -> dict[str, Tensor]:
-        matrices, shifts = self.model.affine(self.design)
-        moved = self.module(batch.control, batch.control_sizes, matrices, shifts)
+        matrices, shifts = self.module.affine(self.design)
+        clouds = batch.control, batch.perturbed, batch.control_sizes, batch.perturbed_sizes
+        known = self.within.of(batch)
         # NaN must reach the loss: the guard says where it came from, and may roll back.
-        energy = grouped_energy_distance(
-            moved, batch.perturbed, batch.control_sizes, batch.perturbed_sizes, validate=False
-        )
+        energy = moved_energy_distance(*clouds, matrices, shifts, y_self=known, validate=False)
         return {"energy": energy.mean(), **self._penalties(matrices)}
 
     def _penalties(self, matrices: Tensor) -> dict[str, Tensor]:

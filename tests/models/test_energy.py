@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cellop_nb.errors import ModelError
+from cellop_nb.models import energy_batch, energy_joint
 from cellop_nb.models.energy import energy_distance, grouped_energy_distance, self_distance
+from cellop_nb.models.energy_moved import moved_energy_distance
 
 
 def clouds(n, m, d, seed=0, dtype=torch.float64, grad=True):
@@ -306,3 +308,67 @@ def test_bad_input_is_refused(case):
 def test_non_finite_values_pass_through_where_asked():
     x = torch.full((4, 2), math.nan, requires_grad=True)
     assert not torch.isfinite(energy_distance(x, torch.zeros(3, 2), validate=False))
+
+
+# -- moved by one map per group ---------------------------------------------------------------------------
+
+
+def maps(groups, d, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    matrices = torch.eye(d, dtype=torch.float64) + 0.3 * torch.randn(groups, d, d, generator=generator).double()
+    shifts = torch.randn(groups, d, generator=generator).double()
+    return matrices.requires_grad_(), shifts.requires_grad_()
+
+
+def move(z, sizes, matrices, shifts):
+    parts = zip(z.split(sizes), matrices, shifts, strict=True)
+    return torch.cat([cells @ matrix.T + shift for cells, matrix, shift in parts])
+
+
+@pytest.mark.parametrize("sizes", [([6, 6, 6], [5, 5, 5]), ([4, 9, 5], [7, 3, 8]), ([600, 4, 30], [500, 5, 30])])
+def test_moved_equals_moving_and_grouped(sizes):
+    x_sizes, y_sizes = sizes
+    x, y = clouds(sum(x_sizes), sum(y_sizes), 4, grad=False)
+    given, weights = maps(3, 4), torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+    known = self_distance(y, y_sizes)
+    expected = grouped_energy_distance(move(x, x_sizes, *given), y, x_sizes, y_sizes)
+    for options in ({}, {"y_self": known}):
+        found = moved_energy_distance(x, y, x_sizes, y_sizes, *given, **options)
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+        grads = (torch.autograd.grad((v * weights).sum(), given, retain_graph=True) for v in (found, expected))
+        for a, b in zip(*grads, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
+def test_gradcheck_of_the_maps():
+    x, y = clouds(11, 9, 3, grad=False)
+    sizes = [5, 6], [5, 4]
+    assert torch.autograd.gradcheck(lambda a, b: moved_energy_distance(x, y, *sizes, a, b), maps(2, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_whole_matrices_and_tiles_agree(dtype, monkeypatch):
+    """The two forms, for padded groups, with every combination of wanted gradients."""
+    x_sizes, y_sizes = [40, 37, 3], [41, 30, 5]
+    x, y = clouds(80, 76, 6, dtype=dtype)
+    results = []
+    for limit in (energy_batch.SMALL_PAIRS, 0):
+        monkeypatch.setattr(energy_batch, "SMALL_PAIRS", limit)
+        both = grouped_energy_distance(x, y, x_sizes, y_sizes)
+        first = grouped_energy_distance(x, y.detach(), x_sizes, y_sizes)
+        second = grouped_energy_distance(x.detach(), y, x_sizes, y_sizes)
+        grads = torch.autograd.grad(both.sum(), (x, y))
+        grads += torch.autograd.grad(first.sum(), x) + torch.autograd.grad(second.sum(), y)
+        results.append((both, first, second, *grads))
+    rtol, atol = (1e-9, 1e-11) if dtype == torch.float64 else (1e-3, 3e-6)
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
+
+
+def test_clouds_too_close_for_products_are_left_to_the_tiles():
+    x, y = clouds(30, 20, 4, grad=False)
+    assert energy_joint.joint_energies(x.T[None], y[None], (600, 870, 380)) is not None
+    x[3] = x[5] + 1e-4
+    assert energy_joint.joint_energies(x.T[None], y[None], (600, 870, 380)) is None
+    assert energy_joint.joint_energies(x.T[None] * 1e-20, y[None] * 1e-20, (600, 870, 380)) is None
+    assert float(energy_distance(x, y)) == pytest.approx(double_loop(x, y, "U"), rel=1e-10)

@@ -12,7 +12,7 @@ from scipy.linalg import sqrtm
 from cellop_nb.errors import LabelError, ModelError
 from cellop_nb.models.affine import AffineOperator
 from cellop_nb.models.conditions import Condition
-from cellop_nb.models.operators import OperatorModel, gaussian_map, spectral_excess
+from cellop_nb.models.operators import OperatorModel, gaussian_map, norm_bound, spectral_excess
 
 D, NAMES, CONTEXTS = 4, ["A", "B", "C"], ["x", "y"]
 some = settings(deadline=None, max_examples=20)
@@ -297,6 +297,14 @@ def test_spectral_excess_is_that_of_a_plain_svd(seed, size, max_norm):
     norms = np.linalg.svd(matrices, compute_uv=False)[:, 0]
     expected = np.mean(np.maximum(norms - max_norm, 0) ** 2)
     assert spectral_excess(torch.as_tensor(matrices), max_norm).item() == pytest.approx(expected, abs=1e-12)
+
+
+@some
+@given(st.integers(0, 2**31), st.floats(1e-3, 1e3))
+def test_the_norm_bound_is_above_and_close(seed, size):
+    matrices = torch.as_tensor(size * np.random.default_rng(seed).normal(size=(4, D, D)))
+    norms, bound = torch.linalg.matrix_norm(matrices, 2), norm_bound(matrices)
+    assert (bound >= norms * (1 - 1e-9)).all() and (bound <= D ** (1 / 16) * norms * (1 + 1e-9)).all()
 
 
 def test_spectral_excess_pushes_a_large_operator_down():

@@ -149,27 +149,47 @@ def test_mixtures_are_not_enough(screen):
 # -- the loss ---------------------------------------------------------------------------------------------
 
 
+def plain_energies(trainer, batch, matrices, shifts):
+    """(group,) energy distances by all pairs of the drawn cells, with autograd."""
+    found = []
+    x, y = batch.control.split(batch.control_sizes), batch.perturbed.split(batch.perturbed_sizes)
+    for cells, target, matrix, shift in zip(x, y, matrices, shifts, strict=True):
+        moved = cells @ matrix.T + shift
+        n, m = len(moved), len(target)
+        within = torch.cdist(moved, moved).sum() / (n * (n - 1)), torch.cdist(target, target).sum() / (m * (m - 1))
+        found.append(2 * torch.cdist(moved, target).sum() / (n * m) - sum(within))
+    return torch.stack(found)
+
+
 def test_the_loss_is_the_mean_energy_distance_of_the_groups(small):
-    trainer = small_trainer(small)
+    trainer = small_trainer(small, cells_per_group=10_000)  # whole groups: every term is exact
     batch = next(iter(trainer.batches()))
     terms = trainer.loss_terms(batch)
-    x, y = batch.control.split(batch.control_sizes), batch.perturbed.split(batch.perturbed_sizes)
-    expected = []
-    for cells, target, group in zip(x, y, trainer.groups.items, strict=True):
-        moved = trainer.model.operator(condition_of(group))(cells)
-        n, m = len(moved), len(target)
-        cross = torch.cdist(moved, target).sum() / (n * m)
-        within = (
-            torch.cdist(moved, moved).sum() / (n * (n - 1)),
-            torch.cdist(target, target).sum() / (m * (m - 1)),
-        )
-        expected.append(float(2 * cross - sum(within)))
-    assert terms["energy"].item() == pytest.approx(np.mean(expected), abs=1e-4)
-    matrices, _ = trainer.model.affine(trainer.design)
-    own = trainer.weights["ridge"] * trainer.model.ridge(matrices)
+    maps = trainer.model.affine(trainer.design)
+    expected = plain_energies(trainer, batch, *maps).mean()
+    assert terms["energy"].item() == pytest.approx(expected.item(), abs=1e-4)
+    own = trainer.weights["ridge"] * trainer.model.ridge(maps[0])
     own = own + trainer.weights["context_ridge"] * trainer.model.context_ridge()
     torch.testing.assert_close(terms["ridge"], own)
     assert set(terms) == {"energy", "ridge", "stability"}
+
+
+def test_the_gradient_is_that_of_the_drawn_cells_and_the_constant_term_is_unbiased(small):
+    trainer = small_trainer(small, cells_per_group=12)
+    maps = trainer.model.affine(trainer.design)
+    known, pairs = [], []
+    for _ in range(300):
+        batch = trainer.groups.sample(12, trainer.cpu_generator)
+        known.append(trainer.within.of(batch))
+        pairs.append(self_distance(batch.perturbed, batch.perturbed_sizes))
+    found = torch.autograd.grad(trainer.loss_terms(batch)["energy"], trainer.model.axis_left)
+    expected = torch.autograd.grad(plain_energies(trainer, batch, *maps).mean(), trainer.model.axis_left)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
+    known, pairs = torch.stack(known), torch.stack(pairs)
+    error = (known - pairs).std(0) / 300**0.5
+    assert ((known - pairs).mean(0).abs() < 4 * error + 1e-5).all()
+    # It follows the draw: most of the variation of the term by pairs is in it.
+    assert ((known - pairs).var(0) < 0.5 * pairs.var(0)).all()
 
 
 def test_training_lowers_the_distance_from_the_identity_start(small):
