@@ -55,6 +55,21 @@ def write_whole(path: str | Path, write: Callable[[Path], object]) -> Path:
     return path
 
 
+def inside(folder: str | Path, name: str) -> Path:
+    """The path of `name` in `folder`; a name that leads out of it, as a label from data may, is refused.
+
+    Raises
+    ------
+    StorageError
+        If the path would lie outside of `folder`.
+    """
+    path = (Path(folder) / name).resolve()
+    if not path.is_relative_to(Path(folder).resolve()):
+        fix = "use a name without .. and without a leading slash"
+        raise StorageError(three_beats(f"a file name inside {folder}", repr(name), fix))
+    return Path(folder) / name
+
+
 @contextmanager
 def storing(path: str | Path) -> Iterator[None]:
     """Say in three beats what the disk refused while `path` was written."""

@@ -580,6 +580,13 @@ def _(place):
         co.save(place.folder / "model.safetensors", vae=vae)
 
 
+@case(FILES, "a name that leads out of the run folder")
+def _(place):
+    from cellop_nb.notebook.workspace import Workspace
+
+    Workspace("01_data", place.folder / "run").table(place.adata.obs, "../../elsewhere")
+
+
 # -- notebook parameters
 
 

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from html import escape
 
 import anndata as ad
 import numpy as np
@@ -83,7 +84,7 @@ class Holdout:
         return chosen.pivot_table(index="method", columns="metric", values="value").reindex(order)
 
     def _repr_html_(self) -> str:
-        return f"<p>chosen: {self.complexity}</p>" + self.summary().to_html(float_format="%.3f")
+        return f"<p>chosen: {escape(str(self.complexity))}</p>" + self.summary().to_html(float_format="%.3f")
 
 
 def holdout(

@@ -21,7 +21,7 @@ from ..data.contract import check as check_screen
 from ..data.contract import select_genes
 from ..data.splits import split
 from ..errors import CellopError, CheckpointError, three_beats
-from ..files import write_whole
+from ..files import inside, write_whole
 from ..models.operators import OperatorModel
 from ..models.vae import NBVAE
 from ..training.checkpoint import load, save
@@ -180,9 +180,7 @@ class Workspace:
 
     def figure(self, figure, name: str):
         """Write the figure as PNG and show it."""
-        path = self.folder / "figures" / f"{name}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return show(figure, path)
+        return show(figure, inside(self.folder / "figures", f"{name}.png"))
 
     def table(self, table: pd.DataFrame, name: str) -> Path:
         """Write a table as CSV."""
@@ -194,7 +192,7 @@ class Workspace:
         return batch.write_metrics(self.run_dir, self.notebook, content)
 
     def _write(self, name: str, writer) -> Path:
-        return write_whole(self.folder / name, writer)
+        return write_whole(inside(self.folder, name), writer)
 
     # -- what must hold
 

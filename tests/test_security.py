@@ -1,0 +1,284 @@
+"""Nothing from data or files is run: no pickle, no markup from labels, no server that others can reach."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+
+import cellop_nb
+
+PACKAGE = Path(cellop_nb.__file__).parent
+SOURCES = [path for path in sorted(PACKAGE.rglob("*.py")) if "_share" not in path.parts]
+NOTEBOOKS = sorted((PACKAGE.parent / "notebooks").glob("*.ipynb"))
+EVIL = "<script>document.title = 'run'</script><img src=x onerror=\"document.title='run'\">"
+
+
+def calls(tree: ast.AST):
+    """Every call as (dotted name, keywords)."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            keywords = {k.arg: getattr(k.value, "value", None) for k in node.keywords}
+            yield ast.unparse(node.func), keywords
+
+
+def dangers(source: str) -> list[str]:
+    """What in a source text could run what a file or a label holds."""
+    tree = ast.parse(source)
+    found = []
+    for name, keywords in calls(tree):
+        last = name.rpartition(".")[2]
+        if name == "torch.load" and keywords.get("weights_only") is not True:
+            found.append("torch.load without weights_only=True")
+        if name in {"np.load", "numpy.load"} and keywords.get("allow_pickle") is not False:
+            found.append("np.load without allow_pickle=False")
+        if name == "yaml.load" or name in {"eval", "exec", "compile", "os.system"}:
+            found.append(name)
+        foreign = last in {"load", "loads"} and name.startswith(("pickle.", "joblib."))
+        if foreign or last in {"read_pickle", "Unpickler"}:
+            found.append(name)
+        if keywords.get("shell") is True:
+            found.append(f"{name} with a shell")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "") in {
+            "pickle",
+            "joblib",
+            "dill",
+            "cloudpickle",
+        }:
+            found.append(f"from {node.module}")
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_nothing_is_unpickled_or_evaluated(path):
+    assert dangers(path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "torch.load(path)", "torch.load(path, weights_only=False)", "np.load(path)", "eval(text)", "yaml.load(text)",
+        "pickle.load(file)", "pd.read_pickle(path)", "subprocess.run(line, shell=True)", "from joblib import load",
+    ],
+)  # fmt: skip
+def test_a_danger_is_noticed(source):
+    assert dangers(source)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_pickle_named_h5ad_or_model_runs_nothing(tmp_path):
+    """Not even looked at as a pickle: the witness file would appear."""
+    import pickle
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "witness"),)
+
+    for name in ("screen.h5ad", "model.safetensors", "last.pt"):
+        (tmp_path / name).write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(cellop_nb.errors.CellopError):
+        cellop_nb.datasets.load(tmp_path / "screen.h5ad")
+    with pytest.raises(cellop_nb.errors.CellopError):
+        cellop_nb.load(tmp_path / "model.safetensors")
+    adata = cellop_nb.datasets.synthetic(n_contexts=2, n_perturbations=1, n_cells=20, n_genes=20)
+    cellop_nb.split(adata)
+    trainer = cellop_nb.VAETrainer(adata, cellop_nb.new_vae(adata, n_latent=2), progress=False)
+    with pytest.raises(cellop_nb.errors.CheckpointError, match="never run"):
+        trainer.load_checkpoint(tmp_path / "last.pt")
+    assert not (tmp_path / "witness").exists()
+
+
+# -- labels
+
+
+def screen_of(label: str):
+    adata = cellop_nb.datasets.synthetic(n_contexts=2, n_perturbations=2, n_cells=20, n_genes=20)
+    for key, old in (("perturbation", "drug 1"), ("cell_type", "type A")):
+        labels = adata.obs[key].astype(str)
+        adata.obs[key] = labels.where(labels != old, label).to_numpy()
+    return adata
+
+
+def scores(label: str) -> pd.DataFrame:
+    rows = [("A", label, f"A, {label}", method, "e_distance", 1.0, "") for method in ("operators", label)]
+    return pd.DataFrame(
+        rows, columns=["context", "perturbation", "group", "method", "metric", "value", "reason"]
+    )
+
+
+def shown_groups():
+    return cellop_nb.groups(screen_of(EVIL), use_rep="X_truth")._repr_html_()
+
+
+def shown_holdout():
+    from cellop_nb.analysis.holdout import Holdout
+
+    empty = dict.fromkeys(("predictions", "real", "control", "choice", "fits", "space"))
+    return Holdout(table=scores(EVIL), complexity=EVIL, **empty)._repr_html_()
+
+
+def shown_holdouts():
+    from cellop_nb.analysis.holdouts import Holdouts
+
+    return Holdouts(scores(EVIL), None, None)._repr_html_()
+
+
+def shown_sweep():
+    from cellop_nb.notebook.sweeps.report import Sweep
+
+    frame = pd.DataFrame({"run": ["a1"], "context": [EVIL], "notebook": [f'x" onclick="{EVIL}']})
+    return Sweep.linked(None, frame).data
+
+
+def shown_sentence():
+    from IPython.display import Markdown  # noqa: F401 - what the notebooks' sentences are
+    from nbconvert.filters import markdown2html
+
+    from cellop_nb.notebook.text import markdown
+
+    return markdown2html(markdown(f"**{EVIL}** is at its floor").data)
+
+
+def shown_table():
+    from cellop_nb.notebook.text import styled
+
+    frame = pd.DataFrame({EVIL: [EVIL, "x"], "number": [0.5, 1.0]}, index=[EVIL, "y"])
+    return styled(frame, caption=EVIL, precision=2).to_html()
+
+
+def shown_setting():
+    from cellop_nb.notebook.controls import words
+
+    return words(EVIL)
+
+
+SHOWN = {
+    "Groups": shown_groups, "Holdout": shown_holdout, "Holdouts": shown_holdouts, "Sweep": shown_sweep,
+    "markdown": shown_sentence, "styled": shown_table, "words": shown_setting,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_labels_show_as_text(name):
+    html = SHOWN[name]()
+    assert "&lt;script&gt;" in html
+    assert not re.search(r"<(script|img)", html)
+
+
+def test_no_html_view_is_forgotten():
+    classes = {
+        node.name
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ClassDef)
+        and any(getattr(part, "name", "") in {"_repr_html_", "_repr_markdown_"} for part in node.body)
+    }
+    assert classes <= set(SHOWN), "add a view of a label to SHOWN"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_escape_what_they_say(path):
+    """Sentences go through cellop_nb.notebook.text.markdown, and nothing is written as HTML."""
+    for cell in nbformat.read(path, 4).cells:
+        if cell.cell_type == "code":
+            assert not re.search(
+                r"\b(Markdown|HTML)\(|import (.*, )?(Markdown|HTML)\b|\.style\.", cell.source
+            )
+
+
+@pytest.mark.browser
+def test_labels_show_as_text_in_a_browser(tmp_path):
+    """The same views on one page in Chromium: the title would change if any of the scripts ran."""
+    browser = shutil.which("chromium")
+    if browser is None:
+        pytest.fail("no chromium; install it with the system's package manager")
+    from playwright.sync_api import sync_playwright
+
+    body = "".join(f"<section id={name}>{view()}</section>" for name, view in SHOWN.items())
+    (tmp_path / "page.html").write_text(f"<title>quiet</title>{body}")
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking"]
+    with sync_playwright() as play:
+        chromium = play.chromium.launch(executable_path=browser, args=flags)
+        page = chromium.new_page()
+        page.goto((tmp_path / "page.html").as_uri())
+        assert page.title() == "quiet"
+        for name in SHOWN:
+            assert "<script>document.title = 'run'</script>" in page.locator(f"#{name}").inner_text()
+        page.set_content(f"<title>quiet</title>{EVIL}")
+        assert page.title() == "run", "the test's own script does not run: it proves nothing"
+        chromium.close()
+
+
+# -- JupyterLab
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def status(url: str) -> int:
+    """Status of a page; the address is printed a moment before the server listens."""
+    for _ in range(60):
+        try:
+            return urllib.request.urlopen(url, timeout=5).status
+        except urllib.error.HTTPError as refusal:
+            return refusal.code
+        except urllib.error.URLError:
+            time.sleep(0.5)
+    raise AssertionError(f"nothing listens at {url}")
+
+
+@pytest.mark.slow
+def test_jupyterlab_listens_on_this_machine_alone_and_asks_for_its_token(root, tmp_path):
+    port = free_port()
+    private = {f"JUPYTER_{name}_DIR": str(tmp_path / name) for name in ("CONFIG", "DATA", "RUNTIME")}
+    surroundings = {**os.environ, **private, "PYTHONPATH": str(root)}
+    surroundings.pop("JUPYTER_TOKEN", None)
+    options = ["--no-browser", f"--ServerApp.port={port}", "--ServerApp.port_retries=0", "--allow-root"]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "cellop_nb", "lab", "--", *options], env=surroundings, cwd=tmp_path, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+    try:
+        token = wait_for_token(server)
+        assert status(f"http://127.0.0.1:{port}/api/contents?token={token}") == 200
+        assert status(f"http://127.0.0.1:{port}/api/contents") == 403
+        assert listening(port) == {"0100007F"}, "another address than 127.0.0.1"
+    finally:
+        os.killpg(server.pid, 15)
+        server.communicate(timeout=30)
+
+
+def wait_for_token(server: subprocess.Popen) -> str:
+    deadline = time.monotonic() + 90
+    for line in server.stdout:
+        found = re.search(r"http://127\.0\.0\.1:\d+/\S*token=(\w{32,})", line)
+        if found:
+            return found[1]
+        assert time.monotonic() < deadline, "JupyterLab did not start"
+    raise AssertionError("JupyterLab ended")
+
+
+def listening(port: int) -> set[str]:
+    """Addresses that listen on a port, as the kernel of Linux writes them."""
+    rows = [
+        line.split()
+        for name in ("tcp", "tcp6")
+        for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]
+    ]
+    return {row[1].split(":")[0] for row in rows if row[3] == "0A" and int(row[1].split(":")[1], 16) == port}
