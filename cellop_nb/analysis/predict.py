@@ -100,8 +100,8 @@ def predict(
     strength
         Power of the operator, 0 to 1.5: 0 leaves the cells, 1 is the measured strength.
     carry
-        Whether each cell keeps its own counts as far as its expected counts stay the same
-        (:func:`cellop_nb.models.coupling.carry_counts`); otherwise counts are drawn afresh.
+        Whether each cell keeps its own counts and moves their levels as the decoder's move
+        (:func:`cellop_nb.models.coupling.carried_mean`); otherwise counts are drawn afresh.
     max_cells
         Take at most this many source cells, drawn with `seed`.
     seed
@@ -193,6 +193,7 @@ def decode_cells(
     moved: Tensor,
     *,
     start: Tensor | None = None,
+    remainder: np.ndarray | None = None,
     layer: str | None = None,
     key_added: str = "X_nbvae",
     seed: int = 0,
@@ -204,9 +205,11 @@ def decode_cells(
     Parameters
     ----------
     start
-        (cell, d) latents before the move. With them, each cell keeps its own counts as far as its expected
-        counts stay the same (:func:`carry_counts`); without, counts are drawn afresh from the decoder at the
-        cells' library sizes.
+        (cell, d) latents before the move. With them, each cell keeps its own counts and moves their levels as
+        the decoder's move (:func:`carried_mean`); without, counts are drawn afresh from the decoder at the cells'
+        library sizes.
+    remainder
+        (gene,) change of level that the decoder is known to miss, added to cells that have a `start`.
 
     Returns
     -------
@@ -222,9 +225,11 @@ def decode_cells(
     if start is None:
         sampled, mean = end.sample(generator), end.mean
     else:
-        x = matrix.batch(np.arange(len(matrix)), device).x
+        x = matrix.batch(np.arange(len(matrix)), device).x[:, : vae.n_genes]
         begin = vae.decode(start.to(device), library, covariates)
-        sampled, mean = carry_counts(x, begin, end, generator), carried_mean(x, begin, end)
+        extra = None if remainder is None else torch.as_tensor(remainder).to(x)
+        mean = carried_mean(x, library, begin.mean, end.mean, extra)
+        sampled = carry_counts(mean, generator)
     cells = ad.AnnData(
         X=sparse.csr_matrix(sampled.cpu().numpy()), obs=adata.obs.copy(), layers={"mean": mean.cpu().numpy()}
     )

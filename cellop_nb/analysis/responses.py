@@ -164,14 +164,14 @@ def _one_hot(adata, vae: NBVAE, layer: str | None) -> Tensor | None:
 
 
 def _mean_proportions(vae: NBVAE, z: Tensor, covariates: Tensor | None) -> np.ndarray:
-    return torch.softmax(vae.decoder(z, covariates), -1).mean(0).numpy()
+    return vae.log_proportions(z, covariates).exp().mean(0).numpy()
 
 
 def _log2_slopes(vae: NBVAE, z: Tensor, directions: Tensor, covariates: Tensor | None) -> Tensor:
     """(direction, gene) derivative of the log2 proportions at z (1, d) along each direction (d,)."""
 
     def log_proportions(place: Tensor) -> Tensor:
-        return torch.log_softmax(vae.decoder(place, covariates), -1)[0]
+        return vae.log_proportions(place, covariates)[0]
 
     jacobian = torch.autograd.functional.jacobian(log_proportions, z)[:, 0]
     return (directions @ jacobian.T / np.log(2)).detach()

@@ -32,6 +32,10 @@ __all__ = [
 ]
 
 
+TOTAL_KEY = "total_counts"
+"""Column of ``obs`` with the counts of all measured genes, as scanpy's ``calculate_qc_metrics`` names it."""
+
+
 @dataclass(frozen=True)
 class CountBatch:
     """Some cells' counts, dense and by their non-zeros.
@@ -184,7 +188,7 @@ def count_matrix(
     genes: Sequence[str] | None = None,
     covariate_keys: Sequence[str] = (),
     categories: Mapping[str, Sequence[str]] | None = None,
-    library_key: str | None = None,
+    total_key: str | None = None,
 ) -> CountMatrix:
     """Counts of `adata` ready for minibatches.
 
@@ -198,21 +202,23 @@ def count_matrix(
         Columns of `obs` that become category codes.
     categories
         Known categories per covariate, as :func:`covariate_categories` gives them for the training data.
-    library_key
-        Column of `obs` with library sizes; by default the counts summed over the chosen genes.
+    total_key
+        Column of `obs` with each cell's counts over all measured genes. What the chosen genes leave of it becomes
+        the last column of the counts.
 
     Raises
     ------
     DataError, LabelError
-        If genes, columns or categories are unknown.
+        If genes, columns or categories are unknown, or totals are smaller than the counts of the chosen genes.
     """
     matrix = counts(adata, layer)
     if genes is not None:
         matrix = matrix[:, gene_positions(adata, genes)]
     known = categories or covariate_categories(adata, covariate_keys)
     codes = {key: category_codes(adata, key, known[key]) for key in covariate_keys}
-    library = None if library_key is None else obs_labels(adata, library_key).astype(float).to_numpy()
-    return CountMatrix(matrix, library=library, covariates=codes)
+    if total_key is not None:
+        matrix = sparse.hstack([sparse.csr_matrix(matrix), _other_genes(adata, matrix, total_key)], "csr")
+    return CountMatrix(matrix, covariates=codes)
 
 
 def model_counts(adata: AnnData, model, *, layer: str | None = None) -> CountMatrix:
@@ -226,7 +232,38 @@ def model_counts(adata: AnnData, model, *, layer: str | None = None) -> CountMat
     """
     known = model.covariates
     check_values(adata, layer)
-    return count_matrix(adata, layer=layer, genes=model.genes, covariate_keys=list(known), categories=known)
+    return count_matrix(
+        adata,
+        layer=layer,
+        genes=model.genes,
+        covariate_keys=list(known),
+        categories=known,
+        total_key=model.total_key,
+    )
+
+
+def has_other_genes(adata: AnnData, *, layer: str | None = None, total_key: str = TOTAL_KEY) -> bool:
+    """Whether ``obs[total_key]`` says that genes were measured which `adata` no longer has."""
+    return total_key in adata.obs and bool(_other_genes(adata, counts(adata, layer), total_key).nnz)
+
+
+def _other_genes(adata: AnnData, matrix, total_key: str) -> sparse.csr_matrix:
+    """(cell, 1) counts of the genes outside `matrix`: the totals in `obs` less its row sums."""
+    if total_key not in adata.obs:
+        expected = f"each cell's counts over all genes in obs[{total_key!r}], as the model was trained with"
+        fix = f"set adata.obs[{total_key!r}] = adata.X.sum(1) before genes are left out"
+        raise LabelError(three_beats(expected, "no such column", fix))
+    total = pd.to_numeric(adata.obs[total_key], errors="coerce").to_numpy(np.float64)
+    rest = total - np.asarray(matrix.sum(1), dtype=np.float64).ravel()
+    wrong = ~(rest > -0.5)  # NaN too; half a count forgives rounding
+    if wrong.any():
+        row = int(np.flatnonzero(wrong)[0])
+        found = f"{total[row]:g} against {total[row] - rest[row]:g} counts in cell {adata.obs_names[row]!r}"
+        fix = "set the column to the counts of all genes, or pass total_key=None"
+        raise DataError(
+            three_beats(f"totals in obs[{total_key!r}] of at least the cell's counts", found, fix)
+        )
+    return sparse.csr_matrix(np.maximum(rest, 0.0).astype(np.float32)[:, None])
 
 
 def gene_positions(adata: AnnData, genes: Sequence[str]) -> np.ndarray:

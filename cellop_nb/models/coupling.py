@@ -1,65 +1,70 @@
-"""Counts of a moved cell that keep what is the cell's own: negative-binomial counts coupled to observed ones."""
+"""Counts of a moved cell that keep what is the cell's own: expression levels shifted as the decoder shifts them."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .likelihood import MIN_MEAN, NegativeBinomial
+LEVEL_SCALE = 1e4
+"""Counts per cell at which expression levels log(1 + counts) are compared."""
 
 
-def carry_counts(
-    x: Tensor, start: NegativeBinomial, end: NegativeBinomial, generator: torch.Generator | None = None
+def levels(x: Tensor, library: Tensor) -> Tensor:
+    r"""Expression levels (cell, gene) of counts.
+
+    .. math:: y = \log(1 + 10^4\, x / l)
+
+    Parameters
+    ----------
+    x
+        (cell, gene) counts, or expected counts.
+    library
+        (cell,) library sizes l.
+    """
+    return torch.log1p(x * (LEVEL_SCALE / library).unsqueeze(-1))
+
+
+def carried_mean(
+    x: Tensor, library: Tensor, before: Tensor, after: Tensor, remainder: Tensor | None = None
 ) -> Tensor:
-    r"""Draw counts of `end` that are coupled to the counts observed under `start`.
+    r"""Expected counts (cell, gene) of cells whose expression levels move as those of the decoder do.
 
     .. math::
-        x \mid g \sim \mathrm{Poisson}(\mu_0 g), \quad g \sim \mathrm{Gamma}(r, r)
-        \;\Rightarrow\; g \mid x \sim \mathrm{Gamma}(r + x,\, r + \mu_0)
+        y' = \max\big(0,\; y(x) + y(\mu_1) - y(\mu_0) + e\big), \qquad x' = 10^{-4}\, l\, (\exp y' - 1)
 
-    .. math::
-        x' = x + \mathrm{Poisson}\big((\mu_1 - \mu_0)\, g\big) \;\text{ if } \mu_1 > \mu_0, \qquad
-        x' \sim \mathrm{Binomial}(x, \mu_1 / \mu_0) \;\text{ otherwise}
-
-    If x follows `start`, then x' follows `end` exactly; if x departs from the model (a program that the latent
-    does not hold, a gene that varies more than it should), x' departs in the same way. No change of the mean
-    leaves every count as it is, so that a decoder's error is not added to what the operator does.
+    Each cell keeps its distance to what the decoder expects of it: a program that the latent does not hold, a gene
+    that the decoder misjudges, its own noise. Where nothing changes, x' = x. Levels are added, not ratios
+    multiplied, since the ratio of a silent gene's expected counts is the least certain number of a decoder,
+    while its level is nearly 0 either way.
 
     Parameters
     ----------
     x
         (cell, gene) observed counts.
-    start, end
-        Distributions (cell, gene) before and after, with the same inverse dispersion r.
-
-    Returns
-    -------
-    Tensor (cell, gene) of counts.
+    library
+        (cell,) library sizes l of the cells.
+    before, after
+        (cell, gene) counts that the decoder expects before and after the move, at the same library sizes.
+    remainder
+        (gene,) change of level e that the decoder is known to miss; none where None.
 
     References
     ----------
-    Kingman (1993), Poisson Processes, sections 2.2 (superposition) and 5.1 (thinning); the posterior of the
-    gamma-Poisson mixture is conjugate (Gelman et al. 2013, Bayesian Data Analysis, section 2.6).
+    The shift is that of the mean-shift rule, in the space where the field scores predictions (Lotfollahi et al.
+    2019, Nat. Methods 16:715), with the decoder's own change for each cell in place of one for all.
     """
-    before, after = _means(start, end)
-    own = torch._standard_gamma(start.r + x, generator=generator) / (start.r + before)
-    more = torch.poisson((after - before).clamp_min(0) * own, generator=generator)
-    fewer = torch.binomial(x, (after / before).clamp_max(1), generator=generator)
-    return torch.where(after > before, x + more, fewer)
+    change = levels(after, library) - levels(before, library)
+    change = change if remainder is None else change + remainder
+    moved = torch.expm1((levels(x, library) + change).clamp_min(0.0)) * (library / LEVEL_SCALE).unsqueeze(-1)
+    return torch.where(change == 0, x, moved)
 
 
-def carried_mean(x: Tensor, start: NegativeBinomial, end: NegativeBinomial) -> Tensor:
-    r"""Expectation of :func:`carry_counts` given x, (cell, gene).
+def carry_counts(mean: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    r"""Whole counts (cell, gene) with the expectations of :func:`carried_mean`, by unbiased rounding.
 
-    .. math::
-        E[x' \mid x] = x + (\mu_1 - \mu_0) \frac{r + x}{r + \mu_0} \;\text{ if } \mu_1 > \mu_0, \quad
-        x \mu_1 / \mu_0 \;\text{ otherwise}
+    .. math:: n = \lfloor x' + u \rfloor, \quad u \sim U(0, 1)
+
+    The noise of the observed count stands for that of the moved one: drawing anew would add it twice.
     """
-    before, after = _means(start, end)
-    more = x + (after - before) * (start.r + x) / (start.r + before)
-    return torch.where(after > before, more, x * after / before)
-
-
-def _means(start: NegativeBinomial, end: NegativeBinomial) -> tuple[Tensor, Tensor]:
-    """Means before and after, bounded below: a softmax may underflow to 0, and 0 / 0 is no ratio."""
-    return start.mean.clamp_min(MIN_MEAN), end.mean.clamp_min(MIN_MEAN)
+    uniform = torch.rand(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
+    return torch.floor(mean + uniform)

@@ -46,7 +46,12 @@ def _mlp(n_in: int, n_hidden: int, n_layers: int, dropout: float) -> nn.Sequenti
 
 
 class Encoder(nn.Module):
-    """log1p of library-normalised counts to a Normal over the latent.
+    r"""log1p of library-normalised counts to a Normal over the latent, by a linear path beside an MLP.
+
+    .. math:: y = \log(1 + 10^4 x / l), \quad \mu_z = W_0 y + W_1 f(y, c) + a, \quad \log \sigma_z^2 = V f(y, c) + b
+
+    The layer norm of f limits how far the MLP alone can reach, so that responses stronger than any that was
+    trained on would be pressed together; the linear path, which starts at zero, lets them through.
 
     Parameters
     ----------
@@ -56,6 +61,11 @@ class Encoder(nn.Module):
         Width of the one-hot covariates that are appended to the input; 0 for none.
     dropout
         Share of hidden units dropped while training.
+
+    References
+    ----------
+    Lopez, Regier, Cole, Jordan and Yosef (2018), Nat. Methods 15:1053 (the encoder of log counts); He, Zhang, Ren and
+    Sun (2016), CVPR, 770 (a path around the nonlinear layers).
     """
 
     def __init__(
@@ -70,6 +80,8 @@ class Encoder(nn.Module):
     ):
         super().__init__()
         self.body = _mlp(n_genes + n_covariates, n_hidden, n_layers, dropout)
+        self.linear = nn.Linear(n_genes, n_latent, bias=False)
+        nn.init.zeros_(self.linear.weight)
         self.mean = nn.Linear(n_hidden, n_latent)
         self.log_variance = nn.Linear(n_hidden, n_latent)
 
@@ -79,7 +91,9 @@ class Encoder(nn.Module):
         scaled = (x * (COUNTS_PER_CELL / library.clamp_min(1.0)).unsqueeze(-1)).log1p_()
         hidden = self.body(scaled if covariates is None else torch.cat([scaled, covariates], -1))
         log_variance = bounded(self.log_variance(hidden), -LOGVAR_BOUND, LOGVAR_BOUND)
-        return Normal(self.mean(hidden), torch.exp(0.5 * log_variance), validate_args=False)
+        return Normal(
+            self.linear(scaled) + self.mean(hidden), torch.exp(0.5 * log_variance), validate_args=False
+        )
 
 
 class DecoderNB(nn.Module):

@@ -12,6 +12,9 @@ from ..errors import LabelError, three_beats
 from .likelihood import NegativeBinomial, SparseCounts, nb_log_likelihood_logits
 from .networks import MAX_DISPERSION, MIN_DISPERSION, DecoderNB, Encoder
 
+OTHER_GENES = "other genes"
+"""Name of the column that stands for all measured genes that are not modelled one by one."""
+
 
 def sample_z(posterior: Normal, generator: torch.Generator | None = None) -> Tensor:
     r"""Reparameterised sample of the latent.
@@ -88,6 +91,10 @@ class NBVAE(nn.Module):
     ----------
     genes
         Names of the modelled genes, in the order of the counts' columns; or their number.
+    total_key
+        Column of ``obs`` with each cell's counts over *all* measured genes. The counts then get one more column,
+        :data:`OTHER_GENES`, with what the modelled genes leave of that total, and the library size is the total.
+        A response of the modelled genes may then raise their sum, instead of pressing the other ones down.
     n_latent, n_hidden, n_layers
         Sizes of latent space and networks.
     covariates
@@ -103,7 +110,8 @@ class NBVAE(nn.Module):
 
     Notes
     -----
-    The library size is the observed total of the modelled genes, not a latent variable.
+    The library size is the observed total (of the modelled genes where there is no `total_key`), not a latent
+    variable.
     """
 
     def __init__(
@@ -116,6 +124,7 @@ class NBVAE(nn.Module):
         covariates: dict[str, Sequence[str]] | None = None,
         encode_covariates: bool = False,
         dropout: float = 0.0,
+        total_key: str | None = None,
     ):
         super().__init__()
         names = (
@@ -132,11 +141,12 @@ class NBVAE(nn.Module):
             "covariates": self.covariates,
             "encode_covariates": encode_covariates,
             "dropout": dropout,
+            "total_key": total_key,
         }
-        n_genes, width = len(names), sum(map(len, self.covariates.values()))
+        n_columns, width = len(self.columns), sum(map(len, self.covariates.values()))
         sizes = {"n_hidden": n_hidden, "n_layers": n_layers, "dropout": dropout}
-        self.encoder = Encoder(n_genes, n_latent, n_covariates=width * encode_covariates, **sizes)
-        self.decoder = DecoderNB(n_latent, n_genes, n_covariates=width, **sizes)
+        self.encoder = Encoder(n_columns, n_latent, n_covariates=width * encode_covariates, **sizes)
+        self.decoder = DecoderNB(n_latent, n_columns, n_covariates=width, **sizes)
 
     @property
     def n_genes(self) -> int:
@@ -145,6 +155,15 @@ class NBVAE(nn.Module):
     @property
     def genes(self) -> list[str]:
         return self.config["genes"]
+
+    @property
+    def total_key(self) -> str | None:
+        return self.config["total_key"]
+
+    @property
+    def columns(self) -> list[str]:
+        """Columns of the counts: the genes, and the other genes where there is a `total_key`."""
+        return self.genes if self.total_key is None else [*self.genes, OTHER_GENES]
 
     @property
     def n_latent(self) -> int:
@@ -157,9 +176,9 @@ class NBVAE(nn.Module):
         Parameters
         ----------
         proportions
-            (gene,) mean share of a cell's counts; zeros are lifted to a tenth of the smallest positive share.
+            (column,) mean share of a cell's counts; zeros are lifted to a tenth of the smallest positive share.
         dispersion
-            (gene,) inverse dispersion, for example of :func:`moment_dispersion`.
+            (column,) inverse dispersion, for example of :func:`moment_dispersion`.
         """
         smallest = proportions[proportions > 0].min()
         self.decoder.linear.bias.copy_(torch.log(proportions.clamp_min(0.1 * smallest)))
@@ -188,7 +207,7 @@ class NBVAE(nn.Module):
         Parameters
         ----------
         x
-            (cell, gene) counts.
+            (cell, column) counts.
         library
             (cell,) library size; the row sums of `x` where None.
         covariates
@@ -202,12 +221,16 @@ class NBVAE(nn.Module):
         given = self.one_hot(covariates, len(x)) if self.config["encode_covariates"] else None
         return self.encoder(x, library, given)
 
+    def log_proportions(self, z: Tensor, given: Tensor | None = None) -> Tensor:
+        """(cell, gene) log share of the library of latents (cell, latent), with one-hot covariates `given`."""
+        return torch.log_softmax(self.decoder(z, given), -1)[:, : self.n_genes]
+
     def decode(
         self, z: Tensor, library: Tensor, covariates: dict[str, Tensor] | None = None
     ) -> NegativeBinomial:
         """Count distribution (cell, gene) of latents (cell, latent) at library sizes (cell,)."""
-        proportions = torch.softmax(self.decoder(z, self.one_hot(covariates, len(z))), -1)
-        return NegativeBinomial(proportions * library.unsqueeze(-1), self.decoder.dispersion)
+        proportions = self.log_proportions(z, self.one_hot(covariates, len(z))).exp()
+        return NegativeBinomial(proportions * library.unsqueeze(-1), self.decoder.dispersion[: self.n_genes])
 
     def forward(
         self,

@@ -17,8 +17,9 @@ import torch
 
 from ..analysis.predict import embed
 from ..data import catalogue
+from ..data.batches import TOTAL_KEY
 from ..data.contract import check as check_screen
-from ..data.contract import select_genes
+from ..data.contract import library_size, select_genes
 from ..data.splits import split
 from ..errors import CellopError, CheckpointError, three_beats
 from ..files import inside, write_whole
@@ -153,6 +154,7 @@ class Workspace:
         split(adata, seed=self.seed, **self.keys)
         n_genes = self.values.get("n_genes", 0)
         if 0 < n_genes < adata.n_vars:
+            adata.obs[TOTAL_KEY] = library_size(adata, layer=self.layer)
             adata = adata[:, select_genes(adata, n_genes, layer=self.layer)].copy()
         return adata
 

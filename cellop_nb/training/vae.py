@@ -8,8 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.batches import CountBatch, CountLoader, CountMatrix, covariate_categories, model_counts
-from ..data.contract import counts
+from ..data.batches import (
+    TOTAL_KEY,
+    CountBatch,
+    CountLoader,
+    CountMatrix,
+    covariate_categories,
+    has_other_genes,
+    model_counts,
+)
 from ..data.splits import rows_of
 from ..models.likelihood import SparseCounts
 from ..models.vae import NBVAE, elbo_loss, moment_dispersion
@@ -21,6 +28,7 @@ def new_vae(
     *,
     layer: str | None = None,
     covariate_keys: Sequence[str] = (),
+    total_key: str | None = TOTAL_KEY,
     split_key: str = "split",
     seed: int = 0,
     **sizes,
@@ -35,6 +43,10 @@ def new_vae(
         Layer that holds the counts; ``X`` where None.
     covariate_keys
         Columns of ``obs`` (batch, donor, tissue) that the decoder is told.
+    total_key
+        Column of ``obs`` with each cell's counts over all measured genes, as scanpy's ``calculate_qc_metrics``
+        writes it; the genes that `adata` no longer has are then modelled as one column (:class:`NBVAE`). The
+        default column is used where it is there and says that genes were left out.
     seed
         Seeds the initial weights.
     **sizes
@@ -47,19 +59,20 @@ def new_vae(
     Raises
     ------
     LabelError
-        If a covariate or the split is missing.
+        If a covariate, the column of totals or the split is missing.
     DataError
-        If the layer is missing.
+        If the layer is missing, or the totals are smaller than the counts.
     """
     covariates = covariate_categories(adata, covariate_keys)
+    total = None if total_key == TOTAL_KEY and not has_other_genes(adata, layer=layer) else total_key
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        vae = NBVAE(list(adata.var_names), covariates=covariates, **sizes)
-    train = counts(adata, layer)[rows_of(adata, "train", split_key=split_key)].astype(np.float64)
+        vae = NBVAE(list(adata.var_names), covariates=covariates, total_key=total, **sizes)
+    train = model_counts(adata, vae, layer=layer).csr
+    train = train[rows_of(adata, "train", split_key=split_key)].astype(np.float64)
     total = np.asarray(train.sum(1), dtype=np.float64).ravel()
     gene_mean = np.asarray(train.mean(0), dtype=np.float64).ravel()
-    squares = train.multiply(train) if hasattr(train, "multiply") else train * train
-    variance = np.asarray(squares.mean(0), dtype=np.float64).ravel() - gene_mean**2
+    variance = np.asarray(train.multiply(train).mean(0), dtype=np.float64).ravel() - gene_mean**2
     # Differences in library size are the model's own, not over-dispersion.
     explained = gene_mean**2 * (total.var() / total.mean() ** 2)
     dispersion = moment_dispersion(torch.as_tensor(gene_mean), torch.as_tensor(variance - explained))
@@ -109,7 +122,7 @@ class VAETrainer(Trainer):
         super().__init__(model, **settings)
         self.weights = {"kl_weight": kl_weight}
         self.warmup_epochs = warmup_epochs
-        self.cells, self.genes = np.asarray(adata.obs_names), model.genes
+        self.cells, self.genes = np.asarray(adata.obs_names), model.columns
         matrix = model_counts(adata, model, layer=layer)
         rows = {split: rows_of(adata, split, split_key=split_key) for split in ("train", "val")}
         device = self.fabric.device

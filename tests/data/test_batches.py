@@ -118,10 +118,27 @@ def test_categories_are_those_of_training_and_never_default_to_zero():
         category_codes(adata, "donor", ["a", "b"])
 
 
-def test_library_from_a_column(screen):
-    screen.obs["total"] = 1000.0 + np.arange(screen.n_obs)
-    batch = count_matrix(screen, library_key="total").batch(np.array([4, 2]))
-    assert batch.library.tolist() == [1004, 1002]
+def test_other_genes_fill_up_to_the_total(screen):
+    total = np.asarray(screen.X.sum(1)).ravel() + np.arange(screen.n_obs)
+    screen.obs["total_counts"] = total
+    genes = list(screen.var_names[:7])
+    batch = count_matrix(screen, genes=genes, total_key="total_counts").batch(np.array([4, 2]))
+    assert batch.x.shape == (2, 8)
+    assert batch.library.tolist() == total[[4, 2]].tolist() == batch.x.sum(1).tolist()
+    np.testing.assert_array_equal(batch.x[:, :7], screen[[4, 2], genes].X.toarray())
+
+
+@pytest.mark.parametrize(("total", "text"), [(0.0, "at least the cell's counts"), (np.nan, "nan")])
+def test_totals_below_the_counts_are_refused(screen, total, text):
+    screen.obs["total_counts"] = np.asarray(screen.X.sum(1)).ravel()
+    screen.obs.loc[screen.obs_names[3], "total_counts"] = total
+    with pytest.raises(DataError, match=text):
+        count_matrix(screen, total_key="total_counts")
+
+
+def test_missing_totals_are_named(screen):
+    with pytest.raises(LabelError, match="total_counts"):
+        count_matrix(screen, total_key="total_counts")
 
 
 def test_real_counts(kang_file):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from toy import Do, assert_same_run, weights_of
 
+from cellop_nb.analysis.predict import embed
 from cellop_nb.data.splits import split
 from cellop_nb.data.synthetic import synthetic
 from cellop_nb.errors import DataError, LabelError
@@ -192,3 +193,27 @@ def test_missing_genes_and_splits_are_refused(screen):
     del unsplit.obs["split"]
     with pytest.raises(LabelError, match="'split'"):
         VAETrainer(unsplit, vae, progress=False)
+
+
+def test_other_genes_let_the_modelled_ones_rise_together():
+    """Of the total, a drug doubles the share that the modelled genes have: with totals the VAE sees it."""
+    adata = synthetic(n_cells=60, n_genes=60, n_perturbations=1, seed=3)
+    adata.obs["total_counts"] = np.asarray(adata.X.sum(1)).ravel()
+    adata = adata[:, :20].copy()
+    adata.X[np.flatnonzero(adata.obs["perturbation"] != "control")] *= 2
+    adata.obs["total_counts"] = np.maximum(adata.obs["total_counts"], np.asarray(adata.X.sum(1)).ravel())
+    split(adata, seed=0)
+    vae = new_vae(adata, n_latent=4, n_hidden=16, total_key="total_counts")
+    assert vae.columns == [*adata.var_names, "other genes"]
+    VAETrainer(adata, vae, max_epochs=30, lr=1e-2, batch_size=24, progress=False).fit()
+    embed(adata, vae)
+    z, library = torch.as_tensor(adata.obsm["X_nbvae"]), torch.full((adata.n_obs,), 100.0)
+    with torch.no_grad():
+        counts = vae.decode(z, library).mean
+    assert counts.shape == adata.shape
+    share = (counts.sum(1) / 100).numpy()
+    drug = (adata.obs["perturbation"] != "control").to_numpy()
+    observed = np.asarray(adata.X.sum(1)).ravel() / adata.obs["total_counts"].to_numpy()
+    assert share[drug].mean() / share[~drug].mean() == pytest.approx(
+        observed[drug].mean() / observed[~drug].mean(), rel=0.1
+    )
