@@ -46,6 +46,11 @@ _PUBLIC = {
     "sequence": "analysis.combinations",
     "order_effects": "analysis.combinations",
     "reversal": "analysis.combinations",
+    "metric_intervals": "analysis.uncertainty",
+    "change_intervals": "analysis.uncertainty",
+    "bootstrap_operators": "analysis.ensembles",
+    "operator_intervals": "analysis.ensembles",
+    "support": "analysis.abstain",
     "etest": "analysis.etest",
     "gradient_audit": "analysis.diagnose",
     "LivePlot": "notebook.live",
@@ -54,17 +59,22 @@ _PUBLIC = {
 _MODULES = {"datasets"}
 
 if TYPE_CHECKING:  # the names below are found by `__getattr__` while running
+    from .analysis.abstain import support as support
     from .analysis.combinations import combine as combine
     from .analysis.combinations import order_effects as order_effects
     from .analysis.combinations import reversal as reversal
     from .analysis.combinations import sequence as sequence
     from .analysis.diagnose import gradient_audit as gradient_audit
+    from .analysis.ensembles import bootstrap_operators as bootstrap_operators
+    from .analysis.ensembles import operator_intervals as operator_intervals
     from .analysis.etest import etest as etest
     from .analysis.holdout import holdout as holdout
     from .analysis.holdouts import holdout_all as holdout_all
     from .analysis.metrics import evaluate as evaluate
     from .analysis.predict import embed as embed
     from .analysis.predict import predict as predict
+    from .analysis.uncertainty import change_intervals as change_intervals
+    from .analysis.uncertainty import metric_intervals as metric_intervals
     from .data import catalogue as datasets  # noqa: F401
     from .data.batches import groups as groups
     from .data.contract import check as check

@@ -66,6 +66,8 @@ class Holdout:
         The models, one per seed.
     space : EvaluationSpace
         In which the metrics were computed.
+    measured : list of (context, perturbation)
+        Perturbed groups of the training cells.
     """
 
     table: pd.DataFrame
@@ -76,6 +78,7 @@ class Holdout:
     complexity: Complexity
     fits: list[Fitted]
     space: EvaluationSpace
+    measured: list[tuple[str, str]] = field(default_factory=list, repr=False)
 
     def summary(self, metrics: Sequence[str] = ("e_distance", "pearson_delta")) -> pd.DataFrame:
         """Methods by metrics, the mean over the held-out groups."""
@@ -181,6 +184,7 @@ def holdout(
         complexity=complexity,
         fits=fits,
         space=space,
+        measured=[group for group in _groups_of(train, keys) if group[1] != control],
     )
 
 
@@ -265,6 +269,7 @@ def _virtual_cells(
         moved = operator(start)
         cells = decode_cells(train[rows], fitted.vae, moved, start=start, layer=layer, seed=fitted.seed)
         cells.obs["source_cell"] = cells.obs_names
+        cells.obs["fit"] = fitted.seed
         cells.obs_names = [f"{name}, {perturbation}, fit {fitted.seed}" for name in cells.obs_names]
         parts.append(cells)
     pooled = ad.concat(parts)

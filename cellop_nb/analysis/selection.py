@@ -188,7 +188,7 @@ def leave_out(
         Where fewer than two can be left out in turn.
     """
     keys = {"perturbation_key": perturbation_key, "context_key": context_key, "control": control}
-    cells = _latents_only(adata, use_rep, split_key)
+    cells = latents_only(adata, use_rep, split_key)
     contexts = context_labels(cells, context_key).to_numpy()
     perturbations = obs_labels(cells, perturbation_key).to_numpy()
     groups = sorted({(c, p) for c, p in zip(contexts, perturbations, strict=True) if p != control})
@@ -303,7 +303,7 @@ def choose(table: pd.DataFrame, candidates: Sequence[Complexity] = CANDIDATES) -
     return candidates[int(near[near].index.min())]
 
 
-def _latents_only(adata, use_rep: str, split_key: str) -> ad.AnnData:
+def latents_only(adata, use_rep: str, split_key: str) -> ad.AnnData:
     """Training and validation cells with labels and latents alone: small, and without the test cells."""
     rows = adata.obs[split_key].isin(["train", "val"]).to_numpy()
     z = latents(adata, use_rep)[torch.as_tensor(rows)].numpy()
