@@ -96,10 +96,12 @@ def operator_intervals(
 
     Parameters
     ----------
+    adata
+        With latents; its control cells give the mean control latent z0 of each context.
     members
         Of :func:`bootstrap_operators`.
-    adata
-        Its control cells give the mean control latent of each context, :math:`\bar z_c`.
+    level
+        Nominal coverage.
 
     Returns
     -------
