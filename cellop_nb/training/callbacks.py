@@ -53,9 +53,14 @@ class EarlyStopping(Callback):
         self._best, self._best_epoch = float("inf"), -1
         for row in trainer.rows:
             self._see(row, trainer.monitor)
+        if trainer.rows:  # a run that was killed after its last epoch has no epoch left
+            self._judge(trainer, trainer.rows[-1])
 
     def on_epoch_end(self, trainer, row: dict) -> None:
         self._see(row, trainer.monitor)
+        self._judge(trainer, row)
+
+    def _judge(self, trainer, row: dict) -> None:
         if row["epoch"] - self._best_epoch >= self.patience:
             trainer.stop(f"{trainer.monitor} has not improved for {self.patience} epochs")
 

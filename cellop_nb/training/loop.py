@@ -80,6 +80,7 @@ class Trainer(RemoteControl, Resumable):
                 three_beats("max_epochs of at least 1", str(max_epochs), "give a positive number")
             )
         RemoteControl.__init__(self, lr)
+        Resumable.__init__(self)
         self.fabric = Fabric(
             accelerator=accelerator,
             devices=devices,
@@ -98,11 +99,13 @@ class Trainer(RemoteControl, Resumable):
         self.cpu_generator = torch.Generator().manual_seed(seed)
         self.callbacks = self._standard_callbacks(progress) + list(callbacks)
         self.guard = NonFiniteGuard(model, self.optimizer, folder=self.folder, on_nonfinite=on_nonfinite)
-        self.rows: list[dict] = []
-        self.epoch = self.step = 0
-        self.best_epoch, self.best_value, self.patience = -1, float("inf"), None
-        self._best_state: dict | None = None
-        self.batch, self.terms = None, {}
+        self.patience, self.batch, self.terms = None, None, {}
+        self.parameters = {
+            "max_epochs": int(max_epochs), "lr": float(lr), "weight_decay": float(weight_decay),
+            "clip_norm": float(clip_norm), "seed": int(seed), "precision": precision,
+        }  # fmt: skip
+        if hasattr(model, "config"):
+            self.made_from["model"] = model.config
 
     def _standard_callbacks(self, progress: bool) -> list[Callback]:
         callbacks: list[Callback] = [ProgressBar(self.unit)] if progress else []
@@ -146,8 +149,16 @@ class Trainer(RemoteControl, Resumable):
         """One row per finished epoch."""
         return pd.DataFrame(self.rows)
 
-    def fit(self, max_epochs: int | None = None) -> pd.DataFrame:
+    def fit(self, max_epochs: int | None = None, *, resume: bool = False) -> pd.DataFrame:
         """Train up to `max_epochs` (in total), and leave the model in its best state.
+
+        Parameters
+        ----------
+        max_epochs
+            Length, counted from the first epoch; that of the trainer where None.
+        resume
+            Go on from ``last.pt`` in the trainer's folder where there is one: the numbers are those of a run that
+            was never interrupted. The same call starts a run and continues it after a crash.
 
         Returns
         -------
@@ -157,7 +168,11 @@ class Trainer(RemoteControl, Resumable):
         ------
         NonFiniteError
             At the first non-finite value, naming where it came from.
+        CheckpointError
+            With `resume`: if the checkpoint is damaged, or of another model, split or data.
         """
+        if resume:
+            self.load_last()
         self.max_epochs = self.max_epochs if max_epochs is None else max_epochs
         self._go.set()  # a pause that an interrupt has ended
         self.status, self.stop_reason = "running", ""

@@ -9,13 +9,14 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from ..data.groups import Group, groups
+from ..data.groups import Group, Groups, groups
 from ..errors import LabelError, ModelError, did_you_mean, three_beats
 from ..models.conditions import Condition
 from ..models.energy import energy_distance, grouped_energy_distance, self_distance
 from ..models.energy_moved import moved_energy_distance
 from ..models.operators import OperatorModel, spectral_excess
 from .loop import Trainer
+from .resume import digest
 from .within import WithinTerm
 
 MIN_SHOWN = 8
@@ -185,6 +186,15 @@ class OperatorTrainer(Trainer):
         self.held_out = groups(adata, split="val", control_split="train", **keys).to(device)
         self.weights = {"ridge": ridge, "context_ridge": context_ridge, "stability_weight": stability_weight}
         self.cells_per_group, self.max_norm, self._steps = cells_per_group, max_norm, steps_per_epoch
+        self.parameters |= {
+            "cells_per_group": int(cells_per_group), "steps_per_epoch": int(steps_per_epoch),
+            "max_norm": float(max_norm), **self.weights,
+        }  # fmt: skip
+        self.made_from |= {
+            "cells_per_group": int(cells_per_group),
+            "split": {"train": _rows_of(self.groups), "val": _rows_of(self.held_out)},
+            "latents": digest(self.groups.pool),
+        }
         self.conditions = [condition_of(group, control) for group in self.groups.items]
         self.design = model.conditions.design(self.conditions)
         self.within = WithinTerm(self.groups)
@@ -255,6 +265,12 @@ class OperatorTrainer(Trainer):
 
     def describe_batch(self, batch) -> dict[str, list[str]]:
         return {"groups": list(self.groups.labels)}
+
+
+def _rows_of(data: Groups) -> Tensor:
+    """Rows of the AnnData object that the groups and their controls hold, in their order."""
+    parts = [*data.control_index.values(), *(group.index for group in data.items)]
+    return torch.cat([torch.as_tensor(part, dtype=torch.int64) for part in parts])
 
 
 def _spread(cells: Tensor, most: int) -> Tensor:

@@ -6,6 +6,7 @@ import asyncio
 import math
 import queue
 import threading
+from functools import partial
 
 import pandas as pd
 
@@ -125,10 +126,10 @@ class RemoteControl:
                 self._call("on_pause")
         self.status = "running"
 
-    async def fit_async(self, max_epochs: int | None = None) -> pd.DataFrame:
+    async def fit_async(self, max_epochs: int | None = None, *, resume: bool = False) -> pd.DataFrame:
         """Same as :meth:`fit` in a worker thread, so that a notebook's controls keep working meanwhile."""
         loop = asyncio.get_running_loop()
-        future = loop.run_in_executor(None, self.fit, max_epochs)
+        future = loop.run_in_executor(None, partial(self.fit, max_epochs, resume=resume))
         try:
             # Waking up often lets the kernel's interrupt reach this coroutine.
             while not future.done():

@@ -3,17 +3,39 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import pickle
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from ..errors import CheckpointError, three_beats
 from ..files import write_whole
 
+LAST = "last.pt"
+"""Name of the checkpoint that a run goes on from."""
+
 
 class Resumable:
-    """The part of :class:`Trainer` that holds the best state and the checkpoints."""
+    """The part of :class:`Trainer` that holds the best state and the checkpoints.
+
+    Attributes
+    ----------
+    parameters
+        Settings of the training, kept in every checkpoint.
+    made_from
+        What the numbers depend on beside them (the model's sizes, the split, a digest of the data): a
+        checkpoint that was made from something else is refused.
+    """
+
+    def __init__(self) -> None:
+        self.rows: list[dict] = []
+        self.epoch = self.step = 0
+        self.best_epoch, self.best_value = -1, float("inf")
+        self._best_state: dict | None = None
+        self.parameters: dict = {}
+        self.made_from: dict = {}
 
     def _keep_best(self, row: dict) -> None:
         if row[self.monitor] < self.best_value:
@@ -44,10 +66,20 @@ class Resumable:
             "best": [self.best_epoch, self.best_value],
             "base_lr": self._base_lr,
             "weights": {name: float(value) for name, value in self.weights.items()},
+            "schedule": {"half_cosine_steps": self.max_epochs * self.steps_per_epoch()},
+            "parameters": plain(self.parameters),
+            "made_from": plain(self.made_from),
         }
 
     def load_state(self, state: dict) -> None:
-        """Go on exactly where :meth:`state` was taken."""
+        """Go on exactly where :meth:`state` was taken; only the length (``max_epochs``) stays this trainer's.
+
+        Raises
+        ------
+        CheckpointError
+            If the state was made from another model, split or data.
+        """
+        _refuse_other(state.get("made_from", {}), plain(self.made_from))
         state = copy.deepcopy(state)  # the optimiser would change it in place
         self.model.load_state_dict(state["model"])
         self._best_state = state["best_model"]
@@ -63,6 +95,23 @@ class Resumable:
     def save_checkpoint(self, path: str | Path) -> Path:
         """Write :meth:`state` atomically; readable with ``weights_only=True``."""
         return write_whole(path, lambda part: torch.save(self._state(), part))
+
+    def load_last(self) -> bool:
+        """Go on from the folder's ``last.pt``; False where the run has not got that far yet.
+
+        Raises
+        ------
+        CheckpointError
+            If the trainer has no folder, or the checkpoint does not fit.
+        """
+        if self.folder is None:
+            fix = "give the trainer folder=..."
+            raise CheckpointError(three_beats("a folder with checkpoints", "a trainer without one", fix))
+        path = self.folder / LAST
+        if not path.exists():
+            return False
+        self.load_checkpoint(path)
+        return True
 
     def load_checkpoint(self, path: str | Path) -> None:
         """Read :meth:`save_checkpoint`'s file; no code in it is ever run.
@@ -80,6 +129,8 @@ class Resumable:
             raise CheckpointError(three_beats(expected, f"{path}, {_reason(error)}", fix)) from error
         try:
             self.load_state(state)
+        except CheckpointError:
+            raise
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             fix = "build the model with the names and sizes of the run that was saved"
             raise CheckpointError(three_beats(expected, f"{path}, {_reason(error)}", fix)) from error
@@ -93,3 +144,35 @@ def _reason(error: Exception) -> str:
         return "which holds more than tensors, numbers and text, and is never run"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"which does not fit: {lines[min(1, len(lines) - 1)]}" if lines else type(error).__name__
+
+
+def digest(values) -> str:
+    """Short fingerprint of a tensor or array."""
+    data = torch.as_tensor(values).detach().cpu().contiguous()
+    return hashlib.sha256(data.numpy().tobytes()).hexdigest()[:16]
+
+
+def plain(value):
+    """The value without numpy scalars, which a checkpoint must not hold."""
+    if isinstance(value, dict):
+        return {name: plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _refuse_other(then: dict, now: dict, path: str = "") -> None:
+    """Name the first entry in which a run and its checkpoint differ; later versions may know more entries."""
+    for name in then:
+        old, new, here = then.get(name), now.get(name), f"{path}{name}"
+        if isinstance(old, dict) and isinstance(new, dict):
+            _refuse_other(old, new, f"{here}.")
+        elif not (torch.equal(old.cpu(), new.cpu()) if isinstance(old, torch.Tensor) else old == new):
+            fix = "build model and trainer as for that run, or start anew in another folder"
+            found = f"{here} {_short(new)}, not {_short(old)}"
+            raise CheckpointError(three_beats("the run that the checkpoint is of", found, fix))
+
+
+def _short(value: object) -> str:
+    text = f"of {len(value)} entries" if isinstance(value, (list, torch.Tensor)) else repr(value)
+    return text if len(text) < 60 else text[:57] + "..."

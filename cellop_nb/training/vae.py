@@ -21,6 +21,7 @@ from ..data.splits import rows_of
 from ..models.likelihood import SparseCounts
 from ..models.vae import NBVAE, elbo_loss, moment_dispersion
 from .loop import Trainer
+from .resume import digest
 
 
 def new_vae(
@@ -130,6 +131,14 @@ class VAETrainer(Trainer):
             matrix, rows["train"], batch_size=batch_size, generator=self.cpu_generator, device=device
         )
         self.validation = CountLoader(matrix, rows["val"], batch_size=512, shuffle=False, device=device)
+        self.parameters |= {
+            "batch_size": int(batch_size), "kl_weight": float(kl_weight), "warmup_epochs": int(warmup_epochs),
+        }  # fmt: skip
+        self.made_from |= {
+            "batch_size": int(batch_size),
+            "split": {split: torch.as_tensor(which) for split, which in rows.items()},
+            "library": digest(matrix.library),
+        }
         self._constant = _constants(matrix, np.concatenate(list(rows.values()))).to(device)
 
     def batches(self) -> CountLoader:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import time
+
+import numpy as np
 import torch
 from torch import nn
 
+from cellop_nb.data.splits import split
+from cellop_nb.data.synthetic import synthetic
 from cellop_nb.training.callbacks import Callback
 from cellop_nb.training.loop import Trainer
+from cellop_nb.training.operators import OperatorTrainer, new_operators
+from cellop_nb.training.vae import VAETrainer, new_vae
 
 
 class Line(nn.Module):
@@ -85,3 +92,50 @@ def assert_same_run(left, right):
     assert comparable(left).equals(comparable(right))
     for name, value in weights_of(left).items():
         assert torch.equal(value, weights_of(right)[name]), name
+
+
+def small_vae(folder, *, max_epochs=12, pause=0.0, adata=None, **settings):
+    """A VAE with dropout and covariates on a small screen, that writes its checkpoints to `folder`."""
+    adata = small_screen() if adata is None else adata
+    vae = new_vae(adata, covariate_keys=["batch"], n_latent=3, n_hidden=8, dropout=0.1)
+    given = {"max_epochs": max_epochs, "batch_size": 16, "lr": 1e-2, "progress": False, "accelerator": "cpu"}
+    return VAETrainer(adata, vae, folder=folder, callbacks=[Pause(pause)], **given | settings)
+
+
+def small_operators(folder, *, max_epochs=12, pause=0.0, **settings):
+    """Operators on random latents of the same screen."""
+    adata = small_screen()
+    draw = np.random.default_rng(0).normal(size=(adata.n_obs, 3))
+    adata.obsm["X_nbvae"] = (
+        draw + 0.3 * (adata.obs["perturbation"] != "control").to_numpy()[:, None]
+    ).astype("f4")
+    operators = new_operators(adata, n_axes=1, rank=1)
+    given = {"max_epochs": max_epochs, "steps_per_epoch": 5, "cells_per_group": 16, "progress": False}
+    return OperatorTrainer(
+        adata, operators, folder=folder, accelerator="cpu", callbacks=[Pause(pause)], **given | settings
+    )
+
+
+def small_screen():
+    adata = synthetic(
+        n_contexts=1, n_perturbations=2, n_cells=40, n_genes=30, n_latent=4, library=60.0, seed=0
+    )
+    split(adata, test_fraction=0.2, val_fraction=0.2)
+    return adata
+
+
+class Pause(Callback):
+    """Slow steps, so that a kill falls inside the training."""
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+
+    def on_step_end(self, trainer):
+        time.sleep(self.seconds)
+
+
+def train(kind, folder, pause):
+    """In a process of its own: start the run, or go on with it."""
+    torch.set_num_threads(1)
+    make = {"vae": small_vae, "operators": small_operators}[kind]
+    make(folder, pause=pause).fit(resume=True)
