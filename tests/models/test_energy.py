@@ -315,7 +315,9 @@ def test_non_finite_values_pass_through_where_asked():
 
 def maps(groups, d, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    matrices = torch.eye(d, dtype=torch.float64) + 0.3 * torch.randn(groups, d, d, generator=generator).double()
+    matrices = (
+        torch.eye(d, dtype=torch.float64) + 0.3 * torch.randn(groups, d, d, generator=generator).double()
+    )
     shifts = torch.randn(groups, d, generator=generator).double()
     return matrices.requires_grad_(), shifts.requires_grad_()
 
@@ -325,7 +327,9 @@ def move(z, sizes, matrices, shifts):
     return torch.cat([cells @ matrix.T + shift for cells, matrix, shift in parts])
 
 
-@pytest.mark.parametrize("sizes", [([6, 6, 6], [5, 5, 5]), ([4, 9, 5], [7, 3, 8]), ([600, 4, 30], [500, 5, 30])])
+@pytest.mark.parametrize(
+    "sizes", [([6, 6, 6], [5, 5, 5]), ([4, 9, 5], [7, 3, 8]), ([600, 4, 30], [500, 5, 30])]
+)
 def test_moved_equals_moving_and_grouped(sizes):
     x_sizes, y_sizes = sizes
     x, y = clouds(sum(x_sizes), sum(y_sizes), 4, grad=False)
@@ -335,7 +339,9 @@ def test_moved_equals_moving_and_grouped(sizes):
     for options in ({}, {"y_self": known}):
         found = moved_energy_distance(x, y, x_sizes, y_sizes, *given, **options)
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
-        grads = (torch.autograd.grad((v * weights).sum(), given, retain_graph=True) for v in (found, expected))
+        grads = (
+            torch.autograd.grad((v * weights).sum(), given, retain_graph=True) for v in (found, expected)
+        )
         for a, b in zip(*grads, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
 

@@ -156,7 +156,10 @@ def plain_energies(trainer, batch, matrices, shifts):
     for cells, target, matrix, shift in zip(x, y, matrices, shifts, strict=True):
         moved = cells @ matrix.T + shift
         n, m = len(moved), len(target)
-        within = torch.cdist(moved, moved).sum() / (n * (n - 1)), torch.cdist(target, target).sum() / (m * (m - 1))
+        within = (
+            torch.cdist(moved, moved).sum() / (n * (n - 1)),
+            torch.cdist(target, target).sum() / (m * (m - 1)),
+        )
         found.append(2 * torch.cdist(moved, target).sum() / (n * m) - sum(within))
     return torch.stack(found)
 
