@@ -54,6 +54,7 @@ def _left(z: Tensor, pad: Tensor | None) -> Tensor:
 
 
 def no_padding(z: Tensor) -> Tensor:
+    """The mask of clouds (..., cell, d) that are full: False (..., cell)."""
     return torch.zeros(z.shape[:-1], dtype=torch.bool, device=z.device)
 
 

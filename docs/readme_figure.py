@@ -1,0 +1,85 @@
+"""Make the README's figure: `python docs/readme_figure.py` writes docs/images/held_out.png.
+
+One group of the embedded synthetic screen is held out, predicted from its control cells, and compared with the real
+cells: the clouds, the change of every gene, and the energy distances of all methods.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+import cellop_nb as co
+from cellop_nb.notebook import figures
+
+CONTEXT, PERTURBATION = "type C", "drug 1"
+METHODS = {
+    "no change": "no change",
+    "nearest context": "nearest context",
+    "mean shift": "mean shift",
+    "latent shift": "latent shift",
+    "operators": "operator",
+}
+BLUE, ORANGE, GREEN = figures.OKABE_ITO[0], figures.OKABE_ITO[1], figures.OKABE_ITO[2]
+
+
+def held_out():
+    """The hold-out of one group; about half a minute on one core."""
+    adata = co.datasets.load("synthetic_screen")
+    return co.holdout(adata, heldout={"cell_type": CONTEXT, "perturbation": PERTURBATION}, n_genes=0)
+
+
+def clouds(ax, result) -> None:
+    """Control, predicted and real cells, in the two components (fitted on training cells) of the largest change."""
+    parts = {"control": result.control, "predicted": result.predictions, "real": result.real}
+    parts = {name: result.space.project(result.space.transform(cells.X)) for name, cells in parts.items()}
+    change = np.abs(parts["real"].mean(0) - parts["control"].mean(0))
+    first, second = np.argsort(-change)[:2]
+    for (name, cells), colour, marker in zip(parts.items(), (BLUE, ORANGE, GREEN), "so^", strict=True):
+        points = cells[:, [first, second]]
+        shown = points[np.random.default_rng(0).permutation(len(points))[:150]]
+        ax.scatter(*shown.T, s=7, c=colour, marker=marker, alpha=0.45, linewidths=0)
+        ax.scatter(*points.mean(0), s=60, c=colour, marker=marker, edgecolors="black", label=name, zorder=3)
+    ax.set(xlabel=f"PC {first + 1}", ylabel=f"PC {second + 1}", title=f"{CONTEXT}, {PERTURBATION}: held out")
+    ax.legend(frameon=False, fontsize=8)
+
+
+def changes(ax, result) -> None:
+    """Predicted against real change of each gene's mean log expression."""
+    control, predicted, real = (
+        result.space.transform(cells.X).mean(0) for cells in (result.control, result.predictions, result.real)
+    )
+    ax.axline((0, 0), slope=1, color="0.6", linewidth=1)
+    ax.scatter(real - control, predicted - control, s=7, c=ORANGE, linewidths=0)
+    ends = min((real - control).min(), -1) - 0.1, (real - control).max() + 0.1
+    ax.set(
+        xlabel="real change, log1p CP10k", ylabel="predicted change", title="every gene", xlim=ends, ylim=ends
+    )
+
+
+def distances(ax, result) -> None:
+    """Energy distance of each method's cells to the real cells, and the noise floor."""
+    table = result.table[result.table["metric"] == "e_distance"].set_index("method")["value"]
+    values = [table[method] for method in METHODS]
+    colours = ["0.7"] * (len(values) - 1) + [ORANGE]
+    bars = ax.barh(list(METHODS.values()), values, color=colours)
+    ax.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
+    floor = table[[name for name in table.index if "floor" in name][0]]
+    ax.axvline(floor, color="black", linewidth=1, linestyle=":", label=f"noise floor {floor:.2f}")
+    ax.set(xlabel="energy distance to the real cells", title="smaller is better", xlim=(0, 1.2 * max(values)))
+    ax.invert_yaxis()
+    ax.legend(frameon=False, fontsize=8, loc="lower right")
+
+
+def main() -> None:
+    """Draw the three panels and write the picture."""
+    result = held_out()
+    fig, axes = figures.canvas(1, 3, width=10.5, height=3.3)
+    for draw, ax in zip((clouds, changes, distances), axes, strict=True):
+        draw(ax, result)
+    figures.show(fig, Path(__file__).parent / "images" / "held_out.png", dpi=110)
+
+
+if __name__ == "__main__":
+    main()
