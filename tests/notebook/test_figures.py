@@ -45,8 +45,19 @@ def _clouds() -> dict[str, np.ndarray]:
     return {name: rng.normal(size=(50, 2)) for name in GROUPS}
 
 
+def _alike(n: int = 5) -> pd.DataFrame:
+    """Two families, and one condition without a response."""
+    unit = rng.normal(size=(n, 3)) + 3 * np.eye(3)[np.arange(n) % 2]
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    names = [*GROUPS, *(f"condition {k}" for k in range(n))][:n]
+    table = pd.DataFrame(unit @ unit.T, index=names, columns=names)
+    table.iloc[0], table.iloc[:, 0] = np.nan, np.nan
+    return table
+
+
 COUNTS = rng.poisson(1.0, (60, 40))
 FIGURES = {
+    "condition_similarity": lambda: figures.condition_similarity(_alike()),
     "library_sizes": lambda: figures.library_sizes(rng.lognormal(7, 1, 90), GROUPS * 30),
     "group_counts": lambda: figures.group_counts(
         pd.DataFrame(
@@ -230,3 +241,15 @@ def test_ranks_stand_in_the_cells_of_the_genes_that_lead():
     table = pd.DataFrame({"group": "g", "gene": list("abcd"), "lfc": [0.1, -3.0, 2.0, 0.0]})
     shown = words(figures.response_genes(table, n_top=3, n_named=2))
     assert [shown.count(rank) for rank in "123"] == [1, 1, 0] and "d" not in shown
+
+
+def test_similar_conditions_stand_together_and_silent_ones_last():
+    table = _alike(7).iloc[1:, 1:]
+    ax = figures.condition_similarity(table).axes[1]
+    rows = [text.get_text() for text in ax.get_yticklabels()]
+    family = [list(map(style.safe, table.index)).index(name) % 2 for name in rows]
+    assert family in ([0, 0, 0, 1, 1, 1], [1, 1, 1, 0, 0, 0])
+    silent = figures.condition_similarity(_alike()).axes[1].get_yticklabels()[-1].get_text()
+    assert silent == GROUPS[0]
+    with pytest.raises(LabelError, match="rows and columns"):
+        figures.condition_similarity(table.iloc[1:])

@@ -15,6 +15,7 @@ from cellop_nb.notebook.figures.genes import response_genes
 from cellop_nb.notebook.figures.latent import embedding, predictive_checks, transport
 from cellop_nb.notebook.figures.operators import gradient_map, planted_vs_learned, response_axes, spectra
 from cellop_nb.notebook.figures.results import energy_bars, error_budget, predicted_vs_true
+from cellop_nb.notebook.figures.similarity import condition_similarity
 from cellop_nb.notebook.figures.style import (
     DIVERGING,
     OKABE_ITO,
@@ -34,6 +35,7 @@ __all__ = [
     "OKABE_ITO",
     "RANGE",
     "canvas",
+    "condition_similarity",
     "embedding",
     "energy_bars",
     "error_budget",

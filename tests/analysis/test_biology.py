@@ -1,0 +1,172 @@
+"""Enrichment, profiles and differential expression, each against an independent reference or a planted answer."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from anndata import AnnData
+from scipy import stats
+
+from cellop_nb.analysis.enrichment import MissingExtraError, enrich
+from cellop_nb.analysis.expression import predicted_expression
+from cellop_nb.analysis.profiles import response_profiles, response_similarity
+from cellop_nb.errors import DataError, LabelError
+from cellop_nb.models.conditions import Condition
+from cellop_nb.models.operators import OperatorModel
+
+GENES = [f"GENE{k}" for k in range(60)]
+SETS = {"rises": GENES[:8], "falls": GENES[8:16], "still": GENES[20:30], "tiny": GENES[40:42]}
+
+
+@pytest.fixture
+def changes():
+    rng = np.random.default_rng(0)
+    effect = 0.2 * rng.normal(size=60)
+    effect[:8] += 2.0
+    effect[8:16] -= 2.0
+    parts = [
+        pd.DataFrame({"axis": k, "gene": GENES, "effect": sign * effect}) for k, sign in ((1, 1), (2, -1))
+    ]
+    return pd.concat(parts, ignore_index=True)
+
+
+@pytest.fixture
+def gmt(tmp_path):
+    path = tmp_path / "sets.gmt"
+    lines = ["\t".join([name, "made for this test", *genes, "NOT_MEASURED"]) for name, genes in SETS.items()]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+decoupler = pytest.mark.skipif(
+    find_spec("decoupler") is None,
+    reason="decoupler is not installed: pip install 'cellop_nb[enrichment]'",
+)
+
+
+@decoupler
+def test_planted_sets_lead_with_their_sign(changes, gmt):
+    table = enrich(changes, gmt)
+    first = table[table["axis"] == 1].set_index("gene_set")
+    assert list(first.index[:2]) in (["rises", "falls"], ["falls", "rises"]) and "tiny" not in first.index
+    assert first.loc["rises", "score"] > 5 and first.loc["falls", "score"] < -5
+    assert first.loc["still", "fdr"] > 0.05 > first.loc["rises", "fdr"]
+    assert first.loc["rises", "n_genes"] == 8 and set(first.loc["rises", "genes"].split(", ")) <= set(
+        GENES[:8]
+    )
+    second = table[table["axis"] == 2].set_index("gene_set")
+    assert second.loc["rises", "score"] == pytest.approx(-first.loc["rises", "score"], rel=1e-6)
+
+
+@decoupler
+def test_score_is_the_t_of_a_regression_on_membership(changes, gmt):
+    effect = changes[changes["axis"] == 1].set_index("gene")["effect"]
+    member = effect.index.isin(SETS["still"]).astype(float)
+    fit = stats.linregress(member, effect)
+    row = enrich(changes, gmt).query("axis == 1 and gene_set == 'still'").iloc[0]
+    assert row["score"] == pytest.approx(fit.slope / fit.stderr, rel=1e-5)
+    assert row["p"] == pytest.approx(fit.pvalue, rel=1e-4)
+
+
+@decoupler
+def test_profiles_named_by_context_and_perturbation(changes, gmt):
+    named = changes.assign(
+        context="B", perturbation=np.where(changes["axis"] == 1, "p", "q"), lfc=changes["effect"]
+    )
+    table = enrich(named.drop(columns=["axis", "effect"]), gmt)
+    assert set(zip(table["context"], table["perturbation"], strict=True)) == {("B", "p"), ("B", "q")}
+
+
+@decoupler
+def test_other_gene_names_are_refused_with_the_numbers(changes):
+    ensembl = {"a": [f"ENSG{k:05d}" for k in range(30)]}
+    with pytest.raises(DataError, match="at most 0 in any of 1 sets, among 60 genes"):
+        enrich(changes, ensembl)
+
+
+def test_bad_files_and_names_are_refused(changes, tmp_path):
+    with pytest.raises(DataError, match="no file"):
+        enrich(changes, tmp_path / "none.gmt")
+    (tmp_path / "bad.gmt").write_text("one\tno genes\n")
+    with pytest.raises(DataError, match="line 1 of bad.gmt with 2 fields"):
+        enrich(changes, tmp_path / "bad.gmt")
+    with pytest.raises(LabelError, match="'change'"):
+        enrich(changes, SETS, value="change")
+
+
+def test_a_missing_package_is_named(changes, monkeypatch):
+    monkeypatch.setitem(sys.modules, "decoupler", None)
+    with pytest.raises(MissingExtraError, match=r"cellop_nb\[enrichment\]"):
+        enrich(changes, SETS)
+
+
+# -- profiles
+
+
+@pytest.fixture
+def operators():
+    torch.manual_seed(0)
+    model = OperatorModel(5, ["a", "b", "c", "nothing"], ["x"], n_axes=3, rank=2, pairs=[("a", "b")])
+    with torch.no_grad():
+        for parameter in (model.axis_shift, model.axis_left, model.axis_right, model.conditions.embedding):
+            parameter.normal_()
+        model.conditions.embedding[1] = -model.conditions.embedding[0]
+        model.conditions.embedding[3] = 0
+    return model
+
+
+def test_lengths_and_angles_are_those_of_the_operators(operators):
+    profiles = response_profiles(operators, ["a", "c"])
+    found = [operators.operator(Condition((name,))) for name in ("a", "c")]
+    departure = [op.matrix - torch.eye(5) for op in found]
+    shift = [op.shift + d @ operators.center for op, d in zip(found, departure, strict=True)]
+    for prefix, parts in (("alpha", departure), ("beta", shift)):
+        inner = torch.stack([part.flatten() for part in parts])
+        values = profiles.filter(like=prefix).to_numpy()
+        np.testing.assert_allclose(values @ values.T, (inner @ inner.T).numpy(), rtol=1e-4)
+
+
+def test_opposite_same_and_silent_conditions(operators):
+    table = response_similarity(operators)
+    assert list(table) == ["a", "b", "c", "nothing", "a+b"]
+    assert table.loc["a", "b"] == pytest.approx(-1) and table.loc["c", "c"] == pytest.approx(1)
+    assert table.loc["nothing"].isna().all()
+
+
+def test_a_mixture_of_the_axes_changes_nothing(operators):
+    """The shifts' coefficients times M and the axes times its inverse: the same operators, the same angles."""
+    before = response_similarity(operators, part="shift")
+    mixture = torch.randn(3, 3) + 2 * torch.eye(3)
+    with torch.no_grad():
+        operators.conditions.embedding.copy_(operators.conditions.embedding @ mixture)
+        operators.axis_shift.copy_(torch.linalg.solve(mixture, operators.axis_shift))
+    np.testing.assert_allclose(response_similarity(operators, part="shift"), before, atol=1e-4)
+
+
+# -- differential expression
+
+
+def test_predicted_expression_is_scanpys(tmp_path):
+    import scanpy as sc
+
+    rng = np.random.default_rng(0)
+    control = AnnData(rng.poisson(3.0, (60, 20)).astype(np.float32))
+    predicted = AnnData(rng.poisson(3.0, (50, 20)).astype(np.float32))
+    predicted.X[:, 4] = rng.poisson(30.0, 50)
+    predicted.obs_names = [f"virtual {k}" for k in range(50)]
+    both = predicted_expression(predicted, control)
+    table = sc.get.rank_genes_groups_df(both, "predicted")
+    assert table["names"].iloc[0] == "4" and table["pvals_adj"].iloc[0] < 1e-6
+    sides = [both[both.obs["side"] == side].X[:, 4] for side in ("predicted", "control")]
+    z = stats.mannwhitneyu(*sides, use_continuity=False, method="asymptotic")
+    assert table["pvals"].iloc[0] == pytest.approx(z.pvalue, rel=1e-3)
+    np.testing.assert_allclose(np.expm1(both.X).sum(1), 1e4, rtol=1e-4)
+    with pytest.raises(DataError, match="0 shared genes"):
+        other = control.copy()
+        other.var_names = [f"x{k}" for k in range(20)]
+        predicted_expression(predicted, other)
