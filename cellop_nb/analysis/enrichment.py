@@ -32,7 +32,7 @@ def enrich(
     Parameters
     ----------
     changes
-        A row per gene, of :func:`axis_genes`, :func:`response_genes` with ``n_top=None``, or
+        One row per gene and profile, of :func:`axis_genes`, :func:`response_genes` with ``n_top=None``, or
         :func:`change_intervals`: ``gene``, the change, and what tells profiles apart (``axis``, ``group`` or
         ``context`` and ``perturbation``).
     gene_sets
