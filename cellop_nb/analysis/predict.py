@@ -11,7 +11,7 @@ from scipy import sparse
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..data.batches import CountLoader, model_counts
+from ..data.batches import model_counts
 from ..data.contract import context_labels, obs_labels
 from ..errors import DataError, LabelError, did_you_mean, three_beats
 from ..models.affine import AffineOperator
@@ -45,9 +45,8 @@ def embed(
     """
     vae.eval()
     device = next(vae.parameters()).device
-    loader = CountLoader(
-        model_counts(adata, vae, layer=layer), batch_size=batch_size, shuffle=False, device=device
-    )
+    counts = model_counts(adata, vae, layer=layer)
+    loader = counts.loader(batch_size=batch_size, shuffle=False, device=device)
     # A bar is for work that takes long enough to wonder about.
     loader = tqdm(loader, desc="embedding", disable=len(loader) < 20)
     parts = [vae.encode(batch.x, batch.library, batch.covariates).loc.cpu() for batch in loader]

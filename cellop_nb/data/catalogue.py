@@ -17,6 +17,7 @@ from anndata import AnnData
 
 from ..errors import DataError, did_you_mean, three_beats
 from ..files import write_whole
+from .on_disk import open_lazily
 from .screens import COLUMNS, SCREENS, Screen, scperturb
 from .synthetic import EXAMPLE, planted_operator, planted_proportions, synthetic
 
@@ -37,7 +38,8 @@ def load(
         "synthetic_screen" (the example with known operators), a name of :func:`list`, "scperturb/NAME", or a
         path to `.h5ad` or `.zarr`.
     backed
-        Leave the counts of an `.h5ad` on disk.
+        Leave the matrices (`X`, `layers`) on disk, for data larger than memory: training, embedding and
+        prediction then read them in parts (:func:`cellop_nb.data.on_disk.open_lazily`).
     progress
         Show a progress bar while downloading.
 
@@ -187,13 +189,13 @@ def list() -> pd.DataFrame:  # noqa: A001 - read as datasets.list()
 
 
 def _read(path: Path, backed: bool) -> AnnData:
-    if path.suffix == ".zarr":
-        return anndata.read_zarr(path)
-    if path.suffix != ".h5ad":
+    if path.suffix not in (".h5ad", ".zarr"):
         fix = "convert it, for example with scanpy.read_10x_h5(...).write_h5ad(...)"
         raise DataError(three_beats("a file .h5ad or .zarr", f"{path.name!r}", fix))
+    if backed:
+        return open_lazily(path)
     try:
-        return anndata.read_h5ad(path, backed="r" if backed else None)
+        return anndata.read_zarr(path) if path.suffix == ".zarr" else anndata.read_h5ad(path)
     except (
         OSError,
         KeyError,
@@ -203,7 +205,7 @@ def _read(path: Path, backed: bool) -> AnnData:
     ) as error:  # h5py and anndata raise them all
         found = f"{path}: {str(error).splitlines()[0]}"
         fix = "copy the file again, or write it with adata.write_h5ad"
-        raise DataError(three_beats("a readable .h5ad", found, fix)) from error
+        raise DataError(three_beats(f"a readable {path.suffix}", found, fix)) from error
 
 
 def _download(screen: Screen, path: Path, known: str | None, progress: bool) -> None:

@@ -69,15 +69,24 @@ def new_vae(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         vae = NBVAE(list(adata.var_names), covariates=covariates, total_key=total, **sizes)
-    train = model_counts(adata, vae, layer=layer).csr
-    train = train[rows_of(adata, "train", split_key=split_key)].astype(np.float64)
-    total = np.asarray(train.sum(1), dtype=np.float64).ravel()
-    gene_mean = np.asarray(train.mean(0), dtype=np.float64).ravel()
-    variance = np.asarray(train.multiply(train).mean(0), dtype=np.float64).ravel() - gene_mean**2
+    matrix, rows = model_counts(adata, vae, layer=layer), rows_of(adata, "train", split_key=split_key)
+    total, gene_mean, variance = _moments(matrix, rows)
     # Differences in library size are the model's own, not over-dispersion.
     explained = gene_mean**2 * (total.var() / total.mean() ** 2)
     dispersion = moment_dispersion(torch.as_tensor(gene_mean), torch.as_tensor(variance - explained))
     return vae.start_from(torch.as_tensor(gene_mean / total.mean()).float(), dispersion.float())
+
+
+def _moments(matrix: CountMatrix, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Totals (cell,) of the cells `rows`, and mean and variance (gene,) of their counts, in float64."""
+    totals, sums, squares = [], 0.0, 0.0
+    for _, part in matrix.blocks(rows):
+        part = part.astype(np.float64)
+        totals.append(np.asarray(part.sum(1)).ravel())
+        sums = sums + np.asarray(part.sum(0)).ravel()
+        squares = squares + np.asarray(part.multiply(part).sum(0)).ravel()
+    mean = sums / len(rows)
+    return np.concatenate(totals), mean, squares / len(rows) - mean**2
 
 
 class VAETrainer(Trainer):
@@ -127,10 +136,10 @@ class VAETrainer(Trainer):
         matrix = model_counts(adata, model, layer=layer)
         rows = {split: rows_of(adata, split, split_key=split_key) for split in ("train", "val")}
         device = self.fabric.device
-        self.loader = CountLoader(
-            matrix, rows["train"], batch_size=batch_size, generator=self.cpu_generator, device=device
+        self.loader = matrix.loader(
+            rows["train"], batch_size=batch_size, generator=self.cpu_generator, device=device
         )
-        self.validation = CountLoader(matrix, rows["val"], batch_size=512, shuffle=False, device=device)
+        self.validation = matrix.loader(rows["val"], batch_size=512, shuffle=False, device=device)
         self.parameters |= {
             "batch_size": int(batch_size), "kl_weight": float(kl_weight), "warmup_epochs": int(warmup_epochs),
         }  # fmt: skip
@@ -185,9 +194,11 @@ class VAETrainer(Trainer):
 def _constants(matrix: CountMatrix, rows: np.ndarray) -> Tensor:
     """(cell,) part of each cell's log-likelihood that no parameter enters; 0 for cells not in `rows`."""
     constant = torch.zeros(len(matrix))
-    for part in np.array_split(rows, max(1, len(rows) // 4096)):
-        csr = matrix.csr[part]
-        cells = torch.from_numpy(np.repeat(np.arange(len(part)), np.diff(csr.indptr)))
-        columns = torch.from_numpy(csr.indices.astype(np.int64))
-        constant[part] = SparseCounts(csr.shape, cells, columns, torch.from_numpy(csr.data)).constant
+    for block, counts in matrix.blocks(np.sort(rows)):
+        for start in range(0, len(block), 4096):
+            csr = counts[start : start + 4096]
+            cells = torch.from_numpy(np.repeat(np.arange(csr.shape[0]), np.diff(csr.indptr)))
+            columns = torch.from_numpy(csr.indices.astype(np.int64))
+            part = SparseCounts(csr.shape, cells, columns, torch.from_numpy(csr.data))
+            constant[block[start : start + 4096]] = part.constant
     return constant

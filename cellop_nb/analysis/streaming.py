@@ -1,0 +1,100 @@
+"""Predictions of any number of cells, written to a file part by part."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import anndata as ad
+import h5py
+import numpy as np
+import pandas as pd
+from tqdm.auto import tqdm
+
+from ..errors import DataError, three_beats
+from ..files import write_whole
+from ..models.affine import AffineOperator
+from ..models.operators import OperatorModel
+from ..models.vae import NBVAE
+from .predict import predict, source_cells
+
+
+def predict_to_file(
+    adata,
+    vae: NBVAE,
+    operators: OperatorModel | AffineOperator,
+    *,
+    path: str | Path,
+    perturbation: str,
+    context: str | None = None,
+    perturbation_key: str = "perturbation",
+    context_key: str | Sequence[str] | None = "cell_type",
+    control: str = "control",
+    use_rep: str = "X_nbvae",
+    batch_size: int = 4096,
+    seed: int = 0,
+    **settings,
+) -> Path:
+    """Virtual cells as :func:`cellop_nb.predict` makes them, for more cells than fit in memory.
+
+    Parameters
+    ----------
+    adata
+        With latents (:func:`cellop_nb.embed`) and raw counts, in memory or on disk
+        (``datasets.load(path, backed=True)``).
+    vae, operators, perturbation, context
+        As in :func:`cellop_nb.predict`.
+    path
+        The `.h5ad` to write: sampled counts in ``X`` (CSR), ``obs`` and moved latents in ``obsm[use_rep]``; expected
+        counts, which are dense, are left out.
+    batch_size
+        Cells that are moved and decoded at a time.
+    seed
+        Seeds the sampled counts; every part has draws of its own, so that `batch_size` matters for them.
+    **settings
+        ``strength``, ``layer``, ``carry`` of :func:`cellop_nb.predict`.
+
+    Returns
+    -------
+    The path; the file is whole or not there.
+
+    Raises
+    ------
+    LabelError
+        For an unknown context or perturbation.
+    DataError
+        For a path that is no `.h5ad`.
+    """
+    if Path(path).suffix != ".h5ad":
+        raise DataError(three_beats("the path of an .h5ad file", repr(str(path)), "end it in .h5ad"))
+    keys = {"perturbation_key": perturbation_key, "context_key": context_key, "control": control}
+    source = source_cells(adata, context, **keys)
+    starts = range(0, len(source), batch_size)
+
+    def parts():
+        for start in tqdm(starts, desc=f"predicting {perturbation}", disable=len(starts) < 20):
+            cells = adata[source[start : start + batch_size]].to_memory()
+            asked = {"perturbation": perturbation, "context": context, "use_rep": use_rep, **keys, **settings}
+            yield predict(cells, vae, operators, seed=seed + start, **asked)
+
+    return write_whole(path, lambda part: _write(part, parts(), use_rep))
+
+
+def _write(path: Path, parts, use_rep: str) -> None:
+    obs, latents = [], []
+    with h5py.File(path, "w") as file:
+        for number, cells in enumerate(parts):
+            if number == 0:
+                # Rows are appended below; all else is written with the first part.
+                first = ad.AnnData(X=cells.X, var=cells.var, uns=cells.uns)
+                _create(file, first)
+            else:
+                ad.io.sparse_dataset(file["X"]).append(cells.X)
+            obs.append(cells.obs)
+            latents.append(np.asarray(cells.obsm[use_rep]))
+        ad.io.write_elem(file, "obs", pd.concat(obs))
+        ad.io.write_elem(file, "obsm", {use_rep: np.concatenate(latents)})
+
+
+def _create(file: h5py.File, first: ad.AnnData) -> None:
+    ad.io.write_elem(file, "/", first)

@@ -1,0 +1,216 @@
+"""Counts that stay on disk: opened without being read, shuffled by chunks, given out as the same batches.
+
+A file is read fastest in runs of neighbouring rows, and a batch must be a random sample of all cells. Both are
+had by shuffling short blocks of rows, reading a window of many blocks at a time, and shuffling inside it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import anndata
+import h5py
+import numpy as np
+import torch
+from anndata import AnnData
+from scipy import sparse
+from torch import Tensor
+
+from ..errors import DataError, three_beats
+from .matrices import PART, CountBatch, CountLoader, CountMatrix, Order
+
+BLOCK = 64
+"""Neighbouring cells that stay together on the way to a window."""
+
+_GAP = 32  # rows that are read and thrown away rather than starting another read
+
+
+def open_lazily(path: str | Path) -> AnnData:
+    """An `.h5ad` or `.zarr` whose matrices (``X``, ``layers``) stay on disk; all else is read.
+
+    Returns
+    -------
+    AnnData
+        Rows taken from it (``adata[rows]``) are read when they are used. The file stays open as long as the object
+        lives, and is never written to.
+
+    Raises
+    ------
+    DataError
+        If the file cannot be read.
+    """
+    path = Path(path)
+    try:
+        store = _zarr_group(path) if path.suffix == ".zarr" else h5py.File(path, "r")
+        tables = {name: anndata.io.read_elem(store[name]) for name in _TABLES if name in store}
+        layers = {name: _matrix(store["layers"][name]) for name in store.get("layers", ())}
+        x = _matrix(store["X"]) if "X" in store else None
+    except (OSError, KeyError, ValueError) as error:
+        fix = "copy or make the file again"
+        raise DataError(three_beats(f"a readable {path.suffix}", f"{path}: {error}", fix)) from error
+    return AnnData(X=x, layers=layers, **tables)
+
+
+_TABLES = ("obs", "var", "uns", "obsm", "varm")
+
+
+def _zarr_group(path: Path):
+    import zarr
+
+    return zarr.open_group(path, mode="r")
+
+
+def _matrix(stored):
+    """A matrix of the file, left there."""
+    is_sparse = str(stored.attrs.get("encoding-type", "")) in ("csr_matrix", "csc_matrix")
+    return anndata.io.sparse_dataset(stored) if is_sparse else stored
+
+
+def is_on_disk(slot) -> bool:
+    """Whether a matrix (cell, gene) is still in its file."""
+    return not (isinstance(slot, np.ndarray) or sparse.issparse(slot) or hasattr(slot, "iloc"))
+
+
+def chunked_order(block: int = BLOCK, window: int = PART) -> Order:
+    """A shuffle whose windows lie in few blocks of neighbouring rows, so that a file is read in runs.
+
+    Parameters
+    ----------
+    block
+        Neighbouring rows that are read together.
+    window
+        Rows that are mixed with each other.
+    """
+
+    def order(n: int, generator: torch.Generator) -> Tensor:
+        blocks = torch.arange(n).split(block)
+        places = torch.cat([blocks[k] for k in torch.randperm(len(blocks), generator=generator)])
+        parts = places.split(window)
+        return torch.cat([part[torch.randperm(len(part), generator=generator)] for part in parts])
+
+    return order
+
+
+class RowReader:
+    """Rows of a matrix on disk as CSR in memory, read in runs.
+
+    Parameters
+    ----------
+    slot
+        Sparse (CSR) or dense matrix of an h5ad or zarr file.
+    genes
+        Columns to keep, in this order; all where None.
+    rest
+        (cell,) a further last column: the counts of genes that the matrix does not hold.
+
+    Raises
+    ------
+    DataError
+        If the matrix is stored by genes (CSC): every cell would cost a pass through the file.
+    """
+
+    def __init__(self, slot, *, genes: np.ndarray | None = None, rest: np.ndarray | None = None) -> None:
+        if getattr(slot, "format", "csr") == "csc":
+            fix = "store it by cells once: adata.X = adata.X.tocsr(); adata.write_h5ad(...)"
+            raise DataError(
+                three_beats("counts stored by cells (CSR)", "a matrix stored by genes (CSC)", fix)
+            )
+        whole = genes is None or np.array_equal(genes, np.arange(slot.shape[1]))
+        self.slot, self.genes, self.rest = slot, None if whole else genes, rest
+        columns = slot.shape[1] if whole else len(genes)
+        self.shape = (slot.shape[0], columns + (rest is not None))
+
+    def read(self, rows: np.ndarray) -> sparse.csr_matrix:
+        """Rows (cell,) in the order asked for, (cell, gene) float32."""
+        sorted_rows, back = np.unique(rows, return_inverse=True)
+        cuts = np.flatnonzero(np.diff(sorted_rows) > _GAP) + 1
+        parts = [self._span(run) for run in np.split(sorted_rows, cuts)]
+        found = parts[0] if len(parts) == 1 else sparse.vstack(parts, "csr")
+        return found if np.array_equal(back, np.arange(len(back))) else found[back]
+
+    def _span(self, run: np.ndarray) -> sparse.csr_matrix:
+        first, last = int(run[0]), int(run[-1]) + 1
+        part = sparse.csr_matrix(self.slot[first:last])
+        part = part if len(run) == last - first else part[run - first]
+        part = part if self.genes is None else part[:, self.genes]
+        if self.rest is not None:
+            part = sparse.hstack([part, sparse.csr_matrix(self.rest[run, None])], "csr")
+        return part.astype(np.float32, copy=False)
+
+
+class DiskCounts:
+    """Counts of all cells in a file, with the face of :class:`CountMatrix`.
+
+    Parameters
+    ----------
+    slot, genes
+        As in :class:`RowReader`.
+    covariates
+        Category codes per covariate, (cell,) each.
+
+    Attributes
+    ----------
+    library : Tensor
+        (cell,) float32, at least 1; one pass through the file computes it.
+    """
+
+    def __init__(self, slot, *, genes: np.ndarray | None = None, covariates: Mapping | None = None) -> None:
+        self.reader = RowReader(slot, genes=genes)
+        self.shape = self.reader.shape
+        parts = [part.sum(axis=1) for _, part in self.blocks(np.arange(len(self)))]
+        self.sums = np.concatenate([np.asarray(part, dtype=np.float64).ravel() for part in parts])
+        self.library = torch.from_numpy(np.maximum(self.sums.astype(np.float32), 1.0))
+        self.covariates = {
+            key: torch.as_tensor(code, dtype=torch.int64) for key, code in (covariates or {}).items()
+        }
+
+    def __len__(self) -> int:
+        return self.reader.shape[0]
+
+    def with_rest(self, rest: np.ndarray) -> DiskCounts:
+        """The same counts with a last column `rest` (cell,): what the genes kept leave of each cell's total."""
+        more = copy.copy(self)
+        more.reader = RowReader(self.reader.slot, genes=self.reader.genes, rest=rest)
+        more.shape, more.sums = more.reader.shape, self.sums + rest
+        more.library = torch.from_numpy(np.maximum(more.sums.astype(np.float32), 1.0))
+        return more
+
+    def blocks(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, sparse.csr_matrix]]:
+        """Cut `rows` (cell,) into parts, each with its counts in memory (cell, gene)."""
+        for start in range(0, len(rows), PART):
+            part = rows[start : start + PART]
+            yield part, self.reader.read(part)
+
+    def held(self, rows: np.ndarray) -> CountMatrix:
+        """The cells `rows` (cell,) in memory, in this order."""
+        codes = {key: code[torch.from_numpy(rows)] for key, code in self.covariates.items()}
+        return CountMatrix(self.reader.read(rows), covariates=codes)
+
+    def batch(self, rows: np.ndarray, device: torch.device | str = "cpu") -> CountBatch:
+        """Cells `rows` (cell,) as tensors on `device`."""
+        batch = self.held(np.asarray(rows)).batch(np.arange(len(rows)), device)
+        return replace(batch, index=torch.from_numpy(np.asarray(rows, dtype=np.int64)).to(device))
+
+    def loader(self, rows: np.ndarray | None = None, **settings) -> DiskLoader:
+        """Minibatches, shuffled by chunks; settings as in :class:`CountLoader`."""
+        return DiskLoader(self, rows, **{"order": chunked_order()} | settings)
+
+
+class DiskLoader(CountLoader):
+    """A :class:`CountLoader` that reads a window of cells at a time; any order is right, a chunked one is fast."""
+
+    def __iter__(self) -> Iterator[CountBatch]:
+        rows = self.pass_rows()[: len(self) * self.batch_size]
+        size = max(1, PART // self.batch_size) * self.batch_size
+        for start in range(0, len(rows), size):
+            part = rows[start : start + size]
+            yield from self._batches_of(part, self.matrix.held(part))
+
+    def _batches_of(self, rows: np.ndarray, held: CountMatrix) -> Iterator[CountBatch]:
+        for start in range(0, len(rows), self.batch_size):
+            chosen = np.arange(start, min(start + self.batch_size, len(rows)))
+            index = torch.from_numpy(np.asarray(rows[chosen], dtype=np.int64)).to(self.device)
+            yield replace(held.batch(chosen, self.device), index=index)

@@ -1,0 +1,142 @@
+"""Counts on disk give the batches that counts in memory give, whatever the format and the order."""
+
+from __future__ import annotations
+
+import warnings
+
+import anndata as ad
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import sparse
+
+from cellop_nb.data import on_disk
+from cellop_nb.data.batches import count_matrix
+from cellop_nb.data.catalogue import load
+from cellop_nb.data.contract import check
+from cellop_nb.errors import DataError
+
+
+@pytest.fixture(params=["h5ad", "zarr", "dense", "backed"])
+def pair(request, screen, tmp_path):
+    """A screen in memory and the same one on disk."""
+    screen.layers["counts"] = screen.X.copy()
+    if request.param == "dense":
+        screen.X = screen.X.toarray()
+    path = tmp_path / f"screen.{'zarr' if request.param == 'zarr' else 'h5ad'}"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # anndata announces another default of zarr
+        (screen.write_zarr if request.param == "zarr" else screen.write_h5ad)(path)
+    if request.param == "backed":
+        return screen, ad.read_h5ad(path, backed="r")
+    return screen, load(path, backed=True)
+
+
+def same(one, two):
+    assert torch.equal(one.x, two.x) and torch.equal(one.library, two.library)
+    assert torch.equal(one.index, two.index)
+    assert torch.equal(one.flat, two.flat) and torch.equal(one.values, two.values)
+    assert one.covariates.keys() == two.covariates.keys()
+    assert all(torch.equal(two.covariates[key], code) for key, code in one.covariates.items())
+
+
+def test_batches_on_disk_are_those_in_memory(pair):
+    memory, disk = pair
+    assert on_disk.is_on_disk(disk.X) and not on_disk.is_on_disk(memory.X)
+    genes = list(memory.var_names[[5, 0, 17]])
+    for wanted in ({"covariate_keys": ["donor"]}, {"genes": genes}, {"genes": list(memory.var_names)}):
+        ours, theirs = count_matrix(disk, **wanted), count_matrix(memory, **wanted)
+        assert (
+            isinstance(ours, on_disk.DiskCounts) and ours.shape == theirs.shape and len(ours) == len(theirs)
+        )
+        assert torch.equal(ours.library, theirs.library)
+        rows = np.random.default_rng(0).choice(memory.n_obs, 37, replace=False)
+        same(ours.batch(rows), theirs.batch(rows))
+
+
+def test_a_pass_visits_every_chosen_cell_once_in_the_same_order(pair, monkeypatch):
+    monkeypatch.setattr(on_disk, "PART", 64)
+    memory, disk = (count_matrix(adata, covariate_keys=["batch"]) for adata in pair)
+    rows = np.flatnonzero(np.random.default_rng(1).uniform(size=len(memory)) < 0.7)
+    made = {"rows": rows, "batch_size": 10, "order": on_disk.chunked_order(8, 64)}
+    loaders = [m.loader(generator=torch.Generator().manual_seed(4), **made) for m in (memory, disk)]
+    for _ in range(2):
+        seen = []
+        for one, two in zip(*loaders, strict=True):
+            same(one, two)
+            seen += two.index.tolist()
+        assert sorted(seen) == rows.tolist() and seen != rows.tolist()
+    plain = [batch for batch in disk.loader(rows, batch_size=10, shuffle=False)]
+    assert torch.cat([batch.index for batch in plain]).tolist() == rows.tolist()
+    assert len(plain) == len(disk.loader(rows, batch_size=10))
+    dropped = list(disk.loader(rows, batch_size=10, drop_last=True))
+    assert [len(batch) for batch in dropped] == [10] * (len(rows) // 10)
+
+
+def test_totals_over_genes_that_are_not_kept_become_a_column(pair):
+    memory, disk = pair
+    for adata in pair:
+        adata.obs["total_counts"] = np.asarray(memory.layers["counts"].sum(1)).ravel() + 5.0
+    wanted = {"genes": list(memory.var_names[:7]), "total_key": "total_counts"}
+    ours, theirs = count_matrix(disk, **wanted), count_matrix(memory, **wanted)
+    assert ours.shape == theirs.shape == (memory.n_obs, 8)
+    rows = np.arange(20, 50)
+    same(ours.batch(rows), theirs.batch(rows))
+
+
+def test_the_checks_read_by_blocks(pair):
+    memory, disk = pair
+    assert check(disk).equals(check(memory))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 400), st.integers(1, 40), st.integers(1, 120), st.integers(0, 99))
+def test_a_chunked_order_is_a_permutation_of_windows_from_few_blocks(n, block, window, seed):
+    order = on_disk.chunked_order(block, window)(n, torch.Generator().manual_seed(seed)).numpy()
+    assert np.array_equal(np.sort(order), np.arange(n))
+    for start in range(0, n, window):
+        part = order[start : start + window]
+        assert len(np.unique(part // block)) <= window // block + 3, "two are cut, one is short"
+
+
+def test_a_window_mixes_a_sorted_file():
+    """Labels sorted in the file: batches of a chunked pass look like batches of a full shuffle."""
+    n, labels = 200_000, np.repeat(np.arange(4), 50_000)
+    order = on_disk.chunked_order()(n, torch.Generator().manual_seed(0)).numpy()
+    share = np.stack([np.bincount(labels[part], minlength=4) / 200 for part in np.split(order, n // 200)])
+    assert share.mean(0) == pytest.approx([0.25] * 4)
+    assert share.std(0).max() < 2 * np.sqrt(0.25 * 0.75 / 200), "a file read in its order has 0.43"
+
+
+def test_rows_are_read_in_runs(screen, tmp_path):
+    screen.write_h5ad(tmp_path / "screen.h5ad")
+    slot = load(tmp_path / "screen.h5ad", backed=True).X
+
+    class Counted:
+        shape, format, reads = slot.shape, "csr", []
+
+        def __getitem__(self, key):
+            self.reads.append(key.stop - key.start)
+            return slot[key]
+
+    reader = on_disk.RowReader(counted := Counted())
+    rows = np.concatenate([np.arange(0, 100, 2), np.arange(300, 400)])[::-1]
+    assert (reader.read(rows) != screen.X[rows]).nnz == 0
+    assert counted.reads == [99, 100]
+
+
+def test_a_matrix_stored_by_genes_is_refused(screen, tmp_path):
+    screen.X = sparse.csc_matrix(screen.X)
+    screen.write_h5ad(tmp_path / "screen.h5ad")
+    with pytest.raises(DataError, match=r"stored by cells \(CSR\).*tocsr"):
+        count_matrix(load(tmp_path / "screen.h5ad", backed=True))
+
+
+def test_a_broken_file_is_refused(tmp_path):
+    (tmp_path / "broken.h5ad").write_bytes(b"no hdf5")
+    (tmp_path / "broken.zarr").mkdir()
+    for name in ("broken.h5ad", "broken.zarr"):
+        with pytest.raises(DataError, match="a readable"):
+            load(tmp_path / name, backed=True)
