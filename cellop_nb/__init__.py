@@ -58,6 +58,7 @@ _PUBLIC = {
     "etest": "analysis.etest",
     "gradient_audit": "analysis.diagnose",
     "LivePlot": "notebook.live",
+    "Explorer": "notebook.explorer",
     "RunControls": "notebook.controls",
 }
 _MODULES = {"datasets"}
@@ -99,6 +100,7 @@ if TYPE_CHECKING:  # the names below are found by `__getattr__` while running
     from .models.vae import elbo_loss as elbo_loss
     from .models.vae import sample_z as sample_z
     from .notebook.controls import RunControls as RunControls
+    from .notebook.explorer import Explorer as Explorer
     from .notebook.live import LivePlot as LivePlot
     from .training.callbacks import Callback as Callback
     from .training.callbacks import EarlyStopping as EarlyStopping

@@ -161,10 +161,10 @@ class RunControls(Callback):
 
         wide = {"style": {"description_width": "140px"}, "layout": Layout(width="460px")}
         wide |= {"continuous_update": False}
-        self.stop_button = _button("Stop", "End after the current step; the model stays usable", self.stop)
-        self.pause_button = _button("Pause", "Hold after the current step", self.toggle_pause)
-        self.draw_button = _button("Draw now", "Draw the live picture at the end of the step", self.draw_now)
-        self.save_button = _button("Save checkpoint", "Save model and history", self.save_checkpoint)
+        self.stop_button = button("Stop", "End after the current step; the model stays usable", self.stop)
+        self.pause_button = button("Pause", "Hold after the current step", self.toggle_pause)
+        self.draw_button = button("Draw now", "Draw the live picture at the end of the step", self.draw_now)
+        self.save_button = button("Save checkpoint", "Save model and history", self.save_checkpoint)
         rate = FloatLogSlider(
             **rate_grid(self.trainer), **wide, description="learning rate", readout_format=".2e"
         )
@@ -192,7 +192,8 @@ def spoken(widget, words: str, **kwargs) -> dict:
     return (data, *rest) if rest else data
 
 
-def _button(description: str, tooltip: str, action: Callable[[], None]):
+def button(description: str, tooltip: str, action: Callable[[], object]):
+    """A button with words, and more words for who points at it."""
     from ipywidgets import Button, Layout
 
     button = Button(description=description, tooltip=tooltip, layout=Layout(width="auto"))

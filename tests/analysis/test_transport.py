@@ -77,3 +77,16 @@ def test_the_floor_falls_with_more_cells_and_is_missing_for_too_few():
     cells = torch.randn(400, 5, generator=torch.Generator().manual_seed(0))
     assert noise_floor(cells) < noise_floor(cells[:40])
     assert math.isnan(noise_floor(cells[:3]))
+
+
+@pytest.mark.parametrize("n_cells", [10, 25])
+def test_splits_are_energy_distances_of_their_parts(n_cells):
+    cells = torch.randn(50, 4, generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(3)
+    values = []
+    for _ in range(7):
+        order = torch.randperm(50, generator=generator)
+        values.append(energy_distance(cells[order[:n_cells]], cells[order[n_cells:]]))
+    expected = float(torch.stack(values).quantile(0.9))
+    found = noise_floor(cells, n_cells, repeats=7, quantile=0.9, seed=3)
+    assert found == pytest.approx(expected, abs=1e-5)

@@ -7,17 +7,20 @@ what stands still is drawn once and copied from then on.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from io import BytesIO
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PolyCollection
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.markers import TICKDOWN, TICKLEFT
 from matplotlib.scale import SymmetricalLogTransform
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
-from matplotlib.transforms import Affine2D
+from matplotlib.transforms import Affine2D, IdentityTransform
 from PIL import Image as Pixels
 
 from cellop_nb.notebook.figures import style as s
@@ -43,7 +46,7 @@ class Sheet:
     def text(self, x: float, y: float, text: str = "", *, moving: bool = False, **style) -> Text:
         """Words at a pixel, vertically centred unless told."""
         options = {"fontsize": s.SMALL, "color": s.INK, "va": "center", "transform": self.pixels} | style
-        return self._add(Text(x, y, text, **options), moving)
+        return self._add(_Words(x, y, text, **options), moving)
 
     def area(self, **style) -> PolyCollection:
         """A filled area that moves; see `set_verts`."""
@@ -78,6 +81,58 @@ class Sheet:
             self.canvas.restore_region(self._ground)
         for artist in self.moving:
             artist.draw(renderer)
+
+
+class _Words(Text):
+    """Text that is rendered once for each wording and copied from then on: glyphs cost 1 ms a label."""
+
+    def draw(self, renderer) -> None:
+        """Lay the words over the renderer's pixels."""
+        if not self.get_text() or not self.get_visible():
+            return
+        font, place = self.get_fontproperties(), (self.get_ha(), self.get_va(), self.get_rotation())
+        colour, left, top = _raster(
+            self.get_text(), font.get_size(), font.get_weight(), self.get_color(), *place
+        )
+        pixels = np.asarray(renderer.buffer_rgba())
+        x, y = self.get_transform().transform(self.get_position())
+        column, row = round(x) + left, len(pixels) - round(y) + top
+        rows, columns = (
+            _overlap(a, n, size)
+            for a, n, size in zip((row, column), colour.shape[:2], pixels.shape[:2], strict=True)
+        )
+        part = pixels[rows[0], columns[0], :3]
+        ink = colour[rows[1], columns[1]]
+        part[:] = part + (ink[..., :3] - part.astype(float)) * ink[..., 3:]
+        self.stale = False
+
+
+def _overlap(start: int, length: int, size: int) -> tuple[slice, slice]:
+    """Where `length` pixels from `start` fall on a side of `size`: there, and among themselves."""
+    first, last = max(start, 0), max(min(start + length, size), 0)
+    return slice(first, last), slice(first - start, max(last - start, 0))
+
+
+@lru_cache(maxsize=4096)
+def _raster(
+    text: str, size: float, weight, colour, ha: str, va: str, turn: float
+) -> tuple[np.ndarray, int, int]:
+    """Pixels (row, column, RGB and opacity) of a text, and where its corner lies from the text's own place."""
+    style = {"fontsize": size, "fontweight": weight, "color": colour, "ha": ha, "va": va, "rotation": turn}
+    side = 2 * int(size * (len(text) + 4))
+    fig = Figure(figsize=(side / s.DPI, side / s.DPI if turn else 64 / s.DPI), dpi=s.DPI)
+    canvas = FigureCanvasAgg(fig)
+    renderer = canvas.get_renderer()
+    height, width = np.asarray(renderer.buffer_rgba()).shape[:2]
+    Text(width // 2, height // 2, text, transform=IdentityTransform(), figure=fig, **style).draw(renderer)
+    alpha = np.asarray(renderer.buffer_rgba())[..., 3]
+    rows, columns = (np.flatnonzero(alpha.any(axis=axis)) for axis in (1, 0))
+    if not len(rows):
+        return np.zeros((0, 0, 4)), 0, 0
+    box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+    pixels = np.empty((*alpha[box].shape, 4))
+    pixels[..., :3], pixels[..., 3] = 255 * np.array(to_rgb(colour)), alpha[box] / 255
+    return pixels, int(columns[0]) - width // 2, int(rows[0]) - (height - height // 2)
 
 
 class Plot:

@@ -1,0 +1,272 @@
+"""The virtual-cell explorer: choose, move a slider, and see where the cells go.
+
+Each widget's callback is one plain method that can be called without a widget. The picture is drawn by
+:class:`ExplorerSheet`; what it shows comes from :class:`VirtualCells`.
+"""
+
+from __future__ import annotations
+
+import html
+import logging
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+from ..analysis.combinations import RULES
+from ..errors import CellopError, did_you_mean, three_beats
+from ..files import write_whole
+from .controls import button, spoken
+from .figures.explorer import ExplorerSheet
+from .questions import Answer, Question
+from .virtual import VirtualCells
+
+log = logging.getLogger("cellop_nb")
+
+NOTHING = "(none)"
+TOGETHER = {
+    "together: shared axes": "axes",
+    "together: sum of generators": "generator",
+    "first, then second": "sequence",
+    "second, then first": "reverse sequence",
+}
+"""How two perturbations are combined, in words."""
+
+
+class Explorer:
+    """Widgets that ask :class:`VirtualCells`; show it as the last line of a cell.
+
+    Parameters
+    ----------
+    adata
+        With raw counts and latents (:func:`cellop_nb.embed`).
+    vae, operators
+        Trained models.
+    context, perturbation, strength, reverse, gene
+        Where to start; every one is a widget too. By default the first context and perturbation at full strength, and
+        the gene that changes most.
+    folder
+        Where "export" writes; the working directory by default.
+    **settings
+        As in :class:`VirtualCells` (``layer``, the keys, ``seed`` ...).
+
+    Attributes
+    ----------
+    answer
+        What is shown: numbers, genes, coordinates.
+    picture
+        The same as PNG.
+    refusal
+        Why the last question was refused; empty where it was answered.
+    panel
+        The widget.
+
+    Raises
+    ------
+    LabelError
+        For a context, perturbation or gene that neither data nor model know.
+    """
+
+    def __init__(
+        self,
+        adata,
+        vae,
+        operators,
+        *,
+        context: str | None = None,
+        perturbation: str | tuple[str, ...] | None = None,
+        strength: float = 1.0,
+        reverse: bool = False,
+        gene: str | None = None,
+        folder: str | Path = ".",
+        **settings,
+    ):
+        self.cells = VirtualCells(adata, vae, operators, **settings)
+        self.folder, self.gene = Path(folder), gene
+        self._sheet, self._lock = ExplorerSheet(), threading.RLock()
+        self.refusal, self.picture, self._following = "", b"", False
+        first = self.cells.perturbations[0] if perturbation is None else perturbation
+        place = self.cells.contexts[0] if context is None else context
+        self.question = Question(first, place, float(strength), reverse=bool(reverse))
+        self.answer: Answer = self.cells.ask(self.question, gene=gene)
+        self._draw()
+        self._build()
+
+    # -- what the widgets do: plain methods
+
+    def show(self, **changes) -> Answer:
+        """Ask the present question with some of it changed, and draw the answer.
+
+        Parameters
+        ----------
+        **changes
+            ``context``, ``perturbation``, ``strength``, ``rule``, ``reverse``, ``gene``.
+
+        Raises
+        ------
+        CellopError
+            Where the question is refused; the picture then stays as it was.
+        """
+        gene = changes.pop("gene", self.gene)
+        question = replace(self.question, **changes)
+        with self._lock:
+            self.answer = self.cells.ask(question, gene=gene)
+            self.question, self.gene, self.refusal = question, gene, ""
+            self._draw()
+            self._tell()
+        return self.answer
+
+    def choose(self, first: str, second: str = NOTHING, together: str = "together: shared axes") -> Answer:
+        """Choose one perturbation, or two and how they are combined (a key of :data:`TOGETHER`)."""
+        if together not in TOGETHER:
+            raise CellopError(
+                three_beats(f"one of {list(TOGETHER)}", repr(together), did_you_mean(together, TOGETHER))
+            )
+        if second in (NOTHING, first):
+            return self.show(perturbation=first)
+        way = TOGETHER[together]
+        if way in RULES:
+            return self.show(perturbation=f"{first}+{second}", rule=way)
+        return self.show(perturbation=(first, second) if way == "sequence" else (second, first))
+
+    def export(self, path: str | Path | None = None) -> Path:
+        """Write the moved cells as AnnData (``.h5ad``), in one step.
+
+        Returns
+        -------
+        The file; ``virtual_cells.h5ad`` in the explorer's folder where no path is given.
+        """
+        path = Path(path or self.folder / "virtual_cells.h5ad")
+        made = self.cells.to_adata(self.question)
+        return write_whole(path, made.write_h5ad)
+
+    def png(self) -> bytes:
+        """The present picture, small enough to be kept in a notebook."""
+        with self._lock:
+            return self._sheet.png(small=True)
+
+    def figure(self):
+        """The present picture as a static image with its words, for the page and for print."""
+        from IPython.display import Image
+
+        return Image(self.png(), format="png", alt=self.answer.sentence)
+
+    # -- inside
+
+    def _draw(self) -> None:
+        self._sheet.update(self.answer)
+        self.picture = self._sheet.png()
+
+    def _tell(self) -> None:
+        """Bring the widgets that speak up to date."""
+        if not hasattr(self, "panel"):
+            return
+        self.image.value = self.picture
+        self._say(self.answer.sentence)
+        asked, self._following = self.question, True
+        first, second, together = _parts(asked, self.cells.perturbations)
+        try:
+            self.context.value, self.strength.value, self.reverse.value = (
+                asked.context,
+                asked.strength,
+                asked.reverse,
+            )
+            self.first.value, self.second.value, self.gene_box.value = first, second, self.gene or ""
+            if second != NOTHING:
+                self.together.value = together
+        finally:
+            self._following = False
+
+    def _say(self, text: str) -> None:
+        self.status.value = f'<span role="status">{html.escape(text)}</span>'
+
+    def _safely(self, action) -> None:
+        """Run a widget's action; a refusal is said below the controls, and the picture stays."""
+        if self._following:  # the widget follows the question, not the other way round
+            return
+        try:
+            action()
+        except CellopError as problem:
+            self.refusal = str(problem)
+            self._say(f"refused: {problem}")
+
+    def _choose_by_widget(self, _=None) -> None:
+        chosen = (self.first.value, self.second.value, self.together.value)
+        self._safely(lambda: self.choose(*chosen))
+
+    def _export_by_button(self) -> None:
+        self._safely(
+            lambda: self._say(f"saved {self.export()}: {self.question.context}, {self.question.label}")
+        )
+
+    def _build(self) -> None:
+        import ipywidgets as w
+
+        names, asked = self.cells.perturbations, self.question
+        wide = {"style": {"description_width": "90px"}, "layout": w.Layout(width="330px")}
+        first, second, together = _parts(asked, names)
+        self.context = w.Dropdown(
+            options=self.cells.contexts, value=asked.context, description="context", **wide
+        )
+        self.first = w.Dropdown(options=names, value=first, description="perturbation", **wide)
+        self.second = w.Dropdown(options=[NOTHING, *names], value=second, description="and", **wide)
+        self.together = w.Dropdown(options=list(TOGETHER), value=together, description="how", **wide)
+        self.strength = w.FloatSlider(
+            value=asked.strength,
+            min=0,
+            max=1.5,
+            step=0.05,
+            readout_format=".2f",
+            description="strength",
+            **wide,
+        )
+        self.reverse = w.Checkbox(
+            value=asked.reverse, description="reverse: lead perturbed cells back", indent=False
+        )
+        self.gene_box = w.Combobox(
+            value=self.gene or "", options=tuple(self.cells.vae.genes), description="gene",
+            placeholder="the one that changes most", continuous_update=False, **wide,
+        )  # fmt: skip
+        self.export_button = button(
+            "Export", "Write the moved cells as AnnData (.h5ad)", self._export_by_button
+        )
+        self.image = w.Image(value=self.picture, format="png", layout=w.Layout(max_width="100%"))
+        self.status = w.HTML()
+        self._say(self.answer.sentence)
+        self._connect()
+        row = w.Layout(flex_flow="row wrap", align_items="center")
+        chosen = [self.context, self.first, self.second, self.together, self.strength, self.gene_box]
+        controls = w.HBox([*chosen, self.reverse, self.export_button], layout=row)
+        self.panel = w.VBox([controls, self.status, self.image])
+
+    def _connect(self) -> None:
+        for box in (self.first, self.second, self.together):
+            box.observe(self._choose_by_widget, "value")
+        direct = {
+            "context": self.context,
+            "strength": self.strength,
+            "reverse": self.reverse,
+            "gene": self.gene_box,
+        }
+        for name, widget in direct.items():
+            widget.observe(
+                lambda change, name=name: self._safely(lambda: self.show(**{name: _given(change["new"])})),
+                "value",
+            )
+
+    def _repr_mimebundle_(self, **kwargs):
+        return spoken(self.panel, "Virtual-cell explorer (it needs a running kernel)", **kwargs)
+
+
+def _given(value):
+    """A widget's value; an empty text box gives None."""
+    return None if value == "" else value
+
+
+def _parts(question: Question, names: list[str]) -> tuple[str, str, str]:
+    """Values of the three lists that stand for a perturbation; of more than two parts the first two are shown."""
+    given = question.perturbation
+    steps = (given,) if isinstance(given, str) else given
+    parts = [part for step in steps for part in step.split("+") if part in names]
+    wanted = "sequence" if steps is given or question.rule == "composition" else question.rule
+    together = next(words for words, way in TOGETHER.items() if way == wanted)
+    return parts[0], parts[1] if len(parts) > 1 else NOTHING, together

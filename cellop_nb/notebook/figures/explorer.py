@@ -1,0 +1,360 @@
+"""The picture of one answer about virtual cells: map, genes, one gene's counts, energy distance, spectrum.
+
+Drawn on a :class:`Sheet`, where a change of strength moves only what it changes: a slider waits for it.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from matplotlib.markers import TICKDOWN, TICKLEFT
+from matplotlib.ticker import MaxNLocator
+
+from ..questions import Answer
+from . import style as s
+from .sheet import Sheet
+
+WIDTH, HEIGHT = 768, 620
+N_GENES = 8  # a side
+_CLOUDS = (("start", 6, ":"), ("real", 1, "--"), ("moved", 0, "-"))
+_UP, _DOWN, _MEASURED = s.OKABE_ITO[3], s.OKABE_ITO[5], s.OKABE_ITO[1]
+_BINS = 18
+
+
+class Frame:
+    """A panel with linear axes on a sheet: a frame, a few ticks, and where values lie in pixels."""
+
+    _TICKS = 6
+
+    def __init__(self, sheet: Sheet, box, title: str, x: str = "", y: str = "", *, ticks: str = "xy") -> None:
+        self.sheet, self.box, self._ticks = sheet, box, ticks
+        left, top, width, height = box
+        self.title = sheet.text(left, top - 12, title, fontsize=s.TEXT)
+        self._limits = (0.0, 1.0, 0.0, 1.0)
+        corners = ([left, left, left + width], [top, top + height, top + height])
+        sheet.line(*corners, color=s.QUIET, linewidth=0.8)
+        sheet.text(left + width / 2, top + height + 13 + 13 * ("x" in ticks), x, ha="center")
+        sheet.text(left - 12, top + height / 2, y, ha="center", rotation=90)
+        marks = {"linestyle": "", "color": s.QUIET, "markersize": 3}
+        self._marks = (sheet.line(marker=TICKDOWN, **marks), sheet.line(marker=TICKLEFT, **marks))
+        self._texts = [sheet.text(0, top + height + 11, ha="center") for _ in range(self._TICKS)]
+        self._texts += [sheet.text(left - 6, 0, ha="right") for _ in range(self._TICKS)]
+
+    def limit(self, x: tuple[float, float], y: tuple[float, float]) -> None:
+        """Set the limits; ticks are written anew only where they change."""
+        limits = (*x, *y)
+        if limits != self._limits:
+            self._limits, self.sheet.stale = limits, True
+            for axis, place, texts in zip(
+                "xy", (self.x, self.y), (self._texts[:6], self._texts[6:]), strict=True
+            ):
+                self._write(axis, place, texts)
+
+    def _write(self, axis: str, place, texts) -> None:
+        left, top, _, height = self.box
+        low, high = self._limits[:2] if axis == "x" else self._limits[2:]
+        ticks = MaxNLocator(4).tick_values(low, high) if axis in self._ticks else np.array([])
+        ticks = ticks[(ticks >= low) & (ticks <= high)][: self._TICKS]
+        at = place(ticks)
+        fixed = np.full(len(ticks), top + height if axis == "x" else left)
+        self._marks[axis == "y"].set_data(*((at, fixed) if axis == "x" else (fixed, at)))
+        for i, text in enumerate(texts):
+            text.set_text(s.compact(ticks[i]) if i < len(ticks) else "")
+            if i < len(ticks):
+                (text.set_x if axis == "x" else text.set_y)(at[i])
+
+    def x(self, values) -> np.ndarray:
+        """Values as pixels from the left; cut at the frame."""
+        low, high = self._limits[:2]
+        share = (np.asarray(values, dtype=float) - low) / (high - low)
+        return self.box[0] + self.box[2] * np.clip(share, 0, 1)
+
+    def y(self, values) -> np.ndarray:
+        """Values as pixels from the top; cut at the frame."""
+        low, high = self._limits[2:]
+        share = (np.asarray(values, dtype=float) - low) / (high - low)
+        return self.box[1] + self.box[3] * (1 - np.clip(share, 0, 1))
+
+
+@dataclass(frozen=True)
+class Words:
+    """What the clouds are called, by direction."""
+
+    start: str = "control cells"
+    moved: str = "control cells, moved"
+    real: str = "real perturbed cells"
+
+    @classmethod
+    def of(cls, reverse: bool) -> Words:
+        return cls("perturbed cells", "perturbed cells, led back", "real control cells") if reverse else cls()
+
+
+class ExplorerSheet:
+    """The picture; `update` takes an answer, `png` draws it."""
+
+    def __init__(self) -> None:
+        self.sheet = sheet = Sheet(WIDTH, HEIGHT)
+        self._head = sheet.text(12, 15, moving=True, fontsize=s.TITLE, fontweight="bold")
+        self._why = sheet.text(12, 35, moving=True, fontsize=s.TEXT)
+        self._map = _Map(sheet)
+        self._genes = _Genes(sheet)
+        self._counts = _Counts(sheet)
+        self._energy = _Energy(sheet)
+        self._spectrum = _Spectrum(sheet)
+        self._verdict = [sheet.text(556, 576 + 14 * i) for i in range(3)]
+
+    def update(self, answer: Answer) -> None:
+        """Bring every panel up to date."""
+        asked = answer.question
+        self._head.set_text(s.safe(f"{asked.context}: {asked.label}", 90))
+        self._why.set_text(s.safe(answer.why, 120))
+        self._why.set_color(s.OKABE_ITO[3] if answer.standing == "prediction" else s.INK)
+        words = Words.of(asked.reverse)
+        for view in (self._map, self._genes, self._counts, self._energy, self._spectrum):
+            view.update(answer, words)
+        lines = textwrap.wrap(answer.verdict, 33)[:3]
+        for i, text in enumerate(self._verdict):
+            _say(self.sheet, text, s.safe(lines[i], 60) if i < len(lines) else "")
+
+    def png(self, *, small: bool = False) -> bytes:
+        """The picture as PNG; `small` takes longer and holds fewer bytes."""
+        return self.sheet.png(small=small)
+
+
+class _Map:
+    """Source cells, the same cells moved, and the real ones, in the plane that was fitted once."""
+
+    def __init__(self, sheet: Sheet) -> None:
+        self.frame = Frame(
+            sheet, (34, 98, 380, 300), "", "response direction 1", "response direction 2", ticks=""
+        )
+        self._key: tuple = ()
+        self.clouds, self.means, self.keys = {}, {}, {}
+        dots = {"linestyle": "", "markersize": 2.6, "alpha": 0.4, "markeredgewidth": 0}
+        self.trail = sheet.line(moving=True, color=s.INK, linewidth=1.2)
+        for i, (name, index, _) in enumerate(_CLOUDS):
+            look = s.mark(index)
+            self.clouds[name] = sheet.line(moving=name == "moved", **dots, **look)
+            big = {"linestyle": "", "markersize": 10, "markeredgecolor": "white", "markeredgewidth": 1.4}
+            self.means[name] = sheet.line(moving=True, **big, **look)
+            x, y = ((12, 58), (220, 58), (12, 77))[i]
+            sheet.line([x + 6], [y], linestyle="", markersize=7, **look)
+            self.keys[name] = sheet.text(x + 16, y)
+        self.moved_on_top()
+
+    def moved_on_top(self) -> None:
+        for mean in self.means.values():
+            mean.set_zorder(3)
+
+    def update(self, answer: Answer, words: Words) -> None:
+        key, points = _key(answer), {name: getattr(answer, name) for name, *_ in _CLOUDS}
+        cells = [cloud for cloud in points.values() if len(cloud)]
+        x, y = (_span(np.concatenate([cloud[:, axis] for cloud in cells])) for axis in (0, 1))
+        if key == self._key:  # the map stands still while the strength moves, unless cells leave it
+            old = self.frame._limits
+            x, y = (min(old[0], x[0]), max(old[1], x[1])), (min(old[2], y[0]), max(old[3], y[1]))
+        self.frame.limit(*_equal(x, y, self.frame.box[2] / self.frame.box[3]))
+        self.frame.sheet.stale |= key != self._key
+        self._key = key
+        for name, cloud in points.items():
+            self.clouds[name].set_data(self.frame.x(cloud[:, 0]), self.frame.y(cloud[:, 1]))
+            mean = cloud.mean(0) if len(cloud) else np.full(2, np.nan)
+            self.means[name].set_data([self.frame.x(mean[0])], [self.frame.y(mean[1])])
+            _say(self.frame.sheet, self.keys[name], f"{getattr(words, name)} ({len(cloud):,})")
+        ends = np.stack([points["start"].mean(0), points["moved"].mean(0)])
+        self.trail.set_data(self.frame.x(ends[:, 0]), self.frame.y(ends[:, 1]))
+
+
+class _Genes:
+    """The genes that rise and fall most, their interval, and what the real cells show."""
+
+    def __init__(self, sheet: Sheet) -> None:
+        self.frame = Frame(sheet, (536, 98, 216, 300), "", "log2 fold change", ticks="x")
+        sheet.text(460, 58, "genes that change most, with 95 % interval over cells")
+        sheet.line(
+            [466], [77], marker="D", markersize=5, color=_MEASURED, markeredgecolor=s.INK, linestyle=""
+        )
+        sheet.text(476, 77, "measured in the real cells (full strength)")
+        self.frame.limit((-1, 1), (0, 1))
+        self.bars = [sheet.area(color=_UP), sheet.area(color=_DOWN)]
+        self.zero = sheet.line(moving=True, color=s.QUIET, linewidth=0.8)
+        rows = range(2 * N_GENES)
+        self.names = [sheet.text(528, 0, ha="right") for _ in rows]
+        self.spans = [sheet.line(moving=True, color=s.INK, linewidth=1.2) for _ in rows]
+        dots = {"marker": "D", "markersize": 5, "color": _MEASURED, "markeredgecolor": s.INK, "linestyle": ""}
+        self.measured = sheet.line(moving=True, markeredgewidth=0.6, **dots)
+        self._top, self._key = 0.0, ()
+        self._shown, self._strength = [], 0.0
+
+    def update(self, answer: Answer, words: Words) -> None:
+        key, strength = _key(answer), answer.question.strength
+        if key != self._key or strength > self._strength:  # a weaker dose shows the genes of the stronger one
+            self._shown, self._strength = list(leading(answer.genes)["gene"]), strength
+        shown = answer.genes.set_index("gene").loc[self._shown].reset_index()
+        values = shown[["lfc", "low", "high", "measured"]].to_numpy(dtype=float)
+        top = _rounded(max(float(np.nanmax(np.abs(values), initial=0.0)), 0.25))
+        self._top, self._key = max(self._top if key == self._key else 0.0, top), key
+        self.frame.limit((-self._top, self._top), (0, 1))
+        centre = self.frame.box[1] + (np.arange(len(shown)) + 0.5) * self.frame.box[3] / (2 * N_GENES)
+        zero, ends = float(self.frame.x(0.0)), self.frame.x(values[:, 0])
+        for area, sign in zip(self.bars, (1, -1), strict=True):
+            here = np.flatnonzero(np.sign(values[:, 0]) == sign)
+            area.set_verts([_bar(zero, ends[i], centre[i]) for i in here])
+        self.zero.set_data([zero, zero], [self.frame.box[1], self.frame.box[1] + self.frame.box[3]])
+        for i, (name, span) in enumerate(zip(self.names, self.spans, strict=True)):
+            there = i < len(shown)
+            _say(self.frame.sheet, name, s.safe(shown["gene"].iloc[i], 14) if there else "")
+            span.set_data(self.frame.x(values[i, 1:3]) if there else [], [centre[i]] * 2 if there else [])
+            if there:
+                name.set_y(centre[i])
+        self.measured.set_data(self.frame.x(values[:, 3]), centre)
+
+
+class _Counts:
+    """One gene in the three clouds: cells with counts by log1p-CP10k, and the share without in words."""
+
+    def __init__(self, sheet: Sheet) -> None:
+        self.frame = Frame(sheet, (52, 462, 204, 108), "", "log1p counts per 10,000", "", ticks="xy")
+        self.lines, self.words = {}, {}
+        for i, (name, index, style) in enumerate(_CLOUDS):
+            look = {"color": s.mark(index)["color"], "linestyle": style, "linewidth": 1.6}
+            self.lines[name], y = sheet.line(moving=True, **look), 470 + 14 * i
+            sheet.line([150, 172], [y, y], **look)
+            self.words[name] = sheet.text(177, y, moving=True)
+        self._height, self._key = 0.0, ()
+
+    def update(self, answer: Answer, words: Words) -> None:
+        clouds, key = answer.counts, (*_key(answer), answer.gene)
+        top = float(np.ceil(max(1.0, *(cells.max(initial=0.0) for cells in clouds.values()))))
+        edges = np.linspace(0, top, _BINS + 1)
+        shares = {
+            n: np.histogram(cells[cells > 0], edges)[0] / max(len(cells), 1) for n, cells in clouds.items()
+        }
+        highest = max(share.max(initial=0.0) for share in shares.values())
+        self._height = max(self._height if key == self._key else 0.0, _rounded(1.6 * highest))
+        if key != self._key:
+            self.frame.title.set_text(f"{s.safe(answer.gene, 20)}: share of cells")
+            self.frame.sheet.stale, self._key = True, key
+        self.frame.limit((0.0, top), (0.0, self._height))
+        for name, share in shares.items():
+            x, y = self.frame.x(np.repeat(edges, 2)), self.frame.y(np.r_[0, np.repeat(share, 2), 0])
+            there = len(clouds[name]) > 0
+            self.lines[name].set_data((x, y) if there else ([], []))
+            zeros = f"{100 * np.mean(clouds[name] == 0):.0f} % zeros" if there else "none"
+            self.words[name].set_text(f"{name}: {zeros}")
+
+
+class _Energy:
+    """Where the moved cells lie between no change and the noise floor."""
+
+    def __init__(self, sheet: Sheet) -> None:
+        self.frame = Frame(sheet, (306, 462, 190, 74), "energy distance to the real cells", ticks="x")
+        self.words = sheet.text(306, 576)
+        self.source = sheet.text(306, 592)
+        sheet.text(306, 608, "Euclidean, U-statistic, latent space")
+        self.names, self.marks = {}, {}
+        for i, (name, index) in enumerate((("no change", 6), ("moved", 0))):
+            self.marks[name] = sheet.line(moving=True, linestyle="", markersize=8, **s.mark(index))
+            self.names[name] = sheet.text(0, 478 + 30 * i, name, moving=True)
+        self.floor = sheet.line(moving=True, color=s.OKABE_ITO[3], linestyle=(0, (1, 2)), linewidth=1.4)
+        self._limits, self._key = (0.0, 0.0), ()
+
+    def update(self, answer: Answer, words: Words) -> None:
+        values = {"no change": answer.energy_start, "moved": answer.energy}
+        known = np.isfinite(list(values.values())).all()
+        top = _rounded(max(*values.values(), answer.floor, 0.05) * 1.1) if known else 1.0
+        low = -_rounded(-min(values.values())) if known and min(values.values()) < 0 else 0.0
+        old, key = self._limits if _key(answer) == self._key else (0.0, 0.0), _key(answer)
+        self._limits, self._key = (min(low, old[0]), max(top, old[1])), key
+        self.frame.limit(self._limits, (0, 1))
+        for i, (name, value) in enumerate(values.items()):
+            x = float(self.frame.x(value)) if known else np.nan
+            self.marks[name].set_data([x], [478 + 30 * i])
+            left = known and x > self.frame.box[0] + 110
+            self.names[name].set(
+                text=f"{name} {value:.3f}" if known else "",
+                x=x - 9 if left else x + 9,
+                ha="right" if left else "left",
+            )
+        ends = [self.frame.box[1], self.frame.box[1] + self.frame.box[3]]
+        self.floor.set_data([self.frame.x(answer.floor)] * 2 if known else [], ends if known else [])
+        said = f"dotted: noise floor {answer.floor:.3f}" if known else "no real cells of this condition"
+        _say(self.frame.sheet, self.words, said)
+        said = f"{answer.n_moved:,} moved and {answer.n_real:,} real cells" if known else ""
+        _say(self.frame.sheet, self.source, said)
+
+
+class _Spectrum:
+    """Eigenvalues of the operator's matrix, beside the unit circle."""
+
+    def __init__(self, sheet: Sheet) -> None:
+        self.frame = Frame(sheet, (556, 462, 196, 76), "eigenvalues (dashed: unit circle)", ticks="xy")
+        self.circle = sheet.line(moving=True, color=s.QUIET, linestyle="--", linewidth=0.8)
+        self.dots = sheet.line(moving=True, linestyle="", markersize=4, alpha=0.7, **s.mark(0))
+        self._limits, self._key = (1.0, 1.0, 0.0), ()
+
+    def update(self, answer: Answer, words: Words) -> None:
+        values = answer.eigenvalues
+        low, high = min(float(values.real.min()), 0.75), max(float(values.real.max()), 1.25)
+        half = _rounded(max(float(np.abs(values.imag).max()), 0.2))
+        wide = (np.floor(low * 4) / 4, np.ceil(high * 4) / 4)
+        old = self._limits if _key(answer) == self._key else (1.0, 1.0, 0.0)
+        low, high, half = min(wide[0], old[0]), max(wide[1], old[1]), max(half, old[2])
+        self._limits, self._key = (low, high, half), _key(answer)
+        self.frame.limit((low, high), (-half, half))
+        turn = np.linspace(-np.pi, np.pi, 241)
+        circle = np.stack([np.cos(turn), np.sin(turn)])
+        inside = (circle[0] >= low) & (circle[0] <= high) & (np.abs(circle[1]) <= half)
+        circle[:, ~inside] = np.nan
+        self.circle.set_data(self.frame.x(circle[0]), self.frame.y(circle[1]))
+        self.dots.set_data(self.frame.x(values.real), self.frame.y(values.imag))
+
+
+def _key(answer: Answer) -> tuple:
+    """While this stays the same, axes stand still: the strength moves cells, not the ground."""
+    asked = answer.question
+    return asked.context, asked.perturbation, asked.rule, asked.reverse
+
+
+def _say(sheet: Sheet, text, words: str) -> None:
+    """Change words that seldom change: they belong to the ground, which is then painted anew."""
+    if text.get_text() != words:
+        text.set_text(words)
+        sheet.stale = True
+
+
+def _rounded(value: float) -> float:
+    """The next of 1, 1.5, 2, 3, 4, 6, 8, 10 in the value's decade."""
+    decade = 10.0 ** np.floor(np.log10(max(value, 1e-3)))
+    return float(next(step * decade for step in (1, 1.5, 2, 3, 4, 6, 8, 10, 15) if step * decade >= value))
+
+
+def leading(genes: pd.DataFrame, n: int = N_GENES) -> pd.DataFrame:
+    """The `n` genes that rise most, largest first, then the `n` that fall most, largest last."""
+    up = genes[genes["lfc"] > 0].head(n)
+    down = genes[genes["lfc"] < 0].head(n)
+    return pd.concat([up, down.iloc[::-1]], ignore_index=True)
+
+
+def _bar(zero: float, end: float, y: float, half: float = 6.5) -> list[tuple[float, float]]:
+    return [(zero, y - half), (end, y - half), (end, y + half), (zero, y + half)]
+
+
+def _span(values: np.ndarray) -> tuple[float, float]:
+    """Limits that hold 99 % of the cells, with a margin."""
+    low, high = np.quantile(values, [0.005, 0.995])
+    margin = 0.08 * (high - low) or 1.0
+    return float(low - margin), float(high + margin)
+
+
+def _equal(x: tuple[float, float], y: tuple[float, float], ratio: float):
+    """The same limits, widened so that one unit is as long upwards as sideways."""
+    wide, high = x[1] - x[0], y[1] - y[0]
+    if wide < high * ratio:
+        middle, wide = sum(x) / 2, high * ratio
+        return (middle - wide / 2, middle + wide / 2), y
+    middle, high = sum(y) / 2, wide / ratio
+    return x, (middle - high / 2, middle + high / 2)
