@@ -1,4 +1,4 @@
-"""The command line: `python3 -m cellop_nb run | test | lab | notebooks | params | sweep | bench`.
+"""The command line: `python3 -m cellop_nb run | test | lab | notebooks | params | sweep | holdout | bench`.
 
 Standard library only until the environment exists, so that a fresh machine needs nothing but Python and git.
 """
@@ -17,7 +17,7 @@ from importlib import import_module
 #   add_arguments(parser), main(args) -> exit code
 #   check(args)     optional: refuses bad input before the environment is made
 # and imports only the standard library at its top.
-COMMANDS = ("run", "test", "lab", "notebooks", "params", "sweep", "bench")
+COMMANDS = ("run", "test", "lab", "notebooks", "params", "sweep", "holdout", "bench")
 
 _DESCRIPTION = """\
 Learn what perturbations do to single cells, in notebooks.
@@ -29,6 +29,7 @@ examples:
   python3 -m cellop_nb run --only 02 -p latent_dim 16          one notebook with another value
   python3 -m cellop_nb params 02                               what can be changed there
   python3 -m cellop_nb sweep 02 -g latent_dim=8,16 -g seed=0..4   ten runs of it, compared
+  python3 -m cellop_nb holdout screen.h5ad --over donor        predict every donor, beside baselines
   python3 -m cellop_nb test -- -k energy                       some of the tests"""
 
 

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from cellop_nb.analysis.etest import benjamini_hochberg, energy_of_splits, etest, holm, permutation_test
 from cellop_nb.errors import LabelError
@@ -147,6 +148,26 @@ def test_null_screen_shows_no_more_effects_than_it_has(mcfaline_file):
     assert len(table) == 27
     assert table["different"].sum() <= 1
     assert set(table.loc[table["different"], "perturbation"]) <= {"TGFBR2"}
+
+
+def test_false_positives_on_shuffled_labels_are_as_rare_as_promised(mcfaline_file):
+    """Labels are shuffled inside each cell line, so that every null hypothesis is true: 8 families of 27 tests."""
+    data = ad.read_h5ad(mcfaline_file)
+    rng, p, families = np.random.default_rng(0), [], 0
+    for seed in range(8):
+        labels = data.obs["perturbation"].astype(str)
+        shuffled = labels.groupby(data.obs["cell_type"], observed=True).transform(rng.permutation)
+        data.obs["shuffled"] = shuffled.to_numpy()
+        table = etest(data, perturbation_key="shuffled", n_permutations=599, seed=seed)
+        p += table["p"].tolist()
+        families += table["different"].any()
+    assert (np.array(p) <= 0.05).sum() <= stats.binom.ppf(0.999, len(p), 0.05)
+    assert 0.4 < np.mean(p) < 0.6
+    assert families <= stats.binom.ppf(0.999, 8, 0.05)
+
+
+def test_null_screen_under_the_false_discovery_rate_too(mcfaline_file):
+    assert etest(ad.read_h5ad(mcfaline_file), n_permutations=499, correction="bh")["different"].sum() <= 1
 
 
 def test_interferon_acts_on_every_cell_type(kang_file):

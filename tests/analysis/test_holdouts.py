@@ -146,3 +146,18 @@ def test_groups_behind_their_best_baseline_are_reported():
     behind = Holdouts(table, pd.DataFrame(), pd.DataFrame()).behind()
     assert behind["group"].tolist() == ["a"] and behind["best_baseline"].tolist() == ["mean shift"]
     assert behind["excess"].iloc[0] == pytest.approx(0.5)
+
+
+def test_the_command_writes_the_table_and_shows_every_method(screen, tmp_path, capsys):
+    from cellop_nb.__main__ import main
+
+    screen.write_h5ad(tmp_path / "screen.h5ad")
+    out = tmp_path / "table.csv"
+    what = ["holdout", str(tmp_path / "screen.h5ad"), "--over", "combination", "--context-key", "none"]
+    assert main([*what, "--epochs", "1", "--genes", "0", "--out", str(out)]) == 0
+    shown = capsys.readouterr().out
+    for word in ("e_distance", "additive", "best single", "composition", "noise ceiling", "drug 1+drug 2"):
+        assert word in shown
+    assert set(pd.read_csv(out)["heldout"]) == {"drug 1+drug 2"}
+    assert main([*what, "--where", "donor", "--out", str(out)]) == 2
+    assert main([*what, "--out", str(tmp_path / "none" / "table.csv")]) == 2
