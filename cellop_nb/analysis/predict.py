@@ -17,6 +17,7 @@ from ..errors import DataError, LabelError, did_you_mean, three_beats
 from ..models.affine import AffineOperator
 from ..models.algebra import check_strength
 from ..models.conditions import Condition
+from ..models.counts import SparseCounts
 from ..models.coupling import carried_mean, carry_counts
 from ..models.operators import OperatorModel
 from ..models.vae import NBVAE
@@ -49,7 +50,7 @@ def embed(
     loader = counts.loader(batch_size=batch_size, shuffle=False, device=device)
     # A bar is for work that takes long enough to wonder about.
     loader = tqdm(loader, desc="embedding", disable=len(loader) < 20)
-    parts = [vae.encode(batch.x, batch.library, batch.covariates).loc.cpu() for batch in loader]
+    parts = [vae.encode(SparseCounts.of(batch), batch.library, batch.covariates).loc.cpu() for batch in loader]
     adata.obsm[key_added] = torch.cat(parts).numpy()
 
 

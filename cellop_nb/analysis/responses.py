@@ -12,7 +12,7 @@ from torch import Tensor
 from ..data.batches import count_matrix, model_counts
 from ..data.contract import context_labels, obs_labels
 from ..models.conditions import Condition
-from ..models.networks import COUNTS_PER_CELL
+from ..models.gene_linear import COUNTS_PER_CELL
 from ..models.operators import OperatorModel
 from ..models.vae import NBVAE
 from .predict import latents, source_cells

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -26,12 +27,12 @@ def full_shuffle(n: int, generator: torch.Generator) -> Tensor:
 
 @dataclass(frozen=True)
 class CountBatch:
-    """Some cells' counts, dense and by their non-zeros.
+    """Some cells' counts by their non-zeros, and dense where asked.
 
     Attributes
     ----------
-    x : Tensor
-        Counts, (cell, gene) float32.
+    n_genes : int
+        Number of genes.
     library : Tensor
         Library sizes, (cell,) float32, at least 1.
     index : Tensor
@@ -39,29 +40,49 @@ class CountBatch:
     covariates : dict
         Category codes per covariate, (cell,) int64 each.
     indptr, columns, values : Tensor
-        The non-zeros of `x` in CSR form: (cell + 1,) int64, (nonzero,) int64, (nonzero,) float32.
-    flat : Tensor
-        Positions of the non-zeros in `x.view(-1)`, (nonzero,) int64.
+        The non-zeros in CSR form: (cell + 1,) int64, (nonzero,) int64, (nonzero,) float32.
     """
 
-    x: Tensor
+    n_genes: int
     library: Tensor
     index: Tensor
     covariates: dict[str, Tensor]
     indptr: Tensor
     columns: Tensor
     values: Tensor
-    flat: Tensor
 
     def __len__(self) -> int:
         return len(self.index)
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(cells, genes)."""
+        return len(self.index), self.n_genes
+
+    @cached_property
+    def flat(self) -> Tensor:
+        """Positions of the non-zeros in ``x.view(-1)``, (nonzero,) int64."""
+        starts = torch.arange(len(self.index), device=self.columns.device) * self.n_genes
+        return self.columns + torch.repeat_interleave(
+            starts, self.indptr.diff(), output_size=len(self.columns)
+        )
+
+    @cached_property
+    def x(self) -> Tensor:
+        """Counts, (cell, gene) float32."""
+        return self.spread(self.values)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Dense (cell, gene) array with `values` (nonzero,) at the non-zeros and 0 elsewhere."""
+        dense = values.new_zeros(len(self) * self.n_genes)
+        return dense.scatter_(0, self.flat, values).view(self.shape)
+
     def to(self, device: torch.device | str) -> CountBatch:
         """The same batch on another device."""
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(
-            self, **moved, covariates={key: code.to(device) for key, code in self.covariates.items()}
-        )
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved = {name: value.to(device) for name, value in parts.items() if isinstance(value, Tensor)}
+        codes = {key: code.to(device) for key, code in self.covariates.items()}
+        return CountBatch(**(parts | moved | {"covariates": codes}))
 
 
 class CountMatrix:
@@ -104,22 +125,15 @@ class CountMatrix:
     def batch(self, rows: np.ndarray, device: torch.device | str = "cpu") -> CountBatch:
         """Cells `rows` (cell,) as tensors on `device`; only the non-zeros travel there."""
         part = self.csr[rows]
-        columns = torch.from_numpy(part.indices.astype(np.int64)).to(device)
-        values = torch.from_numpy(part.data).to(device)
-        indptr = torch.from_numpy(part.indptr.astype(np.int64)).to(device)
-        starts = torch.arange(len(rows), device=device) * self.shape[1]
-        flat = columns + torch.repeat_interleave(starts, indptr.diff(), output_size=len(columns))
-        x = torch.zeros(len(rows) * self.shape[1], device=device).scatter_(0, flat, values)
         index = torch.from_numpy(np.asarray(rows, dtype=np.int64))
         return CountBatch(
-            x=x.view(len(rows), self.shape[1]),
+            n_genes=self.shape[1],
             library=self.library[index].to(device),
             index=index.to(device),
             covariates={key: code[index].to(device) for key, code in self.covariates.items()},
-            indptr=indptr,
-            columns=columns,
-            values=values,
-            flat=flat,
+            indptr=torch.from_numpy(part.indptr.astype(np.int64)).to(device),
+            columns=torch.from_numpy(part.indices.astype(np.int64)).to(device),
+            values=torch.from_numpy(part.data).to(device),
         )
 
 

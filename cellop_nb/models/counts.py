@@ -1,70 +1,112 @@
-"""The non-zeros of a count matrix, as the likelihood visits them."""
+"""A count matrix by its non-zeros, as encoder and likelihood visit them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
+from scipy import sparse
 from torch import Tensor
 
 from ..errors import ModelError, three_beats
 from .stirling import count_constant
 
 
-@dataclass
 class SparseCounts:
-    """Non-zeros of a count matrix (cell, gene), sorted by cell, as tensors.
+    """Non-zeros of a count matrix (cell, gene) in CSR form.
 
-    Attributes
+    Parameters
     ----------
     shape
         (cells, genes).
-    rows, columns
-        (nonzero,) int64 indices.
+    indptr, columns
+        (cell + 1,) and (nonzero,) int64: where each cell's non-zeros start, and their genes.
     values
         (nonzero,) counts > 0, floating.
     constant
-        (cell,) sum of :func:`count_constant` over the non-zeros of each cell. It never changes, so a loader
-        computes it once; computed here where None.
+        (cell,) sum of :func:`count_constant` over the non-zeros of each cell. It never changes, so a trainer
+        computes it once; computed at first use where None.
     """
 
-    shape: tuple[int, int]
-    rows: Tensor
-    columns: Tensor
-    values: Tensor
-    constant: Tensor | None = None
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        indptr: Tensor,
+        columns: Tensor,
+        values: Tensor,
+        constant: Tensor | None = None,
+    ):
+        self.shape, self.indptr, self.columns, self.values = tuple(shape), indptr, columns, values
+        if constant is not None:
+            self.constant = constant
 
-    def __post_init__(self):
-        if self.constant is None:
-            zeros = self.values.new_zeros(self.shape[0])
-            self.constant = zeros.index_add_(0, self.rows, count_constant(self.values))
+    @classmethod
+    def of(cls, batch, constant: Tensor | None = None) -> SparseCounts:
+        """The counts of a batch with ``shape``, ``indptr``, ``columns`` and ``values``."""
+        return cls(batch.shape, batch.indptr, batch.columns, batch.values, constant)
 
     @classmethod
     def from_dense(cls, x: Tensor, *, validate: bool = True) -> SparseCounts:
         """Non-zeros of the dense counts x (cell, gene). Negative counts are refused."""
-        flat = x.reshape(-1).nonzero().squeeze(-1)
-        values = x.reshape(-1)[flat]
+        rows, columns = x.nonzero(as_tuple=True)
+        values = x[rows, columns]
         if validate:
             refuse_negative(values)
-        rows = torch.div(flat, x.shape[1], rounding_mode="floor")
-        return cls(tuple(x.shape), rows, flat - rows * x.shape[1], values)
+        ends = torch.bincount(rows, minlength=len(x)).cumsum(0)
+        return cls(tuple(x.shape), torch.cat([ends.new_zeros(1), ends]), columns, values)
 
-    @property
+    @cached_property
+    def constant(self) -> Tensor:
+        """(cell,) part of each cell's log-likelihood that no parameter enters, with its sign turned."""
+        return self.values.new_zeros(self.shape[0]).index_add_(0, self.rows, count_constant(self.values))
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """(nonzero,) int64 cell of each non-zero."""
+        return torch.repeat_interleave(self.indptr.diff(), output_size=len(self.values))
+
+    @cached_property
     def flat(self) -> Tensor:
         """(nonzero,) positions in the row-major dense matrix."""
-        return self.rows * self.shape[1] + self.columns
+        return torch.add(self.columns, self.rows, alpha=self.shape[1])
+
+    @cached_property
+    def by_gene(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The same non-zeros gene by gene, on a CPU: (gene + 1,) starts, (nonzero,) cells, and their order here."""
+        order = np.arange(len(self.values), dtype=np.int32)
+        csr = sparse.csr_matrix((order, self.columns.numpy(), self.indptr.numpy()), self.shape)
+        csc = csr.tocsc()
+        starts, cells, order = (torch.from_numpy(part) for part in (csc.indptr, csc.indices, csc.data))
+        return starts.int(), cells.int(), order
 
     def dense(self) -> Tensor:
         """Dense counts (cell, gene)."""
-        x = self.values.new_zeros(self.shape)
-        x.view(-1)[self.flat] = self.values
-        return x
+        return self.spread(self.values)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Dense (cell, gene) array with `values` (nonzero,) at the non-zeros and 0 elsewhere."""
+        cells, genes = self.shape
+        return values.new_zeros(cells * genes).scatter_(0, self.flat, values).view(cells, genes)
 
     def to(self, *args, **kwargs) -> SparseCounts:
         """The same counts on another device or in another floating dtype."""
         moved = self.values.to(*args, **kwargs)
-        rows, columns = self.rows.to(moved.device), self.columns.to(moved.device)
-        return SparseCounts(self.shape, rows, columns, moved, self.constant.to(moved))
+        indptr, columns = self.indptr.to(moved.device), self.columns.to(moved.device)
+        constant = self.__dict__.get("constant")
+        return SparseCounts(
+            self.shape, indptr, columns, moved, None if constant is None else constant.to(moved)
+        )
+
+    def totals(self) -> Tensor:
+        """(cell,) counts of each cell."""
+        return self.values.new_zeros(self.shape[0]).index_add_(0, self.rows, self.values)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __repr__(self) -> str:
+        return f"SparseCounts({self.shape[0]} cells, {self.shape[1]} genes, {len(self.values)} non-zeros)"
 
 
 def refuse_negative(x: Tensor) -> None:

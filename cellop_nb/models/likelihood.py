@@ -24,13 +24,8 @@ from torch.autograd.function import once_differentiable
 
 from ..errors import ModelError, three_beats
 from .counts import SparseCounts, refuse_negative
+from .nb_rows import MIN_INVERSE_DISPERSION, MIN_MEAN, at_nonzeros, log_of_ratio, softmax_nb
 from .stirling import count_constant, stirling
-
-MIN_MEAN = 1e-20
-"""Lower bound of the mean: a softmax that underflows to 0 is taken as this."""
-
-MIN_INVERSE_DISPERSION = 1e-12
-"""Lower bound of r; below it the variance of any count would exceed 1e12 times its mean squared."""
 
 
 def _refuse_parameters(mu: Tensor, r: Tensor) -> None:
@@ -40,20 +35,6 @@ def _refuse_parameters(mu: Tensor, r: Tensor) -> None:
     if mu.numel() and mu.amin() < 0:
         found = f"a smallest mean of {mu.amin():g}"
         raise ModelError(three_beats("means mu >= 0", found, "pass library size times softmax proportions"))
-
-
-def _log_ratio(change: Tensor, ratio: Tensor) -> Tensor:
-    """log(ratio) where change = ratio - 1 is known without cancellation."""
-    return torch.where(change.abs() < 0.5, change.log1p(), ratio.log())
-
-
-def _at_nonzeros(x: Tensor, mu: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Per non-zero: the two logarithmic terms of log p, t = (x - mu) / (r + mu), and log(1 + t)."""
-    both, reached = r + mu, x + r
-    t = (x - mu) / both
-    log_t = _log_ratio(t, reached / both)
-    log_u = _log_ratio(-t * (r / x), (mu / both) * (reached / x))
-    return r * log_t + x * log_u, t, log_t
 
 
 class _NBLogLikelihood(torch.autograd.Function):
@@ -68,7 +49,7 @@ class _NBLogLikelihood(torch.autograd.Function):
         terms = (-r * (mu / r).log1p()).contiguous()
         at = r.expand_as(x).reshape(-1)[flat]
         given = x.reshape(-1)[flat]
-        value, _, _ = _at_nonzeros(given, mu.reshape(-1)[flat], at)
+        value, _, _ = at_nonzeros(given, mu.reshape(-1)[flat], at)
         reached, start = stirling(given + at), stirling(r)
         terms.view(-1)[flat] = (
             value + reached[0] - start[0].expand_as(x).reshape(-1)[flat] - count_constant(given)
@@ -86,7 +67,7 @@ class _NBLogLikelihood(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_mu = (upstream * (r / mu) * t).sum_to_size(ctx.mu_shape)
         if ctx.needs_input_grad[2]:
-            slope = _log_ratio(t, (x + r) / (r + mu)) - t
+            slope = log_of_ratio(t, (x + r) / (r + mu)) - t
             slope.view(-1)[flat] += step
             grad_r = (upstream * slope).sum_to_size(ctx.r_shape)
         return None, grad_mu, grad_r
@@ -134,41 +115,23 @@ class _NBFromLogits(torch.autograd.Function):
     """Log-likelihood per cell of mu = library * softmax(logits), softmax and NB in one gradient."""
 
     @staticmethod
-    def forward(ctx, flat, rows, columns, x, constant, logits, library, r):
-        r = r.clamp_min(MIN_INVERSE_DISPERSION)
-        mu = torch.softmax(logits, -1).mul_(library.unsqueeze(-1))
-        ratio = mu / r
-        minus_log = ratio.log1p()
-        slope = torch.div(mu, ratio.add_(1)).neg_()  # d log p / d log mu at x = 0
-        # index_select and scatter_ here, not brackets: the same numbers, two to four times faster on a CPU.
-        mu_at = mu.view(-1).index_select(0, flat).clamp_min_(MIN_MEAN)
-        r_at = r.index_select(0, columns)
-        value, t, log_t = _at_nonzeros(x, mu_at, r_at)
-        reached, start = stirling(x + r_at), stirling(r)
-        value += reached[0].sub_(start[0].index_select(0, columns))
-        slope.view(-1).scatter_(0, flat, r_at * t)
-        minus_log.view(-1).scatter_(0, flat, (value / r_at).neg_())
-        log_likelihood = torch.mv(minus_log, r).neg_().sub_(constant)
-        if ctx.needs_input_grad[7]:
-            # d log p / d r = -(slope / r) - minus_log at the zeros; the same holds at the non-zeros with:
-            step = start[1].index_select(0, columns).sub_(reached[1]).sub_(log_t)
-            minus_log.view(-1).scatter_(0, flat, step)
-        ctx.save_for_backward(mu, slope, minus_log, library, r)
-        return log_likelihood
+    def forward(ctx, counts: SparseCounts, logits: Tensor, library: Tensor, r: Tensor) -> Tensor:
+        ctx.counts = counts
+        with torch.autocast(logits.device.type, enabled=False):
+            at = r.clamp_min(MIN_INVERSE_DISPERSION)
+            value, ctx.found = softmax_nb(logits.clone(), counts, library, at)
+        return value
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream: Tensor):
-        mu, slope, minus_log, library, r = ctx.saved_tensors
-        total = upstream * slope.sum(-1) / library
-        grad_logits = grad_library = grad_r = None
-        if ctx.needs_input_grad[5]:
-            grad_logits = torch.mul(slope, upstream.unsqueeze(-1)).addcmul_(mu, total.unsqueeze(-1), value=-1)
-        if ctx.needs_input_grad[6]:
-            grad_library = total
-        if ctx.needs_input_grad[7]:
-            grad_r = (upstream @ slope).div_(r).add_(upstream @ minus_log).neg_()
-        return None, None, None, None, None, grad_logits, grad_library, grad_r
+        found, (_, logits, library, r) = ctx.found, ctx.needs_input_grad
+        return (
+            None,
+            found.by_logits * upstream.unsqueeze(-1) if logits else None,
+            found.by_library * upstream if library else None,
+            found.by_r(upstream, ctx.counts.rows) if r else None,
+        )
 
 
 def nb_log_likelihood_logits(
@@ -205,9 +168,10 @@ def nb_log_likelihood_logits(
     Lopez et al. (2018), Nature Methods 15:1053.
     """
     if isinstance(counts, Tensor):
-        counts = SparseCounts.from_dense(counts.to(logits.dtype), validate=validate)
-    data = (counts.flat, counts.rows, counts.columns, counts.values, counts.constant)
-    return _NBFromLogits.apply(*data, logits, library, r)
+        counts = SparseCounts.from_dense(counts, validate=validate)
+    dtype = torch.promote_types(torch.promote_types(logits.dtype, library.dtype), torch.float32)
+    given = counts if counts.values.dtype == dtype else counts.to(dtype)
+    return _NBFromLogits.apply(given, logits.to(dtype), library.to(dtype), r.to(dtype))
 
 
 class NegativeBinomial:

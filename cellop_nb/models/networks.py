@@ -8,10 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Normal
 
+from .counts import SparseCounts
+from .gene_linear import GeneLinear, LogNormalised
+from .likelihood import nb_log_likelihood_logits
+from .nb_head import nb_log_likelihood_head
+
 LOGVAR_BOUND = 10.0
 MIN_DISPERSION = 1e-4
 MAX_DISPERSION = 1e6
-COUNTS_PER_CELL = 1e4
 
 
 class _Bounded(torch.autograd.Function):
@@ -39,10 +43,14 @@ def bounded(value: Tensor, low: float, high: float) -> Tensor:
 def _mlp(n_in: int, n_hidden: int, n_layers: int, dropout: float) -> nn.Sequential:
     layers: list[nn.Module] = []
     for layer in range(n_layers):
-        layers += [nn.Linear(n_in if layer == 0 else n_hidden, n_hidden), nn.LayerNorm(n_hidden), nn.ReLU()]
-        if dropout:
-            layers.append(nn.Dropout(dropout))
+        layers += [nn.Linear(n_in if layer == 0 else n_hidden, n_hidden), *_after(n_hidden, dropout)]
     return nn.Sequential(*layers)
+
+
+def _after(n_hidden: int, dropout: float) -> list[nn.Module]:
+    """What follows each linear layer."""
+    layers: list[nn.Module] = [nn.LayerNorm(n_hidden), nn.ReLU()]
+    return [*layers, nn.Dropout(dropout)] if dropout else layers
 
 
 class Encoder(nn.Module):
@@ -79,17 +87,22 @@ class Encoder(nn.Module):
         dropout: float = 0.0,
     ):
         super().__init__()
-        self.body = _mlp(n_genes + n_covariates, n_hidden, n_layers, dropout)
-        self.linear = nn.Linear(n_genes, n_latent, bias=False)
+        self.genes = GeneLinear(n_genes, n_hidden)
+        self.covariates = nn.Linear(n_covariates, n_hidden, bias=False) if n_covariates else None
+        deeper = _mlp(n_hidden, n_hidden, n_layers - 1, dropout)
+        self.body = nn.Sequential(*_after(n_hidden, dropout), *deeper)
+        self.linear = GeneLinear(n_genes, n_latent, bias=False)
         nn.init.zeros_(self.linear.weight)
         self.mean = nn.Linear(n_hidden, n_latent)
         self.log_variance = nn.Linear(n_hidden, n_latent)
 
-    def forward(self, x: Tensor, library: Tensor, covariates: Tensor | None = None) -> Normal:
+    def forward(self, x: Tensor | SparseCounts, library: Tensor, covariates: Tensor | None = None) -> Normal:
         """Posterior of shape (cell, latent) for counts (cell, gene) and library sizes (cell,)."""
-        # In place: allocating a second (cell, gene) array costs as much as filling it.
-        scaled = (x * (COUNTS_PER_CELL / library.clamp_min(1.0)).unsqueeze(-1)).log1p_()
-        hidden = self.body(scaled if covariates is None else torch.cat([scaled, covariates], -1))
+        scaled = LogNormalised(x, library)
+        first = self.genes(scaled)
+        if self.covariates is not None:
+            first = first + self.covariates(covariates)
+        hidden = self.body(first)
         log_variance = bounded(self.log_variance(hidden), -LOGVAR_BOUND, LOGVAR_BOUND)
         return Normal(
             self.linear(scaled) + self.mean(hidden), torch.exp(0.5 * log_variance), validate_args=False
@@ -136,9 +149,24 @@ class DecoderNB(nn.Module):
 
     def forward(self, z: Tensor, covariates: Tensor | None = None) -> Tensor:
         """Logits (cell, gene) of the expected proportions."""
-        given = z if covariates is None else torch.cat([z, covariates], -1)
-        hidden = self.body(given)
+        given, hidden = self.features(z, covariates)
         return self.linear(given) + self.output(hidden)
+
+    def features(self, z: Tensor, covariates: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Inputs of the two last linear layers: latent with covariates, and (cell, hidden)."""
+        given = z if covariates is None else torch.cat([z, covariates], -1)
+        return given, self.body(given)
+
+    def log_likelihood(
+        self, counts: SparseCounts, library: Tensor, z: Tensor, covariates: Tensor | None = None
+    ) -> Tensor:
+        """(cell,) log-likelihood of counts (cell, gene), whose library sizes are (cell,), at latents (cell, latent)."""
+        if z.device.type != "cpu" or torch.is_autocast_enabled("cpu"):  # products in another precision
+            logits = self(z, covariates).to(library.dtype)
+            return nb_log_likelihood_logits(counts, logits, library, self.dispersion)
+        given, hidden = self.features(z, covariates)
+        layers = {"linear": (given, self.linear.weight), "output": (hidden, self.output.weight)}
+        return nb_log_likelihood_head(counts, library, self.dispersion, bias=self.linear.bias, **layers)
 
     @property
     def dispersion(self) -> Tensor:

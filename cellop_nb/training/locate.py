@@ -160,7 +160,7 @@ def find_in_loss(model: nn.Module, loss_terms: Callable, batch: object) -> tuple
     -------
     The name of the term and the origin; (None, None) where every term is finite in the second run.
     """
-    known = [(given("batch", name, t), t) for name, t in named_tensors(batch) if not is_finite(t)]
+    known = [(_in_batch(batch, name, t), t) for name, t in named_tensors(batch) if not is_finite(t)]
     known += [(given("parameter", name, t), t) for name, t in nonfinite_state(model)]
     with ModuleScopes(model) as scopes, OperationWatch(scopes, known) as watch:
         terms = loss_terms(batch)
@@ -168,6 +168,14 @@ def find_in_loss(model: nn.Module, loss_terms: Callable, batch: object) -> tuple
         if not is_finite(term):
             return name, watch.of(term)
     return None, None
+
+
+def _in_batch(batch: object, name: str, tensor: Tensor) -> Origin:
+    """Origin of a value of the batch; non-zeros of counts are told by cell and gene."""
+    origin = given("batch", name, tensor)
+    if name == "batch.values" and hasattr(batch, "spread"):
+        origin.masks = [batch.spread(origin.masks[0])]
+    return origin
 
 
 def find_in_gradient(

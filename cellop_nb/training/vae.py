@@ -18,7 +18,7 @@ from ..data.batches import (
     model_counts,
 )
 from ..data.splits import rows_of
-from ..models.likelihood import SparseCounts
+from ..models.counts import SparseCounts
 from ..models.vae import NBVAE, elbo_loss, moment_dispersion
 from .loop import Trainer
 from .resume import digest
@@ -182,10 +182,8 @@ class VAETrainer(Trainer):
         return {"val_loss": sum(means.values()), **means}
 
     def _forward(self, batch: CountBatch, generator: torch.Generator):
-        rows = torch.repeat_interleave(batch.indptr.diff(), output_size=len(batch.values))
-        constant = self._constant[batch.index]
-        counts = SparseCounts(batch.x.shape, rows, batch.columns, batch.values, constant)
-        return self.module(batch.x, batch.library, batch.covariates, counts=counts, generator=generator)
+        counts = SparseCounts.of(batch, self._constant[batch.index])
+        return self.module(counts, batch.library, batch.covariates, generator=generator)
 
     def describe_batch(self, batch: CountBatch) -> dict[str, list[str]]:
         return {"cells": self.cells[batch.index.cpu().numpy()].tolist(), "genes": self.genes}
@@ -197,8 +195,7 @@ def _constants(matrix: CountMatrix, rows: np.ndarray) -> Tensor:
     for block, counts in matrix.blocks(np.sort(rows)):
         for start in range(0, len(block), 4096):
             csr = counts[start : start + 4096]
-            cells = torch.from_numpy(np.repeat(np.arange(csr.shape[0]), np.diff(csr.indptr)))
-            columns = torch.from_numpy(csr.indices.astype(np.int64))
-            part = SparseCounts(csr.shape, cells, columns, torch.from_numpy(csr.data))
+            indices = (torch.from_numpy(part.astype(np.int64)) for part in (csr.indptr, csr.indices))
+            part = SparseCounts(csr.shape, *indices, torch.from_numpy(csr.data))
             constant[block[start : start + 4096]] = part.constant
     return constant

@@ -207,8 +207,8 @@ def test_elbo_terms_are_costs_whose_sum_is_the_loss(weight):
 def test_elbo_equals_a_loop_over_cells_and_genes(counts, sparse):
     vae, library, weight = small_vae().double(), counts.double().sum(1), 0.7
     x = counts.double()
-    given = SparseCounts.from_dense(x) if sparse else None
-    log_likelihood, posterior = vae(x, library, counts=given, generator=torch.Generator().manual_seed(3))
+    given = SparseCounts.from_dense(x) if sparse else x
+    log_likelihood, posterior = vae(given, library, generator=torch.Generator().manual_seed(3))
     loss = sum(elbo_loss(log_likelihood, posterior, weight).values())
 
     noise = torch.randn(CELLS, LATENT, generator=torch.Generator().manual_seed(3), dtype=torch.float64)

@@ -77,7 +77,8 @@ def test_the_cell_and_gene_of_a_bad_count(adata, tmp_path):
     def batches():
         for number, batch in enumerate(loader):
             if number == 1:
-                batch.x[3, 5] = math.nan
+                found = (batch.columns == 5).nonzero()[0]
+                batch.values[found] = math.nan
             yield batch
 
     trainer.batches = batches

@@ -1,0 +1,90 @@
+"""A linear layer on log-normalised counts that visits the non-zeros only."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import embedding_bag
+
+from .counts import SparseCounts
+
+COUNTS_PER_CELL = 1e4
+
+
+class LogNormalised:
+    r"""log1p of counts scaled to :data:`COUNTS_PER_CELL` per cell, dense or at the non-zeros.
+
+    .. math:: \log(1 + 10^4\, x / l)
+
+    Parameters
+    ----------
+    x
+        (cell, gene) counts.
+    library
+        (cell,) library sizes.
+    """
+
+    def __init__(self, x: Tensor | SparseCounts, library: Tensor):
+        factor = COUNTS_PER_CELL / library.clamp_min(1.0)
+        self.counts: SparseCounts | None = None
+        if isinstance(x, Tensor):
+            # In place: allocating a second (cell, gene) array costs as much as filling it.
+            self.dense = (x * factor.unsqueeze(-1)).log1p_()
+            return
+        values = (x.values * factor.index_select(0, x.rows)).log1p_()
+        if values.device.type == "cpu":
+            self.counts, self.values = x, values
+        else:  # there the dense product is the faster one
+            self.dense = x.spread(values)
+
+
+class _Product(torch.autograd.Function):
+    """values (cell, gene) at the non-zeros, times weight (gene, out): sums of weighted rows."""
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, values: Tensor, counts: SparseCounts) -> Tensor:
+        ctx.counts, ctx.values = counts, values
+        columns, starts = counts.columns, counts.indptr
+        return embedding_bag(
+            columns, weight, starts, mode="sum", per_sample_weights=values, include_last_offset=True
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream: Tensor):
+        starts, cells, order = ctx.counts.by_gene
+        values, rows = ctx.values.index_select(0, order), upstream.contiguous()
+        grad = embedding_bag(
+            cells, rows, starts, mode="sum", per_sample_weights=values, include_last_offset=True
+        )
+        return grad, None, None
+
+
+class GeneLinear(nn.Module):
+    """Linear layer on genes: weight (gene, out), one row per gene, so that a cell gathers the rows of its genes.
+
+    Parameters
+    ----------
+    n_genes, n_out
+        Sizes.
+    bias
+        Whether there is a bias (out,).
+    """
+
+    def __init__(self, n_genes: int, n_out: int, *, bias: bool = True):
+        super().__init__()
+        start = nn.Linear(n_genes, n_out, bias=bias)
+        self.weight = nn.Parameter(start.weight.detach().t().contiguous())
+        self.bias = start.bias
+
+    def forward(self, x: LogNormalised) -> Tensor:
+        """(cell, out)."""
+        if x.counts is None:
+            product = x.dense @ self.weight
+        else:
+            product = _Product.apply(self.weight, x.values, x.counts)
+        return product if self.bias is None else product + self.bias
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]} genes -> {self.weight.shape[1]}"
