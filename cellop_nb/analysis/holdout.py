@@ -20,7 +20,7 @@ from ..errors import HoldoutError, three_beats
 from ..models.vae import NBVAE
 from ..training.callbacks import EarlyStopping
 from ..training.vae import VAETrainer, new_vae
-from .baselines import BASELINES, Prediction, Screen, Target, latent_shift
+from .baselines import BASELINES, Baseline, Prediction, Screen, Target, latent_shift
 from .combinations import response_operator
 from .formulas import Undefined
 from .metrics import score_split
@@ -103,6 +103,7 @@ def holdout(
     training: Mapping | None = None,
     candidates: Sequence[Complexity] = CANDIDATES,
     features: pd.DataFrame | None = None,
+    methods: Mapping[str, Baseline] | None = None,
     metrics: Sequence[str] | None = None,
     n_seeds: int = 1,
     seed: int = 0,
@@ -128,6 +129,9 @@ def holdout(
     features
         (perturbation, feature) descriptors of every perturbation, such as gene embeddings or fingerprints; a
         perturbation that was never measured can then be held out, and is refused without them.
+    methods
+        Further methods to score beside the baselines: name to ``(Screen, Target) -> Prediction``. They are given
+        training cells and the control cells of the target, as the baselines are.
     metrics
         Names in :data:`cellop_nb.analysis.scores.METRICS`; all where None.
     n_seeds
@@ -168,6 +172,7 @@ def holdout(
     virtual = _predictable(ask, wanted)
     methods = {
         **BASELINES,
+        **(methods or {}),
         LATENT_SHIFT: partial(_pooled_shift, fits=fits, layer=layer),
         OPERATORS: partial(_from_operators, method=OPERATORS, ask=partial(_ready, virtual)),
     }

@@ -21,7 +21,6 @@ SCHEMA = 1
 """Version of the file's layout; a file with a higher one is refused."""
 
 _ENTRY = "cellop_nb"
-_MODELS = {"vae": NBVAE, "operators": OperatorModel}
 _FEATURES = "conditions.features"  # given to the constructor, not part of the configuration
 
 
@@ -84,6 +83,7 @@ def save(
         "schema": SCHEMA,
         "versions": {name: _version(name) for name in ("cellop_nb", "torch", "anndata")},
         "config": {name: model.config for name, model in given.items()},
+        "form": type(operators).__name__,
         "keys": dict(keys or {}),
         "summary": dict(summary or {}),
     }
@@ -93,7 +93,9 @@ def save(
     return write_whole(path, lambda part: save_file(tensors, part, metadata))
 
 
-def load(path: str | Path, *, genes: Iterable[str] | None = None) -> Saved:
+def load(
+    path: str | Path, *, genes: Iterable[str] | None = None, form: type[OperatorModel] = OperatorModel
+) -> Saved:
     """Read models written by :func:`save`.
 
     Parameters
@@ -103,6 +105,8 @@ def load(path: str | Path, *, genes: Iterable[str] | None = None) -> Saved:
     genes
         Gene names of the data that the VAE is meant for (``adata.var_names``): a VAE with genes that are not
         among them is refused. Their order does not matter.
+    form
+        The subclass of :class:`OperatorModel` that was saved, where it was one: a file holds no code.
 
     Returns
     -------
@@ -120,7 +124,9 @@ def load(path: str | Path, *, genes: Iterable[str] | None = None) -> Saved:
         raise CheckpointError(
             three_beats(f"schema {SCHEMA} or lower in {path}", found, "install that version of cellop_nb")
         )
-    models = {name: _rebuild(name, config, tensors, path) for name, config in about["config"].items()}
+    _refuse_other_form(about, form, path)
+    makers = {"vae": NBVAE, "operators": form}
+    models = {name: _rebuild(name, makers, config, tensors, path) for name, config in about["config"].items()}
     if genes is not None and "vae" in models:
         _refuse_other_genes(models["vae"].genes, [str(gene) for gene in genes], path)
     return Saved(**models, keys=about["keys"], summary=about["summary"], versions=about["versions"])
@@ -164,13 +170,20 @@ def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
     return about, tensors
 
 
-def _rebuild(name: str, config: dict, tensors: dict[str, Tensor], path: str | Path):
+def _refuse_other_form(about: dict, form: type, path: str | Path) -> None:
+    saved = about.get("form", OperatorModel.__name__)
+    if "operators" in about["config"] and saved != form.__name__:
+        fix = f"pass form={saved}, the class that the operators were made with"
+        raise CheckpointError(three_beats(f"operators of the form {form.__name__} in {path}", saved, fix))
+
+
+def _rebuild(name: str, makers: dict, config: dict, tensors: dict[str, Tensor], path: str | Path):
     state = {
         key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")
     }
     given = {"features": state[_FEATURES]} if _FEATURES in state else {}
     try:
-        model = _MODELS[name](**config, **given)
+        model = makers[name](**config, **given)
         # Saved in double precision, loaded in double precision.
         model.to(next(iter(state.values())).dtype).load_state_dict(state)
     except (KeyError, RuntimeError, StopIteration, TypeError) as error:

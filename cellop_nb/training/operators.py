@@ -33,6 +33,7 @@ def new_operators(
     dose_key: str | None = None,
     split_key: str = "split",
     features=None,
+    form: type[OperatorModel] = OperatorModel,
     **sizes,
 ) -> OperatorModel:
     """An operator family for the conditions among the training cells, started from their moments.
@@ -44,6 +45,8 @@ def new_operators(
     features
         DataFrame (perturbation, feature) of given descriptors; operators of perturbations that were never
         measured can then be asked for. It must hold every perturbation of the training cells.
+    form
+        A subclass of :class:`OperatorModel`, for operators of another form.
     **sizes
         ``n_axes``, ``rank``, ``context_rank`` of :class:`OperatorModel`.
 
@@ -75,7 +78,7 @@ def new_operators(
     given = None if features is None else _given(features, parts)
     contexts = sorted({condition.context for condition in conditions})
     n_latent = data.items[0].cells.shape[1]
-    model = OperatorModel(n_latent, known, contexts, pairs=pairs, features=given, **sizes)
+    model = form(n_latent, known, contexts, pairs=pairs, features=given, **sizes)
     controls = [data.control[group.context] for group in data.items]
     return model.start_from(conditions, controls, [group.cells for group in data.items])
 
