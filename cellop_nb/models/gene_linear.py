@@ -23,9 +23,12 @@ class LogNormalised:
         (cell, gene) counts.
     library
         (cell,) library sizes.
+    covariates
+        (cell, width) further inputs, dense; None for none.
     """
 
-    def __init__(self, x: Tensor | SparseCounts, library: Tensor):
+    def __init__(self, x: Tensor | SparseCounts, library: Tensor, covariates: Tensor | None = None):
+        self.covariates = covariates
         factor = COUNTS_PER_CELL / library.clamp_min(1.0)
         self.counts: SparseCounts | None = None
         if isinstance(x, Tensor):
@@ -68,23 +71,28 @@ class GeneLinear(nn.Module):
     ----------
     n_genes, n_out
         Sizes.
+    n_covariates
+        Width of the covariates, which have a weight of their own.
     bias
         Whether there is a bias (out,).
     """
 
-    def __init__(self, n_genes: int, n_out: int, *, bias: bool = True):
+    def __init__(self, n_genes: int, n_out: int, *, n_covariates: int = 0, bias: bool = True):
         super().__init__()
-        start = nn.Linear(n_genes, n_out, bias=bias)
-        self.weight = nn.Parameter(start.weight.detach().t().contiguous())
-        self.bias = start.bias
+        start = nn.Linear(n_genes + n_covariates, n_out, bias=bias)
+        genes, covariates = start.weight.detach().t().split([n_genes, n_covariates])
+        self.weight, self.bias = nn.Parameter(genes.contiguous()), start.bias
+        self.covariates = nn.Parameter(covariates.contiguous()) if n_covariates else None
 
     def forward(self, x: LogNormalised) -> Tensor:
         """(cell, out)."""
         if x.counts is None:
-            product = x.dense @ self.weight
+            out = x.dense @ self.weight
         else:
-            product = _Product.apply(self.weight, x.values, x.counts)
-        return product if self.bias is None else product + self.bias
+            out = _Product.apply(self.weight, x.values, x.counts)
+        if self.covariates is not None:
+            out = out + x.covariates @ self.covariates
+        return out if self.bias is None else out + self.bias
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]} genes -> {self.weight.shape[1]}"

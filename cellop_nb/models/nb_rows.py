@@ -68,17 +68,25 @@ def softmax_nb(
 
     `logits` becomes its own gradient. r (gene,) lies within its bounds; all arrays share one floating dtype.
     """
-    (cells, genes), on_cpu = counts.shape, logits.device.type == "cpu"
+    (cells, genes), table = counts.shape, uses_table(logits.device)
     terms, slope = _tables(r)
-    place, near = _places(counts) if on_cpu else (torch.zeros_like(counts.columns), None)
-    step = max(1, _TURN // genes) if on_cpu else cells
+    place, near = _places(counts) if table else (torch.zeros_like(counts.columns), None)
+    step = max(1, _TURN // genes) if table else cells
     gradient = RowsGradient(torch.empty_like(library), logits, torch.empty_like(logits), place, slope)
     known, value = (terms.view(-1), r, r.reciprocal()), torch.empty_like(library)
-    ends = counts.indptr[[*range(0, cells, step), cells]].tolist() if on_cpu else [0, len(place)]
+    ends = counts.indptr[[*range(0, cells, step), cells]].tolist() if table else [0, len(place)]
     for turn, start in enumerate(range(0, cells, step)):
         rows, nonzeros = slice(start, min(start + step, cells)), slice(ends[turn], ends[turn + 1])
         value[rows] = _turn(gradient, counts, library[rows], known, rows, nonzeros, near)
     return value.sub_(counts.constant), gradient
+
+
+def uses_table(device: torch.device) -> bool:
+    """Whether counts are sorted into small and large ones, and cells visited in turns: on a CPU.
+
+    Elsewhere a look at the counts would make the host wait for the device.
+    """
+    return device.type == "cpu"
 
 
 def _tables(r: Tensor) -> tuple[Tensor, Tensor]:

@@ -87,10 +87,9 @@ class Encoder(nn.Module):
         dropout: float = 0.0,
     ):
         super().__init__()
-        self.genes = GeneLinear(n_genes, n_hidden)
-        self.covariates = nn.Linear(n_covariates, n_hidden, bias=False) if n_covariates else None
+        first = GeneLinear(n_genes, n_hidden, n_covariates=n_covariates)
         deeper = _mlp(n_hidden, n_hidden, n_layers - 1, dropout)
-        self.body = nn.Sequential(*_after(n_hidden, dropout), *deeper)
+        self.body = nn.Sequential(first, *_after(n_hidden, dropout), *deeper)
         self.linear = GeneLinear(n_genes, n_latent, bias=False)
         nn.init.zeros_(self.linear.weight)
         self.mean = nn.Linear(n_hidden, n_latent)
@@ -98,11 +97,8 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor | SparseCounts, library: Tensor, covariates: Tensor | None = None) -> Normal:
         """Posterior of shape (cell, latent) for counts (cell, gene) and library sizes (cell,)."""
-        scaled = LogNormalised(x, library)
-        first = self.genes(scaled)
-        if self.covariates is not None:
-            first = first + self.covariates(covariates)
-        hidden = self.body(first)
+        scaled = LogNormalised(x, library, covariates)
+        hidden = self.body(scaled)
         log_variance = bounded(self.log_variance(hidden), -LOGVAR_BOUND, LOGVAR_BOUND)
         return Normal(
             self.linear(scaled) + self.mean(hidden), torch.exp(0.5 * log_variance), validate_args=False
