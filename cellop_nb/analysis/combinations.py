@@ -18,7 +18,7 @@ from ..models.energy import energy_distance
 from ..models.operators import OperatorModel
 from .formulas import Undefined
 from .predict import latents, operator_for, source_cells
-from .selection import Response
+from .transfer import Response
 from .transport import noise_floor
 
 RULES = ("axes", "composition", "generator")
@@ -78,9 +78,9 @@ def combine(
 
 
 def response_operator(
-    response: Response, perturbation: str, context: str, start: torch.Tensor, *, rule: str = "axes"
+    response: Response, perturbation: str, context: str, *, rule: str = "axes"
 ) -> AffineOperator:
-    """As :func:`combine`, for a context that may borrow from others (:meth:`Response.operator`).
+    """As :func:`combine`, for a context that may take over from others (:meth:`Response.operator`).
 
     Raises
     ------
@@ -90,7 +90,7 @@ def response_operator(
     if rule != "axes" and len(perturbation_parts(perturbation)) < 2:
         raise Undefined(f"{perturbation!r} is not a combination")
     try:
-        return _by_rule(lambda name: response.operator(name, context, start), perturbation, rule)
+        return _by_rule(lambda name: response.operator(name, context), perturbation, rule)
     except (LabelError, ModelError) as refusal:
         raise Undefined(str(refusal)) from None
 

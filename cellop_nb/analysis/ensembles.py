@@ -14,7 +14,7 @@ from ..errors import ModelError, three_beats
 from ..models.affine import AffineOperator
 from .intervals import Interval
 from .predict import latents
-from .selection import Complexity, Response, fit_response, latents_only
+from .transfer import Complexity, Response, fit_response, latents_only
 
 
 def bootstrap_operators(
@@ -116,7 +116,7 @@ def operator_intervals(
     for context in model.contexts:
         start = z[torch.as_tensor(is_control & (contexts == context))]
         for perturbation in model.perturbations:
-            operators = [member.operator(perturbation, context, start) for member in members]
+            operators = [member.operator(perturbation, context) for member in members]
             group = {"context": context, "perturbation": perturbation, "group": f"{context}, {perturbation}"}
             for quantity, values in _quantities(operators, start.mean(0, keepdim=True)).items():
                 found = Interval.of(np.mean(values), np.asarray(values), level)

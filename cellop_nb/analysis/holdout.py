@@ -14,7 +14,8 @@ import pandas as pd
 import torch
 from scipy import sparse
 
-from ..data.contract import context_labels
+from ..data.batches import TOTAL_KEY
+from ..data.contract import context_labels, library_size
 from ..data.splits import rows_of, split
 from ..errors import HoldoutError, three_beats
 from ..models.vae import NBVAE
@@ -25,8 +26,10 @@ from .combinations import response_operator
 from .formulas import Undefined
 from .metrics import score_split
 from .predict import decode_cells, embed, source_cells
-from .selection import CANDIDATES, Complexity, Response, choose, fit_response, leave_out, what_to_leave_out
+from .selection import CANDIDATES, choose, leave_out, what_to_leave_out
 from .space import EvaluationSpace, variable_genes
+from .transfer import Complexity, Response, fit_response
+from .views import CountView
 
 logger = logging.getLogger("cellop_nb")
 
@@ -161,13 +164,14 @@ def holdout(
         for k in range(n_seeds)
     ]
     wanted = _groups_of(real, keys)
-    choice, complexity = _choose(train, models[0], list(candidates), wanted, features, keys, seed, progress)
+    space = EvaluationSpace.fit(train, genes=list(train.var_names), layer=layer, seed=seed)
+    view = _view(train, *models[0], space, layer, keys)
+    choice, complexity = _choose(train, view, list(candidates), wanted, features, keys, seed, progress)
     fits = []
     for k, (model, z) in enumerate(models):
-        train.obsm["X_nbvae"] = z
-        response = fit_response(train, complexity, features=features, seed=seed + k, **keys)
+        view = _view(train, model, z, space, layer, keys)
+        response = fit_response(train, complexity, view=view, features=features, seed=seed + k, **keys)
         fits.append(Fitted(model, response, z, seed + k))
-    space = EvaluationSpace.fit(train, genes=list(train.var_names), layer=layer, seed=seed)
     ask = partial(_virtual_cells, train, fits, layer=layer, keys=keys)
     virtual = _predictable(ask, wanted)
     methods = {
@@ -197,6 +201,7 @@ def _variable(work, n_genes: int, layer: str | None):
     if not 0 < n_genes < work.n_vars:
         return work
     train = work[rows_of(work, ("train", "val"))]
+    work.obs[TOTAL_KEY] = library_size(work, layer)
     return work[:, variable_genes(train, n_genes, layer=layer)].copy()
 
 
@@ -212,10 +217,22 @@ def _fit_vae(
     return model, train.obsm["X_nbvae"].copy()
 
 
+def _view(train, vae: NBVAE, z: np.ndarray, space: EvaluationSpace, layer, keys: dict) -> CountView:
+    """The training cells as one fit sees them; writes its latents."""
+    train.obsm["X_nbvae"] = z
+    return CountView(train, vae, space, layer=layer, **keys)
+
+
 def _choose(
-    train, first, candidates: list[Complexity], wanted, features, keys: dict, seed: int, progress: bool
+    train,
+    view: CountView,
+    candidates: list[Complexity],
+    wanted,
+    features,
+    keys: dict,
+    seed: int,
+    progress: bool,
 ):
-    train.obsm["X_nbvae"] = first[1]
     if len(candidates) == 1:
         return pd.DataFrame(), candidates[0]
     groups = [group for group in _groups_of(train, keys) if group[1] != keys["control"]]
@@ -225,7 +242,7 @@ def _choose(
     if over is None:
         logger.warning("holdout: no two contexts or combinations to leave out in turn; the simplest is taken")
         return pd.DataFrame(), candidates[0]
-    options = {"features": features, "seed": seed, "progress": progress}
+    options = {"view": view, "features": features, "seed": seed, "progress": progress}
     choice = leave_out(train, candidates, over=over, **options, **keys)
     return choice, choose(choice, candidates)
 
@@ -270,9 +287,10 @@ def _virtual_cells(
     parts = []
     for fitted in fits:
         start = torch.as_tensor(fitted.latents[rows])
-        operator = response_operator(fitted.response, perturbation, context, start, rule=rule)
-        moved = operator(start)
-        cells = decode_cells(train[rows], fitted.vae, moved, start=start, layer=layer, seed=fitted.seed)
+        moved = response_operator(fitted.response, perturbation, context, rule=rule)(start)
+        missed = fitted.response.remainders.get(perturbation)
+        options = {"start": start, "remainder": missed, "layer": layer, "seed": fitted.seed}
+        cells = decode_cells(train[rows], fitted.vae, moved, **options)
         cells.obs["source_cell"] = cells.obs_names
         cells.obs["fit"] = fitted.seed
         cells.obs_names = [f"{name}, {perturbation}, fit {fitted.seed}" for name in cells.obs_names]

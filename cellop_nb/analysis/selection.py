@@ -3,149 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
-import anndata as ad
 import numpy as np
 import pandas as pd
-import torch
 from tqdm.auto import tqdm
 
-from ..data.contract import context_labels, obs_labels
 from ..errors import ModelError, three_beats
-from ..models.affine import AffineOperator
-from ..models.conditions import Condition
-from ..models.energy import energy_distance
-from ..models.operators import OperatorModel
-from ..training.operators import OperatorTrainer, new_operators
-from .predict import latents
+from .transfer import Complexity, Fits, Group, latents_only
+from .views import LatentView
 
-
-@dataclass(frozen=True)
-class Complexity:
-    """How much freedom the operators get, and how much a new context borrows from similar ones.
-
-    Parameters
-    ----------
-    rank
-        Rank of the matrices; 0 is a pure shift, None full rank.
-    ridge
-        Weight of the departure from the identity.
-    context_rank, context_ridge
-        Rank and weight of the contexts' own parts; None gives them none.
-    locality
-        How fast borrowing falls with distance: 0 borrows from all contexts alike, see :func:`borrowing`.
-    """
-
-    rank: int | None = None
-    ridge: float = 0.1
-    context_rank: int | None = None
-    context_ridge: float = 0.01
-    locality: float | None = None
-
-    def __str__(self) -> str:
-        form = "shift" if self.rank == 0 else f"affine, ridge {self.ridge:g}"
-        if self.locality is not None:
-            return f"{form}, borrowing {self.locality:g}"
-        return form if self.context_rank is None else f"{form}, own parts"
-
-    @property
-    def model(self) -> dict:
-        """Keywords of :func:`new_operators`."""
-        return {"rank": self.rank, "context_rank": self.context_rank}
-
-    @property
-    def training(self) -> dict:
-        """Keywords of :class:`OperatorTrainer`."""
-        return {"ridge": self.ridge, "context_ridge": self.context_ridge}
-
-
-_SHIFT = Complexity(rank=0, ridge=0.0)
-_FORMS = (_SHIFT, Complexity(ridge=0.3), Complexity(ridge=0.1))
-CANDIDATES: tuple[Complexity, ...] = tuple(
-    replace(form, context_rank=rank, locality=locality)
-    for locality, rank in ((None, None), (1.0, 0), (4.0, 0))
-    for form in _FORMS
+_SHIFT, _LOOSE, _LOOSER = Complexity(rank=0, ridge=0.0), Complexity(ridge=0.1), Complexity(ridge=0.03)
+CANDIDATES: tuple[Complexity, ...] = (
+    _SHIFT,
+    _LOOSE,
+    _LOOSER,
+    *(replace(_SHIFT, locality=near) for near in (1.0, 2.0, 3.0, 4.0, 6.0, 8.0)),
+    *(replace(_SHIFT, locality=near, remainder=True) for near in (0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0)),
+    *(replace(form, locality=near) for form in (_LOOSE, _LOOSER) for near in (2.0, 4.0)),
 )
 """Tried by default, from the simplest to the most flexible; the pure shift is among them."""
 
 _QUICK = {"cells_per_group": 64, "max_epochs": 4}  # enough to rank candidates
-
-
-def borrowing(
-    start: torch.Tensor, controls: dict[str, torch.Tensor], locality: float
-) -> tuple[tuple[str, float], ...]:
-    r"""Shares in which a new context borrows the own parts of known ones.
-
-    .. math:: w_c \propto \exp(-\lambda\, \|m - m_c\|^2 / \min_{c'} \|m - m_{c'}\|^2)
-
-    Parameters
-    ----------
-    start
-        (cell, d) control latents of the new context, with mean m.
-    controls
-        Control latents of the known contexts.
-    locality
-        :math:`\lambda`; 0 weighs all alike.
-    """
-    names = list(controls)
-    means = torch.stack([controls[name].mean(0) for name in names])
-    distance = (means - start.mean(0)).square().sum(1)
-    shares = torch.softmax(-locality * distance / distance.min().clamp_min(1e-12), 0)
-    return tuple(zip(names, shares.tolist(), strict=True))
-
-
-@dataclass(frozen=True)
-class Response:
-    """Operators fitted on some contexts, ready to be asked for one more."""
-
-    operators: OperatorModel
-    controls: dict[str, torch.Tensor] = field(repr=False)
-    complexity: Complexity
-    control: str = "control"
-
-    def operator(self, perturbation: str, context: str, start: torch.Tensor) -> AffineOperator:
-        """The operator of a perturbation for the control latents `start` (cell, d) of a context.
-
-        A context that was trained on with this perturbation uses its own parts; any other one borrows.
-        """
-        known = self.operators.conditions.contexts
-        like: tuple[tuple[str, float], ...] = ()
-        own = context if context in known else None
-        if own is None and self.complexity.locality is not None:
-            sources = {name: self.controls[name] for name in known}
-            like = borrowing(start, sources, self.complexity.locality)
-        condition = replace(Condition.parse(perturbation, own, control=self.control), like=like)
-        return self.operators.operator(condition)
-
-
-def fit_response(
-    adata,
-    complexity: Complexity,
-    *,
-    use_rep: str = "X_nbvae",
-    perturbation_key: str = "perturbation",
-    context_key: str | Sequence[str] | None = "cell_type",
-    control: str = "control",
-    split_key: str = "split",
-    features: pd.DataFrame | None = None,
-    seed: int = 0,
-    **training,
-) -> Response:
-    """Operators of given complexity on the training cells' latents; `training` goes to :class:`OperatorTrainer`."""
-    keys = {
-        "use_rep": use_rep,
-        "perturbation_key": perturbation_key,
-        "context_key": context_key,
-        "control": control,
-        "split_key": split_key,
-    }
-    model = new_operators(adata, features=features, **keys, **complexity.model)
-    settings = {"progress": False, "max_epochs": 5, "steps_per_epoch": 20, "lr": 2e-2, "accelerator": "cpu"}
-    trainer = OperatorTrainer(adata, model, seed=seed, **keys, **complexity.training, **(settings | training))
-    if complexity.rank != 0:  # shifts already are where the moments put them
-        trainer.fit()
-    return Response(model.cpu().eval(), trainer.groups.control, complexity, control)
 
 
 def leave_out(
@@ -153,14 +32,15 @@ def leave_out(
     candidates: Sequence[Complexity] = CANDIDATES,
     *,
     over: str = "context",
+    view: LatentView | None = None,
     use_rep: str = "X_nbvae",
     perturbation_key: str = "perturbation",
     context_key: str | Sequence[str] | None = "cell_type",
     control: str = "control",
     split_key: str = "split",
     features: pd.DataFrame | None = None,
+    max_folds: int = 12,
     seed: int = 0,
-    max_cells: int = 300,
     progress: bool = True,
     **training,
 ) -> pd.DataFrame:
@@ -172,15 +52,22 @@ def leave_out(
     ----------
     over
         What is left out in turn: the perturbed cells of each ``"context"`` that shares a perturbation with
-        another one, each measured ``"combination"`` whose parts are known from other groups, or each
-        ``"perturbation"``, which `features` must then describe.
+        another one, each ``"group"`` of a context that keeps other perturbed cells, each measured
+        ``"combination"`` whose parts are known from other groups, or each ``"perturbation"``, which `features`
+        must then describe.
+    view
+        The training cells as they are judged (:class:`CountView`); latents where None.
     features
         As in :func:`new_operators`.
+    max_folds
+        At most this many are left out, drawn with `seed`.
+    **training
+        Settings of :class:`OperatorTrainer`.
 
     Returns
     -------
-    DataFrame ``candidate, complexity, group, e_distance, no_change``: energy distance in the latent space
-    (Euclidean, U-statistic, one per group) after and without the operator.
+    DataFrame ``candidate, complexity, group, e_distance, no_change``: energy distance (Euclidean, U-statistic,
+    one per group, in the space of `view`) after and without the operator.
 
     Raises
     ------
@@ -188,42 +75,45 @@ def leave_out(
         Where fewer than two can be left out in turn.
     """
     keys = {"perturbation_key": perturbation_key, "context_key": context_key, "control": control}
+    keys |= {"use_rep": use_rep}
     cells = latents_only(adata, use_rep, split_key)
-    contexts = context_labels(cells, context_key).to_numpy()
-    perturbations = obs_labels(cells, perturbation_key).to_numpy()
-    groups = sorted({(c, p) for c, p in zip(contexts, perturbations, strict=True) if p != control})
-    folds = _FOLDS[over](groups)
+    view = LatentView(cells, **keys) if view is None else view
+    folds = _some(_FOLDS[over](view.groups()), max_folds, seed)
     if len(folds) < 2:
         found = f"{len(folds)} {over}s that the other groups could predict"
         expected = f"two or more {over}s to leave out in turn"
         raise ModelError(three_beats(expected, found, "name the complexity"))
-    z, rows, fits = latents(cells, use_rep), [], {}
+    keys |= {"split_key": split_key}
+    fits = Fits(cells, view, keys=keys, features=features, seed=seed, training=_QUICK | training)
     tries = [(fold, candidate) for fold in folds for candidate in candidates]
+    rows = []
     for fold, candidate in tqdm(tries, desc="choosing complexity", disable=not progress):
-        # borrowing changes what is asked, not what is fitted
-        form = (fold, replace(candidate, locality=None))
-        if form not in fits:
-            out = [pair in folds[fold] for pair in zip(contexts, perturbations, strict=True)]
-            options = {"use_rep": use_rep, "split_key": split_key, "features": features, "seed": seed}
-            options |= keys | _QUICK | training
-            fits[form] = fit_response(cells[~np.array(out)], candidate, **options)
-        response = replace(fits[form], complexity=candidate)
-        for context, perturbation in folds[fold]:
-            if not set(perturbation.split("+")) <= set(response.operators.conditions.perturbations):
-                continue
-            start = z[(contexts == context) & (perturbations == control)]
-            real = z[(contexts == context) & (perturbations == perturbation)][:max_cells]
-            moved = response.operator(perturbation, context, start)(start[:max_cells])
-            rows.append(
-                {
-                    "candidate": candidates.index(candidate),
-                    "complexity": str(candidate),
-                    "group": f"{context}, {perturbation}",
-                    "e_distance": float(energy_distance(moved, real)),
-                    "no_change": float(energy_distance(start[:max_cells], real)),
-                }
-            )
+        labels = {"candidate": candidates.index(candidate), "complexity": str(candidate)}
+        rows += [labels | row for row in _left_out(fits, folds[fold], candidate)]
     return pd.DataFrame(rows)
+
+
+def _left_out(fits: Fits, fold: list[Group], candidate: Complexity) -> list[dict]:
+    """One row per group of the fold: how far the candidate's prediction is from its cells."""
+    response, view, rows = fits.response(frozenset(fold), candidate), fits.view, []
+    known = set(response.operators.conditions.perturbations)
+    for context, perturbation in fold:
+        if not set(perturbation.split("+")) <= known:
+            continue
+        real = view.rows(context, perturbation)
+        start, cells = fits.predict(response, context, perturbation)
+        unmoved = view.moved(start, view.z[start], None)
+        energies = {"e_distance": view.energy(cells, real), "no_change": view.energy(unmoved, real)}
+        rows.append({"group": f"{context}, {perturbation}", **energies})
+    return rows
+
+
+def _some(folds: dict, most: int, seed: int) -> dict:
+    """At most `most` of the folds, in their order."""
+    if len(folds) <= most:
+        return folds
+    kept = set(np.random.default_rng(seed).permutation(len(folds))[:most].tolist())
+    return {name: fold for k, (name, fold) in enumerate(folds.items()) if k in kept}
 
 
 def leave_contexts_out(adata, candidates: Sequence[Complexity] = CANDIDATES, **options) -> pd.DataFrame:
@@ -234,6 +124,13 @@ def leave_contexts_out(adata, candidates: Sequence[Complexity] = CANDIDATES, **o
 def _context_folds(groups: list[tuple[str, str]]) -> dict[str, list[tuple[str, str]]]:
     shared = sorted({c for c, p in groups if any(q == p and d != c for d, q in groups)})
     return {context: [group for group in groups if group[0] == context] for context in shared}
+
+
+def _group_folds(groups: list[tuple[str, str]]) -> dict[str, list[tuple[str, str]]]:
+    """Each group whose context keeps other perturbed cells, and whose perturbation another context."""
+    contexts, perturbations = [c for c, _ in groups], [p for _, p in groups]
+    kept = [(c, p) for c, p in groups if contexts.count(c) > 1 and perturbations.count(p) > 1]
+    return {", ".join(group): [group] for group in kept}
 
 
 def combinations_of(groups: Sequence[tuple[str, str]]) -> list[str]:
@@ -256,13 +153,18 @@ def _perturbation_folds(groups: list[tuple[str, str]]) -> dict[str, list[tuple[s
     return {single: [group for group in groups if single in group[1].split("+")] for single in singles}
 
 
-_FOLDS = {"context": _context_folds, "combination": _combination_folds, "perturbation": _perturbation_folds}
+_FOLDS = {
+    "context": _context_folds,
+    "group": _group_folds,
+    "combination": _combination_folds,
+    "perturbation": _perturbation_folds,
+}
 
 
 def what_to_leave_out(
     groups: Sequence[tuple[str, str]], wanted: Sequence[tuple[str, str]], *, described: bool = False
 ) -> str | None:
-    """What resembles the question most: combinations, perturbations or contexts.
+    """What resembles the question most: combinations, perturbations, groups or contexts.
 
     Parameters
     ----------
@@ -278,7 +180,8 @@ def what_to_leave_out(
     measured = {p for _, p in groups}
     unmeasured = {p for _, p in wanted} - measured
     parts = {part for label in measured for part in label.split("+")}
-    order = ["context"]
+    trained = {c for c, _ in groups}
+    order = ["group", "context"] if all(c in trained for c, _ in wanted) else ["context"]
     if any("+" in label for label in unmeasured):
         order = ["combination", *order]
     if described and any(not set(label.split("+")) <= parts for label in unmeasured):
@@ -301,10 +204,3 @@ def choose(table: pd.DataFrame, candidates: Sequence[Complexity] = CANDIDATES) -
     error = excess.std() / np.sqrt(len(wide))
     near = excess.mean() <= error.fillna(0.0)
     return candidates[int(near[near].index.min())]
-
-
-def latents_only(adata, use_rep: str, split_key: str) -> ad.AnnData:
-    """Training and validation cells with labels and latents alone: small, and without the test cells."""
-    rows = adata.obs[split_key].isin(["train", "val"]).to_numpy()
-    z = latents(adata, use_rep)[torch.as_tensor(rows)].numpy()
-    return ad.AnnData(obs=adata.obs[rows].copy(), obsm={use_rep: np.ascontiguousarray(z)})

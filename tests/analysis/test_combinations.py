@@ -15,7 +15,8 @@ from cellop_nb.analysis.combinations import (
     sequence,
 )
 from cellop_nb.analysis.formulas import Undefined
-from cellop_nb.analysis.selection import Complexity, fit_response, leave_out, what_to_leave_out
+from cellop_nb.analysis.selection import leave_out, what_to_leave_out
+from cellop_nb.analysis.transfer import Complexity, fit_response
 from cellop_nb.errors import HoldoutError, LabelError, ModelError
 from cellop_nb.models.affine import AffineOperator
 from cellop_nb.models.conditions import Condition
@@ -76,9 +77,9 @@ def test_unknown_rule_and_perturbation_are_refused(response):
     with pytest.raises(LabelError, match="drug 9"):
         combine(response.operators, "drug 1+drug 9", rule="composition")
     with pytest.raises(Undefined, match="drug 9"):
-        response_operator(response, "drug 1+drug 9", "type A", torch.zeros(3, 4))
+        response_operator(response, "drug 1+drug 9", "type A")
     with pytest.raises(Undefined, match="not a combination"):
-        response_operator(response, "drug 1", "type A", torch.zeros(3, 4), rule="composition")
+        response_operator(response, "drug 1", "type A", rule="composition")
 
 
 def test_sequence_of_part_strengths(response):
@@ -229,7 +230,7 @@ def test_unseen_perturbation_is_predicted_from_features(described):
     adata, features, shift = described
     response = fit_response(adata, Complexity(rank=0), context_key=None, features=features)
     start = torch.as_tensor(adata.obsm["X_nbvae"][:60])
-    moved = response.operator("p7", "all", start)(start)
+    moved = response.operator("p7", "all")(start)
     gap = (moved.mean(0) - start.mean(0)).numpy() - shift[7]
     assert np.linalg.norm(gap) < 0.25 * np.linalg.norm(shift[7])
 

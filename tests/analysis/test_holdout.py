@@ -8,7 +8,10 @@ import torch
 from cellop_nb import datasets, energy_distance, split
 from cellop_nb.analysis.budget import STAGES, advice, error_budget
 from cellop_nb.analysis.holdout import OPERATORS, holdout, strongest_group
-from cellop_nb.analysis.selection import Complexity, borrowing, choose, fit_response, leave_contexts_out
+from cellop_nb.analysis.selection import CANDIDATES as DEFAULTS
+from cellop_nb.analysis.selection import choose, leave_contexts_out, leave_out, what_to_leave_out
+from cellop_nb.analysis.transfer import Complexity, Fits, borrowing, fit_response, latents_only
+from cellop_nb.analysis.views import CountView, LatentView
 from cellop_nb.errors import HoldoutError, LabelError, ModelError
 
 QUICK = {
@@ -170,14 +173,20 @@ def test_one_context_leaves_nothing_to_choose_by():
 
 
 def test_borrowing_prefers_the_near():
-    controls = {"near": torch.zeros(10, 2), "far": torch.full((10, 2), 9.0)}
-    shares = dict(borrowing(torch.ones(5, 2), controls, 1.0))
+    sources = {"near": np.zeros(2), "far": np.full(2, 9.0)}
+    shares = borrowing(np.ones(2), sources, 4.0)
     assert shares["near"] > 0.99 and sum(shares.values()) == pytest.approx(1.0)
-    assert dict(borrowing(torch.ones(5, 2), controls, 0.0))["far"] == pytest.approx(0.5)
+    assert borrowing(np.ones(2), sources, 0.0)["far"] == pytest.approx(0.5)
+    assert borrowing(np.zeros(2), sources, 2.0) == pytest.approx({"near": 1.0, "far": 0.0})
 
 
-def test_borrowed_response_is_that_of_the_neighbour():
-    """Two families of contexts respond in opposite ways; a new context near one of them responds as it does."""
+def test_shares_fall_with_the_power_of_the_distance():
+    shares = borrowing(np.zeros(1), {"one": np.ones(1), "three": np.full(1, 3.0)}, 2.0)
+    assert shares["one"] / shares["three"] == pytest.approx(9.0)
+
+
+def two_families():
+    """Contexts a and b respond in one way, the far c, d and e in the opposite one."""
     adata = planted_latents(0.0)
     z = adata.obsm["X_nbvae"].copy()
     far = adata.obs["cell_type"].isin(["c", "d", "e"]).to_numpy()
@@ -185,10 +194,109 @@ def test_borrowed_response_is_that_of_the_neighbour():
     z[far] += 30.0
     z[far & drug] -= [4.0, -4.0]
     adata.obsm["X_nbvae"] = z
-    local = Complexity(rank=0, ridge=0.0, context_rank=0, locality=1.0)
+    return adata, drug
+
+
+def test_a_new_context_responds_as_its_neighbours():
+    adata, drug = two_families()
+    local = Complexity(rank=0, ridge=0.0, locality=4.0)
     for left_out in ("a", "c"):
         here = (adata.obs["cell_type"] == left_out).to_numpy()
         response = fit_response(adata[~(here & drug)].copy(), local)
-        start, real = (torch.as_tensor(z[here & side]) for side in (~drug, drug))
-        moved = response.operator("drug", left_out, start)(start)
+        start, real = (torch.as_tensor(adata.obsm["X_nbvae"][here & side]) for side in (~drug, drug))
+        moved = response.operator("drug", left_out)(start)
         assert energy_distance(moved, real) < 0.2 * energy_distance(start, real)
+
+
+def test_a_measured_context_has_its_own_mean():
+    """With departures, the mean moved cell of a measured group is the group's mean."""
+    adata, drug = two_families()
+    response = fit_response(adata, Complexity(rank=0, ridge=0.0, locality=2.0))
+    for context in ("a", "e"):
+        here = (adata.obs["cell_type"] == context).to_numpy()
+        start, real = (torch.as_tensor(adata.obsm["X_nbvae"][here & side]) for side in (~drug, drug))
+        moved = response.operator("drug", context)(start)
+        torch.testing.assert_close(moved.mean(0), real.mean(0), atol=1e-3, rtol=0)
+        assert response.shares("drug", context) == {context: 1.0}
+
+
+def test_parts_of_a_combination_are_borrowed_each():
+    adata, drug = two_families()
+    obs = adata.obs.copy()
+    obs["perturbation"] = np.where(drug & (np.arange(len(obs)) % 2 == 0), "other", obs["perturbation"])
+    adata.obs = obs
+    response = fit_response(adata, Complexity(rank=0, ridge=0.0, locality=2.0))
+    both = response.operator("drug+other", "a").shift
+    alone = [response.operator(name, "a").shift for name in ("drug", "other")]
+    torch.testing.assert_close(both, alone[0] + alone[1])
+
+
+KEYS = {
+    "use_rep": "X_nbvae",
+    "perturbation_key": "perturbation",
+    "context_key": "cell_type",
+    "control": "control",
+}
+
+
+class Biased(LatentView):
+    """A decoder that misses a known change of level in every perturbed cell."""
+
+    missed = np.array([0.5, -1.0])
+
+    def real_level(self, rows):
+        return super().real_level(rows) + self.missed
+
+
+def test_the_remainder_is_what_the_decoder_misses():
+    cells = latents_only(planted_latents(0.0), "X_nbvae", "split")
+    view = Biased(cells, **KEYS)
+    fits = Fits(cells, view, keys=KEYS | {"split_key": "split"}, training={})
+    found = fits.response(frozenset(), Complexity(rank=0, ridge=0.0, remainder=True)).remainders["drug"]
+    np.testing.assert_allclose(found, Biased.missed, atol=0.1)
+
+
+def test_one_context_has_no_remainder():
+    cells = latents_only(planted_latents(0.0), "X_nbvae", "split")
+    cells = cells[cells.obs["cell_type"].isin(["a", "b"])].copy()
+    fits = Fits(cells, LatentView(cells, **KEYS), keys=KEYS | {"split_key": "split"}, training={})
+    alone = frozenset({("b", "drug")})
+    assert not fits.response(alone, Complexity(rank=0, ridge=0.0, remainder=True)).remainders
+
+
+def test_groups_are_left_out_where_the_context_is_known():
+    groups = [(c, p) for c in "xyz" for p in "AB"]
+    assert what_to_leave_out(groups, [("x", "C")]) == "group"
+    assert what_to_leave_out(groups, [("w", "A")]) == "context"
+    adata, drug = two_families()
+    obs = adata.obs.copy()
+    obs["perturbation"] = np.where(drug & (np.arange(len(obs)) % 2 == 0), "other", obs["perturbation"])
+    adata.obs = obs
+    table = leave_out(
+        adata, [Complexity(rank=0), Complexity(rank=0, locality=4.0)], over="group", progress=False
+    )
+    assert set(table["group"]) == {f"{c}, {p}" for c in "abcde" for p in ("drug", "other")}
+    assert choose(table, [Complexity(rank=0), Complexity(rank=0, locality=4.0)]).locality == 4.0
+
+
+def test_few_folds_are_enough():
+    table = leave_out(planted_latents(0.0), CANDIDATES[:1], max_folds=3, progress=False)
+    assert table["group"].nunique() == 3
+
+
+def test_the_pure_shift_is_tried_first():
+    assert DEFAULTS[0] == Complexity(rank=0, ridge=0.0) and len(set(DEFAULTS)) == len(DEFAULTS)
+
+
+def test_counts_are_viewed_as_they_are_scored(result, screen):
+    """The view used for the choice gives the numbers of the table."""
+    fitted = result.fits[0]
+    train = screen[:, list(result.real.var_names)].copy()
+    train = train[~train.obs_names.isin(result.real.obs_names)].copy()
+    train.obsm["X_nbvae"] = fitted.latents
+    view = CountView(train, fitted.vae, result.space)
+    rows = view.rows("type A", "control")
+    unmoved = view.moved(rows, view.z[rows], None)
+    np.testing.assert_array_equal(unmoved.numpy(), train[rows].X.toarray())
+    np.testing.assert_allclose(view.level(unmoved, rows), view.real_level(rows), rtol=1e-5)
+    assert view.energy(unmoved, rows) <= 0

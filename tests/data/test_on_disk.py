@@ -68,7 +68,7 @@ def test_a_pass_visits_every_chosen_cell_once_in_the_same_order(pair, monkeypatc
             same(one, two)
             seen += two.index.tolist()
         assert sorted(seen) == rows.tolist() and seen != rows.tolist()
-    plain = [batch for batch in disk.loader(rows, batch_size=10, shuffle=False)]
+    plain = list(disk.loader(rows, batch_size=10, shuffle=False))
     assert torch.cat([batch.index for batch in plain]).tolist() == rows.tolist()
     assert len(plain) == len(disk.loader(rows, batch_size=10))
     dropped = list(disk.loader(rows, batch_size=10, drop_last=True))

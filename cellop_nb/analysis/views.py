@@ -1,0 +1,131 @@
+"""Training cells where predictions are judged: as decoded counts, or as latents where there is no decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data.batches import model_counts
+from ..data.contract import context_labels, obs_labels
+from ..models.coupling import carried_mean, carry_counts, levels
+from ..models.energy import energy_distance
+from ..models.vae import NBVAE
+from .formulas import e_distance
+from .predict import latents
+from .space import EvaluationSpace
+
+
+class LatentView:
+    """Latents, scored by their energy distance (Euclidean, U-statistic).
+
+    Parameters
+    ----------
+    adata
+        Training cells with latents in ``obsm[use_rep]``.
+    max_cells
+        Cells per group that are looked at.
+
+    Attributes
+    ----------
+    z : Tensor
+        (cell, d) latents.
+    contexts, perturbations : ndarray
+        (cell,) labels.
+    """
+
+    def __init__(
+        self,
+        adata,
+        *,
+        use_rep: str = "X_nbvae",
+        perturbation_key: str = "perturbation",
+        context_key: str | Sequence[str] | None = "cell_type",
+        control: str = "control",
+        max_cells: int = 300,
+    ):
+        self.z = latents(adata, use_rep)
+        self.contexts = context_labels(adata, context_key).to_numpy()
+        self.perturbations = obs_labels(adata, perturbation_key).to_numpy()
+        self.control, self.max_cells = control, max_cells
+
+    def groups(self) -> list[tuple[str, str]]:
+        """Perturbed (context, perturbation) groups, sorted."""
+        pairs = sorted(set(zip(self.contexts, self.perturbations, strict=True)))
+        return [pair for pair in pairs if pair[1] != self.control]
+
+    def rows(self, context: str, perturbation: str) -> np.ndarray:
+        """Rows of a group, (cell,); the first `max_cells` of them."""
+        here = (self.contexts == context) & (self.perturbations == perturbation)
+        return np.flatnonzero(here)[: self.max_cells]
+
+    def profiles(self) -> dict[str, np.ndarray]:
+        """Mean control cell of each context, by which contexts are compared."""
+        names = sorted(set(self.contexts[self.perturbations == self.control]))
+        return {name: self.profile(self.rows(name, self.control)) for name in names}
+
+    def profile(self, rows: np.ndarray) -> np.ndarray:
+        """Mean of cells in the space where contexts are compared."""
+        return self.z[rows].mean(0).numpy()
+
+    def moved(self, rows: np.ndarray, z: Tensor, remainder: np.ndarray | None, seed: int = 0):
+        """Cells `rows` with their latents at `z` (cell, d), and what the decoder misses added."""
+        return z if remainder is None else z + torch.as_tensor(remainder).to(z)
+
+    def level(self, cells, rows: np.ndarray) -> np.ndarray:
+        """Mean level of :meth:`moved` cells that come from `rows`."""
+        return cells.mean(0).numpy()
+
+    def real_level(self, rows: np.ndarray) -> np.ndarray:
+        """Mean level of real cells."""
+        return self.z[rows].mean(0).numpy()
+
+    def energy(self, cells, real: np.ndarray) -> float:
+        """Energy distance (Euclidean, U-statistic) of :meth:`moved` cells to the real cells `real`."""
+        return float(energy_distance(cells, self.z[real]))
+
+
+class CountView(LatentView):
+    """Counts carried by the decoder, scored in the principal components of log1p-CP10k.
+
+    Parameters
+    ----------
+    adata
+        Training cells with raw counts of the genes of `space` and latents in ``obsm[use_rep]``.
+    vae
+        The decoder; its genes are those of `space`.
+    space
+        Fitted on training cells.
+    """
+
+    def __init__(self, adata, vae: NBVAE, space: EvaluationSpace, *, layer: str | None = None, **keys):
+        super().__init__(adata, **keys)
+        matrix = model_counts(adata, vae, layer=layer)
+        self.vae, self.space = vae.eval(), space
+        self.counts, self.library = matrix.csr[:, : vae.n_genes], matrix.library
+        self.covariates: Mapping[str, Tensor] = matrix.covariates
+
+    def profile(self, rows: np.ndarray) -> np.ndarray:
+        return self.space.transform(self.counts[rows]).mean(0)
+
+    @torch.no_grad()
+    def moved(self, rows: np.ndarray, z: Tensor, remainder: np.ndarray | None, seed: int = 0):
+        x, library = torch.from_numpy(self.counts[rows].toarray()), self.library[rows]
+        given = {name: codes[rows] for name, codes in self.covariates.items()}
+        before = self.vae.decode(self.z[rows], library, given).mean
+        after = self.vae.decode(z, library, given).mean
+        extra = None if remainder is None else torch.as_tensor(remainder, dtype=x.dtype)
+        mean = carried_mean(x, library, before, after, extra)
+        return carry_counts(mean, torch.Generator().manual_seed(seed))
+
+    def level(self, cells, rows: np.ndarray) -> np.ndarray:
+        return levels(cells, self.library[rows]).mean(0).numpy()
+
+    def real_level(self, rows: np.ndarray) -> np.ndarray:
+        return self.level(torch.from_numpy(self.counts[rows].toarray()), rows)
+
+    def energy(self, cells, real: np.ndarray) -> float:
+        pair = (self.space.project(self.space.transform(x)) for x in (cells.numpy(), self.counts[real]))
+        return e_distance(*pair)
