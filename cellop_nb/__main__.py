@@ -1,4 +1,4 @@
-"""The command line: `python3 -m cellop_nb run | test | lab | notebooks | params | sweep | holdout | bench`.
+"""The command line: `python3 -m cellop_nb run | test | lab | notebooks | params | sweep | holdout | bench | docs`.
 
 Standard library only until the environment exists, so that a fresh machine needs nothing but Python and git.
 """
@@ -17,7 +17,7 @@ from importlib import import_module
 #   add_arguments(parser), main(args) -> exit code
 #   check(args)     optional: refuses bad input before the environment is made
 # and imports only the standard library at its top.
-COMMANDS = ("run", "test", "lab", "notebooks", "params", "sweep", "holdout", "bench")
+COMMANDS = ("run", "test", "lab", "notebooks", "params", "sweep", "holdout", "bench", "docs")
 
 _DESCRIPTION = """\
 Learn what perturbations do to single cells, in notebooks.

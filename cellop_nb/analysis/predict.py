@@ -50,7 +50,9 @@ def embed(
     loader = counts.loader(batch_size=batch_size, shuffle=False, device=device)
     # A bar is for work that takes long enough to wonder about.
     loader = tqdm(loader, desc="embedding", disable=len(loader) < 20)
-    parts = [vae.encode(SparseCounts.of(batch), batch.library, batch.covariates).loc.cpu() for batch in loader]
+    parts = [
+        vae.encode(SparseCounts.of(batch), batch.library, batch.covariates).loc.cpu() for batch in loader
+    ]
     adata.obsm[key_added] = torch.cat(parts).numpy()
 
 

@@ -1,0 +1,37 @@
+"""The documentation site; `python3 -m cellop_nb docs` prepares the generated pages and builds it."""
+
+from cellop_nb import __version__
+
+project = "cellop_nb"
+author = copyright = "the cellop_nb developers"
+release = version = __version__
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.mathjax",
+]
+exclude_patterns = ["_build", "readme_figure.py"]
+suppress_warnings = [
+    "mystnb.unknown_mime_type"
+]  # live plots leave a picture beside what only a kernel can show
+
+# notebooks are shown as they were committed: executed, never run here
+nb_execution_mode = "off"
+myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 3
+
+napoleon_google_docstring = False
+napoleon_use_rtype = False
+napoleon_use_param = False
+napoleon_use_ivar = True
+autodoc_typehints = "none"
+autodoc_member_order = "bysource"
+autodoc_default_options = {"exclude-members": "training"}
+add_module_names = False
+
+html_theme = "furo"
+html_title = "cellop_nb"
+html_copy_source = False
+html_theme_options = {"source_repository": "", "navigation_with_keys": True}
