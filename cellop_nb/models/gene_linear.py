@@ -86,10 +86,7 @@ class GeneLinear(nn.Module):
 
     def forward(self, x: LogNormalised) -> Tensor:
         """(cell, out)."""
-        if x.counts is None:
-            out = x.dense @ self.weight
-        else:
-            out = _Product.apply(self.weight, x.values, x.counts)
+        out = x.dense @ self.weight if x.counts is None else _Product.apply(self.weight, x.values, x.counts)
         if self.covariates is not None:
             out = out + x.covariates @ self.covariates
         return out if self.bias is None else out + self.bias

@@ -25,7 +25,7 @@ from ..models.affine import AffineOperator
 from ..models.algebra import check_strength
 from ..models.coupling import carried_mean, carry_counts
 from ..models.energy import energy_distance, self_distance
-from ..models.networks import COUNTS_PER_CELL
+from ..models.gene_linear import COUNTS_PER_CELL
 from ..models.operators import OperatorModel
 from ..models.vae import NBVAE
 from .questions import Answer, Question
