@@ -13,8 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..analysis.combinations import RULES
-from ..errors import CellopError, did_you_mean, three_beats
+from ..errors import CellopError, LabelError, did_you_mean, three_beats
 from ..files import write_whole
+from . import parameters
 from .controls import button, spoken
 from .figures.explorer import ExplorerSheet
 from .questions import Answer, Question
@@ -23,12 +24,7 @@ from .virtual import VirtualCells
 log = logging.getLogger("cellop_nb")
 
 NOTHING = "(none)"
-TOGETHER = {
-    "together: shared axes": "axes",
-    "together: sum of generators": "generator",
-    "first, then second": "sequence",
-    "second, then first": "reverse sequence",
-}
+TOGETHER = dict(zip(parameters.TOGETHER, ("axes", "generator", "sequence", "reverse sequence"), strict=True))
 """How two perturbations are combined, in words."""
 
 
@@ -41,8 +37,8 @@ class Explorer:
         With raw counts and latents (:func:`cellop_nb.embed`).
     vae, operators
         Trained models.
-    context, perturbation, strength, reverse, gene
-        Where to start; every one is a widget too. By default the first context and perturbation at full strength, and
+    context, perturbation, second, together, strength, reverse, gene
+        Where to start; every one is a widget too, and an empty text is None. By default the first context and perturbation at full strength, and
         the gene that changes most.
     folder
         Where "export" writes; the working directory by default.
@@ -76,18 +72,20 @@ class Explorer:
         perturbation: str | tuple[str, ...] | None = None,
         strength: float = 1.0,
         reverse: bool = False,
+        second: str | None = None,
+        together: str = parameters.TOGETHER[0],
         gene: str | None = None,
         folder: str | Path = ".",
         **settings,
     ):
         self.cells = VirtualCells(adata, vae, operators, **settings)
-        self.folder, self.gene = Path(folder), gene
+        self.folder, self.gene = Path(folder), gene or None
         self._sheet, self._lock = ExplorerSheet(), threading.RLock()
         self.refusal, self.picture, self._following = "", b"", False
-        first = self.cells.perturbations[0] if perturbation is None else perturbation
-        place = self.cells.contexts[0] if context is None else context
-        self.question = Question(first, place, float(strength), reverse=bool(reverse))
-        self.answer: Answer = self.cells.ask(self.question, gene=gene)
+        first, place = perturbation or self.cells.perturbations[0], context or self.cells.contexts[0]
+        together = combined(first, second, together) if second else {"perturbation": first}
+        self.question = Question(context=place, strength=float(strength), reverse=bool(reverse), **together)
+        self.answer: Answer = self.cells.ask(self.question, gene=self.gene)
         self._draw()
         self._build()
 
@@ -115,18 +113,9 @@ class Explorer:
             self._tell()
         return self.answer
 
-    def choose(self, first: str, second: str = NOTHING, together: str = "together: shared axes") -> Answer:
+    def choose(self, first: str, second: str = NOTHING, together: str = parameters.TOGETHER[0]) -> Answer:
         """Choose one perturbation, or two and how they are combined (a key of :data:`TOGETHER`)."""
-        if together not in TOGETHER:
-            raise CellopError(
-                three_beats(f"one of {list(TOGETHER)}", repr(together), did_you_mean(together, TOGETHER))
-            )
-        if second in (NOTHING, first):
-            return self.show(perturbation=first)
-        way = TOGETHER[together]
-        if way in RULES:
-            return self.show(perturbation=f"{first}+{second}", rule=way)
-        return self.show(perturbation=(first, second) if way == "sequence" else (second, first))
+        return self.show(**combined(first, second, together))
 
     def export(self, path: str | Path | None = None) -> Path:
         """Write the moved cells as AnnData (``.h5ad``), in one step.
@@ -255,6 +244,18 @@ class Explorer:
 
     def _repr_mimebundle_(self, **kwargs):
         return spoken(self.panel, "Virtual-cell explorer (it needs a running kernel)", **kwargs)
+
+
+def combined(first: str, second: str, together: str) -> dict[str, object]:
+    """Perturbation and rule of a question about one perturbation or two."""
+    if together not in TOGETHER:
+        raise LabelError(three_beats(f"one of {list(TOGETHER)}", repr(together), did_you_mean(together, TOGETHER)))
+    if second in (NOTHING, first):
+        return {"perturbation": first}
+    way = TOGETHER[together]
+    if way in RULES:
+        return {"perturbation": f"{first}+{second}", "rule": way}
+    return {"perturbation": (first, second) if way == "sequence" else (second, first)}
 
 
 def _given(value):

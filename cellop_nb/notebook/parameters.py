@@ -50,6 +50,24 @@ OPERATOR_EPOCHS = Parameter("max_epochs", "int", 20, "epochs of 20 steps, each o
 OPERATOR_RATE = Parameter("learning_rate", "float", 1e-2, "of Adam, cosine decay", minimum=1e-7, maximum=1)
 CELLS_PER_GROUP = Parameter("cells_per_group", "int", 128, "cells of a group and side in one step", minimum=2)
 
+# how the explorer puts two perturbations together, in its own words; `explorer.TOGETHER` says what each does
+TOGETHER = (
+    "together: shared axes",
+    "together: sum of generators",
+    "first, then second",
+    "second, then first",
+)
+# each is a widget of the explorer too
+VIRTUAL = (
+    Parameter("context", "str", "", "context whose cells are moved; empty: where the effect is largest"),
+    Parameter("perturbation", "str", "", "perturbation to start with; empty: the largest effect"),
+    Parameter("second", "str", "", "perturbation given beside it; empty: none"),
+    Parameter("together", "str", TOGETHER[0], "how the two are combined", choices=TOGETHER),
+    Parameter("strength", "float", 1.0, "strength; 1 is the measured one", minimum=0, maximum=1.5),
+    Parameter("reverse", "bool", False, "lead perturbed cells back to the control cells"),
+    Parameter("gene", "str", "", "gene whose counts are shown; empty: the one that changes most"),
+)
+
 # notebooks that fit both models name the two lengths apart
 EPOCHS = (
     replace(VAE_EPOCHS, name="max_epochs_vae"),
@@ -87,6 +105,7 @@ NOTEBOOKS: dict[str, tuple[Parameter, ...]] = {
         Parameter("n_seeds", "int", 1, "fits whose predictions are pooled", minimum=1, maximum=20),
         SEED, RUN_DIR,
     ),
+    "07_virtual_cells": (*DATA, *VIRTUAL, SEED, RUN_DIR),
 }  # fmt: skip
 
 

@@ -157,6 +157,18 @@ class VirtualCells:
             ).power(check_strength(strength))
         return sequence(self.operators, [(step, strength) for step in steps], context, **known)
 
+    def measured(self, context: str) -> list[str]:
+        """Perturbations, combinations included, of which the data hold cells in this context."""
+        return sorted(set(self._labels[self._contexts == context]) - {self.control})
+
+    def source(self, question: Question) -> Tensor:
+        """Latents (cell, d) of the cells that a question moves, at most as many as an energy distance takes."""
+        return self._z[self._cloud(self._sides(question)[0], "energy")]
+
+    def target(self, question: Question) -> Tensor:
+        """Latents (cell, d) of the real cells that the moved ones are compared with."""
+        return self._z[self._cloud(self._sides(question)[1], "energy")]
+
     def to_adata(self, question: Question) -> ad.AnnData:
         """The moved cells with sampled counts, as :func:`cellop_nb.predict` gives them, for further analysis.
 

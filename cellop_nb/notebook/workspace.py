@@ -184,6 +184,12 @@ class Workspace:
         """Write the figure as PNG and show it."""
         return show(figure, inside(self.folder / "figures", f"{name}.png"))
 
+    def picture(self, image, name: str):
+        """Write an `IPython.display.Image` of PNG and show it."""
+        path = inside(self.folder / "figures", f"{name}.png")
+        write_whole(path, lambda part: part.write_bytes(image.data))
+        return image
+
     def table(self, table: pd.DataFrame, name: str) -> Path:
         """Write a table as CSV."""
         return self._write(f"{name}.csv", lambda path: table.to_csv(path, index=False))

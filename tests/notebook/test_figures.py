@@ -91,6 +91,11 @@ FIGURES = {
             {"parameter": ["a.weight", "b.bias"], "reached": [1.0, 0.0], "grad_norm": [2.0, 0.0], "norm": 1.0}
         )
     ),
+    "strength_curves": lambda: figures.strength_curves(
+        pd.DataFrame({"strength": [0, 1, 1.5] * 2, "energy": [0.0, 1, 2] * 2, "target": ["$x"] * 3 + ["_y"] * 3}),
+        _genes("group").assign(gene="$G", lfc=0.1, strength=1.0),
+        floor=0.1,
+    ),
     "planted_vs_learned": lambda: figures.planted_vs_learned({"$g_": np.eye(4)}, {"$g_": np.eye(4) + 0.1}),
 }
 

@@ -29,6 +29,7 @@ from cellop_nb.notebook.figures.style import (
 )
 from cellop_nb.notebook.figures.sweep import parallel_coordinates, sweep_effects, sweep_map
 from cellop_nb.notebook.figures.training import training_curves
+from cellop_nb.notebook.figures.virtual import strength_curves
 
 __all__ = [
     "DIVERGING",
@@ -55,6 +56,7 @@ __all__ = [
     "safe",
     "show",
     "spectra",
+    "strength_curves",
     "sweep_effects",
     "sweep_map",
     "training_curves",

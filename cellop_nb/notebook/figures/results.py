@@ -16,7 +16,12 @@ _ENERGY = "energy distance (Euclidean, U-statistic)"
 
 
 def energy_bars(
-    table: pd.DataFrame, *, methods: Sequence[str] | None = None, value: str = "energy", unit: str = _ENERGY
+    table: pd.DataFrame,
+    *,
+    methods: Sequence[str] | None = None,
+    value: str = "energy",
+    unit: str = _ENERGY,
+    target: str = "the real perturbed cells",
 ) -> Figure:
     """Energy distance to the real perturbed cells per group, methods side by side, the noise floor drawn in.
 
@@ -29,6 +34,8 @@ def energy_bars(
         Order of the methods; that of the table by default.
     value, unit
         Another column to draw, and its axis label.
+    target
+        What the distances lead to.
     """
     need(table, "method", value)
     table = table.assign(group=group_labels(table))
@@ -51,7 +58,7 @@ def energy_bars(
     s.long_names(ax, groups, "y")
     ax.set_ylim(len(groups) - 0.45, -0.55)
     s.legend(ax, *handles, outside=True)
-    return s.label(ax, "Distance to the real perturbed cells (shorter is better)", unit).get_figure()
+    return s.label(ax, f"Distance to {target} (shorter is better)", unit).get_figure()
 
 
 def _method_bars(
