@@ -38,8 +38,8 @@ class Explorer:
     vae, operators
         Trained models.
     context, perturbation, second, together, strength, reverse, gene
-        Where to start; every one is a widget too, and an empty text is None. By default the first context and perturbation at full strength, and
-        the gene that changes most.
+        Where to start; every one is a widget too, and an empty text is None. By default the first context and
+        perturbation at full strength, and the gene that changes most.
     folder
         Where "export" writes; the working directory by default.
     **settings
@@ -249,7 +249,9 @@ class Explorer:
 def combined(first: str, second: str, together: str) -> dict[str, object]:
     """Perturbation and rule of a question about one perturbation or two."""
     if together not in TOGETHER:
-        raise LabelError(three_beats(f"one of {list(TOGETHER)}", repr(together), did_you_mean(together, TOGETHER)))
+        raise LabelError(
+            three_beats(f"one of {list(TOGETHER)}", repr(together), did_you_mean(together, TOGETHER))
+        )
     if second in (NOTHING, first):
         return {"perturbation": first}
     way = TOGETHER[together]

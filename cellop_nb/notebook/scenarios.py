@@ -67,4 +67,6 @@ def dose_response(
         shown = answer.genes.set_index("gene").loc[leaders, ["lfc", "low", "high"]].reset_index()
         genes.append(shown.assign(strength=strength))
     distances = pd.DataFrame(rows, columns=["strength", "energy", "target"])
-    return distances.sort_values("target", kind="stable", ignore_index=True), pd.concat(genes, ignore_index=True)
+    return distances.sort_values("target", kind="stable", ignore_index=True), pd.concat(
+        genes, ignore_index=True
+    )

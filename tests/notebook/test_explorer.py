@@ -17,6 +17,7 @@ from cellop_nb.notebook import virtual
 from cellop_nb.notebook.explorer import NOTHING, Explorer
 from cellop_nb.notebook.figures.explorer import N_GENES, leading
 from cellop_nb.notebook.questions import Question
+from cellop_nb.notebook.scenarios import dose_response, ways_to_combine
 from cellop_nb.notebook.virtual import VirtualCells
 from cellop_nb.training.operators import new_operators
 from cellop_nb.training.vae import new_vae
@@ -309,3 +310,29 @@ def test_ground_is_painted_anew_only_where_it_changed(explorer):
     ground = explorer._sheet.sheet._ground
     explorer.show(strength=0.8)
     assert explorer._sheet.sheet._ground is ground, "a slider moves cells, not the axes"
+
+
+# -- series of questions
+
+
+def test_every_way_to_build_a_pair_is_compared_with_the_cells_that_got_both(cells):
+    table = ways_to_combine(cells, "type A")
+    energy = table.set_index("method")["energy"]
+    assert set(table["group"]) == {"drug 1+drug 2"}
+    assert energy["in the label's order"] == cells.ask(Question(("drug 1", "drug 2"), "type A")).energy
+    assert energy["in the other order"] == cells.ask(Question(("drug 2", "drug 1"), "type A")).energy
+    assert (
+        energy["sum of generators"] == cells.ask(Question("drug 1+drug 2", "type A", rule="generator")).energy
+    )
+    assert energy["no change"] == cells.ask(Question("drug 1+drug 2", "type A")).energy_start
+    assert table["floor"].nunique() == 1
+
+
+def test_a_dose_leads_away_from_the_source_and_towards_the_real_cells(cells):
+    distances, genes = dose_response(cells, Question("drug 1", "type A"), [0.0, 0.5, 1.0], n_genes=2)
+    by_target = distances.pivot(index="strength", columns="target", values="energy")
+    assert by_target["the unmoved cells"].is_monotonic_increasing
+    assert by_target["the real cells aimed at"].is_monotonic_decreasing
+    assert by_target.loc[0.0, "the unmoved cells"] < 0, "a U-statistic of a cloud with itself"
+    assert genes.groupby("gene").size().tolist() == [3] * 4
+    assert (genes.loc[genes["strength"] == 0, "lfc"].abs() < 1e-5).all()

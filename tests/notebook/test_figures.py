@@ -92,7 +92,9 @@ FIGURES = {
         )
     ),
     "strength_curves": lambda: figures.strength_curves(
-        pd.DataFrame({"strength": [0, 1, 1.5] * 2, "energy": [0.0, 1, 2] * 2, "target": ["$x"] * 3 + ["_y"] * 3}),
+        pd.DataFrame(
+            {"strength": [0, 1, 1.5] * 2, "energy": [0.0, 1, 2] * 2, "target": ["$x"] * 3 + ["_y"] * 3}
+        ),
         _genes("group").assign(gene="$G", lfc=0.1, strength=1.0),
         floor=0.1,
     ),

@@ -9,7 +9,9 @@ from cellop_nb.notebook.figures import style as s
 from cellop_nb.notebook.figures.tables import need
 
 
-def strength_curves(table: pd.DataFrame, genes: pd.DataFrame | None = None, *, floor: float | None = None) -> Figure:
+def strength_curves(
+    table: pd.DataFrame, genes: pd.DataFrame | None = None, *, floor: float | None = None
+) -> Figure:
     """The way from the control cells to the perturbed ones: distances and, on request, genes by strength.
 
     Parameters
@@ -22,9 +24,13 @@ def strength_curves(table: pd.DataFrame, genes: pd.DataFrame | None = None, *, f
         Noise floor of the distances.
     """
     need(table, "strength", "energy", "target")
-    fig, axes = s.canvas(1, 1 if genes is None else 2, height=3.0, width=s.WIDTH if genes is not None else 4.6)
+    fig, axes = s.canvas(
+        1, 1 if genes is None else 2, height=3.0, width=s.WIDTH if genes is not None else 4.6
+    )
     for i, (target, rows) in enumerate(table.groupby("target", sort=False)):
-        axes[0].plot(rows["strength"], rows["energy"], label=s.safe(target), markersize=4, **s.mark(i) | s.line(i))
+        axes[0].plot(
+            rows["strength"], rows["energy"], label=s.safe(target), markersize=4, **s.mark(i) | s.line(i)
+        )
     if floor is not None:
         axes[0].axhline(floor, color=s.INK, linewidth=1.0, linestyle=(0, (1, 2)), label="noise floor")
     s.label(axes[0], "Distance of the moved cells", "strength (1: measured)", "energy distance (Euclid, U)")
@@ -32,7 +38,9 @@ def strength_curves(table: pd.DataFrame, genes: pd.DataFrame | None = None, *, f
     if genes is not None:
         need(genes, "strength", "gene", "lfc")
         for i, (gene, rows) in enumerate(list(genes.groupby("gene", sort=False))[:7]):
-            axes[1].plot(rows["strength"], rows["lfc"], label=s.safe(gene), markersize=4, **s.mark(i) | s.line(i))
+            axes[1].plot(
+                rows["strength"], rows["lfc"], label=s.safe(gene), markersize=4, **s.mark(i) | s.line(i)
+            )
             if {"low", "high"} <= set(rows):
                 axes[1].fill_between(
                     rows["strength"], rows["low"], rows["high"], color=s.OKABE_ITO[i], alpha=0.15, linewidth=0
