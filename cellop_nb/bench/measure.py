@@ -65,9 +65,10 @@ def child(module: str, function: str, arguments: dict) -> dict:
     """In the fresh process: make the call to measure, then the peak memory that it adds and its time."""
     call = getattr(importlib.import_module(module), function)(**arguments)
     _give_back()
-    before, wall = peak_mb(restart=True), time.perf_counter()
+    before, wall, cpu = peak_mb(restart=True), time.perf_counter(), time.process_time()
     call()
-    return {"seconds": time.perf_counter() - wall, "extra_mb": peak_mb() - before}
+    seconds, cpu_seconds = time.perf_counter() - wall, time.process_time() - cpu
+    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "extra_mb": peak_mb() - before}
 
 
 def _give_back() -> None:
@@ -77,7 +78,7 @@ def _give_back() -> None:
 
 
 def in_fresh_process(module: str, function: str, arguments: dict, timeout: float = 600) -> dict:
-    """``{"extra_mb", "seconds"}`` of the call that ``module.function(**arguments)`` returns, in a new one.
+    """``{"extra_mb", "seconds", "cpu_seconds"}`` of the call that ``module.function(**arguments)`` returns, in a new one.
 
     Extra memory is the peak above what importing and making the input took.
     """

@@ -17,7 +17,7 @@ from cellop_nb.files import write_whole
 SUMMARY = "measure speed and memory, beside the peers that are installed"
 EXTRAS = ()  # the peers are optional: those that are absent are named as such
 
-SECTIONS = ("vae", "energy", "operator")
+SECTIONS = ("vae", "energy", "operator", "scale")
 _PACKAGES = (
     "cellop_nb", "torch", "numpy", "scipy", "anndata", "scvi-tools", "geomloss", "pykeops", "dcor",
 )  # fmt: skip
@@ -26,6 +26,7 @@ _UNITS = {  # column: (title, factor, format)
     "cpu_seconds": ("CPU ms", 1e3, "{:,.2f}"),
     "guard_seconds": ("guard CPU ms", 1e3, "{:.3f}"),
     "bound_seconds": ("products alone, ms", 1e3, "{:,.2f}"),
+    "stage_seconds": ("s", 1, "{:,.1f}"),
     "fit_seconds": ("fit, s", 1, "{:.1f}"),
     "extra_mb": ("extra MB", 1, "{:,.1f}"),
     "extra_share": ("of before's", 100, "{:.1f} %"),
