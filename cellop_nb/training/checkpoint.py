@@ -8,19 +8,22 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import CheckpointError, did_you_mean, three_beats
+from ..errors import CheckpointError, ModelError, did_you_mean, three_beats
 from ..files import write_whole
 from ..models.operators import OperatorModel
 from ..models.vae import NBVAE
 
-SCHEMA = 1
-"""Version of the file's layout; a file with a higher one is refused."""
+SCHEMA = 2
+"""Version of the file's layout; a file with a higher one is refused, one with a lower is read."""
+
 
 _ENTRY = "cellop_nb"
+_PACKAGES = ("cellop_nb", "torch", "anndata", "numpy", "safetensors")
 _FEATURES = "conditions.features"  # given to the constructor, not part of the configuration
 
 
@@ -31,13 +34,15 @@ class Saved:
     Attributes
     ----------
     vae, operators
-        The models in evaluation mode, on the CPU; None where none was saved.
+        The models in evaluation mode; None where none was saved.
     keys
         Keywords that the data were read with (``layer``, ``perturbation_key`` ...).
     summary
         Numbers about the training.
     versions
         Versions of the packages that wrote the file.
+    trained
+        Per model how it was trained: settings, epochs, best epoch, changes by hand, why it ended.
     """
 
     vae: NBVAE | None = None
@@ -45,6 +50,7 @@ class Saved:
     keys: dict = field(default_factory=dict)
     summary: dict = field(default_factory=dict)
     versions: dict = field(default_factory=dict)
+    trained: dict = field(default_factory=dict)
 
 
 def save(
@@ -81,9 +87,10 @@ def save(
         raise CheckpointError(three_beats("a model to save", "neither a VAE nor operators", fix))
     about = {
         "schema": SCHEMA,
-        "versions": {name: _version(name) for name in ("cellop_nb", "torch", "anndata")},
+        "versions": {name: _version(name) for name in _PACKAGES},
         "config": {name: model.config for name, model in given.items()},
         "form": type(operators).__name__,
+        "trained": {name: getattr(model, "trained", {}) for name, model in given.items()},
         "keys": dict(keys or {}),
         "summary": dict(summary or {}),
     }
@@ -94,7 +101,11 @@ def save(
 
 
 def load(
-    path: str | Path, *, genes: Iterable[str] | None = None, form: type[OperatorModel] = OperatorModel
+    path: str | Path,
+    *,
+    genes: Iterable[str] | None = None,
+    form: type[OperatorModel] = OperatorModel,
+    device: torch.device | str = "cpu",
 ) -> Saved:
     """Read models written by :func:`save`.
 
@@ -104,9 +115,12 @@ def load(
         The file.
     genes
         Gene names of the data that the VAE is meant for (``adata.var_names``): a VAE with genes that are not
-        among them is refused. Their order does not matter.
+        among them is refused. Their order does not matter: counts are taken by name, in the model's order.
     form
         The subclass of :class:`OperatorModel` that was saved, where it was one: a file holds no code.
+    device
+        Where the models go, whatever they were trained on: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``, or
+        ``"auto"`` for the best there is.
 
     Returns
     -------
@@ -117,7 +131,10 @@ def load(
     ------
     CheckpointError
         If the file is missing, damaged, of another kind, of a later version, or made for other genes.
+    ModelError
+        If there is no such device.
     """
+    place = _device(device)
     about, tensors = _read(Path(path))
     if about["schema"] > SCHEMA:
         found = f"schema {about['schema']}, written by cellop_nb {about['versions'].get('cellop_nb')}"
@@ -126,10 +143,24 @@ def load(
         )
     _refuse_other_form(about, form, path)
     makers = {"vae": NBVAE, "operators": form}
-    models = {name: _rebuild(name, makers, config, tensors, path) for name, config in about["config"].items()}
+    models = {name: _rebuild(name, makers, about, tensors, path) for name in about["config"]}
+    for model in models.values():
+        model.to(place)
     if genes is not None and "vae" in models:
         _refuse_other_genes(models["vae"].genes, [str(gene) for gene in genes], path)
-    return Saved(**models, keys=about["keys"], summary=about["summary"], versions=about["versions"])
+    known = {name: about.get(name, {}) for name in ("keys", "summary", "versions", "trained")}
+    return Saved(**models, **known)
+
+
+def _device(device: torch.device | str) -> torch.device:
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if device == "auto":
+        return torch.device(next((name for name, found in there.items() if found), "cpu"))
+    device = torch.device(device)
+    if not there.get(device.type, True):
+        fix = "load with device='auto' or 'cpu'"
+        raise ModelError(three_beats(f"the device {str(device)!r}", "none on this machine", fix))
+    return device
 
 
 def _plain(value: Tensor) -> Tensor:
@@ -177,21 +208,37 @@ def _refuse_other_form(about: dict, form: type, path: str | Path) -> None:
         raise CheckpointError(three_beats(f"operators of the form {form.__name__} in {path}", saved, fix))
 
 
-def _rebuild(name: str, makers: dict, config: dict, tensors: dict[str, Tensor], path: str | Path):
+def _rebuild(name: str, makers: dict, about: dict, tensors: dict[str, Tensor], path: str | Path):
     state = {
         key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")
     }
     given = {"features": state[_FEATURES]} if _FEATURES in state else {}
     try:
-        model = makers[name](**config, **given)
+        model = makers[name](**about["config"][name], **given)
         # Saved in double precision, loaded in double precision.
-        model.to(next(iter(state.values())).dtype).load_state_dict(state)
+        model.to(next(iter(state.values())).dtype)
+        model.load_state_dict(_from_schema_1(state, model) if about["schema"] < 2 else state)
     except (KeyError, RuntimeError, StopIteration, TypeError) as error:
         fix = "save the models again with this version"
         raise CheckpointError(
             three_beats(f"the tensors of the {name} in {path}", f"{type(error).__name__}: {error}", fix)
         ) from error
+    model.trained = about.get("trained", {}).get(name, {})
     return model.eval()
+
+
+def _from_schema_1(state: dict[str, Tensor], model: torch.nn.Module) -> dict[str, Tensor]:
+    """Layout 2 stores the encoder's first layer by genes, covariates apart, and has a linear path beside it.
+
+    At zero that path is not there: the model computes what the saved one did.
+    """
+    first, path = "encoder.body.0.weight", "encoder.linear.weight"
+    if first not in state:  # operators
+        return state
+    n_genes = len(model.encoder.linear.weight)
+    genes, covariates = state[first].t().split([n_genes, state[first].shape[1] - n_genes])
+    state = state | {first: genes.contiguous(), path: torch.zeros_like(model.encoder.linear.weight)}
+    return state | {"encoder.body.0.covariates": covariates.contiguous()} if covariates.numel() else state
 
 
 def _refuse_other_genes(wanted: list[str], known: list[str], path: str | Path) -> None:

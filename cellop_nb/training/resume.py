@@ -48,6 +48,19 @@ class Resumable:
             self.model.load_state_dict(self._best_state)
         self.model.eval()
 
+    def summary(self) -> dict:
+        """How the model was trained, in words and numbers: what :func:`cellop_nb.save` keeps beside it."""
+        return {
+            "trainer": type(self).__name__,
+            "parameters": plain(self.parameters),
+            "epochs": self.epoch,
+            "best_epoch": self.best_epoch,
+            self.monitor: float(self.best_value),
+            "changes": list(self.changes),
+            "status": self.status,
+            "stop_reason": self.stop_reason,
+        }
+
     def state(self) -> dict:
         """Copy of everything that the next epoch depends on: tensors, numbers and text."""
         return copy.deepcopy(self._state())
