@@ -117,7 +117,9 @@ def test_files_of_every_earlier_layout_give_the_numbers_they_gave(name):
 
 
 def test_a_file_of_every_layout_is_kept():
-    assert {f"schema{n}" for n in range(1, checkpoint.SCHEMA + 1)} == {path.stem for path in SAVED.glob("*.json")}
+    assert {f"schema{n}" for n in range(1, checkpoint.SCHEMA + 1)} == {
+        path.stem for path in SAVED.glob("*.json")
+    }
 
 
 def test_how_a_model_was_trained_travels_along(tmp_path):
