@@ -34,9 +34,10 @@ def support(
 
     Returns
     -------
-    DataFrame, a row per group: ``group, known_context, nearest, mean_distance, e_distance, spacing, relative,
-    cell_spread, outlier, reason``. A context that was trained with the perturbation is its own nearest one. An
-    outlier's prediction is an extrapolation: abstain, or measure a nearer context.
+    DataFrame
+        A row per group: ``group, known_context, nearest, mean_distance, e_distance, spacing, relative,
+        cell_spread, outlier, reason``. A context that was trained with the perturbation is its own nearest one. An
+        outlier's prediction is an extrapolation: abstain, or measure a nearer context.
     """
     space, rows = result.space, []
     points = space.project(space.transform(space.select(result.control, layer)))

@@ -32,7 +32,8 @@ def error_budget(
 
     Returns
     -------
-    DataFrame ``group, stage, energy``; with several fits the decoder's stages are means over them.
+    DataFrame
+        ``group, stage, energy``; with several fits the decoder's stages are means over them.
     """
     scored = result.table[result.table["metric"] == "e_distance"].set_index(["group", "method"])["value"]
     rows = []
@@ -75,7 +76,8 @@ def advice(budget: pd.DataFrame) -> pd.DataFrame:
 
     Returns
     -------
-    DataFrame ``group, advice``.
+    DataFrame
+        ``group, advice``.
     """
     wide = budget.pivot(index="group", columns="stage", values="energy")
     return pd.DataFrame({"group": wide.index, "advice": [_sentence(row) for _, row in wide.iterrows()]})

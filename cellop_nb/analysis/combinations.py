@@ -165,10 +165,11 @@ def order_effects(
 
     Returns
     -------
-    DataFrame with a row per context and pair, largest order effect first: ``context, first, second``,
-    ``commutator`` (relative Frobenius norm, 0 where they commute), ``gap`` (mean length of the difference
-    between the two orders' cells), ``effect`` (mean length of the move), ``relative`` (their ratio), and
-    ``energy`` between the two orders' clouds (Euclidean, U-statistic, latent).
+    DataFrame
+        A row per context and pair, largest order effect first: ``context, first, second``,
+        ``commutator`` (relative Frobenius norm, 0 where they commute), ``gap`` (mean length of the difference
+        between the two orders' cells), ``effect`` (mean length of the move), ``relative`` (their ratio), and
+        ``energy`` between the two orders' clouds (Euclidean, U-statistic, latent).
     """
     keys = {"perturbation_key": perturbation_key, "context_key": context_key, "control": control}
     pairs = list(combinations(operators.conditions.perturbations, 2)) if pairs is None else list(pairs)
@@ -219,10 +220,11 @@ def reversal(
 
     Returns
     -------
-    DataFrame with a row per group and method: ``context, perturbation, group, cells, method, energy, floor,
-    reason``. Methods: "no change" (perturbed against control cells), "mean shift" (less the difference of the
-    training means), "operator" (the inverse; NaN and the reason where it has none). Energy distances are
-    Euclidean, U-statistic, in the latent space; the floor compares parts of the control cells.
+    DataFrame
+        A row per group and method: ``context, perturbation, group, cells, method, energy, floor,
+        reason``. Methods: "no change" (perturbed against control cells), "mean shift" (less the difference of the
+        training means), "operator" (the inverse; NaN and the reason where it has none). Energy distances are
+        Euclidean, U-statistic, in the latent space; the floor compares parts of the control cells.
 
     Raises
     ------

@@ -44,9 +44,10 @@ def enrich(
 
     Returns
     -------
-    DataFrame, a row per profile and set, most significant first: the columns that name the profile,
-    ``gene_set, score, p, fdr`` (Benjamini-Hochberg within the profile), ``n_genes`` (of the set in the table)
-    and ``genes`` (its five most changed).
+    DataFrame
+        A row per profile and set, most significant first: the columns that name the profile,
+        ``gene_set, score, p, fdr`` (Benjamini-Hochberg within the profile), ``n_genes`` (of the set in the table)
+        and ``genes`` (its five most changed).
 
     Raises
     ------

@@ -105,9 +105,10 @@ def operator_intervals(
 
     Returns
     -------
-    DataFrame, a row per group and quantity: ``context, perturbation, group, quantity, estimate, low, high``.
-    Quantities: ``move[i]``, coordinate i of (A - I) z0 + b; ``length`` of that move; ``norm``,
-    the largest singular value of A. The estimate is the members' mean.
+    DataFrame
+        A row per group and quantity: ``context, perturbation, group, quantity, estimate, low, high``.
+        Quantities: ``move[i]``, coordinate i of (A - I) z0 + b; ``length`` of that move; ``norm``,
+        the largest singular value of A. The estimate is the members' mean.
     """
     contexts = context_labels(adata, context_key).to_numpy()
     is_control = (obs_labels(adata, perturbation_key) == control).to_numpy()

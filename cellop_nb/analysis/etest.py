@@ -137,9 +137,10 @@ def etest(
 
     Returns
     -------
-    DataFrame, one row per group: ``context, perturbation, n_control, n_perturbed, e_distance`` (Euclid,
-    U-statistic), ``p, p_adjusted, different, reason``. A group with fewer than two cells a side has NaN and
-    a reason.
+    DataFrame
+        One row per group: ``context, perturbation, n_control, n_perturbed, e_distance`` (Euclid,
+        U-statistic), ``p, p_adjusted, different, reason``. A group with fewer than two cells a side has NaN and
+        a reason.
 
     Raises
     ------

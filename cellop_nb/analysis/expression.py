@@ -33,8 +33,9 @@ def predicted_expression(
 
     Returns
     -------
-    AnnData over the genes that both share: log1p-CP10k in ``X``, counts in ``layers["counts"]``, ``obs[key]``,
-    and ``uns["rank_genes_groups"]``.
+    AnnData
+        Over the genes that both share: log1p-CP10k in ``X``, counts in ``layers["counts"]``, ``obs[key]``,
+        and ``uns["rank_genes_groups"]``.
 
     Raises
     ------

@@ -73,9 +73,10 @@ def evaluate(
 
     Returns
     -------
-    DataFrame ``context, perturbation, group, method, metric, value, reason``: rows for `method`, and for the
-    noise floor and ceiling of the real cells. `e_distance` is Euclidean, U-statistic, in the components of
-    `space`.
+    DataFrame
+        ``context, perturbation, group, method, metric, value, reason``: rows for `method`, and for the
+        noise floor and ceiling of the real cells. `e_distance` is Euclidean, U-statistic, in the components of
+        `space`.
 
     Raises
     ------
@@ -131,7 +132,8 @@ def score_split(
 
     Returns
     -------
-    DataFrame as :func:`evaluate`. A baseline that the training cells do not determine has NaN and its reason.
+    DataFrame
+        As :func:`evaluate`. A baseline that the training cells do not determine has NaN and its reason.
 
     Raises
     ------

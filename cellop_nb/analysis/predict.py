@@ -111,9 +111,10 @@ def predict(
 
     Returns
     -------
-    AnnData of the source cells, with sampled counts in ``X``, expected
-    counts in ``layers["mean"]``, moved latents in ``obsm[use_rep]``, the source cells' ``obs`` with
-    ``obs[perturbation_key]`` set, and ``uns["cellop_nb"]["prediction"]``.
+    AnnData
+        Of the source cells, with sampled counts in ``X``, expected
+        counts in ``layers["mean"]``, moved latents in ``obsm[use_rep]``, the source cells' ``obs`` with
+        ``obs[perturbation_key]`` set, and ``uns["cellop_nb"]["prediction"]``.
 
     Raises
     ------
@@ -215,7 +216,8 @@ def decode_cells(
 
     Returns
     -------
-    AnnData with ``X`` (sampled counts, CSR), ``layers["mean"]``, ``obsm[key_added]`` and a copy of ``obs``.
+    AnnData
+        ``X`` (sampled counts, CSR), ``layers["mean"]``, ``obsm[key_added]`` and a copy of ``obs``.
     """
     vae.eval()
     matrix = model_counts(adata, vae, layer=layer)

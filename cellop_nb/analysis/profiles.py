@@ -32,7 +32,8 @@ def response_profiles(
 
     Returns
     -------
-    DataFrame, a row per condition: ``alpha_1 ...`` (matrix part) and ``beta_1 ...`` (shift part).
+    DataFrame
+        A row per condition: ``alpha_1 ...`` (matrix part) and ``beta_1 ...`` (shift part).
 
     References
     ----------
@@ -78,7 +79,8 @@ def response_similarity(
 
     Returns
     -------
-    DataFrame (condition, condition), symmetric with ones on the diagonal; NaN for a condition without a response.
+    DataFrame
+        (condition, condition), symmetric with ones on the diagonal; NaN for a condition without a response.
     """
     profiles = response_profiles(operators, conditions)
     weight = {"both": cell_norm or 1.0, "matrix": 1.0, "shift": 0.0}[part]

@@ -50,8 +50,9 @@ def response_genes(
 
     Returns
     -------
-    DataFrame with the columns ``context, perturbation, gene, lfc``, for every (context, perturbation) group
-    of the data that the operators know, largest absolute change first.
+    DataFrame
+        The columns ``context, perturbation, gene, lfc``, for every (context, perturbation) group
+        of the data that the operators know, largest absolute change first.
     """
     keys = {"perturbation_key": perturbation_key, "context_key": context_key, "control": control}
     z, covariates = latents(adata, use_rep), _one_hot(adata, vae, layer)
@@ -121,8 +122,9 @@ def axis_genes(
 
     Returns
     -------
-    DataFrame with the columns ``axis`` (1, 2, ...), ``share`` (of the squared length of all displacements),
-    ``gene``, ``effect`` (signed, log2 fold change to first order).
+    DataFrame
+        The columns ``axis`` (1, 2, ...), ``share`` (of the squared length of all displacements),
+        ``gene``, ``effect`` (signed, log2 fold change to first order).
     """
     keys = {"perturbation_key": perturbation_key, "context_key": context_key, "control": control}
     z, covariates = latents(adata, use_rep), _one_hot(adata, vae, layer)

@@ -30,9 +30,10 @@ def differential(cells: np.ndarray, control: np.ndarray) -> pd.DataFrame:
 
     Returns
     -------
-    DataFrame, one row per gene in the given order: ``score`` (Wilcoxon z, ties corrected), ``p``, ``fdr``,
-    ``lfc`` (log2 of the ratio of back-transformed means, as scanpy; a mean that a shift made negative counts
-    as 0).
+    DataFrame
+        One row per gene in the given order: ``score`` (Wilcoxon z, ties corrected), ``p``, ``fdr``,
+        ``lfc`` (log2 of the ratio of back-transformed means, as scanpy; a mean that a shift made negative counts
+        as 0).
     """
     import scanpy as sc
 

@@ -66,8 +66,9 @@ def leave_out(
 
     Returns
     -------
-    DataFrame ``candidate, complexity, group, e_distance, no_change``: energy distance (Euclidean, U-statistic,
-    one per group, in the space of `view`) after and without the operator.
+    DataFrame
+        ``candidate, complexity, group, e_distance, no_change``: energy distance (Euclidean, U-statistic,
+        one per group, in the space of `view`) after and without the operator.
 
     Raises
     ------

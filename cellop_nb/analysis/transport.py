@@ -71,8 +71,9 @@ def group_energies(data: Groups, *, repeats: int = 20, seed: int = 0) -> pd.Data
 
     Returns
     -------
-    DataFrame with a row per group: ``context, perturbation, group, cells, energy, floor``; energy distances
-    are Euclidean, U-statistic, per group.
+    DataFrame
+        A row per group: ``context, perturbation, group, cells, energy, floor``; energy distances
+        are Euclidean, U-statistic, per group.
     """
     rows = []
     for group in data:
@@ -103,8 +104,9 @@ def transport_scores(
 
     Returns
     -------
-    DataFrame with a row per group and method: ``context, perturbation, group, cells, method, energy, floor``;
-    the methods are "no change", "mean shift" and "operator", energy distances Euclidean, U-statistic.
+    DataFrame
+        A row per group and method: ``context, perturbation, group, cells, method, energy, floor``;
+        the methods are "no change", "mean shift" and "operator", energy distances Euclidean, U-statistic.
     """
     keys = {
         "use_rep": use_rep,

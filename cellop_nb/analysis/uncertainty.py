@@ -98,7 +98,8 @@ def metric_intervals(
 
     Returns
     -------
-    DataFrame ``group, metric, value, low, high, level, reason``.
+    DataFrame
+        ``group, metric, value, low, high, level, reason``.
 
     References
     ----------
@@ -221,9 +222,10 @@ def change_intervals(
 
     Returns
     -------
-    DataFrame, a row per group and gene: ``group, gene, predicted, low, high, true, true_error`` (standard
-    error of the measured change) and ``inside`` (whether the measured change lies in the interval, allowing
-    for its own error). Changes of mean log1p-CP10k against the control cells.
+    DataFrame
+        A row per group and gene: ``group, gene, predicted, low, high, true, true_error`` (standard
+        error of the measured change) and ``inside`` (whether the measured change lies in the interval, allowing
+        for its own error). Changes of mean log1p-CP10k against the control cells.
     """
     tables = []
     for sides in _sides(result, layer, perturbation_key, context_key):

@@ -46,7 +46,7 @@ KEYWORDS = """\
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `docs`."""
     parser.add_argument(
-        "--out", metavar="FOLDER", type=Path, help="where the site goes (default: docs/_build)"
+        "--out", metavar="FOLDER", type=Path, help="where the site goes (default: docs/_build/html)"
     )
 
 
@@ -60,7 +60,7 @@ def check(args: argparse.Namespace) -> None:
 def main(args: argparse.Namespace) -> int:
     """Write the generated pages and build; a warning is an error."""
     source = environment.ROOT / "docs"
-    out = (args.out or source / "_build").resolve()
+    out = (args.out or source / "_build" / "html").resolve()
     with Status("building the site"):
         prepare(source)
         command = [

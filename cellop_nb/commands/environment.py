@@ -126,7 +126,7 @@ def _pip_command() -> list[str]:
     quiet.append("--no-compile")  # most of the 2 GB is never imported; Python compiles what is, when it is
     return [
         str(venv_python()), "-m", "pip", "install", *quiet,
-        "-c", str(ROOT / "constraints.txt"), "-e", f"{ROOT}[test]",
+        "-c", str(ROOT / "constraints.txt"), "-e", f"{ROOT}[test,docs]",
     ]  # fmt: skip
 
 
