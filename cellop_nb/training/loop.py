@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import DataError, ModelError, three_beats
 from .callbacks import Callback, HistoryCSV, ProgressBar, SaveCheckpoints
+from .clip import clip_gradients
 from .guard import NonFiniteGuard
 from .remote import BY_HAND, RemoteControl
 from .resume import Resumable
@@ -262,7 +263,7 @@ class Trainer(RemoteControl, Resumable):
         if not self.guard.before_backward(terms, self):
             return None
         self.fabric.backward(sum(terms.values()))
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
+        norm = clip_gradients(self.model.parameters(), self.clip_norm)
         if not self.guard.after_backward(self, norm):
             return None
         self.optimizer.step()

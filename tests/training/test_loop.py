@@ -477,3 +477,16 @@ def test_a_second_fit_goes_on_where_the_first_ended():
     trainer.fit(2)
     assert comparable(trainer)["epoch"].tolist() == [0, 1]
     assert trainer.fit(4)["epoch"].tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.1, 100.0, math.nan])
+def test_clipping_is_that_of_torch(scale):
+    from cellop_nb.training.clip import clip_gradients
+
+    pair = []
+    for clip in (torch.nn.utils.clip_grad_norm_, clip_gradients):
+        parameters = [torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(2, 2))]
+        parameters[0].grad = scale * torch.arange(3.0)
+        pair.append((clip(parameters, 1.0), parameters[0].grad, parameters[1].grad))
+    for expected, found in zip(*pair, strict=True):
+        assert (expected is None and found is None) or torch.equal(expected.nan_to_num(-1), found.nan_to_num(-1))
