@@ -1,5 +1,8 @@
 """The documentation site; `python3 -m cellop_nb docs` prepares the generated pages and builds it."""
 
+from docutils import nodes
+from latex2mathml.converter import convert
+
 from cellop_nb import __version__
 
 project = "cellop_nb"
@@ -10,7 +13,6 @@ extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
-    "sphinx.ext.mathjax",
 ]
 exclude_patterns = ["_build", "readme_figure.py"]
 suppress_warnings = [
@@ -31,7 +33,24 @@ autodoc_member_order = "bysource"
 autodoc_default_options = {"exclude-members": "training"}
 add_module_names = False
 
+html_math_renderer = "mathml"
 html_theme = "furo"
 html_title = "cellop_nb"
 html_copy_source = False
 html_theme_options = {"source_repository": "", "navigation_with_keys": True}
+
+
+def inline(self, node):
+    """An equation in a line as MathML, which browsers draw themselves: no script from elsewhere."""
+    self.body.append(convert(node.astext()))
+    raise nodes.SkipNode
+
+
+def block(self, node):
+    """An equation on a line of its own."""
+    self.body.append(f"<div class='math'>{convert(node.astext(), display='block')}</div>")
+    raise nodes.SkipNode
+
+
+def setup(app):
+    app.add_html_math_renderer("mathml", (inline, None), (block, None))
