@@ -151,19 +151,25 @@ class Explorer:
             return
         self.image.value = self.picture
         self._say(self.answer.sentence)
-        asked, self._following = self.question, True
-        first, second, together = _parts(asked, self.cells.perturbations)
+        self._following = True
         try:
-            self.context.value, self.strength.value, self.reverse.value = (
-                asked.context,
-                asked.strength,
-                asked.reverse,
-            )
-            self.first.value, self.second.value, self.gene_box.value = first, second, self.gene or ""
-            if second != NOTHING:
-                self.together.value = together
+            self._follow(self.question)
         finally:
             self._following = False
+
+    def _follow(self, asked: Question) -> None:
+        """Set the widgets to a question; lists that say it already, perhaps in another way, stay."""
+        self.context.value, self.strength.value, self.reverse.value = (
+            asked.context,
+            asked.strength,
+            asked.reverse,
+        )
+        self.gene_box.value = self.gene or ""
+        said = combined(self.first.value, self.second.value, self.together.value)
+        if said.get("perturbation") != asked.perturbation or said.get("rule", asked.rule) != asked.rule:
+            self.first.value, self.second.value, together = _parts(asked, self.cells.perturbations)
+            if self.second.value != NOTHING:
+                self.together.value = together
 
     def _say(self, text: str) -> None:
         self.status.value = f'<span role="status">{html.escape(text)}</span>'
@@ -218,7 +224,11 @@ class Explorer:
         self.export_button = button(
             "Export", "Write the moved cells as AnnData (.h5ad)", self._export_by_button
         )
-        self.image = w.Image(value=self.picture, format="png", layout=w.Layout(max_width="100%"))
+        self.image = w.Image(
+            value=self.picture,
+            format="png",
+            layout=w.Layout(width="768px", max_width="100%", align_self="flex-start"),
+        )
         self.status = w.HTML()
         self._say(self.answer.sentence)
         self._connect()

@@ -145,6 +145,15 @@ class NotebookPage:
         self.page.goto(url)
         self.wait_until_idle(120)
 
+    def __enter__(self) -> NotebookPage:
+        return self
+
+    def __exit__(self, *_) -> None:
+        """End the kernel, and leave nothing unsaved to be asked about."""
+        if not self.page.is_closed():
+            self.page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.shutdown()")
+            self.page.close()
+
     def _hear(self, message) -> None:
         if message.type == "error":
             self.problems.append(f"{message.text} {message.location.get('url', '')}")
@@ -181,6 +190,12 @@ class NotebookPage:
         row = self.page.locator(".widget-dropdown", has=self.page.get_by_text(name, exact=True))
         row.locator("select").first.select_option(label=option)
 
+    def write(self, name: str, text: str) -> None:
+        """Write into the text box of that name, and leave it."""
+        row = self.page.locator(".widget-text, .widget-combobox", has=self.page.get_by_text(name, exact=True))
+        row.locator("input").first.fill(text)
+        row.locator("input").first.press("Tab")
+
     def said(self, pattern: str, seconds: float = 30) -> str:
         """Wait for a status line with text of that pattern (a regular expression); the line."""
         find = """pattern => [...document.querySelectorAll('[role=status]')].map(e => e.textContent)
@@ -190,8 +205,12 @@ class NotebookPage:
     def pictures(self) -> list[str]:
         """The pictures in the outputs, as the page holds them."""
         return self.page.evaluate(
-            "() => [...document.querySelectorAll('.jp-OutputArea-output img, .widget-image')].map(i => i.src)"
+            "() => [...document.querySelectorAll('.jp-OutputArea-output img')].map(i => i.src)"
         )
+
+    def explorer_picture(self) -> str:
+        """Address of the explorer's picture, another one for each picture."""
+        return self.page.locator("img.widget-image").first.get_attribute("src")
 
     def errors_in_cells(self) -> list[str]:
         """Tracebacks and text on stderr in the outputs."""

@@ -1,0 +1,100 @@
+"""A person at the controls and at the explorer: JupyterLab in a real browser, on copies of committed notebooks."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from .lab import Lab, NotebookPage, wait_for
+
+pytestmark = pytest.mark.browser
+
+
+def number(name: str, line: str) -> float:
+    """The number after a word in a status line."""
+    return float(re.search(rf"{name} ([\d.,e+-]+)", line).group(1).replace(",", ""))
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """One JupyterLab for the notebooks of this file."""
+    with Lab(tmp_path_factory.mktemp("lab") / "here") as running:
+        yield running
+
+
+def test_watch_steer_pause_resume_and_stop_a_training(browser, lab, root):
+    name = lab.copy(root / "notebooks" / "02_train_vae.ipynb", max_epochs=5000, run_dir="runs")
+    with NotebookPage(browser, lab.url(name)) as notebook:
+        notebook.run_all()
+        first = notebook.said(r"^running \| epoch [1-9]", 120)
+        assert number("learning rate", first) == pytest.approx(2e-3)
+
+        before = set(wait_for(notebook.pictures, 30, "a live picture"))
+        wait_for(lambda: set(notebook.pictures()) - before, 60, "another live picture")
+
+        notebook.slide("learning rate", times=3)
+        notebook.said(r"running .* learning rate 0\.00399")
+        notebook.slide("kl weight", "ArrowLeft", times=2)
+
+        notebook.press("Pause")
+        held = number("step", notebook.said(r"^paused"))
+        notebook.press("Save checkpoint")
+        notebook.said(r"^saved .*by_hand\.pt")
+        notebook.page.wait_for_timeout(500)
+        assert number("step", notebook.said(r"^paused")) == held, "nothing moves while paused"
+        notebook.press("Resume")
+        wait_for(lambda: number("step", notebook.said(r"^running")) > held, 30, "training to go on")
+
+        notebook.press("Stop")
+        notebook.said(r"^stopped .* stopped by hand")
+        notebook.wait_until_run(120)
+        assert notebook.errors_in_cells() == []
+        assert notebook.problems == []
+    made = json.loads((lab.root / "runs" / "02_train_vae" / "metrics.json").read_text())["changed_by_hand"]
+    last = {change["name"]: change["value"] for change in made}  # quick presses arrive as one change
+    assert last == {
+        "learning_rate": pytest.approx(2e-3 * 10**0.3), "kl_weight": pytest.approx(0.9), "stop": "stopped by hand",
+    }  # fmt: skip
+    assert (lab.root / "by_hand.pt").is_file()
+
+
+def energy(line: str) -> float:
+    return float(re.search(r"real cells (-?[\d.]+)", line).group(1))
+
+
+def test_move_through_the_explorer(browser, lab, root):
+    name = lab.copy(
+        root / "notebooks" / "07_virtual_cells.ipynb",
+        context="type C", perturbation="drug 2", strength=0.9, run_dir="runs",
+    )  # fmt: skip
+    with NotebookPage(browser, lab.url(name)) as notebook:
+        notebook.run_all()
+        notebook.wait_until_run(240)
+        first = notebook.said(r"^type C, drug 2 at strength 0\.9 ")
+        picture = notebook.explorer_picture()
+
+        notebook.slide("strength", "ArrowLeft", times=8)
+        weaker = notebook.said(r"^type C, drug 2 at strength 0\.5 \| prediction: between")
+        assert energy(weaker) > energy(first), "half a dose is further from the full response"
+        assert notebook.explorer_picture() != picture
+
+        notebook.choose("perturbation", "drug 1")
+        other = notebook.said(r"^type C, drug 1 at strength 0\.5 ")
+        assert energy(other) != energy(weaker)
+        notebook.choose("and", "drug 3")
+        notebook.choose("how", "second, then first")
+        notebook.said(r"^type C, drug 3, then drug 1 at strength 0\.5 \| prediction: a sequence")
+
+        notebook.write("gene", "no such gene")
+        notebook.said(r"^refused: Expected a gene of the model")
+        notebook.write("gene", "")
+        notebook.choose("and", "(none)")
+        notebook.page.get_by_text("reverse: lead perturbed cells back").click()
+        notebook.said(r"^type C, drug 1 at strength 0\.5, reversed ")
+        notebook.press("Export")
+        notebook.said(r"^saved .*virtual_cells\.h5ad")
+        assert notebook.errors_in_cells() == []
+        assert notebook.problems == []
+    assert (lab.root / "runs" / "07_virtual_cells" / "virtual_cells.h5ad").is_file()
