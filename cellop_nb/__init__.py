@@ -59,6 +59,7 @@ _PUBLIC = {
     "gradient_audit": "analysis.diagnose",
     "LivePlot": "notebook.live",
     "Explorer": "notebook.explorer",
+    "TuningPanel": "notebook.tuning",
     "RunControls": "notebook.controls",
 }
 _MODULES = {"datasets"}
@@ -102,6 +103,7 @@ if TYPE_CHECKING:  # the names below are found by `__getattr__` while running
     from .notebook.controls import RunControls as RunControls
     from .notebook.explorer import Explorer as Explorer
     from .notebook.live import LivePlot as LivePlot
+    from .notebook.tuning import TuningPanel as TuningPanel
     from .training.callbacks import Callback as Callback
     from .training.callbacks import EarlyStopping as EarlyStopping
     from .training.callbacks import Replay as Replay

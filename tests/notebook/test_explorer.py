@@ -236,7 +236,9 @@ def test_each_widget_asks_its_question(explorer):
     assert explorer.question.perturbation == "drug 2+drug 3"
     explorer.together.value = "second, then first"
     assert explorer.question.perturbation == ("drug 3", "drug 2")
-    assert (explorer.first.value, explorer.second.value) == ("drug 2", "drug 3"), "no list jumps under the hand"
+    assert (explorer.first.value, explorer.second.value) == ("drug 2", "drug 3"), (
+        "no list jumps under the hand"
+    )
     explorer.second.value = NOTHING
     explorer.reverse.value = True
     assert explorer.question.reverse

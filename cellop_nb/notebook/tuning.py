@@ -1,0 +1,275 @@
+"""The tuning panel: hyper-parameters as widgets, short fits, and a table that compares them.
+
+The widgets are made from the typed definitions in :mod:`parameters`, the ones behind the notebooks' parameters cells;
+nothing about a parameter is written here.
+"""
+
+from __future__ import annotations
+
+import html
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+
+from ..errors import CellopError, LabelError, did_you_mean, three_beats
+from ..files import write_whole
+from ..training.loop import Trainer
+from ..training.operators import OperatorTrainer, new_operators
+from ..training.vae import VAETrainer, new_vae
+from . import parameters
+from .controls import button, spoken, words
+from .figures import style as s
+from .values import Parameter
+from .workspace import Workspace, vae_sizes
+
+_FIXED = {parameter.name for parameter in parameters.DATA} | {"seed", "run_dir", "max_epochs"}
+
+
+def vae_trainer(adata, work: Workspace, values: dict) -> Trainer:
+    """The trainer of 02_train_vae at these values."""
+    vae = new_vae(adata, layer=work.layer, seed=work.seed, **vae_sizes(values))
+    return VAETrainer(adata, vae, **work.vae_settings(values))
+
+
+def operator_trainer(adata, work: Workspace, values: dict) -> Trainer:
+    """The trainer of 04_train_operators at these values; the latents are there already."""
+    model = new_operators(adata, n_axes=values["n_axes"], rank=values["rank"], **work.keys)
+    return OperatorTrainer(adata, model, **work.operator_settings(values))
+
+
+TRAINERS: dict[str, Callable] = {"02_train_vae": vae_trainer, "04_train_operators": operator_trainer}
+
+
+class TuningPanel:
+    """Widgets for a notebook's hyper-parameters; show it as the last line of a cell.
+
+    Parameters
+    ----------
+    adata
+        The prepared screen (``work.screen()``), with latents for the operators.
+    work
+        The workspace of ``02_train_vae`` or ``04_train_operators``; its values are where the widgets start.
+    epochs
+        Length of a short fit.
+    folder
+        Where "copy as parameters" writes; the workspace's folder by default.
+
+    Attributes
+    ----------
+    results
+        One row per fit: the hyper-parameters, ``best`` (lowest monitored value), ``best_epoch``, ``epochs``,
+        ``seconds``.
+    histories
+        History of each fit, in the same order.
+    panel
+        The widget.
+
+    Raises
+    ------
+    LabelError
+        For a notebook that trains nothing.
+    """
+
+    def __init__(self, adata, work: Workspace, *, epochs: int = 5, folder: str | Path | None = None):
+        if work.notebook not in TRAINERS:
+            fix = did_you_mean(work.notebook, TRAINERS)
+            raise LabelError(
+                three_beats(f"the workspace of one of {list(TRAINERS)}", repr(work.notebook), fix)
+            )
+        self.adata, self.work, self.folder = adata, work, Path(folder or work.folder)
+        known = parameters.for_notebook(work.notebook)
+        self.parameters = {p.name: p for p in known if p.name not in _FIXED}
+        self.results, self.histories = pd.DataFrame(), []
+        self.trainer: Trainer | None = None
+        self._worker: threading.Thread | None = None
+        self._build(epochs)
+
+    # -- what the widgets do: plain methods
+
+    @property
+    def values(self) -> dict:
+        """The chosen hyper-parameters, checked.
+
+        Raises
+        ------
+        ParameterError
+            For a value that does not fit.
+        """
+        return {name: _read(parameter, self.widgets[name]) for name, parameter in self.parameters.items()}
+
+    def train(self) -> pd.DataFrame:
+        """Run a short fit at the chosen values, and add it to the results.
+
+        Returns
+        -------
+        The history of the fit.
+        """
+        values, epochs = self.values, int(self.epochs.value)
+        whole = {**self.work.values, **values, "max_epochs": epochs}
+        self.trainer = TRAINERS[self.work.notebook](self.adata, self.work, whole)
+        history = self.trainer.fit()
+        if len(history):
+            self._collect(values, history)
+        return history
+
+    def start(self) -> None:
+        """Run :meth:`train` beside the page, one fit at a time; the button says what it does."""
+        if self._worker is not None and self._worker.is_alive():
+            self._say("a fit is running: wait for it, or stop it")
+            return
+        self._say(f"training {int(self.epochs.value)} epochs")
+        self._worker = threading.Thread(target=self._safely, args=(self.train,), daemon=True)
+        self._worker.start()
+
+    def stop(self) -> None:
+        """End the running fit after its step; what it has reached is kept."""
+        if self.trainer is not None:
+            self.trainer.stop()
+
+    def yaml(self, fit: int | None = None) -> str:
+        """Parameters of the notebook as YAML for papermill and ``run -f``.
+
+        Parameters
+        ----------
+        fit
+            Number of a fit, counted from 1; the chosen values where None.
+
+        Raises
+        ------
+        LabelError
+            For a number that no fit has.
+        """
+        if fit is None:
+            chosen = self.values
+        elif 1 <= fit <= len(self.results):
+            chosen = {name: self.results[name].tolist()[fit - 1] for name in self.parameters}
+        else:
+            raise LabelError(
+                three_beats(f"the number of a fit, 1 to {len(self.results)}", f"{fit}", "train first")
+            )
+        return parameters.as_yaml(self.work.notebook, {**self.work.values, **chosen})
+
+    def copy(self) -> Path:
+        """Show the YAML of the chosen values, and write it to ``parameters.yaml`` in the folder."""
+        text = self.yaml()
+        self.text.value = text
+        self.text.layout.display = None
+        path = write_whole(
+            self.folder / "parameters.yaml", lambda part: part.write_text(text, encoding="utf-8")
+        )
+        self._say(f"saved {path}: python3 -m cellop_nb run {self.work.notebook} -f {path}")
+        return path
+
+    def table(self) -> pd.DataFrame:
+        """The results with the parameters that differ between fits, best first."""
+        if self.results.empty:
+            return self.results
+        varied = [name for name in self.parameters if self.results[name].astype(str).nunique() > 1]
+        shown = self.results[[*varied, "best", "best_epoch", "epochs", "seconds"]].sort_values("best")
+        return shown.rename(columns={"best": f"best {self.trainer.monitor}"})
+
+    def figure(self):
+        """The monitored value of every fit over its epochs."""
+        fig, (ax,) = s.canvas(height=2.8, width=s.WIDTH)
+        monitor = self.trainer.monitor if self.trainer is not None else "val_loss"
+        for i, history in enumerate(self.histories):
+            look = s.mark(i) | s.line(i)
+            ax.plot(history["epoch"] + 1, history[monitor], label=f"fit {i + 1}", markersize=4, **look)
+        s.few_ticks(ax)
+        s.label(ax, "Short fits", "epoch", s.safe(monitor))
+        if self.histories:
+            s.legend(ax, outside=True)
+        return fig
+
+    # -- inside
+
+    def _collect(self, values: dict, history: pd.DataFrame) -> None:
+        monitored = history[self.trainer.monitor]
+        row = {
+            **values,
+            "best": float(monitored.min()),
+            "best_epoch": int(history.loc[monitored.idxmin(), "epoch"]) + 1,
+            "epochs": len(history),
+            "seconds": float(history["seconds"].sum()),
+        }
+        self.histories.append(history)
+        self.results = pd.concat([self.results, pd.DataFrame([row])], ignore_index=True)
+        self.results.index = pd.RangeIndex(1, len(self.results) + 1, name="fit")
+        self.curves.value = s.png(self.figure())
+        self.curves.layout.display = None
+        self.compared.value = self.table().to_html(float_format="{:.4g}".format, border=0)
+        self._say(f"fit {len(self.results)}: best {self.trainer.monitor} {row['best']:.4g}")
+
+    def _safely(self, action) -> None:
+        """Run a widget's action; what goes wrong is said below the controls."""
+        try:
+            action()
+        except (CellopError, ArithmeticError) as problem:
+            self._say(f"refused: {problem}")
+
+    def _say(self, text: str) -> None:
+        self.status.value = f'<span role="status">{html.escape(text)}</span>'
+
+    def _build(self, epochs: int) -> None:
+        import ipywidgets as w
+
+        self.widgets = {
+            name: widget_for(p, self.work.values.get(name)) for name, p in self.parameters.items()
+        }
+        rows = [
+            w.HBox([box, w.HTML(html.escape(self.parameters[name].comment))])
+            for name, box in self.widgets.items()
+        ]
+        self.epochs = w.BoundedIntText(
+            value=epochs, min=1, max=100, description="epochs of a fit", style={"description_width": "140px"}
+        )
+        actions = [
+            button("Train", "Run a short fit at these values", self.start),
+            button("Stop", "End the running fit; what it has reached is kept", self.stop),
+            button("Copy as parameters", "The YAML for papermill", lambda: self._safely(self.copy)),
+        ]
+        hidden = {"display": "none"}
+        self.status, self.compared = w.HTML(), w.HTML()
+        self.curves = w.Image(format="png", layout=w.Layout(width="768px", max_width="100%", **hidden))
+        self.text = w.Textarea(rows=14, description="YAML", layout=w.Layout(width="768px", **hidden))
+        self._say("ready")
+        below = [self.status, self.compared, self.curves, self.text]
+        self.panel = w.VBox([*rows, self.epochs, w.HBox(actions), *below])
+
+    def _repr_mimebundle_(self, **kwargs):
+        return spoken(self.panel, "Tuning panel (it needs a running kernel)", **kwargs)
+
+
+def widget_for(parameter: Parameter, value: object = None):
+    """The widget of a typed parameter: its range, its choices, its help; it starts at `value` or at the default."""
+    import ipywidgets as w
+
+    value = parameter.default if value is None else parameter.check(value)
+    look = {
+        "description": words(parameter.name),
+        "tooltip": parameter.comment,
+        "style": {"description_width": "140px"},
+    }
+    look["layout"] = w.Layout(width="300px")
+    if parameter.choices:
+        return w.Dropdown(options=list(parameter.choices), value=value, **look)
+    if parameter.type == "bool":
+        return w.Checkbox(value=value, **look)
+    if parameter.type not in ("int", "float"):
+        return w.Text(value="none" if value is None else str(value), **look)
+    low = -(2**31) if parameter.minimum is None else parameter.minimum
+    high = 2**31 if parameter.maximum is None else parameter.maximum
+    if parameter.type == "int":
+        return w.BoundedIntText(value=value, min=int(low), max=int(high), **look)
+    return w.BoundedFloatText(
+        value=value, min=float(low), max=float(high), step=abs(parameter.default) / 10 or 0.1, **look
+    )
+
+
+def _read(parameter: Parameter, widget) -> object:
+    value = widget.value
+    return (
+        parameter.parse(value) if isinstance(value, str) and not parameter.choices else parameter.check(value)
+    )

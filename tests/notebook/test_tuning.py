@@ -1,0 +1,126 @@
+"""The tuning panel without a browser: one source of parameters, short fits, a table, YAML that runs."""
+
+from __future__ import annotations
+
+import ipywidgets
+import pytest
+import yaml
+
+from cellop_nb.data.splits import split
+from cellop_nb.data.synthetic import synthetic
+from cellop_nb.errors import LabelError
+from cellop_nb.notebook import parameters
+from cellop_nb.notebook.tuning import TRAINERS, TuningPanel, widget_for
+from cellop_nb.notebook.values import Parameter, ParameterError
+from cellop_nb.notebook.workspace import Workspace
+
+
+@pytest.fixture(scope="module")
+def screen():
+    adata = synthetic(
+        n_contexts=2, n_perturbations=2, n_cells=40, n_genes=30, n_latent=4, library=60.0, seed=0
+    )
+    split(adata, seed=0)
+    adata.obsm["X_nbvae"] = adata.obsm["X_truth"]
+    return adata
+
+
+@pytest.fixture(params=TRAINERS)
+def panel(request, screen, tmp_path) -> TuningPanel:
+    small = {"latent_dim": 3, "hidden": 8, "n_axes": 2, "rank": 2}
+    known = parameters.defaults(request.param)
+    known |= {name: value for name, value in small.items() if name in known} | {"run_dir": str(tmp_path)}
+    work = Workspace(request.param, **known)
+    return TuningPanel(screen, work, epochs=2)
+
+
+@pytest.mark.parametrize("notebook", parameters.names())
+def test_every_parameter_of_every_notebook_has_a_widget(notebook):
+    for parameter in parameters.for_notebook(notebook):
+        widget = widget_for(parameter)
+        assert widget.description
+        assert widget.tooltip == parameter.comment
+        if parameter.minimum is not None and parameter.type in ("int", "float"):
+            assert widget.min == parameter.minimum
+        if parameter.maximum is not None and parameter.type in ("int", "float"):
+            assert widget.max == parameter.maximum
+
+
+def test_widgets_stand_for_the_hyper_parameters_of_the_notebook(panel):
+    known = {p.name for p in parameters.for_notebook(panel.work.notebook)}
+    data = {p.name for p in parameters.DATA}
+    assert set(panel.widgets) == known - data - {"seed", "run_dir", "max_epochs"}
+    assert panel.values == {name: panel.work.values[name] for name in panel.widgets}
+
+
+def test_fits_collect_in_a_table_and_curves(panel):
+    panel.train()
+    panel.widgets["learning_rate"].value = 0.02
+    history = panel.train()
+    assert len(history) == 2
+    assert panel.results["learning_rate"].tolist()[1] == 0.02
+    table = panel.table()
+    best = next(name for name in table if name.startswith("best "))
+    assert table.columns[0] == "learning_rate"
+    assert table[best].is_monotonic_increasing
+    assert table[best].min() == pytest.approx(min(h[panel.trainer.monitor].min() for h in panel.histories))
+    assert len(panel.figure().axes[0].lines) == 2
+    assert bytes(panel.curves.value).startswith(b"\x89PNG")
+    assert "learning_rate" in panel.compared.value
+    assert "fit 2" in panel.status.value
+
+
+def test_a_value_reaches_the_trainer(panel):
+    panel.widgets["learning_rate"].value = 0.0125
+    panel.train()
+    assert panel.trainer.learning_rate == 0.0125
+    assert panel.trainer.max_epochs == 2
+
+
+def test_yaml_is_what_the_command_reads(panel):
+    panel.train()
+    panel.widgets["learning_rate"].value = 0.03
+    chosen = yaml.safe_load(panel.copy().read_text())
+    assert chosen.items() >= {**panel.work.values, "learning_rate": 0.03}.items()
+    assert parameters.validate(panel.work.notebook, chosen) == chosen
+    assert panel.text.value == panel.yaml()
+    first = yaml.safe_load(panel.yaml(1))
+    assert first["learning_rate"] == panel.work.values["learning_rate"]
+    with pytest.raises(LabelError, match="1 to 1"):
+        panel.yaml(2)
+
+
+def test_the_button_trains_beside_the_page_one_fit_at_a_time(panel):
+    panel.epochs.value = 100
+    panel.start()
+    while panel.trainer is None or not panel.trainer.rows:
+        panel._worker.join(0.01)
+    panel.start()
+    assert "a fit is running" in panel.status.value
+    panel.stop()
+    panel._worker.join(30)
+    assert 1 <= len(panel.histories[0]) < 100
+    assert len(panel.results) == 1
+
+
+def test_a_notebook_without_training_is_refused(screen, tmp_path):
+    with pytest.raises(LabelError, match="02_train_vae"):
+        TuningPanel(screen, Workspace("01_data", tmp_path))
+
+
+def test_text_is_parsed_and_refused_as_on_the_command_line(panel):
+    parameter = Parameter("axes", "int | None", None, "how many", minimum=1)
+    panel.parameters, panel.widgets = {"axes": parameter}, {"axes": widget_for(parameter)}
+    assert panel.values == {"axes": None}
+    panel.widgets["axes"].value = "3"
+    assert panel.values == {"axes": 3}
+    panel.widgets["axes"].value = "-1"
+    with pytest.raises(ParameterError, match="axes"):
+        _ = panel.values
+    panel._safely(lambda: panel.values)
+    assert "refused: " in panel.status.value
+
+
+def test_choices_become_a_list():
+    choice = next(p for p in parameters.VIRTUAL if p.choices)
+    assert isinstance(widget_for(choice), ipywidgets.Dropdown)
