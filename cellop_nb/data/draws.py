@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -45,6 +46,23 @@ class GroupSample:
     which: list[int]
     control_rows: Tensor
     perturbed_rows: Tensor
+
+    def part(self, chosen: Sequence[int]) -> GroupSample:
+        """Some of the groups, by their positions in `which`."""
+        control, perturbed = ([*accumulate(sizes, initial=0)] for sizes in (self.control_sizes, self.perturbed_sizes))
+
+        def cut(cells: Tensor, starts: list[int]) -> Tensor:
+            return torch.cat([cells[starts[k] : starts[k + 1]] for k in chosen])
+
+        return GroupSample(
+            control=cut(self.control, control),
+            perturbed=cut(self.perturbed, perturbed),
+            control_sizes=[self.control_sizes[k] for k in chosen],
+            perturbed_sizes=[self.perturbed_sizes[k] for k in chosen],
+            which=[self.which[k] for k in chosen],
+            control_rows=cut(self.control_rows, control),
+            perturbed_rows=cut(self.perturbed_rows, perturbed),
+        )
 
 
 class Draws:

@@ -156,6 +156,14 @@ class CountLoader:
         Where the tensors go.
     order
         How a pass is shuffled.
+    share
+        (k, n): give out every n-th cell of each batch, from the k-th; n loaders with equal generators then share
+        each pass. A last batch of fewer than n cells is left out.
+
+    Attributes
+    ----------
+    joint_size
+        Cells of the whole batch that the last one given out is a share of.
     """
 
     def __init__(
@@ -169,8 +177,9 @@ class CountLoader:
         drop_last: bool = False,
         device: torch.device | str = "cpu",
         order: Order = full_shuffle,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
-        self.matrix, self.batch_size = matrix, int(batch_size)
+        self.matrix, self.batch_size, self.share, self.joint_size = matrix, int(batch_size), share, 0
         self.shuffle, self.drop_last, self.order = shuffle, drop_last, order
         if self.batch_size < 1:
             raise DataError(
@@ -182,7 +191,7 @@ class CountLoader:
 
     def __len__(self) -> int:
         whole, rest = divmod(len(self.rows), self.batch_size)
-        return whole + (rest > 0 and not self.drop_last)
+        return whole + (rest >= self.share[1] and not self.drop_last)
 
     def pass_rows(self) -> np.ndarray:
         """Rows of the next pass in their order, (cell,)."""
@@ -190,10 +199,16 @@ class CountLoader:
             return self.rows
         return self.rows[self.order(len(self.rows), self.generator).numpy()]
 
-    def __iter__(self) -> Iterator[CountBatch]:
-        rows = self.pass_rows()
+    def shares(self) -> Iterator[tuple[int, np.ndarray]]:
+        """Size of each whole batch of the next pass, and the rows of this loader's share of it."""
+        rows, (first, step) = self.pass_rows(), self.share
         for start in range(0, len(self) * self.batch_size, self.batch_size):
-            yield self.matrix.batch(rows[start : start + self.batch_size], self.device)
+            joint = rows[start : start + self.batch_size]
+            yield len(joint), joint[first::step]
+
+    def __iter__(self) -> Iterator[CountBatch]:
+        for self.joint_size, rows in self.shares():
+            yield self.matrix.batch(rows, self.device)
 
 
 def _canonical(matrix) -> sparse.csr_matrix:

@@ -203,14 +203,12 @@ class DiskLoader(CountLoader):
     """A :class:`CountLoader` that reads a window of cells at a time; any order is right, a chunked one is fast."""
 
     def __iter__(self) -> Iterator[CountBatch]:
-        rows = self.pass_rows()[: len(self) * self.batch_size]
-        size = max(1, PART // self.batch_size) * self.batch_size
-        for start in range(0, len(rows), size):
-            part = rows[start : start + size]
-            yield from self._batches_of(part, self.matrix.held(part))
-
-    def _batches_of(self, rows: np.ndarray, held: CountMatrix) -> Iterator[CountBatch]:
-        for start in range(0, len(rows), self.batch_size):
-            chosen = np.arange(start, min(start + self.batch_size, len(rows)))
-            index = torch.from_numpy(np.asarray(rows[chosen], dtype=np.int64)).to(self.device)
-            yield replace(held.batch(chosen, self.device), index=index)
+        shares = list(self.shares())
+        per_window = max(1, PART // self.batch_size)
+        for start in range(0, len(shares), per_window):
+            window = shares[start : start + per_window]
+            held = self.matrix.held(np.concatenate([rows for _, rows in window]))
+            at = 0
+            for self.joint_size, rows in window:
+                batch = held.batch(np.arange(at, at := at + len(rows)), self.device)
+                yield replace(batch, index=torch.from_numpy(rows.astype(np.int64)).to(self.device))

@@ -17,6 +17,7 @@ from ..errors import DataError, ModelError, three_beats
 from .callbacks import Callback, HistoryCSV, ProgressBar, SaveCheckpoints
 from .clip import clip_gradients
 from .guard import NonFiniteGuard
+from .parallel import Processes
 from .remote import BY_HAND, RemoteControl
 from .resume import Resumable
 
@@ -51,7 +52,9 @@ class Trainer(RemoteControl, Resumable):
     seed
         Seeds every draw of the trainer (batches, latent samples).
     accelerator, devices, num_nodes, strategy, precision
-        Passed to ``lightning_fabric.Fabric``.
+        Passed to ``lightning_fabric.Fabric``. With several processes (``devices=2, strategy="ddp"``, started by
+        torchrun or SLURM) each takes its share of every batch, and the numbers are those of one process with the
+        joint batch; the first one writes the files.
     """
 
     monitor = "val_loss"
@@ -80,6 +83,9 @@ class Trainer(RemoteControl, Resumable):
             raise ModelError(
                 three_beats("max_epochs of at least 1", str(max_epochs), "give a positive number")
             )
+        if precision.startswith("16"):
+            fix = "pass precision='bf16-mixed', which has the range of single precision"
+            raise ModelError(three_beats("a precision whose gradients stay finite", repr(precision), fix))
         RemoteControl.__init__(self, lr)
         Resumable.__init__(self)
         self.fabric = Fabric(
@@ -89,6 +95,8 @@ class Trainer(RemoteControl, Resumable):
             strategy=strategy,
             precision=precision,
         )
+        self.fabric.launch()
+        self.processes = Processes(self.fabric)
         self.model, self.max_epochs, self.clip_norm, self.seed = model, max_epochs, clip_norm, seed
         self.folder = None if folder is None else Path(folder)
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -96,7 +104,9 @@ class Trainer(RemoteControl, Resumable):
         # Plain floats: a checkpoint holds no other kind of number.
         optimizer = torch.optim.AdamW(trained, lr=float(lr), weight_decay=float(weight_decay), fused=True)
         self.module, self.optimizer = self.fabric.setup(model, optimizer)
-        self.generator = torch.Generator(device=self.fabric.device).manual_seed(seed)
+        # Noise differs between processes, the order of the cells does not.
+        noise = seed + 7_919 * self.processes.rank
+        self.generator = torch.Generator(device=self.fabric.device).manual_seed(noise)
         self.cpu_generator = torch.Generator().manual_seed(seed)
         self.callbacks = self._standard_callbacks(progress) + list(callbacks)
         self.guard = NonFiniteGuard(model, self.optimizer, folder=self.folder, on_nonfinite=on_nonfinite)
@@ -109,6 +119,8 @@ class Trainer(RemoteControl, Resumable):
             self.made_from["model"] = model.config
 
     def _standard_callbacks(self, progress: bool) -> list[Callback]:
+        if not self.processes.first:
+            return []
         callbacks: list[Callback] = [ProgressBar(self.unit)] if progress else []
         if self.folder is not None:
             callbacks += [HistoryCSV(self.folder / "history.csv"), SaveCheckpoints(self.folder)]
@@ -204,7 +216,7 @@ class Trainer(RemoteControl, Resumable):
         """Seed by epoch what draws from torch's global source (dropout), and give that source back afterwards."""
         device = self.fabric.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            seed = 1_000_003 * self.seed + self.epoch
+            seed = 1_000_003 * self.seed + self.epoch + 7_919 * self.processes.rank
             torch.default_generator.manual_seed(seed)
             if device.type == "cuda":
                 torch.cuda.manual_seed(seed)
@@ -228,17 +240,19 @@ class Trainer(RemoteControl, Resumable):
             cells, steps = cells + self.batch_size_of(batch), steps + 1
             self._call("on_step_end")
             self._hold_while_paused()
-            if self._stop.is_set():
-                break
+            if self._stop.is_set() and self.processes.size == 1:
+                break  # several processes end their epoch together
+        if self.processes.any(self._stop.is_set()):
+            self._stop.set()
         if not steps or not self.guard.end_of_epoch(self):
             return
         seconds = time.perf_counter() - start
-        means = {f"train_{name}": float(total) / steps for name, total in sums.items()}
+        means = {f"train_{k}": float(self.processes.average(total)) / steps for k, total in sums.items()}
         row = {
             "epoch": self.epoch,
             "seconds": seconds,
             "lr": self.optimizer.param_groups[0]["lr"],
-            "cells_per_s": cells / seconds,
+            "cells_per_s": cells * self.processes.size / seconds,
             "grad_norm": float(torch.stack(norms).mean()),
             "train_loss": sum(means.values()),
             **means,
@@ -259,10 +273,12 @@ class Trainer(RemoteControl, Resumable):
         self._set_rate()
         self.optimizer.zero_grad(set_to_none=True)
         self.guard.begin_step(self)
-        terms = self.loss_terms(batch)
-        if not self.guard.before_backward(terms, self):
-            return None
-        self.fabric.backward(sum(terms.values()))
+        with self.fabric.no_backward_sync(self.module, enabled=self.processes.size > 1):
+            terms = self.loss_terms(batch)
+            if not self.guard.before_backward(terms, self):
+                return None
+            self.fabric.backward(sum(terms.values()))
+        self.processes.average_gradients(self.model.parameters())
         norm = clip_gradients(self.model.parameters(), self.clip_norm)
         if not self.guard.after_backward(self, norm):
             return None

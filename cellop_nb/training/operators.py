@@ -186,6 +186,9 @@ class OperatorTrainer(Trainer):
         }
         device = self.fabric.device
         self.groups = groups(adata, split="train", **keys).to(device)
+        if len(self.groups) < self.processes.size:
+            found = f"{len(self.groups)} groups for {self.processes.size} processes"
+            raise ModelError(three_beats("a condition for every process", found, "start fewer processes"))
         self.held_out = groups(adata, split="val", control_split="train", **keys).to(device)
         self.weights = {"ridge": ridge, "context_ridge": context_ridge, "stability_weight": stability_weight}
         self.cells_per_group, self.max_norm, self._steps = cells_per_group, max_norm, steps_per_epoch
@@ -217,13 +220,17 @@ class OperatorTrainer(Trainer):
         self.val_design = self.model.conditions.design([condition_of(group, control) for group in items])
         controls = [_spread(self.held_out.control[group.context], 256) for group in items]
         perturbed = [_spread(group.cells, 256) for group in items]
-        self.val_control, self.val_sizes = torch.cat(controls), [len(cells) for cells in controls]
-        self.val_perturbed, self.val_counts = torch.cat(perturbed), [len(cells) for cells in perturbed]
+        kind = self.model.axis_shift.dtype  # that of the chosen precision
+        self.val_control, self.val_sizes = torch.cat(controls).to(kind), [len(cells) for cells in controls]
+        self.val_perturbed, self.val_counts = torch.cat(perturbed).to(kind), [len(cells) for cells in perturbed]
         self.val_self = self_distance(self.val_perturbed, self.val_counts)
 
     def batches(self) -> Iterator:
+        share = self.processes.share(len(self.groups))
         for _ in range(self._steps):
-            yield self.groups.sample(self.cells_per_group, self.cpu_generator)
+            # Drawn for all groups, so that the draw of one does not depend on who has the others.
+            sample = self.groups.sample(self.cells_per_group, self.cpu_generator)
+            yield sample if self.processes.size == 1 else sample.part(share)
 
     def steps_per_epoch(self) -> int:
         return self._steps
@@ -236,8 +243,10 @@ class OperatorTrainer(Trainer):
         clouds = batch.control, batch.perturbed, batch.control_sizes, batch.perturbed_sizes
         known = self.within.of(batch)
         # NaN must reach the loss: the guard says where it came from, and may roll back.
-        energy = moved_energy_distance(*clouds, matrices, shifts, y_self=known, validate=False)
-        return {"energy": energy.mean(), **self._penalties(matrices)}
+        mine = slice(self.processes.rank, None, self.processes.size)
+        energy = moved_energy_distance(*clouds, matrices[mine], shifts[mine], y_self=known, validate=False)
+        term = self.processes.weighted({"energy": energy.mean()}, len(energy), len(matrices))
+        return term | self._penalties(matrices)
 
     def _penalties(self, matrices: Tensor) -> dict[str, Tensor]:
         ridge = self.weights["ridge"] * self.model.ridge(matrices)

@@ -101,7 +101,7 @@ class VAETrainer(Trainer):
     layer
         Layer that holds the counts; ``X`` where None.
     batch_size
-        Cells per step.
+        Cells per step, of all processes together.
     kl_weight, warmup_epochs
         Final weight of the divergence and the epochs over which it grows from zero.
     **settings
@@ -137,8 +137,9 @@ class VAETrainer(Trainer):
         rows = {split: rows_of(adata, split, split_key=split_key) for split in ("train", "val")}
         device = self.fabric.device
         self.loader = matrix.loader(
-            rows["train"], batch_size=batch_size, generator=self.cpu_generator, device=device
-        )
+            rows["train"], batch_size=batch_size, generator=self.cpu_generator, device=device,
+            share=(self.processes.rank, self.processes.size),
+        )  # fmt: skip
         self.validation = matrix.loader(rows["val"], batch_size=512, shuffle=False, device=device)
         self.parameters |= {
             "batch_size": int(batch_size), "kl_weight": float(kl_weight), "warmup_epochs": int(warmup_epochs),
@@ -166,7 +167,8 @@ class VAETrainer(Trainer):
         return self.weights["kl_weight"] * share
 
     def loss_terms(self, batch: CountBatch) -> dict[str, Tensor]:
-        return elbo_loss(*self._forward(batch, self.generator), self.kl_weight)
+        terms = elbo_loss(*self._forward(batch, self.generator), self.kl_weight)
+        return self.processes.weighted(terms, len(batch), self.loader.joint_size)
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:

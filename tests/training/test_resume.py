@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import random
-import sys
 import time
 
 import numpy as np
@@ -18,19 +15,6 @@ from cellop_nb.errors import CheckpointError
 from cellop_nb.training.callbacks import EarlyStopping
 
 MAKE = {"vae": small_vae, "operators": small_operators}
-
-
-@pytest.fixture(scope="module")
-def processes():
-    """New processes that have everything imported: a kill costs milliseconds, not seconds."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["toy"])
-    with pytest.MonkeyPatch.context() as patch:  # the server looks for what it preloads there only
-        patch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
-        first = context.Process(target=print)
-        first.start()
-        first.join()
-    return context
 
 
 def rows(folder):

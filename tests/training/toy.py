@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch import nn
 
 from cellop_nb.data.splits import split
 from cellop_nb.data.synthetic import synthetic
+from cellop_nb.models import vae as vae_module
 from cellop_nb.training.callbacks import Callback
 from cellop_nb.training.loop import Trainer
 from cellop_nb.training.operators import OperatorTrainer, new_operators
@@ -139,3 +141,40 @@ def train(kind, folder, pause):
     torch.set_num_threads(1)
     make = {"vae": small_vae, "operators": small_operators}[kind]
     make(folder, pause=pause).fit(resume=True)
+
+
+def one_of(rank, size, port, kind, folder, precision="32-true"):
+    """In a process of its own: a short run as one of `size` processes; writes its first gradients and its end."""
+    torch.set_num_threads(1)
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"}
+    place |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "GROUP_RANK": "0"}
+    os.environ.update({name: value for name, value in place.items() if size > 1})
+    together = {"devices": size, "strategy": "ddp"} if size > 1 else {}
+    trainer = joint_run(kind, folder, precision=precision, **together)
+    told = {"gradients": trainer.first_gradients, "weights": weights_of(trainer)}
+    torch.save(told | {"val_loss": trainer.history["val_loss"].tolist(), "rows": trainer.rows}, f"{folder}/{rank}.pt")
+
+
+def joint_run(kind, folder, **settings):
+    """Two epochs without noise or clipping, whose first gradients are kept."""
+    vae_module.sample_z = lambda posterior, generator=None: posterior.loc
+    if kind == "vae":
+        adata = small_screen()
+        model = new_vae(adata, n_latent=3, n_hidden=8)
+        given = {"batch_size": 17, "lr": 1e-2, "warmup_epochs": 0}
+        trainer = VAETrainer(adata, model, **given, **COMMON, folder=folder, **settings)
+    else:
+        trainer = small_operators(folder, clip_norm=1e9, max_epochs=2, **settings)
+    trainer.callbacks.append(KeepGradients())
+    trainer.fit()
+    return trainer
+
+
+COMMON = {"max_epochs": 2, "progress": False, "accelerator": "cpu", "clip_norm": 1e9}
+
+
+class KeepGradients(Callback):
+    def on_step_end(self, trainer):
+        if trainer.step == 1:
+            named = trainer.model.named_parameters()
+            trainer.first_gradients = {name: p.grad.clone() for name, p in named if p.grad is not None}
