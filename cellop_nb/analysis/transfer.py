@@ -134,7 +134,7 @@ class Response:
         LabelError
             For a perturbation that the model was not fitted with.
         """
-        base = shared_operator(self.operators, perturbation, context, self.control)
+        base = self.operators.operator(own_condition(self.operators, perturbation, context, self.control))
         added = None
         if self.complexity.locality is not None and context in self.profiles:
             added = self._departure(perturbation, context)
@@ -157,12 +157,10 @@ class Response:
         return sum(found) if found else None
 
 
-def shared_operator(
-    operators: OperatorModel, perturbation: str, context: str, control: str
-) -> AffineOperator:
-    """The operator without what is taken over: with the context's own part where it was trained on."""
+def own_condition(operators: OperatorModel, perturbation: str, context: str, control: str) -> Condition:
+    """A perturbation with the context's own part where the operators were trained on the context."""
     own = context if context in operators.conditions.contexts else None
-    return operators.operator(Condition.parse(perturbation, own, control=control))
+    return Condition.parse(perturbation, own, control=control)
 
 
 class Fits:
@@ -189,22 +187,24 @@ class Fits:
         self.seed, self.training = seed, dict(training)
         self.profiles = view.profiles()
         self._operators: dict = {}
+        self._departed: dict = {}
         self._missed: dict = {}
 
-    def response(self, left_out: frozenset[Group], complexity: Complexity) -> Response:
-        """The response without the cells of the groups `left_out`."""
+    def response(
+        self, left_out: frozenset[Group], complexity: Complexity, perturbations: Sequence[str] | None = None
+    ) -> Response:
+        """The response without the cells of the groups `left_out`; remainders of `perturbations` (None: of all)."""
         operators, control = self._fit(left_out, complexity.form), self.view.control
-        known = [group for group in self.view.groups() if group not in left_out]
-        departures, remainders = {}, {}
-        if complexity.locality is not None:
-            departures = {group: self._departs(operators, *group) for group in known}
-        response = Response(operators, complexity, control, self.profiles, departures, remainders)
+        known = [group for group in self.view.groups if group not in left_out]
+        departures = {} if complexity.locality is None else self._departures(left_out, complexity.form, known)
+        response = Response(operators, complexity, control, self.profiles, departures, {})
         if complexity.remainder:
-            for perturbation in sorted({p for _, p in known}):
+            wanted = sorted({p for _, p in known}) if perturbations is None else perturbations
+            for perturbation in wanted:
                 measured = [group for group in known if group[1] == perturbation]
                 if len(measured) > 1:  # the others predict the one left out
                     missed = [self._missing(left_out, group, complexity) for group in measured]
-                    remainders[perturbation] = np.mean(missed, axis=0)
+                    response.remainders[perturbation] = np.mean(missed, axis=0)
         return response
 
     def _fit(self, left_out: frozenset[Group], form: Complexity) -> OperatorModel:
@@ -226,20 +226,28 @@ class Fits:
             OperatorTrainer(cells, model, seed=self.seed, **self.keys, **form.training, **settings).fit()
         return model.cpu().eval()
 
-    def _departs(self, operators: OperatorModel, context: str, perturbation: str) -> Tensor:
-        start, real = (
-            self.view.z[self.view.rows(context, p)].mean(0) for p in (self.view.control, perturbation)
-        )
-        operator = shared_operator(operators, perturbation, context, self.view.control)
-        return real - operator(start)
+    def _departures(
+        self, left_out: frozenset[Group], form: Complexity, known: list[Group]
+    ) -> dict[Group, Tensor]:
+        """Measured less moved mean cell of every group."""
+        if (left_out, form) not in self._departed:
+            operators = self._fit(left_out, form)
+            conditions = [own_condition(operators, p, c, self.view.control) for c, p in known]
+            with torch.no_grad():
+                matrices, shifts = operators.affine(operators.conditions.design(conditions))
+            start = torch.stack([self.view.mean(context, self.view.control) for context, _ in known])
+            real = torch.stack([self.view.mean(*group) for group in known])
+            gaps = real - torch.einsum("nij,nj->ni", matrices, start) - shifts
+            self._departed[left_out, form] = dict(zip(known, gaps, strict=True))
+        return self._departed[left_out, form]
 
     def _missing(self, left_out: frozenset[Group], group: Group, complexity: Complexity) -> np.ndarray:
         """Real less predicted mean level of a group whose context's cells took no part in the fit."""
-        here = frozenset(other for other in self.view.groups() if other[0] == group[0])
+        here = frozenset(other for other in self.view.groups if other[0] == group[0])
         plain = replace(complexity, remainder=False)
         key = (left_out | here, group, plain)
         if key not in self._missed:
-            rows, cells = self.predict(self.response(left_out | here, plain), *group)
+            rows, cells = self.predict(self.response(key[0], plain), *group)
             self._missed[key] = self.view.real_level(self.view.rows(*group)) - self.view.level(cells, rows)
         return self._missed[key]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -34,6 +35,8 @@ class LatentView:
         (cell, d) latents.
     contexts, perturbations : ndarray
         (cell,) labels.
+    groups : list
+        Perturbed (context, perturbation) groups, sorted.
     """
 
     def __init__(
@@ -50,16 +53,21 @@ class LatentView:
         self.contexts = context_labels(adata, context_key).to_numpy()
         self.perturbations = obs_labels(adata, perturbation_key).to_numpy()
         self.control, self.max_cells = control, max_cells
-
-    def groups(self) -> list[tuple[str, str]]:
-        """Perturbed (context, perturbation) groups, sorted."""
-        pairs = sorted(set(zip(self.contexts, self.perturbations, strict=True)))
-        return [pair for pair in pairs if pair[1] != self.control]
+        labels = pd.DataFrame({"context": self.contexts, "perturbation": self.perturbations})
+        self._rows = dict(labels.groupby(["context", "perturbation"], sort=True).indices)
+        self.groups = [group for group in self._rows if group[1] != control]
+        self._means: dict[tuple[str, str], Tensor] = {}
 
     def rows(self, context: str, perturbation: str) -> np.ndarray:
         """Rows of a group, (cell,); the first `max_cells` of them."""
-        here = (self.contexts == context) & (self.perturbations == perturbation)
-        return np.flatnonzero(here)[: self.max_cells]
+        return self._rows.get((context, perturbation), np.zeros(0, dtype=int))[: self.max_cells]
+
+    def mean(self, context: str, perturbation: str) -> Tensor:
+        """Mean latent of a group, (d,)."""
+        key = (context, perturbation)
+        if key not in self._means:
+            self._means[key] = self.z[self.rows(*key)].mean(0)
+        return self._means[key]
 
     def profiles(self) -> dict[str, np.ndarray]:
         """Mean control cell of each context, by which contexts are compared."""

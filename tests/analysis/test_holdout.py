@@ -159,11 +159,28 @@ def test_left_out_context_is_predicted_from_the_others():
     assert (table["e_distance"] < 0.1 * table["no_change"]).all()
 
 
+def choices(energies, no_change):
+    """Table of two candidates on the groups a and b."""
+    rows = [(c, g, e, no_change[g]) for g, pair in energies.items() for c, e in enumerate(pair)]
+    return pd.DataFrame(rows, columns=["candidate", "group", "e_distance", "no_change"])
+
+
 def test_a_tie_goes_to_the_simplest():
-    table = pd.DataFrame(
-        {"candidate": [0, 1, 0, 1], "group": ["a", "a", "b", "b"], "e_distance": [0.50, 0.49, 0.30, 0.31]}
-    )
+    table = choices({"a": (0.50, 0.40), "b": (0.30, 0.40)}, {"a": 5.0, "b": 5.0})
     assert choose(table, CANDIDATES) == CANDIDATES[0]
+
+
+def test_a_group_counts_by_its_share_of_the_effect():
+    """The second candidate gains 1.0 of 20 in one group and loses 0.4 of 1 in the other."""
+    table = choices({"a": (3.0, 2.0), "b": (0.1, 0.5)}, {"a": 20.0, "b": 1.0})
+    assert choose(table, CANDIDATES) == CANDIDATES[0]
+    even = choices({"a": (3.0, 2.0), "b": (0.1, 0.5)}, {"a": 20.0, "b": 20.0})
+    assert choose(even, CANDIDATES) == CANDIDATES[1]
+
+
+def test_a_group_without_effect_decides_nothing():
+    table = choices({"a": (3.0, 2.0), "b": (0.00, 0.004)}, {"a": 20.0, "b": -0.01})
+    assert choose(table, CANDIDATES) == CANDIDATES[1]
 
 
 def test_one_context_leaves_nothing_to_choose_by():
