@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ..models.energy import energy_distance, grouped_energy_distance, self_distance
+from .limits import LATENT_COLUMNS, compared, product_rate
 from .measure import in_fresh_process, interleaved, missing
 
 DIMENSIONS = 32
+BETWEEN = {
+    False: "some 60 torch calls, which cost as much as the arithmetic at this size, and the inverse roots",
+    True: "one inverse root per pair, and products only 34 columns wide, which run below the rate of square ones",
+}
 
 
 def dense(x: Tensor, y: Tensor) -> Tensor:
@@ -68,56 +71,66 @@ def grouped_steps(groups: int = 200, cells: int = 64) -> dict[str, Callable[[], 
     return {name: (lambda value=value: torch.autograd.grad(value(), x)) for name, value in values.items()}
 
 
-def bound_seconds(n: int) -> float:
-    """Seconds that the matrix products alone would take at this machine's rate for a tile.
+def product_seconds(n: int, *, groups: int = 1, known: bool = False) -> float:
+    """CPU seconds that the matrix products alone take.
 
     Per pair one product for d^2 and one or two for the gradient: in units of 2 (d + 2) operations, the cross
-    term takes 2, the x term 3 / 2 (each pair once, two gradients), and the y term 2 / 2.
+    term takes 2, the x term 3 / 2 (each pair once, two gradients), and the y term, where it is not known, 1.
     """
-    a, b = torch.randn(512, DIMENSIONS + 2), torch.randn(DIMENSIONS + 2, 512)
-    out = torch.empty(512, 512)
-    taken = []
-    for _ in range(30):
-        start = time.perf_counter()
-        torch.mm(a, b, out=out)
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken) / 512**2 * n**2 * 4.5
+    side = min(n, 512)
+    rate = product_rate(side, LATENT_COLUMNS, side, groups if side < 512 else 1)
+    return groups * n**2 * 2.0 * LATENT_COLUMNS * (3.5 if known else 4.5) / rate
 
 
-def run(quick: bool = False) -> list[dict]:
+def run(quick: bool = False, memory: bool = True) -> list[dict]:
     """Measure all variants.
 
     Parameters
     ----------
     quick
         Small sizes and few repetitions: seconds instead of minutes.
+    memory
+        Whether peaks are taken too, in fresh processes.
 
     Returns
     -------
     One row per variant and size: variant, n (cells per cloud), groups, seconds, cpu_seconds (medians),
-    extra_mb (peak above the input, fresh process), ratio (seconds over those of cellop_nb), bound_seconds
-    (matrix products alone), note.
+    extra_mb (peak above the input, fresh process), ratio and cpu_ratio (seconds over those of cellop_nb),
+    bound_seconds and distance (CPU seconds of the products alone, and ours over them), note.
     """
     rows = []
     for n in (200, 1000) if quick else (200, 1000, 2000, 5000, 10_000):
         absent = {name: missing(*needs) for name, (_, needs) in VARIANTS.items()}
         calls = {name: step(name, n) for name, note in absent.items() if note is None}
         times = interleaved(calls, 3 if quick or n > 2000 else 15)
-        bound = bound_seconds(n)
         for name, note in absent.items():
             row = {"variant": name, "n": n, "note": note}
             if note is None:
-                memory = in_fresh_process(__name__, "step", {"variant": name, "n": n})
-                row |= times[name] | {"extra_mb": memory["extra_mb"], "bound_seconds": bound}
-                row["ratio"] = times[name]["seconds"] / times["cellop_nb"]["seconds"]
+                row |= times[name] | _ratios(times[name], times["cellop_nb"])
+                if memory:
+                    peak = in_fresh_process(__name__, "step", {"variant": name, "n": n})
+                    row["extra_mb"] = peak["extra_mb"]
+                if name == "cellop_nb":
+                    row |= compared(
+                        row["cpu_seconds"], products=product_seconds(n), between=BETWEEN[n > 1000]
+                    )
             rows.append(row)
     if not quick:
-        memory = in_fresh_process(__name__, "step", {"variant": "cellop_nb", "n": 100_000}, timeout=3600)
-        rows.append({"variant": "cellop_nb", "n": 100_000, "note": None} | memory)
+        peak = in_fresh_process(__name__, "step", {"variant": "cellop_nb", "n": 100_000}, timeout=3600)
+        rows.append({"variant": "cellop_nb", "n": 100_000, "note": None} | peak)
     times = interleaved(grouped_steps(), 3 if quick else 9)
-    base = times["cellop_nb grouped"]["seconds"]
-    rows += [
-        {"variant": name, "groups": 200, "n": 64, "note": None, "ratio": taken["seconds"] / base} | taken
-        for name, taken in times.items()
-    ]
+    for name, taken in times.items():
+        row = {"variant": name, "groups": 200, "n": 64, "note": None} | taken
+        row |= _ratios(taken, times["cellop_nb grouped"])
+        if "loop" not in name:
+            products = product_seconds(64, groups=200, known="known" in name)
+            row |= compared(taken["cpu_seconds"], products=products, between=BETWEEN[False])
+        rows.append(row)
     return rows
+
+
+def _ratios(taken: dict[str, float], ours: dict[str, float]) -> dict[str, float]:
+    return {
+        "ratio": taken["seconds"] / ours["seconds"],
+        "cpu_ratio": taken["cpu_seconds"] / ours["cpu_seconds"],
+    }

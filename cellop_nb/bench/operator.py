@@ -23,6 +23,7 @@ from ..models.energy_moved import moved_energy_distance
 from ..models.operators import OperatorModel
 from ..models.vae import NBVAE
 from ..training.operators import OperatorTrainer, new_operators
+from .limits import LATENT_COLUMNS, compared, product_rate
 from .measure import in_fresh_process, interleaved
 from .overhead import guard_share, live_share
 from .vae import screen
@@ -30,6 +31,11 @@ from .vae import screen
 LATENT = 32
 SIZES = {"groups": 16, "cells": 128, "genes": 2_000, "hidden": 512}
 QUICK = {"groups": 4, "cells": 16, "genes": 60, "hidden": 16}
+BETWEEN = {
+    "cellop_nb": "inverse roots, the pairs within the moved cells computed twice, and some 120 calls of the operators, "
+    "their gradient and the optimiser",
+    "cellop_nb, OperatorTrainer": "besides, the draw of the cells, penalties, clipping and guard: some 130 calls more",
+}
 BEFORE, FIX, OURS, WHOLE = "before", "report's fix", "cellop_nb", "cellop_nb, OperatorTrainer"
 
 
@@ -194,19 +200,31 @@ def fit_rows(sizes: dict, steps: int, counted: int) -> list[dict]:
     ]
 
 
-def run(quick: bool = False) -> list[dict]:
+def step_products(groups: int, cells: int) -> float:
+    """CPU seconds that the products of the distances of one step take alone: d^2 and gradient, cross and within.
+
+    Each pair within the moved cells counts once for d^2.
+    """
+    rate = product_rate(cells, LATENT_COLUMNS, cells, groups)
+    return groups * cells**2 * 2.0 * LATENT_COLUMNS * 3.5 / rate
+
+
+def run(quick: bool = False, memory: bool = True) -> list[dict]:
     """Measure the forms.
 
     Parameters
     ----------
     quick
         A small problem and few steps: seconds instead of minutes.
+    memory
+        Whether peaks are taken too, in fresh processes.
 
     Returns
     -------
     One row per form and measure: variant, what ("step" or "fit of n steps"), seconds, cpu_seconds (medians of
     steps made in turn), extra_mb (peak of a step above its input, fresh process), extra_share (of that of
-    "before"), ratio (seconds over those of cellop_nb), note. "OperatorTrainer" is the trainer's
+    "before"), ratio and cpu_ratio (seconds over those of cellop_nb), bound_seconds and distance
+    (CPU seconds of the products alone, and ours over them), note. "OperatorTrainer" is the trainer's
     whole step, with the draw of cells, penalties, guard and clipping, which the other three leave out. The
     last rows are the shares of the guard and of the live picture.
     """
@@ -214,16 +232,20 @@ def run(quick: bool = False) -> list[dict]:
     calls: dict[str, Callable[[], object]] = {name: stepper(name, problem(**sizes)) for name in LOSSES}
     calls[WHOLE] = whole_step(sizes)
     times = interleaved(calls, 2 if quick else 15)
-    memory = {
+    peaks = {
         name: in_fresh_process(__name__, "step", {"variant": name, "sizes": sizes})["extra_mb"]
-        for name in LOSSES
+        for name in (LOSSES if memory else ())
     }
     rows = []
     for name, taken in times.items():
-        row = {"variant": name, "what": "step", "extra_mb": memory.get(name), "note": None} | taken
+        row = {"variant": name, "what": "step", "extra_mb": peaks.get(name), "note": None} | taken
         row["ratio"] = taken["seconds"] / times[OURS]["seconds"]
-        if memory.get(name) is not None and memory[BEFORE]:
-            row["extra_share"] = memory[name] / memory[BEFORE]
+        row["cpu_ratio"] = taken["cpu_seconds"] / times[OURS]["cpu_seconds"]
+        if name in (OURS, WHOLE):
+            products = step_products(sizes["groups"], sizes["cells"])
+            row |= compared(taken["cpu_seconds"], products=products, between=BETWEEN[name])
+        if peaks.get(name) is not None and peaks[BEFORE]:
+            row["extra_share"] = peaks[name] / peaks[BEFORE]
         rows.append(row)
     rows += fit_rows(sizes, 4 if quick else 200, 2 if quick else 20)
     trainer = _latent_trainer(sizes, 4 if quick else 200)

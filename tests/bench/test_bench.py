@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from cellop_nb.__main__ import main
-from cellop_nb.bench import energy, operator, overhead, vae
+from cellop_nb.bench import energy, limits, operator, overhead, record, vae
 from cellop_nb.commands import bench
+from cellop_nb.errors import DataError
 
 
 @pytest.fixture
@@ -94,16 +95,55 @@ def test_the_command_measures_and_writes(section, tmp_path, capsys):
     target = tmp_path / "bench.json"
     assert main(["bench", section, "--quick", "--threads", "1", "--out", str(target)]) == 0
     written = json.loads(target.read_text())
-    assert {"date", "machine", "threads", "versions", "quick", "results"} <= set(written)
+    assert {"date", "machine", "limits", "threads", "versions", "quick", "results"} <= set(written)
+    assert record.read(target) == written
     assert (written["threads"], written["quick"]) == (1, True)
     rows = written["results"][section]
     assert {row["variant"] for row in rows} >= {"cellop_nb"}
     for row in rows:
         known = {key for key in row if row[key] is not None}
-        measured = {"seconds", "cells_per_s", "cells_per_cpu_s", "negative_elbo", "share"} & known
+        measured = {
+            "seconds",
+            "stage_seconds",
+            "cells_per_s",
+            "cells_per_cpu_s",
+            "negative_elbo",
+            "share",
+        } & known
         assert measured or row["note"].startswith("not installed"), row
     out = capsys.readouterr().out
     assert all(row["variant"] in out for row in rows)
+
+
+def test_the_bound_is_the_larger_of_products_and_memory_and_far_figures_are_explained():
+    near = limits.compared(1.5, products=1.0, memory=0.2, between="little")
+    assert near == {"bound_seconds": 1.0, "bound": "products", "distance": 1.5}
+    far = limits.compared(9.0, products=1.0, memory=3.0, between="much")
+    assert far["bound"] == "memory" and far["distance"] == 3 and far["between"] == "much"
+
+
+def test_the_products_of_a_step_are_counted(monkeypatch):
+    monkeypatch.setattr(operator, "product_rate", lambda *shape: 1.0)
+    # 2 groups of 3 cells: 18 pairs across (distance and gradient), 9 within (half the distances, one gradient)
+    assert operator.step_products(2, 3) == 2 * 9 * 2 * 34 * (2 + 1.5)
+    monkeypatch.setattr(vae, "product_rate", lambda *shape: 1.0)
+    assert vae.step_bounds(5, 4, 7)["products"] == 3 * 2 * 4 * 7 * (5 + vae.LATENT)
+    assert vae.step_bounds(10, 4, 7)["memory"] > vae.step_bounds(5, 4, 7)["memory"]
+
+
+def test_the_machines_limits_are_positive():
+    assert all(value > 0 for value in (limits.product_rate(16, 8, 16, 2), limits.call_seconds()))
+
+
+def test_a_file_that_is_no_record_is_refused(tmp_path):
+    (tmp_path / "other.json").write_text("[1]")
+    for path in (tmp_path / "other.json", tmp_path / "missing.json"):
+        with pytest.raises(DataError, match="Expected a record of a benchmark"):
+            record.read(path)
+
+
+def test_the_sections_of_the_command_are_those_of_the_record():
+    assert bench.SECTIONS == record.SECTIONS
 
 
 def test_bench_refuses_what_it_could_not_do(capsys, tmp_path):
