@@ -43,7 +43,15 @@ def test_the_model_page_names_what_the_code_has():
     text = (environment.ROOT / "docs" / "model.md").read_text(encoding="utf-8")
     table = text.partition("## Symbols")[2].partition("## What is assumed")[0]
     operators = cellop_nb.OperatorModel(2, ["p"], ["c"])
-    for name in ("axis_left", "axis_right", "axis_shift", "context_left", "context_right", "context_shift", "center"):
+    for name in (
+        "axis_left",
+        "axis_right",
+        "axis_shift",
+        "context_left",
+        "context_right",
+        "context_shift",
+        "center",
+    ):
         assert f"{name}" in table
         assert hasattr(operators, name)
     for name in ("embedding", "interaction", "modulation", "to_alpha"):

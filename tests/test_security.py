@@ -165,7 +165,39 @@ def shown_setting():
     return words(EVIL)
 
 
+def shown_vae():
+    return cellop_nb.NBVAE([EVIL, "gene"], n_latent=2, covariates={EVIL: ["a"]})._repr_html_()
+
+
+def shown_operators():
+    return cellop_nb.OperatorModel(2, [EVIL], [EVIL])._repr_html_()
+
+
+def shown_operator():
+    return cellop_nb.OperatorModel(2, [EVIL], ["A"]).operator(cellop_nb.Condition((EVIL,), "A"))._repr_html_()
+
+
+def shown_trainer():
+    adata = screen_of("plain")
+    cellop_nb.split(adata)
+    trainer = cellop_nb.VAETrainer(adata, cellop_nb.new_vae(adata, n_latent=2), progress=False)
+    trainer.stop(EVIL)
+    return trainer._repr_html_()
+
+
+def shown_answer():
+    from cellop_nb.notebook.virtual import Question, VirtualCells
+
+    adata = screen_of(EVIL)
+    cellop_nb.split(adata)
+    vae = cellop_nb.new_vae(adata, n_latent=2)
+    cellop_nb.embed(adata, vae)
+    return VirtualCells(adata, vae, cellop_nb.new_operators(adata)).ask(Question(EVIL, EVIL))._repr_html_()
+
+
 SHOWN = {
+    "NBVAE": shown_vae, "OperatorModel": shown_operators, "AffineOperator": shown_operator,
+    "Trainer": shown_trainer, "Answer": shown_answer,
     "Groups": shown_groups, "Holdout": shown_holdout, "Holdouts": shown_holdouts, "Sweep": shown_sweep,
     "markdown": shown_sentence, "styled": shown_table, "words": shown_setting,
 }  # fmt: skip

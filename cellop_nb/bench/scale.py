@@ -120,7 +120,12 @@ def predict(path: str) -> Callable[[], object]:
         operators = new_operators(adata)
         OperatorTrainer(adata, operators, max_epochs=1, progress=False, accelerator="cpu").fit()
         predict_to_file(
-            adata, vae, operators, path=_beside(path, "predicted.h5ad"), perturbation="drug 1", context="type 0"
+            adata,
+            vae,
+            operators,
+            path=_beside(path, "predicted.h5ad"),
+            perturbation="drug 1",
+            context="type 0",
         )
 
     return call
@@ -143,7 +148,9 @@ def run(quick: bool = False) -> list[dict]:
     in_memory, zarr = (sizes[0], sizes[0]) if quick else (IN_MEMORY, ZARR)
     rows = []
     for n_cells in sizes:
-        rows += _measure(n_cells, n_genes, "h5ad", ("train", "encode", "predict"), memory=n_cells == in_memory)
+        rows += _measure(
+            n_cells, n_genes, "h5ad", ("train", "encode", "predict"), memory=n_cells == in_memory
+        )
         if n_cells == zarr:
             rows += _measure(n_cells, n_genes, "zarr", ("train",))
     return rows
@@ -152,7 +159,9 @@ def run(quick: bool = False) -> list[dict]:
 def _measure(n_cells: int, n_genes: int, form: str, stages, *, memory: bool = False) -> list[dict]:
     with tempfile.TemporaryDirectory(prefix="cellop-scale-") as folder:
         path = str(Path(folder) / f"screen.{form}")
-        done = in_fresh_process(__name__, "_write", {"path": path, "n_cells": n_cells, "n_genes": n_genes}, _LIMIT)
+        done = in_fresh_process(
+            __name__, "_write", {"path": path, "n_cells": n_cells, "n_genes": n_genes}, _LIMIT
+        )
         if done.get("note"):
             return [_row("cellop_nb", "write", n_cells, n_genes, form, done)]
         rows = [_stage("cellop_nb", stage, n_cells, n_genes, form, {"path": path}) for stage in stages]

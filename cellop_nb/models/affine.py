@@ -10,6 +10,7 @@ from scipy.linalg import expm, logm
 from torch import Tensor
 
 from ..errors import ModelError, three_beats
+from ..views import card
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,14 @@ class AffineOperator:
         """Composition: ``(self @ first)(z) == self(first(z))``, so the right operator acts first."""
         shift = self.matrix @ first.shift + self.shift
         return AffineOperator(self.matrix @ first.matrix, shift, f"{self.label} after {first.label}")
+
+    def _repr_html_(self) -> str:
+        facts = {
+            "dimensions": len(self.shift),
+            "largest singular value": self.norm,
+            "length of the shift": float(self.shift.norm()),
+        }
+        return card(f"Affine operator: {self.label}", facts)
 
     @property
     def norm(self) -> float:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError, three_beats
+from ..views import card
 from .affine import AffineOperator
 from .conditions import Condition, ConditionEncoder, Design, first_embedding
 
@@ -296,6 +297,30 @@ class OperatorModel(nn.Module):
         root = size[:, :rank].sqrt().unsqueeze(1)
         self.axis_left.copy_(left[:, :, :rank] * root)
         self.axis_right.copy_(right[:, :rank].mT * root)
+
+    @torch.no_grad()
+    def _repr_html_(self) -> str:
+        c, known = self.config, self.conditions
+        wanted = [
+            Condition((name,), context)
+            for context in known.contexts or [None]
+            for name in known.perturbations
+        ]
+        matrices, _ = self.affine(known.design(wanted))
+        norms = torch.linalg.matrix_norm(matrices, 2)
+        largest = int(norms.argmax())
+        facts = {
+            "perturbations": known.perturbations,
+            "contexts": known.contexts,
+            "measured pairs": ["+".join(pair) for pair in known.pairs] or None,
+            "latent dimensions": c["n_latent"],
+            "shared axes": f"{c['n_axes']} of rank {c['rank']}",
+            "largest spectral norm": f"{float(norms[largest]):.3f} ({wanted[largest]})",
+            "mean departure from the identity": float(
+                (matrices - torch.eye(c["n_latent"]).to(matrices)).norm(dim=(1, 2)).mean()
+            ),
+        }
+        return card("Operator family: z -> A z + b for every condition", facts)
 
     def extra_repr(self) -> str:
         c = self.config

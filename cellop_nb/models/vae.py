@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 
 from ..errors import LabelError, three_beats
+from ..views import card
 from .counts import SparseCounts
 from .likelihood import NegativeBinomial
 from .networks import MAX_DISPERSION, MIN_DISPERSION, DecoderNB, Encoder
@@ -148,6 +149,18 @@ class NBVAE(nn.Module):
         sizes = {"n_hidden": n_hidden, "n_layers": n_layers, "dropout": dropout}
         self.encoder = Encoder(n_columns, n_latent, n_covariates=width * encode_covariates, **sizes)
         self.decoder = DecoderNB(n_latent, n_columns, n_covariates=width, **sizes)
+
+    def _repr_html_(self) -> str:
+        c = self.config
+        layers = f"{c['n_layers']} hidden of {c['n_hidden']} units"
+        facts = {
+            "genes": c["genes"],
+            "latent dimensions": c["n_latent"],
+            "layers": layers,
+            "covariates": [f"{name} ({len(known)})" for name, known in self.covariates.items()] or None,
+            "parameters": sum(parameter.numel() for parameter in self.parameters()),
+        }
+        return card("Negative-binomial VAE: counts to latents and back", facts)
 
     @property
     def n_genes(self) -> int:

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from ..models.affine import AffineOperator
+from ..views import card
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,25 @@ class Answer:
             f"{head} | energy distance to {self.n_real:,} real cells {self.energy:.3f} "
             f"(no change {self.energy_start:.3f}, noise floor {self.floor:.3f})"
         )
+
+    def _repr_html_(self) -> str:
+        known = np.isfinite(self.energy)
+        facts = {
+            "what is known": self.why,
+            "energy distance": f"{self.energy:.4f} ({self.n_moved:,} to {self.n_real:,} cells)"
+            if known
+            else "no real cells",
+            "no change": self.energy_start if known else None,
+            "noise floor": self.floor if known else None,
+            "genes that change most": [
+                f"{row.gene} {row.lfc:+.2f}" for row in self.genes.head(6).itertuples()
+            ],
+            "stability": self.verdict,
+        }
+        note = (
+            "Energy distances are Euclidean, U-statistic, in the latent space; genes are log2 fold changes."
+        )
+        return card(f"{self.question.context}: {self.question.label}", facts, note=note)
 
     @property
     def verdict(self) -> str:
