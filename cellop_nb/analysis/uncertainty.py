@@ -16,7 +16,7 @@ from ..errors import HoldoutError, three_beats
 from .baselines import Prediction
 from .holdout import OPERATORS, Holdout
 from .intervals import Interval, change_error, gene_change, pool
-from .scores import Truth, known_metrics, score
+from .scores import FDR, Truth, differential, known_metrics, score
 
 LEVELS = (0.5, 0.8, 0.9, 0.95)
 
@@ -223,9 +223,10 @@ def change_intervals(
     Returns
     -------
     DataFrame
-        A row per group and gene: ``group, gene, predicted, low, high, true, true_error`` (standard
-        error of the measured change) and ``inside`` (whether the measured change lies in the interval, allowing
-        for its own error). Changes of mean log1p-CP10k against the control cells.
+        A row per group and gene: ``group, gene, predicted, low, high, true, true_error`` (standard error of the
+        measured change), ``is_de`` (Wilcoxon, Benjamini-Hochberg below 5 % in the real cells) and ``inside``
+        (whether the measured change lies in the interval, allowing for its own error). Changes of mean
+        log1p-CP10k against the control cells.
     """
     tables = []
     for sides in _sides(result, layer, perturbation_key, context_key):
@@ -243,6 +244,7 @@ def change_intervals(
             "high": interval.estimate + widen * np.maximum(interval.high - interval.estimate, 0),
             "true": true,
             "true_error": change_error(sides.real, sides.control),
+            "is_de": (differential(sides.real, sides.control)["fdr"] < FDR).to_numpy(),
         }
         tables.append(pd.DataFrame(columns))
     table = pd.concat(tables, ignore_index=True)

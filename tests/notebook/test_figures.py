@@ -57,6 +57,9 @@ def _alike(n: int = 5) -> pd.DataFrame:
 
 COUNTS = rng.poisson(1.0, (60, 40))
 FIGURES = {
+    "coverage": lambda: figures.coverage(
+        pd.concat([_table(level=level, coverage=[0.3, 0.6, level]) for level in (0.5, 0.8, 0.95)])
+    ),
     "condition_similarity": lambda: figures.condition_similarity(_alike()),
     "library_sizes": lambda: figures.library_sizes(rng.lognormal(7, 1, 90), GROUPS * 30),
     "group_counts": lambda: figures.group_counts(

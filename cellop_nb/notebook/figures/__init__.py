@@ -14,7 +14,7 @@ from cellop_nb.notebook.figures.data import group_counts, library_sizes, noise_f
 from cellop_nb.notebook.figures.genes import response_genes
 from cellop_nb.notebook.figures.latent import embedding, predictive_checks, transport
 from cellop_nb.notebook.figures.operators import gradient_map, planted_vs_learned, response_axes, spectra
-from cellop_nb.notebook.figures.results import energy_bars, error_budget, predicted_vs_true
+from cellop_nb.notebook.figures.results import coverage, energy_bars, error_budget, predicted_vs_true
 from cellop_nb.notebook.figures.similarity import condition_similarity
 from cellop_nb.notebook.figures.style import (
     DIVERGING,
@@ -37,6 +37,7 @@ __all__ = [
     "RANGE",
     "canvas",
     "condition_similarity",
+    "coverage",
     "embedding",
     "energy_bars",
     "error_budget",

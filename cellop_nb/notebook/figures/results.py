@@ -136,8 +136,9 @@ def predicted_vs_true(
     ----------
     table
         Columns `gene`, `true`, `predicted` (change of mean log1p expression, perturbed minus control); on
-        request the group (as `group`, or `context` and `perturbation`) for one panel each, and `is_de` (bool)
-        for marked genes.
+        request the group (as `group`, or `context` and `perturbation`) for one panel each, `is_de` (bool) for
+        marked genes, and `low`, `high` for the interval of each marked gene's prediction
+        (:func:`cellop_nb.change_intervals` gives all of them).
     n_names
         Genes named per panel.
     """
@@ -173,13 +174,17 @@ def _changes(ax, rows: pd.DataFrame, n_names: int) -> None:
     marked = rows["is_de"].to_numpy(dtype=bool) if "is_de" in rows else np.zeros(len(rows), dtype=bool)
     dots = {"linestyle": "", "rasterized": True, "markersize": 3}
     ax.plot(*both[~marked].T, alpha=0.5, **dots | {"color": s.QUIET, "marker": "o"})
+    if {"low", "high"} <= set(rows):
+        ends = rows.loc[marked, ["low", "high"]].to_numpy(dtype=float).T
+        ax.vlines(both[marked, 0], *ends, color=s.mark(3)["color"], alpha=0.35, linewidth=0.9)
     ax.plot(*both[marked].T, **dots | s.mark(3) | {"markersize": 3.5})
     top = rows.iloc[np.argsort(-rows["true"].abs().to_numpy(), kind="stable")[:n_names]]
     genes = [s.safe(gene, 12) for gene in top["gene"]]
     names_beside(ax, top["true"].to_numpy(), top["predicted"].to_numpy(), genes, high + 0.1 * span)
     s.few_ticks(ax, n=4)
     if len(rows) > 2:
-        s.note(ax, 0.03, 0.98, f"r = {np.corrcoef(both.T)[0, 1]:.2f}, {len(rows):,} genes")
+        words = f"r = {np.corrcoef(both.T)[0, 1]:.2f}, {len(rows):,} genes"
+        s.note(ax, 0.03, 0.98, words + (f"\n{marked.sum():,} differential" if marked.any() else ""))
 
 
 def names_beside(ax, x: np.ndarray, y: np.ndarray, names: Sequence[str], edge: float) -> None:
@@ -202,3 +207,27 @@ def _apart(places: np.ndarray, gap: float, low: float, high: float) -> np.ndarra
     up = np.maximum.accumulate(places - steps) + steps
     down = np.minimum.accumulate((np.minimum(up, high - steps[::-1]) - steps)[::-1])[::-1] + steps
     return np.maximum(down, low + steps) if len(places) else places
+
+
+def coverage(table: pd.DataFrame, *, names: Sequence[str] | None = None) -> Figure:
+    """How often intervals hold the truth against how often they claim to: below the diagonal they are too narrow.
+
+    Parameters
+    ----------
+    table
+        Columns `level`, `coverage` and the group (:func:`~cellop_nb.analysis.uncertainty.coverage_table`).
+    names
+        Which groups, at most seven; those of the table by default.
+    """
+    need(table, "level", "coverage")
+    table = table.assign(group=group_labels(table))
+    fig, (ax,) = s.canvas(width=5.8, height=3.4)
+    ax.plot([0, 1], [0, 1], color=s.QUIET, linewidth=0.9, linestyle=":", label="as claimed")
+    for i, name in enumerate(list(names or dict.fromkeys(table["group"]))[:7]):
+        rows = table[table["group"] == name].sort_values("level")
+        ax.plot(rows["level"], rows["coverage"], label=s.safe(name), markersize=5, **s.mark(i) | s.line(i))
+    ax.set(xlim=(0.4, 1.0), ylim=(0.0, 1.02))
+    ax.set_xticks(sorted(table["level"].unique()))
+    s.few_ticks(ax, "y", 5)
+    s.legend(ax, outside=True)
+    return s.label(ax, "Do the intervals hold?", "claimed coverage", "genes inside").get_figure()
