@@ -170,7 +170,8 @@ def holdout(
     fits = []
     for k, (model, z) in enumerate(models):
         view = _view(train, model, z, space, layer, keys)
-        response = fit_response(train, complexity, view=view, features=features, seed=seed + k, **keys)
+        options = {"view": view, "features": features, "asked": wanted}
+        response = fit_response(train, complexity, seed=seed + k, **options, **keys)
         fits.append(Fitted(model, response, z, seed + k))
     ask = partial(_virtual_cells, train, fits, layer=layer, keys=keys)
     virtual = _predictable(ask, wanted)
@@ -240,11 +241,20 @@ def _choose(
     if len({context for context, _ in groups}) < 2:  # nobody to borrow from
         candidates = list(dict.fromkeys(replace(candidate, locality=None) for candidate in candidates))
     if over is None:
-        logger.warning("holdout: no two contexts or combinations to leave out in turn; the simplest is taken")
-        return pd.DataFrame(), candidates[0]
+        complexity = _unchosen(candidates, wanted)
+        logger.warning("holdout: no two contexts or combinations to leave out in turn; taken: %s", complexity)
+        return pd.DataFrame(), complexity
     options = {"view": view, "features": features, "seed": seed, "progress": progress}
     choice = leave_out(train, candidates, over=over, **options, **keys)
     return choice, choose(choice, candidates)
+
+
+def _unchosen(candidates: list[Complexity], wanted: list[tuple[str, str]]) -> Complexity:
+    """What is taken where nothing can tell: the simplest; for combinations the simplest that adds what the
+    decoder misses of the parts, which is the additive rule where the decoder sees no effect at all."""
+    if any("+" in perturbation for _, perturbation in wanted):
+        return next((candidate for candidate in candidates if candidate.remainder), candidates[0])
+    return candidates[0]
 
 
 def _groups_of(real, keys: dict) -> list[tuple[str, str]]:
@@ -288,7 +298,7 @@ def _virtual_cells(
     for fitted in fits:
         start = torch.as_tensor(fitted.latents[rows])
         moved = response_operator(fitted.response, perturbation, context, rule=rule)(start)
-        missed = fitted.response.remainders.get(perturbation)
+        missed = fitted.response.remainder(perturbation, context)
         options = {"start": start, "remainder": missed, "layer": layer, "seed": fitted.seed}
         cells = decode_cells(train[rows], fitted.vae, moved, **options)
         cells.obs["source_cell"] = cells.obs_names

@@ -106,7 +106,7 @@ def holdout_all(
     ----------
     over
         ``"context"``: the perturbed cells of each context; ``"combination"``: each measured ``"A+B"`` whose
-        parts were measured too; ``"group"``: each (context, perturbation) that was measured in another context;
+        parts were measured alone; ``"group"``: each (context, perturbation) that was measured in another context;
         or a column of ``obs`` (donor, perturbation): the perturbed cells of each of its labels.
     where
         Further columns and labels that every hold-out must match, such as ``{"perturbation": "IFNb"}``.

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
+from ..data.contract import perturbation_parts
 from ..errors import ModelError, three_beats
 from .transfer import Complexity, Fits, Group, latents_only
 from .views import LatentView
@@ -53,7 +54,7 @@ def leave_out(
     over
         What is left out in turn: the perturbed cells of each ``"context"`` that shares a perturbation with
         another one, each ``"group"`` of a context that keeps other perturbed cells, each measured
-        ``"combination"`` whose parts are known from other groups, or each ``"perturbation"``, which `features`
+        ``"combination"`` whose parts were measured alone, or each ``"perturbation"``, which `features`
         must then describe.
     view
         The training cells as they are judged (:class:`CountView`); latents where None.
@@ -96,8 +97,7 @@ def leave_out(
 
 def _left_out(fits: Fits, fold: list[Group], candidate: Complexity) -> list[dict]:
     """One row per group of the fold: how far the candidate's prediction is from its cells."""
-    asked = sorted({perturbation for _, perturbation in fold})
-    response, view, rows = fits.response(frozenset(fold), candidate, asked), fits.view, []
+    response, view, rows = fits.response(frozenset(fold), candidate, asked=fold), fits.view, []
     known = set(response.operators.conditions.perturbations)
     for context, perturbation in fold:
         if not set(perturbation.split("+")) <= known:
@@ -136,13 +136,9 @@ def _group_folds(groups: list[tuple[str, str]]) -> dict[str, list[tuple[str, str
 
 
 def combinations_of(groups: Sequence[tuple[str, str]]) -> list[str]:
-    """Combinations among the (context, perturbation) groups whose parts are all known from other labels."""
+    """Combinations among the (context, perturbation) groups whose parts were all measured alone."""
     labels = {p for _, p in groups}
-
-    def known(part: str, whole: str) -> bool:
-        return any(part in label.split("+") for label in labels - {whole})
-
-    return sorted(p for p in labels if "+" in p and all(known(part, p) for part in p.split("+")))
+    return sorted(p for p in labels if "+" in p and set(perturbation_parts(p)) <= labels)
 
 
 def _combination_folds(groups: list[tuple[str, str]]) -> dict[str, list[tuple[str, str]]]:

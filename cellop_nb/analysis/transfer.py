@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import anndata as ad
@@ -117,6 +117,8 @@ class Response:
         (context, perturbation) to (d,): how far the operator's mean cell was from the measured one.
     remainders : dict
         Perturbation to (gene,): mean change of level that the operators missed.
+    missed : dict
+        (context, perturbation) to (gene,): change of level that they miss there, for parts of combinations.
     """
 
     operators: OperatorModel
@@ -125,6 +127,15 @@ class Response:
     profiles: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)
     departures: Mapping[Group, Tensor] = field(default_factory=dict, repr=False)
     remainders: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)
+    missed: Mapping[Group, np.ndarray] = field(default_factory=dict, repr=False)
+
+    def remainder(self, perturbation: str, context: str) -> np.ndarray | None:
+        """(gene,) change of level to add to a prediction; of an unmeasured combination, the sum of its parts'."""
+        parts = perturbation_parts(perturbation)
+        if perturbation in self.remainders or len(parts) < 2:
+            return self.remainders.get(perturbation)
+        found = [self.missed.get((context, part), self.remainders.get(part)) for part in parts]
+        return None if any(part is None for part in found) else np.sum(found, axis=0)
 
     def operator(self, perturbation: str, context: str) -> AffineOperator:
         """The operator of a perturbation in a context; one that was not measured takes over from near ones.
@@ -191,21 +202,32 @@ class Fits:
         self._missed: dict = {}
 
     def response(
-        self, left_out: frozenset[Group], complexity: Complexity, perturbations: Sequence[str] | None = None
+        self, left_out: frozenset[Group], complexity: Complexity, asked: Iterable[Group] | None = None
     ) -> Response:
-        """The response without the cells of the groups `left_out`; remainders of `perturbations` (None: of all)."""
+        """The response without the cells of the groups `left_out`, ready for the groups `asked` (None: any)."""
         operators, control = self._fit(left_out, complexity.form), self.view.control
         known = [group for group in self.view.groups if group not in left_out]
         departures = {} if complexity.locality is None else self._departures(left_out, complexity.form, known)
-        response = Response(operators, complexity, control, self.profiles, departures, {})
+        response = Response(operators, complexity, control, self.profiles, departures, {}, {})
         if complexity.remainder:
-            wanted = sorted({p for _, p in known}) if perturbations is None else perturbations
-            for perturbation in wanted:
+            asked = known if asked is None else list(asked)
+            parts = {(c, part) for c, p in asked for part in perturbation_parts(p) if part != p}
+            for perturbation in sorted({p for _, p in [*asked, *parts]}):
                 measured = [group for group in known if group[1] == perturbation]
                 if len(measured) > 1:  # the others predict the one left out
                     missed = [self._missing(left_out, group, complexity) for group in measured]
                     response.remainders[perturbation] = np.mean(missed, axis=0)
+            plain = replace(complexity, remainder=False)
+            response.missed.update({g: self._own_missing(left_out, g, plain) for g in parts & set(known)})
         return response
+
+    def _own_missing(self, left_out: frozenset[Group], group: Group, plain: Complexity) -> np.ndarray:
+        """Real less predicted mean level of a group that was fitted."""
+        key = (left_out, group, plain)
+        if key not in self._missed:
+            rows, cells = self.predict(self.response(left_out, plain), *group)
+            self._missed[key] = self.view.real_level(self.view.rows(*group)) - self.view.level(cells, rows)
+        return self._missed[key]
 
     def _fit(self, left_out: frozenset[Group], form: Complexity) -> OperatorModel:
         if (left_out, form) not in self._operators:
@@ -255,7 +277,7 @@ class Fits:
         """Rows of the context's control cells, and what the response makes of them."""
         rows = self.view.rows(context, self.view.control)
         moved = response.operator(perturbation, context)(self.view.z[rows])
-        return rows, self.view.moved(rows, moved, response.remainders.get(perturbation), self.seed)
+        return rows, self.view.moved(rows, moved, response.remainder(perturbation, context), self.seed)
 
 
 def fit_response(
@@ -269,6 +291,7 @@ def fit_response(
     control: str = "control",
     split_key: str = "split",
     features: pd.DataFrame | None = None,
+    asked: Iterable[Group] | None = None,
     seed: int = 0,
     **training,
 ) -> Response:
@@ -281,6 +304,9 @@ def fit_response(
         None.
     features
         As in :func:`new_operators`.
+    asked
+        (context, perturbation) groups that will be asked for, any of the measured ones where None; combinations
+        take over what their parts' own predictions miss.
     **training
         Settings of :class:`OperatorTrainer`.
 
@@ -294,7 +320,7 @@ def fit_response(
     view = LatentView(cells, **keys) if view is None else view
     keys |= {"split_key": split_key}
     fits = Fits(cells, view, keys=keys, features=features, seed=seed, training={"max_epochs": 5} | training)
-    return fits.response(frozenset(), complexity)
+    return fits.response(frozenset(), complexity, asked=asked)
 
 
 def latents_only(adata, use_rep: str, split_key: str) -> ad.AnnData:

@@ -49,7 +49,9 @@ class GroupSample:
 
     def part(self, chosen: Sequence[int]) -> GroupSample:
         """Some of the groups, by their positions in `which`."""
-        control, perturbed = ([*accumulate(sizes, initial=0)] for sizes in (self.control_sizes, self.perturbed_sizes))
+        control, perturbed = (
+            [*accumulate(sizes, initial=0)] for sizes in (self.control_sizes, self.perturbed_sizes)
+        )
 
         def cut(cells: Tensor, starts: list[int]) -> Tensor:
             return torch.cat([cells[starts[k] : starts[k + 1]] for k in chosen])

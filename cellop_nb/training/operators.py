@@ -222,7 +222,10 @@ class OperatorTrainer(Trainer):
         perturbed = [_spread(group.cells, 256) for group in items]
         kind = self.model.axis_shift.dtype  # that of the chosen precision
         self.val_control, self.val_sizes = torch.cat(controls).to(kind), [len(cells) for cells in controls]
-        self.val_perturbed, self.val_counts = torch.cat(perturbed).to(kind), [len(cells) for cells in perturbed]
+        self.val_perturbed, self.val_counts = (
+            torch.cat(perturbed).to(kind),
+            [len(cells) for cells in perturbed],
+        )
         self.val_self = self_distance(self.val_perturbed, self.val_counts)
 
     def batches(self) -> Iterator:

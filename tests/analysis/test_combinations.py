@@ -261,3 +261,45 @@ def test_holdout_of_an_unseen_perturbation_with_features():
     row = result.table[(result.table["method"] == "operators") & (result.table["metric"] == "pearson_delta")]
     assert np.isfinite(row["value"]).all() and set(result.predictions.obs["perturbation"]) == {"drug 2"}
     assert len(result.choice)
+
+
+def test_a_combination_takes_over_what_the_decoder_misses_of_its_parts():
+    """A decoder that knows no perturbation at all: the prediction then is that of the additive rule, in levels."""
+    from cellop_nb.analysis.transfer import Response
+
+    parts = {("x", "A"): np.array([1.0, 0.0]), ("x", "B"): np.array([0.5, -2.0])}
+    response = Response(None, Complexity(rank=0, remainder=True), remainders={"C": np.ones(2)}, missed=parts)
+    np.testing.assert_array_equal(response.remainder("A+B", "x"), [1.5, -2.0])
+    np.testing.assert_array_equal(response.remainder("A+C", "x"), [2.0, 1.0])
+    np.testing.assert_array_equal(response.remainder("C", "x"), [1.0, 1.0])
+    assert response.remainder("A+B", "y") is None and response.remainder("A", "x") is None
+
+
+def test_norman_doubles_beside_additive_single_and_ceiling(norman_file):
+    """The five doubles whose parts were measured, held out together: all rules, baselines, floor and ceiling.
+
+    The table itself, with a full training for each double: ``python -m cellop_nb holdout norman19_k562_subset.h5ad
+    --over combination --context-key none --genes 0 --seeds 3``.
+    """
+    import anndata as ad
+
+    from cellop_nb.analysis.holdouts import _plan
+
+    screen = ad.read_h5ad(norman_file)
+    keys = {"perturbation_key": "perturbation", "context_key": None, "control": "control"}
+    plan, _ = _plan(screen, "combination", {}, 10, keys)
+    doubles = ["KLF1+MAP2K6", "KLF1+TGFBR2", "MAP2K3+MAP2K6", "MAP2K3+SLC38A2", "MAPK1+TGFBR2"]
+    assert sorted(plan) == doubles
+    options = QUICK | {"training": {"max_epochs": 8}, "vae": {"n_latent": 16, "n_hidden": 64}}
+    result = holdout(screen, heldout={"perturbation": doubles}, n_genes=0, **options)
+    wide = result.summary()
+    assert result.complexity.remainder  # no double is left to choose by
+    for rule in ("operators", "composition", "generator"):
+        assert wide.loc[rule, "e_distance"] < 0.35 * wide.loc["no change", "e_distance"]
+        assert wide.loc[rule, "pearson_delta"] > 0.6
+    assert wide.loc["additive", "pearson_delta"] > 0.7 and wide.loc["best single", "pearson_delta"] > 0.6
+    assert wide.filter(like="ceiling", axis=0)["pearson_delta"].iloc[0] > 0.7
+    scored = (
+        result.table[(result.table["metric"] == "pearson_delta")].groupby("perturbation")["value"].count()
+    )
+    assert (scored >= 8).all() and sorted(scored.index) == doubles
