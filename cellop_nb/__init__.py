@@ -39,6 +39,7 @@ _PUBLIC = {
     "load": "training.checkpoint",
     "embed": "analysis.predict",
     "predict": "analysis.predict",
+    "predict_to_file": "analysis.streaming",
     "evaluate": "analysis.metrics",
     "holdout": "analysis.holdout",
     "holdout_all": "analysis.holdouts",
@@ -82,6 +83,7 @@ if TYPE_CHECKING:  # the names below are found by `__getattr__` while running
     from .analysis.metrics import evaluate as evaluate
     from .analysis.predict import embed as embed
     from .analysis.predict import predict as predict
+    from .analysis.streaming import predict_to_file as predict_to_file
     from .analysis.profiles import response_similarity as response_similarity
     from .analysis.uncertainty import change_intervals as change_intervals
     from .analysis.uncertainty import metric_intervals as metric_intervals

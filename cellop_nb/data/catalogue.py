@@ -166,26 +166,35 @@ def list() -> pd.DataFrame:  # noqa: A001 - read as datasets.list()
     -------
     DataFrame
         One row per screen: `name`, `cells` (about; missing where not stated), `title`, `citation`, `licence`,
-        `url`, `cached`.
+        `url`, `keys` (our columns and what they are called at the source), `cached`, and `mb`, the size of the
+        file in the cache.
     """
     folder = cache_folder()
-    rows = [
-        (
-            EXAMPLE_NAME,
-            4_800,
-            "Synthetic screen with planted operators",
-            "this package",
-            "BSD-3-Clause",
-            "",
-            True,
-        )
-    ]
+    ours = ", ".join(COLUMNS)
+    own = example_path()
+    rows = [(EXAMPLE_NAME, 4_800, "Synthetic screen with planted operators", "this package", "BSD-3-Clause", "",
+             ours, True, own.stat().st_size / 1e6 if own else pd.NA)]  # fmt: skip
     for screen in SCREENS:
-        cached = (folder / (screen.name.replace("/", "-") + ".h5ad")).exists()
-        cells = screen.cells or pd.NA
-        rows.append((screen.name, cells, screen.title, screen.citation, screen.licence, screen.url, cached))
-    table = pd.DataFrame(rows, columns=["name", "cells", "title", "citation", "licence", "url", "cached"])
-    return table.astype({"cells": "Int64"})
+        path = folder / (screen.name.replace("/", "-") + ".h5ad")
+        size = path.stat().st_size / 1e6 if path.exists() else pd.NA
+        known = (
+            screen.name,
+            screen.cells or pd.NA,
+            screen.title,
+            screen.citation,
+            screen.licence,
+            screen.url,
+        )
+        rows.append((*known, _keys(screen), path.exists(), size))
+    names = ["name", "cells", "title", "citation", "licence", "url", "keys", "cached", "mb"]
+    return pd.DataFrame(rows, columns=names).astype({"cells": "Int64", "mb": "Float64"}).round({"mb": 1})
+
+
+def _keys(screen: Screen) -> str:
+    """How the source calls our columns: the one that is known, or those that are looked for."""
+    known = {ours: (screen.columns[ours],) if ours in screen.columns else (ours, *theirs)
+             for ours, theirs in COLUMNS.items()}  # fmt: skip
+    return "; ".join(f"{ours}: {' | '.join(theirs)}" for ours, theirs in known.items())
 
 
 def _read(path: Path, backed: bool) -> AnnData:

@@ -10,6 +10,7 @@ from anndata import AnnData
 
 from ..errors import DataError, LabelError, three_beats
 from .checks import check_counts, check_labels
+from .on_disk import RowReader, is_on_disk
 from .slots import (
     context_labels,
     count_blocks,
@@ -31,6 +32,10 @@ __all__ = [
     "perturbation_parts",
     "select_genes",
 ]
+
+
+MAX_CELLS = 20_000
+"""Cells on which genes are chosen where the counts lie on disk."""
 
 
 def check(
@@ -120,7 +125,7 @@ def select_genes(
     Parameters
     ----------
     n_genes
-        How many; all genes where `adata` has no more.
+        How many; all genes where `adata` has no more. Counts that lie on disk are ranked on 20,000 random cells.
     split
         Use the cells of this split; None for all cells.
 
@@ -145,7 +150,13 @@ def select_genes(
     if not len(chosen):
         found = f"none of {split!r} in obs[{split_key!r}]"
         raise LabelError(three_beats("cells to choose genes on", found, "run split(adata, ...) first"))
-    cells = AnnData(counts(adata, layer)[chosen].astype(np.float32), var=pd.DataFrame(index=adata.var_names))
+    slot = count_slot(adata, layer)
+    if is_on_disk(slot):
+        chosen = np.sort(np.random.default_rng(0).permutation(chosen)[:MAX_CELLS])
+        found = RowReader(slot).read(chosen)
+    else:
+        found = counts(adata, layer)[chosen].astype(np.float32)
+    cells = AnnData(found, var=pd.DataFrame(index=adata.var_names))
     cells = cells[
         np.asarray(cells.X.sum(axis=1)).ravel() > 0, np.asarray(cells.X.sum(axis=0)).ravel() > 0
     ].copy()

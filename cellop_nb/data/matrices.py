@@ -207,7 +207,8 @@ class CountLoader:
             yield len(joint), joint[first::step]
 
     def __iter__(self) -> Iterator[CountBatch]:
-        for self.joint_size, rows in self.shares():
+        for joint_size, rows in self.shares():
+            self.joint_size = joint_size
             yield self.matrix.batch(rows, self.device)
 
 

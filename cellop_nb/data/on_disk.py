@@ -209,6 +209,7 @@ class DiskLoader(CountLoader):
             window = shares[start : start + per_window]
             held = self.matrix.held(np.concatenate([rows for _, rows in window]))
             at = 0
-            for self.joint_size, rows in window:
+            for joint_size, rows in window:
+                self.joint_size = joint_size
                 batch = held.batch(np.arange(at, at := at + len(rows)), self.device)
                 yield replace(batch, index=torch.from_numpy(rows.astype(np.int64)).to(self.device))

@@ -28,6 +28,7 @@ def new_vae(
     adata,
     *,
     layer: str | None = None,
+    genes: Sequence[str] | None = None,
     covariate_keys: Sequence[str] = (),
     total_key: str | None = TOTAL_KEY,
     split_key: str = "split",
@@ -42,6 +43,9 @@ def new_vae(
         Raw counts (cell, gene), with ``obs[split_key]`` as written by :func:`cellop_nb.split`.
     layer
         Layer that holds the counts; ``X`` where None.
+    genes
+        Names of the genes to model (:func:`cellop_nb.data.contract.select_genes`), all where None: for data on disk,
+        whose columns cannot be cut.
     covariate_keys
         Columns of ``obs`` (batch, donor, tissue) that the decoder is told.
     total_key
@@ -65,10 +69,13 @@ def new_vae(
         If the layer is missing, or the totals are smaller than the counts.
     """
     covariates = covariate_categories(adata, covariate_keys)
-    total = None if total_key == TOTAL_KEY and not has_other_genes(adata, layer=layer) else total_key
+    fewer = genes is not None and TOTAL_KEY in adata.obs
+    has_others = total_key != TOTAL_KEY or fewer or has_other_genes(adata, layer=layer)
+    total = total_key if has_others else None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        vae = NBVAE(list(adata.var_names), covariates=covariates, total_key=total, **sizes)
+        names = list(adata.var_names) if genes is None else [str(gene) for gene in genes]
+        vae = NBVAE(names, covariates=covariates, total_key=total, **sizes)
     matrix, rows = model_counts(adata, vae, layer=layer), rows_of(adata, "train", split_key=split_key)
     total, gene_mean, variance = _moments(matrix, rows)
     # Differences in library size are the model's own, not over-dispersion.

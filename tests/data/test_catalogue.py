@@ -81,7 +81,9 @@ def test_download_is_cached_recorded_and_named_as_the_contract(server):
     assert again.shape == adata.shape and server.requests == ["/remote.h5ad"]
     record = json.loads((server.cache / "checksums.json").read_text())
     assert list(record) == ["remote.h5ad"] and len(record["remote.h5ad"]) == 64
-    assert catalogue.list().set_index("name").loc["remote", "cached"]
+    row = catalogue.list().set_index("name").loc["remote"]
+    assert row["cached"] and row["mb"] == pytest.approx((server.cache / "remote.h5ad").stat().st_size / 1e6, abs=0.1)
+    assert row["keys"].startswith("perturbation: perturbation | perturbation_name | condition | label; cell_type: ")
 
 
 def test_progress_bar(server, capsys):
@@ -173,7 +175,8 @@ def test_unreadable_files_are_refused(tmp_path):
 def test_catalogue_is_complete():
     table = catalogue.list()
     assert table["name"].is_unique and len(table) == len(SCREENS) + 1
-    assert (table[["title", "citation", "licence"]] != "").all(axis=None)
+    assert (table[["title", "citation", "licence", "keys"]] != "").all(axis=None)
+    assert "perturbation: label; " in table.set_index("name").loc["kang_2018", "keys"]
     assert table["url"][1:].str.match(r"https://\S+\.h5ad$").all()
     assert catalogue.find("scperturb/SomeFile") == scperturb("SomeFile")
     assert catalogue.find("scperturb/a/b") is None

@@ -12,11 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from cellop_nb.data import on_disk
+from cellop_nb.data import contract, on_disk
 from cellop_nb.data.batches import count_matrix
 from cellop_nb.data.catalogue import load
-from cellop_nb.data.contract import check
+from cellop_nb.data.contract import check, select_genes
+from cellop_nb.data.splits import split
 from cellop_nb.errors import DataError
+from cellop_nb.training.vae import new_vae
 
 
 @pytest.fixture(params=["h5ad", "zarr", "dense", "backed"])
@@ -140,3 +142,19 @@ def test_a_broken_file_is_refused(tmp_path):
     for name in ("broken.h5ad", "broken.zarr"):
         with pytest.raises(DataError, match="a readable"):
             load(tmp_path / name, backed=True)
+
+
+def test_genes_are_chosen_from_a_file_as_in_memory(screen, tmp_path, monkeypatch):
+    split(screen)
+    screen.write_h5ad(tmp_path / "screen.h5ad")
+    disk = load(tmp_path / "screen.h5ad", backed=True)
+    assert select_genes(disk, 20) == select_genes(screen, 20)
+    monkeypatch.setattr(contract, "MAX_CELLS", 100)
+    fewer = select_genes(disk, 20)
+    assert len(set(fewer) & set(select_genes(screen, 20))) >= 10
+    total = np.asarray(screen.X.sum(1)).ravel()
+    for adata in (disk, screen):
+        adata.obs["total_counts"] = total
+    ours, theirs = new_vae(disk, genes=fewer), new_vae(screen, genes=fewer)
+    assert ours.genes == fewer and ours.total_key == "total_counts"
+    assert all(torch.equal(theirs.state_dict()[name], value) for name, value in ours.state_dict().items())
