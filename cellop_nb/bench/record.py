@@ -14,7 +14,7 @@ from pathlib import Path
 from ..errors import DataError, three_beats
 from ..files import write_whole
 
-SECTIONS = ("vae", "energy", "operator", "predict", "scale")
+SECTIONS = ("vae", "energy", "operator", "predict", "explorer", "scale")
 PACKAGES = (
     "cellop_nb", "torch", "numpy", "scipy", "anndata", "scvi-tools", "geomloss", "pykeops", "dcor",
 )  # fmt: skip

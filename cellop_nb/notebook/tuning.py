@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
+from matplotlib.ticker import MaxNLocator
 
 from ..errors import CellopError, LabelError, did_you_mean, three_beats
 from ..files import write_whole
@@ -177,7 +178,8 @@ class TuningPanel:
         for i, history in enumerate(self.histories):
             look = s.mark(i) | s.line(i)
             ax.plot(history["epoch"] + 1, history[monitor], label=f"fit {i + 1}", markersize=4, **look)
-        s.few_ticks(ax)
+        s.few_ticks(ax, "y")
+        ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         s.label(ax, "Short fits", "epoch", s.safe(monitor))
         if self.histories:
             s.legend(ax, outside=True)
@@ -199,7 +201,9 @@ class TuningPanel:
         self.results.index = pd.RangeIndex(1, len(self.results) + 1, name="fit")
         self.curves.value = s.png(self.figure())
         self.curves.layout.display = None
-        self.compared.value = self.table().to_html(float_format="{:.4g}".format, border=0)
+        self.compared.value = self.table().to_html(
+            float_format="{:.4g}".format, border=0, col_space=110, justify="left"
+        )
         self._say(f"fit {len(self.results)}: best {self.trainer.monitor} {row['best']:.4g}")
 
     def _safely(self, action) -> None:

@@ -282,7 +282,7 @@ class VirtualCells:
         def fixed():
             unmoved = self._z[self._cloud(source, "energy")]
             own = self_distance(real, [len(real)])
-            return own, float(energy_distance(unmoved, real)), noise_floor(real, seed=self.seed)
+            return own, float(energy_distance(unmoved, real, y_self=own)), noise_floor(real, seed=self.seed)
 
         own, before, floor = self._keep(("energy", source.tobytes(), target.tobytes()), fixed)
         return float(energy_distance(moved, real, y_self=own)), before, floor, len(moved), len(real)
@@ -329,17 +329,19 @@ class VirtualCells:
     def _measured(self, source: np.ndarray, target: np.ndarray) -> np.ndarray:
         """Measured log2 fold change (gene,) between the real cells of both sides."""
 
-        def find() -> np.ndarray:
-            if not len(target):
-                return np.full(len(self._column), np.nan)
-            csr, library = self._matrix.csr, self._matrix.library.numpy()
-            mean = [
-                np.asarray(csr[rows].multiply(1 / library[rows, None]).mean(0)).ravel()[: self.vae.n_genes]
-                for rows in (source, target)
-            ]
-            return np.log2((COUNTS_PER_CELL * mean[1] + 1) / (COUNTS_PER_CELL * mean[0] + 1))
+        if not len(target):
+            return np.full(len(self._column), np.nan)
+        before, after = (COUNTS_PER_CELL * self._mean_share(rows) + 1 for rows in (source, target))
+        return np.log2(after / before)
 
-        return self._keep(("measured", source.tobytes(), target.tobytes()), find)
+    def _mean_share(self, rows: np.ndarray) -> np.ndarray:
+        """Mean share (gene,) of the cells' own counts."""
+
+        def find() -> np.ndarray:
+            shares = self._matrix.csr[rows].T @ (1 / self._matrix.library[rows].numpy())
+            return shares[: self.vae.n_genes] / len(rows)
+
+        return self._keep(("share", rows.tobytes()), find)
 
     def _gene(self, gene: str | None, genes: pd.DataFrame) -> str:
         if gene is None:
@@ -384,6 +386,10 @@ class VirtualCells:
         ]
         first = torch.linalg.svd(torch.stack(shifts), full_matrices=False)[2][:2] if shifts else spread[:0]
         return torch.linalg.qr(torch.cat([first, spread]).T)[0][:, :2].numpy()
+
+    def forget(self) -> None:
+        """Drop what earlier questions left behind; the next ones take as long as the first."""
+        self._kept.clear()
 
     def _keep(self, key, make):
         """What `make` gives, made once for each key."""

@@ -25,7 +25,10 @@ _LAB = [
     "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", "--LabApp.extension_manager=readonly",
 ]  # fmt: skip
 # every cell stays in the page, so that a control can be found wherever the page is scrolled
-_SETTINGS = {"notebook-extension/tracker": {"windowingMode": "none"}}
+_SETTINGS = {
+    "notebook-extension/tracker": {"windowingMode": "none"},
+    "apputils-extension/notification": {"fetchNews": "false"},
+}
 
 
 def chromium() -> str | None:

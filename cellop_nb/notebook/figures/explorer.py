@@ -78,6 +78,11 @@ class Frame:
         share = (np.asarray(values, dtype=float) - low) / (high - low)
         return self.box[1] + self.box[3] * (1 - np.clip(share, 0, 1))
 
+    def holds(self, points: np.ndarray) -> np.ndarray:
+        """Which points (point, 2) lie inside."""
+        low, high = np.array(self._limits).reshape(2, 2).T
+        return ((points >= low) & (points <= high)).all(1)
+
 
 @dataclass(frozen=True)
 class Words:
@@ -160,7 +165,8 @@ class _Map:
         self.frame.sheet.stale |= key != self._key
         self._key = key
         for name, cloud in points.items():
-            self.clouds[name].set_data(self.frame.x(cloud[:, 0]), self.frame.y(cloud[:, 1]))
+            seen = cloud[self.frame.holds(cloud)]
+            self.clouds[name].set_data(self.frame.x(seen[:, 0]), self.frame.y(seen[:, 1]))
             mean = cloud.mean(0) if len(cloud) else np.full(2, np.nan)
             self.means[name].set_data([self.frame.x(mean[0])], [self.frame.y(mean[1])])
             _say(self.frame.sheet, self.keys[name], f"{getattr(words, name)} ({len(cloud):,})")
