@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 import torch
+from scipy.stats import t
 from tqdm.auto import tqdm
 
 from ..data.contract import context_labels, obs_labels
@@ -108,7 +109,12 @@ def operator_intervals(
     DataFrame
         A row per group and quantity: ``context, perturbation, group, quantity, estimate, low, high``.
         Quantities: ``move[i]``, coordinate i of (A - I) z0 + b; ``length`` of that move; ``norm``,
-        the largest singular value of A. The estimate is the members' mean.
+        the largest singular value of A. The estimate is the members' mean, the ends
+        are Student's t times their standard deviation away.
+
+    References
+    ----------
+    Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 12 (standard intervals).
     """
     contexts = context_labels(adata, context_key).to_numpy()
     is_control = (obs_labels(adata, perturbation_key) == control).to_numpy()
@@ -120,7 +126,7 @@ def operator_intervals(
             operators = [member.operator(perturbation, context) for member in members]
             group = {"context": context, "perturbation": perturbation, "group": f"{context}, {perturbation}"}
             for quantity, values in _quantities(operators, start.mean(0, keepdim=True)).items():
-                found = Interval.of(np.mean(values), np.asarray(values), level)
+                found = _standard_interval(np.asarray(values), level)
                 ends = {"estimate": found.estimate, "low": found.low, "high": found.high}
                 rows.append({**group, "quantity": quantity, **{k: float(v) for k, v in ends.items()}})
     return pd.DataFrame(rows)
@@ -129,7 +135,13 @@ def operator_intervals(
 def operator_interval(operators: Sequence[AffineOperator], *, level: float = 0.95) -> Interval:
     """Interval of every entry of A and b: of the homogeneous matrices (d + 1, d + 1) of one condition."""
     matrices = np.stack([operator.homogeneous for operator in operators])
-    return Interval.of(matrices.mean(axis=0), matrices, level)
+    return _standard_interval(matrices, level)
+
+
+def _standard_interval(values: np.ndarray, level: float) -> Interval:
+    """Mean and Student's t times the standard deviation of the refits: quantiles of a few would be too narrow."""
+    mean, margin = values.mean(axis=0), t.ppf((1 + level) / 2, len(values) - 1) * values.std(axis=0, ddof=1)
+    return Interval(mean, mean - margin, mean + margin, level, values)
 
 
 def _quantities(operators: Sequence[AffineOperator], mean: torch.Tensor) -> dict[str, list[float]]:

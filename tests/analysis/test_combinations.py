@@ -137,7 +137,7 @@ def interacting(seed: int = 0):
 
 def test_interaction_is_learned_where_the_double_was_measured():
     adata = interacting()
-    training = {"max_epochs": 30, "context_key": None}
+    training = {"max_epochs": 12, "lr": 5e-2, "context_key": None}
     axes = fit_response(adata, Complexity(ridge=10.0), **training).operators
     move = axes.operator(Condition(("A", "B")))
     start = torch.as_tensor(adata.obsm["X_nbvae"][:100])
