@@ -95,8 +95,8 @@ def measured_genes(
         rows = np.flatnonzero(cells & inside)
         if len(rows):
             both = (source_cells(adata, context, **keys), rows)
-            means = [np.asarray(scaled[chosen].mean(0)).ravel() for chosen in both]
-            tables.append(_table(adata.var_names, *means, pseudocount, context, perturbation, n_top))
+            before, after = (np.asarray(scaled[chosen].mean(0)).ravel() for chosen in both)
+            tables.append(_table(adata.var_names, before, after, pseudocount, context, perturbation, n_top))
     return pd.concat(tables, ignore_index=True)
 
 

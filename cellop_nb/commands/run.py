@@ -121,8 +121,8 @@ def settings(
     args: argparse.Namespace, selected: list[Path], *, with_file: bool = False
 ) -> dict[str, dict[str, Any]]:
     """Typed values for each notebook: those of the file, then `-p`, then the named options."""
-    given = list(_from_file(args.file).items()) if with_file and args.file else []
-    given = [(name, value, False) for name, value in given]
+    content = _from_file(args.file) if with_file and args.file else {}
+    given = [(name, value, False) for name, value in content.items()]
     given += [(name, value, True) for name, value in args.values]
     given += [
         (name, getattr(args, name), True) for name in ("data", *_KEYS) if getattr(args, name) is not None

@@ -230,8 +230,10 @@ def groups(
         control_index[context] = _controls(here & usable, here & reserve, context, min_cells)
     several = {key[:2] for key in kept if sum(other[:2] == key[:2] for other in kept) > 1}
     items = [
-        Group(*key, cells=z[rows], index=rows, label=_group_label(*key, key[:2] in several))
-        for key, rows in kept.items()
+        Group(
+            context, name, dose, z[rows], rows, _group_label(context, name, dose, (context, name) in several)
+        )
+        for (context, name, dose), rows in kept.items()
     ]
     control_cells = {context: z[rows] for context, rows in control_index.items()}
     return Groups(control_cells, items, control_index=control_index, dropped=_dropped(small))

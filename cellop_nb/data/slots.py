@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -45,7 +46,7 @@ def counts(adata: AnnData, layer: str | None = None) -> sparse.csr_matrix | np.n
     return np.asarray(slot[...])
 
 
-def count_blocks(adata: AnnData, layer: str | None = None, size: int = 4096) -> Iterator[tuple[int, object]]:
+def count_blocks(adata: AnnData, layer: str | None = None, size: int = 4096) -> Iterator[tuple[int, Any]]:
     """Counts in blocks of cells: (first row, CSR or array of (at most `size`, gene))."""
     slot = count_slot(adata, layer)
     if sparse.issparse(slot):

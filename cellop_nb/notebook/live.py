@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -146,7 +147,7 @@ class LivePlot(Callback):
         self._end = self._clock()
         self._draw(source, rows, last=True)
 
-    def draw_now(self, trainer: object | None = None) -> None:
+    def draw_now(self, trainer: Any = None) -> None:
         """Ask for a picture: drawn by the training at the end of its step, or here if `trainer` rests."""
         self._wanted.set()
         if trainer is not None and getattr(trainer, "status", "running") != "running":

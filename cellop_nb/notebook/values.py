@@ -190,7 +190,7 @@ def read_cell(text: str) -> tuple[Parameter, ...]:
 def _declared(node: ast.Assign | ast.AnnAssign, comment: str) -> Parameter:
     default = ast.literal_eval(node.value)
     if isinstance(node, ast.AnnAssign):
-        return Parameter(node.target.id, ast.unparse(node.annotation), default, comment)
+        return Parameter(ast.unparse(node.target), ast.unparse(node.annotation), default, comment)
     is_list = isinstance(default, list) and bool(default)
     kind = f"list[{type(default[0]).__name__}]" if is_list else type(default).__name__
-    return Parameter(node.targets[0].id, kind.replace("NoneType", "None"), default, comment)
+    return Parameter(ast.unparse(node.targets[0]), kind.replace("NoneType", "None"), default, comment)

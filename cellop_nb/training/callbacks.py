@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from tqdm.auto import tqdm
@@ -100,7 +101,7 @@ class ProgressBar(Callback):
 
     def __init__(self, description: str = "training"):
         self.description = description
-        self._bar = None
+        self._bar: Any = None
 
     def on_fit_start(self, trainer) -> None:
         self._bar = tqdm(total=trainer.max_epochs, initial=trainer.epoch, desc=self.description, unit="epoch")

@@ -6,6 +6,7 @@ import asyncio
 import math
 import queue
 import threading
+from collections.abc import Callable
 from functools import partial
 
 import pandas as pd
@@ -25,6 +26,13 @@ class RemoteControl:
         What was changed by hand, in order: dicts of ``epoch``, ``step`` (steps done before it took effect), ``name``,
         ``value``. :class:`Replay` makes the same changes again.
     """
+
+    # what the trainer that this is a part of has
+    epoch: int
+    step: int
+    max_epochs: int
+    fit: Callable[..., pd.DataFrame]
+    _call: Callable[..., None]
 
     def __init__(self, lr: float) -> None:
         self.status, self.stop_reason = "idle", ""

@@ -5,10 +5,13 @@ from __future__ import annotations
 import copy
 import hashlib
 import pickle
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from ..errors import CheckpointError, three_beats
 from ..files import write_whole
@@ -28,6 +31,20 @@ class Resumable:
         What the numbers depend on beside them (the model's sizes, the split, a digest of the data): a
         checkpoint that was made from something else is refused.
     """
+
+    # what the trainer that this is a part of has
+    model: nn.Module
+    optimizer: Any
+    fabric: Any
+    generator: torch.Generator
+    cpu_generator: torch.Generator
+    folder: Path | None
+    weights: dict[str, float]
+    max_epochs: int
+    monitor: str
+    status: str
+    stop_reason: str
+    steps_per_epoch: Callable[[], int]
 
     def __init__(self) -> None:
         self.rows: list[dict] = []

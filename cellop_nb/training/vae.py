@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributions import Normal
 
 from ..data.batches import (
     TOTAL_KEY,
@@ -190,7 +191,7 @@ class VAETrainer(Trainer):
         means = {name: total / cells for name, total in sums.items()}
         return {"val_loss": sum(means.values()), **means}
 
-    def _forward(self, batch: CountBatch, generator: torch.Generator):
+    def _forward(self, batch: CountBatch, generator: torch.Generator) -> tuple[Tensor, Normal]:
         counts = SparseCounts.of(batch, self._constant[batch.index])
         return self.module(counts, batch.library, batch.covariates, generator=generator)
 

@@ -489,4 +489,6 @@ def test_clipping_is_that_of_torch(scale):
         parameters[0].grad = scale * torch.arange(3.0)
         pair.append((clip(parameters, 1.0), parameters[0].grad, parameters[1].grad))
     for expected, found in zip(*pair, strict=True):
-        assert (expected is None and found is None) or torch.equal(expected.nan_to_num(-1), found.nan_to_num(-1))
+        assert (expected is None and found is None) or torch.equal(
+            expected.nan_to_num(-1), found.nan_to_num(-1)
+        )

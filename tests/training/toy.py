@@ -152,7 +152,9 @@ def one_of(rank, size, port, kind, folder, precision="32-true"):
     together = {"devices": size, "strategy": "ddp"} if size > 1 else {}
     trainer = joint_run(kind, folder, precision=precision, **together)
     told = {"gradients": trainer.first_gradients, "weights": weights_of(trainer)}
-    torch.save(told | {"val_loss": trainer.history["val_loss"].tolist(), "rows": trainer.rows}, f"{folder}/{rank}.pt")
+    torch.save(
+        told | {"val_loss": trainer.history["val_loss"].tolist(), "rows": trainer.rows}, f"{folder}/{rank}.pt"
+    )
 
 
 def joint_run(kind, folder, **settings):

@@ -1,0 +1,63 @@
+"""The papers of the house: types, change log, citation, contribution notes, hooks, other versions of Python."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+import cellop_nb
+
+
+@pytest.mark.slow
+def test_types_are_checked_clean(root, tmp_path):
+    """mypy with the configuration of pyproject.toml."""
+    command = [sys.executable, "-m", "mypy", "--cache-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_the_change_log_keeps_its_form(root):
+    text = (root / "CHANGELOG.md").read_text(encoding="utf-8")
+    releases = re.findall(r"^## \[(.+?)\](?: - (\d{4}-\d{2}-\d{2}))?$", text, re.MULTILINE)
+    assert releases[0] == ("Unreleased", "")
+    assert all(date for _, date in releases[1:])
+    assert cellop_nb.__version__ in dict(releases)
+    kinds = set(re.findall(r"^### (.+)$", text, re.MULTILINE))
+    assert kinds <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+
+
+def test_the_citation_is_of_this_version(root):
+    citation = yaml.safe_load((root / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == cellop_nb.__version__
+    assert citation["license"] == "BSD-3-Clause"
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)
+
+
+def test_the_hooks_are_of_programs_that_are_here(root):
+    hooks = yaml.safe_load((root / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"][0][
+        "hooks"
+    ]
+    assert {hook["id"] for hook in hooks} >= {"ruff", "ruff-format", "mypy"}
+    assert all(shutil.which(hook["entry"].split()[0]) for hook in hooks)
+
+
+@pytest.mark.parametrize("minor", [12, 13])
+def test_the_command_line_starts_on_a_newer_python(minor, root, tmp_path):
+    """Every file compiles, and what needs no package runs; the rest is tried where such an environment is."""
+    python = shutil.which(f"python3.{minor}")
+    if python is None or subprocess.run([python, "--version"], capture_output=True).returncode:
+        pytest.skip(f"no Python 3.{minor} on this machine")
+    code = "import sys; sys.dont_write_bytecode = True; [compile(open(p).read(), p, 'exec') for p in sys.argv[1:]]"
+    files = [str(path) for path in (root / "cellop_nb").rglob("*.py")]
+    subprocess.run([python, "-W", "error", "-c", code, *files], check=True)
+    for words in (["--help"], ["params", "02"], ["notebooks", str(tmp_path / "mine")]):
+        start = f"import sys; sys.path.insert(0, {str(root)!r}); from cellop_nb.__main__ import main; main({words!r})"
+        subprocess.run(
+            [python, "-I", "-S", "-W", "error", "-c", start], check=True, cwd=tmp_path, capture_output=True
+        )
+    assert (tmp_path / "mine" / "notebooks" / "00_quickstart.ipynb").is_file()
