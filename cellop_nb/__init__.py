@@ -83,8 +83,8 @@ if TYPE_CHECKING:  # the names below are found by `__getattr__` while running
     from .analysis.metrics import evaluate as evaluate
     from .analysis.predict import embed as embed
     from .analysis.predict import predict as predict
-    from .analysis.streaming import predict_to_file as predict_to_file
     from .analysis.profiles import response_similarity as response_similarity
+    from .analysis.streaming import predict_to_file as predict_to_file
     from .analysis.uncertainty import change_intervals as change_intervals
     from .analysis.uncertainty import metric_intervals as metric_intervals
     from .data import catalogue as datasets  # noqa: F401

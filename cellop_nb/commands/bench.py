@@ -13,7 +13,14 @@ from cellop_nb.errors import DataError, three_beats
 SUMMARY = "measure speed and memory, beside the peers that are installed"
 EXTRAS = ()  # the peers are optional: those that are absent are named as such
 
-SECTIONS = ("vae", "energy", "operator", "predict", "explorer", "scale")  # those of bench.record, which needs torch
+SECTIONS = (
+    "vae",
+    "energy",
+    "operator",
+    "predict",
+    "explorer",
+    "scale",
+)  # those of bench.record, which needs torch
 _UNITS = {  # column: (title, factor, format)
     "seconds": ("ms", 1e3, "{:,.2f}"),
     "cpu_seconds": ("CPU ms", 1e3, "{:,.2f}"),

@@ -82,8 +82,12 @@ def test_download_is_cached_recorded_and_named_as_the_contract(server):
     record = json.loads((server.cache / "checksums.json").read_text())
     assert list(record) == ["remote.h5ad"] and len(record["remote.h5ad"]) == 64
     row = catalogue.list().set_index("name").loc["remote"]
-    assert row["cached"] and row["mb"] == pytest.approx((server.cache / "remote.h5ad").stat().st_size / 1e6, abs=0.1)
-    assert row["keys"].startswith("perturbation: perturbation | perturbation_name | condition | label; cell_type: ")
+    assert row["cached"] and row["mb"] == pytest.approx(
+        (server.cache / "remote.h5ad").stat().st_size / 1e6, abs=0.1
+    )
+    assert row["keys"].startswith(
+        "perturbation: perturbation | perturbation_name | condition | label; cell_type: "
+    )
 
 
 def test_progress_bar(server, capsys):
