@@ -155,6 +155,8 @@ def test_what_is_left_out_resembles_the_question():
     singles, doubles = [("x", "A"), ("x", "B"), ("x", "C")], [("x", "A+B"), ("x", "B+C")]
     assert what_to_leave_out(singles + doubles, [("x", "A+C")]) == "combination"
     assert what_to_leave_out(singles, [("x", "A+C")]) is None
+    twice = [*singles, *(("y", p) for _, p in singles), ("x", "A+B"), ("y", "A+B")]
+    assert what_to_leave_out(twice, [("x", "A+C")]) == "combination"  # one, measured in two contexts
     assert what_to_leave_out([*singles, ("y", "A")], [("x", "A+C")]) == "context"
     assert what_to_leave_out([*singles, *doubles, ("y", "A")], [("y", "B")]) == "context"
 
