@@ -183,7 +183,7 @@ class Trainer(RemoteControl, Resumable):
             "seed": self.seed,
         }
         return card(
-            f"{type(self).__name__} of a {type(self.model).__name__}", facts, note="history: trainer.history"
+            f"{type(self).__name__} for {type(self.model).__name__}", facts, note="history: trainer.history"
         )
 
     def fit(self, max_epochs: int | None = None, *, resume: bool = False) -> pd.DataFrame:

@@ -145,7 +145,8 @@ class NotebookPage:
         self.problems: list[str] = []
         self.page.on("console", self._hear)
         self.page.on("pageerror", lambda error: self.problems.append(str(error)))
-        self.page.goto(url)
+        self.page.set_default_timeout(60_000)
+        self.page.goto(url, timeout=120_000, wait_until="domcontentloaded")
         self.wait_until_idle(120)
 
     def __enter__(self) -> NotebookPage:
@@ -199,7 +200,7 @@ class NotebookPage:
         row.locator("input").first.fill(text)
         row.locator("input").first.press("Tab")
 
-    def said(self, pattern: str, seconds: float = 30) -> str:
+    def said(self, pattern: str, seconds: float = 60) -> str:
         """Wait for a status line with text of that pattern (a regular expression); the line."""
         find = """pattern => [...document.querySelectorAll('[role=status]')].map(e => e.textContent)
             .find(text => new RegExp(pattern).test(text))"""

@@ -179,7 +179,7 @@ class _Genes:
 
     def __init__(self, sheet: Sheet) -> None:
         self.frame = Frame(sheet, (536, 98, 216, 300), "", "log2 fold change", ticks="x")
-        sheet.text(460, 58, "genes that change most, with 95 % interval over cells")
+        sheet.text(460, 58, "genes that change most, 95 % interval over cells")
         sheet.line(
             [466], [77], marker="D", markersize=5, color=_MEASURED, markeredgecolor=s.INK, linestyle=""
         )
