@@ -102,7 +102,7 @@ def predict(
     strength
         Power of the operator, 0 to 1.5: 0 leaves the cells, 1 is the measured strength.
     carry
-        Whether each cell keeps its own counts and moves their levels as the decoder's move
+        Whether each cell keeps its own counts and gains or loses what the decoder says
         (:func:`cellop_nb.models.coupling.carried_mean`); otherwise counts are drawn afresh.
     max_cells
         Take at most this many source cells, drawn with `seed`.
@@ -208,8 +208,8 @@ def decode_cells(
     Parameters
     ----------
     start
-        (cell, d) latents before the move. With them, each cell keeps its own counts and moves their levels as
-        the decoder's move (:func:`carried_mean`); without, counts are drawn afresh from the decoder at the cells'
+        (cell, d) latents before the move. With them, each cell keeps its own counts and gains or loses what
+        the decoder says (:func:`carried_mean`); without, counts are drawn afresh from the decoder at the cells'
         library sizes.
     remainder
         (gene,) change of level that the decoder is known to miss, added to cells that have a `start`.
@@ -232,7 +232,7 @@ def decode_cells(
         x = matrix.batch(np.arange(len(matrix)), device).x[:, : vae.n_genes]
         begin = vae.decode(start.to(device), library, covariates)
         extra = None if remainder is None else torch.as_tensor(remainder).to(x)
-        mean = carried_mean(x, library, begin.mean, end.mean, extra)
+        mean = carried_mean(x, library, begin, end, extra)
         sampled = carry_counts(mean, generator)
     cells = ad.AnnData(
         X=sparse.csr_matrix(sampled.cpu().numpy()), obs=adata.obs.copy(), layers={"mean": mean.cpu().numpy()}

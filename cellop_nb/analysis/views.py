@@ -122,8 +122,8 @@ class CountView(LatentView):
     def moved(self, rows: np.ndarray, z: Tensor, remainder: np.ndarray | None, seed: int = 0):
         x, library = torch.from_numpy(self.counts[rows].toarray()), self.library[rows]
         given = {name: codes[rows] for name, codes in self.covariates.items()}
-        before = self.vae.decode(self.z[rows], library, given).mean
-        after = self.vae.decode(z, library, given).mean
+        before = self.vae.decode(self.z[rows], library, given)
+        after = self.vae.decode(z, library, given)
         extra = None if remainder is None else torch.as_tensor(remainder, dtype=x.dtype)
         mean = carried_mean(x, library, before, after, extra)
         return carry_counts(mean, torch.Generator().manual_seed(seed))

@@ -1,9 +1,11 @@
-"""Counts of a moved cell that keep what is the cell's own: expression levels shifted as the decoder shifts them."""
+"""Counts of a moved cell that keep what is the cell's own: what the decoder adds or takes away, given the observed."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from .likelihood import MIN_MEAN, NegativeBinomial
 
 LEVEL_SCALE = 1e4
 """Counts per cell at which expression levels log(1 + counts) are compared."""
@@ -24,39 +26,64 @@ def levels(x: Tensor, library: Tensor) -> Tensor:
     return torch.log1p(x * (LEVEL_SCALE / library).unsqueeze(-1))
 
 
+def counts_at(level: Tensor, library: Tensor) -> Tensor:
+    """Counts (cell, gene) at expression levels: the inverse of :func:`levels`; a level below 0 is 0."""
+    return torch.expm1(level.clamp_min(0.0)) * (library / LEVEL_SCALE).unsqueeze(-1)
+
+
 def carried_mean(
-    x: Tensor, library: Tensor, before: Tensor, after: Tensor, remainder: Tensor | None = None
+    x: Tensor,
+    library: Tensor,
+    before: NegativeBinomial,
+    after: NegativeBinomial,
+    remainder: Tensor | None = None,
 ) -> Tensor:
-    r"""Expected counts (cell, gene) of cells whose expression levels move as those of the decoder do.
+    r"""Expected counts (cell, gene) of moved cells, given what was observed of them.
 
     .. math::
-        y' = \max\big(0,\; y(x) + y(\mu_1) - y(\mu_0) + e\big), \qquad x' = 10^{-4}\, l\, (\exp y' - 1)
+        x \mid g \sim \mathrm{Poisson}(\mu_0 g), \quad g \sim \mathrm{Gamma}(r, r)
+        \;\Rightarrow\; E[x' \mid x] = x + (\mu_1 - \mu_0) \frac{r + x}{r + \mu_0}
+        \;\text{ if } \mu_1 > \mu_0, \quad x\, \mu_1 / \mu_0 \;\text{ otherwise}
 
-    Each cell keeps its distance to what the decoder expects of it: a program that the latent does not hold, a gene
-    that the decoder misjudges, its own noise. Where nothing changes, x' = x. Levels are added, not ratios
-    multiplied, since the ratio of a silent gene's expected counts is the least certain number of a decoder,
-    while its level is nearly 0 either way.
+    New molecules are added in proportion to the cell's own factor g, as the observed count tells it; lost ones are
+    thinned. If x follows `before`, the mean of x' is that of `after`; if x departs from the model (a program that the
+    latent does not hold, a gene that the decoder misjudges, the cell's noise), x' departs in the same way. Where
+    nothing changes, x' = x.
+
+    The library size stays what was observed: counts are scaled so that all measured genes sum to it, of which those
+    not modelled one by one are what the others leave.
 
     Parameters
     ----------
     x
         (cell, gene) observed counts.
     library
-        (cell,) library sizes l of the cells.
+        (cell,) library sizes of the cells.
     before, after
-        (cell, gene) counts that the decoder expects before and after the move, at the same library sizes.
+        Distributions (cell, gene) before and after the move, at these library sizes, with the same inverse
+        dispersion r.
     remainder
-        (gene,) change of level e that the decoder is known to miss; none where None.
+        (gene,) change of level (:func:`levels`) that the decoder is known to miss; none where None.
 
     References
     ----------
-    The shift is that of the mean-shift rule, in the space where the field scores predictions (Lotfollahi et al.
-    2019, Nat. Methods 16:715), with the decoder's own change for each cell in place of one for all.
+    Kingman (1993), Poisson Processes, sections 2.2 (superposition) and 5.1 (thinning); the posterior of the
+    gamma-Poisson mixture is conjugate (Gelman et al. 2013, Bayesian Data Analysis, section 2.6).
     """
-    change = levels(after, library) - levels(before, library)
-    change = change if remainder is None else change + remainder
-    moved = torch.expm1((levels(x, library) + change).clamp_min(0.0)) * (library / LEVEL_SCALE).unsqueeze(-1)
-    return torch.where(change == 0, x, moved)
+    start, end = before.mean.clamp_min(MIN_MEAN), after.mean.clamp_min(MIN_MEAN)
+    if remainder is not None:
+        end = torch.where(remainder == 0, end, counts_at(levels(end, library) + remainder, library))
+    more = x + (end - start) * (before.r + x) / (before.r + start)
+    moved = torch.where(end > start, more, torch.where(end < start, x * end / start, x))
+    total = moved.sum(-1) + _other_genes(x, library, start, end)
+    scale = torch.where((moved == x).all(-1), 1.0, library / total.clamp_min(MIN_MEAN))
+    return moved * scale.unsqueeze(-1)
+
+
+def _other_genes(x: Tensor, library: Tensor, start: Tensor, end: Tensor) -> Tensor:
+    """(cell,) counts after the move of the genes that are not modelled one by one; their sum has no own factor."""
+    observed, first, last = ((library - part.sum(-1)).clamp_min(0.0) for part in (x, start, end))
+    return torch.where(last > first, observed + last - first, observed * last / first.clamp_min(MIN_MEAN))
 
 
 def carry_counts(mean: Tensor, generator: torch.Generator | None = None) -> Tensor:

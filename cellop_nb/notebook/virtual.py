@@ -26,6 +26,7 @@ from ..models.algebra import check_strength
 from ..models.coupling import carried_mean, carry_counts
 from ..models.energy import energy_distance, self_distance
 from ..models.gene_linear import COUNTS_PER_CELL
+from ..models.likelihood import NegativeBinomial
 from ..models.operators import OperatorModel
 from ..models.vae import NBVAE
 from .questions import Answer, Question
@@ -353,8 +354,10 @@ class VirtualCells:
     def _counts(self, gene: str, source: np.ndarray, target: np.ndarray, decoded) -> dict[str, np.ndarray]:
         """Log1p-CP10k of one gene: source cells, the same moved (counts sampled), real cells."""
         column, (rows, before, after) = self._column[gene], decoded
-        x, library = torch.from_numpy(self._log_counts(column, rows, raw=True)), self._matrix.library[rows]
-        expected = carried_mean(x[:, None], library, before[:, [column]], after[:, [column]])[:, 0]
+        library, r = self._matrix.library[rows], self.vae.decoder.dispersion[: self.vae.n_genes].detach()
+        x = torch.from_numpy(self._matrix.csr[rows][:, : self.vae.n_genes].toarray())
+        ends = (NegativeBinomial(mean, r) for mean in (before, after))
+        expected = carried_mean(x, library, *ends)[:, column]
         sampled = carry_counts(expected, torch.Generator().manual_seed(self.seed)).numpy()
         return {
             "start": self._log_counts(column, source),
@@ -362,10 +365,9 @@ class VirtualCells:
             "real": self._log_counts(column, target),
         }
 
-    def _log_counts(self, column: int, rows: np.ndarray, *, raw: bool = False) -> np.ndarray:
+    def _log_counts(self, column: int, rows: np.ndarray) -> np.ndarray:
         every = self._keep(("gene", column), lambda: self._matrix.csr[:, [column]].toarray().ravel())
-        x = every[rows].astype(np.float32)
-        return x if raw else np.log1p(x / self._matrix.library[rows].numpy() * COUNTS_PER_CELL)
+        return np.log1p(every[rows] / self._matrix.library[rows].numpy() * COUNTS_PER_CELL)
 
     def _health(self, question: Question, whole: AffineOperator) -> dict:
         key = ("health", question.context, question.perturbation, question.rule)

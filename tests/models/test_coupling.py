@@ -1,4 +1,4 @@
-"""Carried counts keep the cell, move its levels as asked, and round without bias."""
+"""Carried counts keep the cell, have the mean of the target, and round without bias."""
 
 import numpy as np
 import pytest
@@ -6,11 +6,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cellop_nb.models.coupling import carried_mean, carry_counts, levels
+from cellop_nb.models.coupling import carried_mean, carry_counts, counts_at, levels
+from cellop_nb.models.likelihood import NegativeBinomial
 
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+def nb(mean, r=2.0):
+    return NegativeBinomial(mean, torch.full((mean.shape[-1],), float(r)))
 
 
 def cells(n=50, genes=7, seed=0):
@@ -18,52 +23,85 @@ def cells(n=50, genes=7, seed=0):
     return x, x.sum(1).clamp_min(1.0)
 
 
-def test_levels_are_those_of_the_field():
+def shares(library, seed):
+    """Means (cell, gene) that sum to the library."""
+    logits = torch.randn(len(library), 7, generator=generator(seed))
+    return torch.softmax(logits, 1) * library.unsqueeze(1)
+
+
+def test_levels_are_those_of_the_field_and_can_be_undone():
     x, library = cells()
     expected = np.log1p(x.numpy() / library.numpy()[:, None] * 1e4)
     np.testing.assert_allclose(levels(x, library), expected, rtol=1e-6)
+    torch.testing.assert_close(counts_at(levels(x, library), library), x, rtol=1e-4, atol=1e-5)
+    assert (counts_at(levels(x, library) - 100, library) == 0).all()
 
 
 def test_no_change_keeps_every_count():
     x, library = cells()
-    mean = carried_mean(x, library, x + 0.5, x + 0.5)
+    mean = carried_mean(x, library, nb(x + 0.5), nb(x + 0.5))
     assert torch.equal(mean, x)
     assert torch.equal(carry_counts(mean, generator(3)), x)
 
 
-def test_every_level_moves_by_the_decoders_change():
-    """Against the formula written out for one cell and one gene at a time."""
-    x, library = cells(6, 4)
-    before, after = torch.rand(6, 4, generator=generator(1)) * 3, torch.rand(6, 4, generator=generator(2)) * 3
-    moved = carried_mean(x, library, before, after)
+def test_every_count_follows_the_formula():
+    """Written out for one cell and one gene at a time; much of the library is other genes."""
+    x, _ = cells(6, 4)
+    library, r = 2 * x.sum(1) + 5, torch.tensor([0.5, 1.0, 2.0, 50.0])
+    before, after = (torch.rand(6, 4, generator=generator(k)) * 3 for k in (1, 2))
+    moved = carried_mean(x, library, NegativeBinomial(before, r), NegativeBinomial(after, r))
     for i in range(6):
+        ends = []
         for g in range(4):
-            y = [np.log1p(1e4 * float(v[i, g]) / float(library[i])) for v in (x, before, after)]
-            expected = (np.exp(max(0.0, y[0] + y[2] - y[1])) - 1) * float(library[i]) / 1e4
-            assert float(moved[i, g]) == pytest.approx(expected, rel=1e-4, abs=1e-5)
+            count, first, last, own = (float(v) for v in (x[i, g], before[i, g], after[i, g], r[g]))
+            up = count + (last - first) * (own + count) / (own + first)
+            ends.append(up if last > first else count * last / first)
+        count, first, last = (float(library[i] - v[i].sum()) for v in (x, before, after))
+        others = count + last - first if last > first else count * last / first
+        expected = np.array(ends) / (sum(ends) + others) * float(library[i])
+        np.testing.assert_allclose(moved[i], expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("start", "end"), [(1.0, 3.0), (3.0, 1.0), (0.05, 4.0)])
+def test_the_mean_is_that_of_the_target(start, end):
+    """Counts drawn from the model before the move have the model's mean after it; other genes leave room."""
+    n, library = 40_000, torch.full((40_000,), 1e5)
+    before, after = (nb(torch.full((n, 1), value), 1.5) for value in (start, end))
+    moved = carried_mean(before.sample(generator(1)), library, before, after)
+    assert float(moved.mean()) == pytest.approx(end, rel=0.05)
+
+
+def test_a_closed_library_stays_what_it_was():
+    """Where all genes are modelled, the counts of a moved cell sum to its library."""
+    x, library = cells()
+    moved = carried_mean(x, library, nb(shares(library, 5)), nb(shares(library, 4)))
+    torch.testing.assert_close(moved.sum(1), library)
+
+
+def test_modelled_genes_may_rise_at_the_expense_of_the_others():
+    x, _ = cells()
+    library = 10 * x.sum(1)
+    ratio = carried_mean(x, library, nb(x.clamp_min(1e-3)), nb(3 * x.clamp_min(1e-3))).sum(1) / x.sum(1)
+    torch.testing.assert_close(ratio, torch.full_like(ratio, 3.0), rtol=2e-2, atol=0)
 
 
 def test_a_perfect_decoder_ends_at_its_own_expectation():
     """Where the observed counts are what the decoder expects, the moved ones are too."""
     x, library = cells()
-    after = torch.rand(x.shape, generator=generator(4)) * 5
-    torch.testing.assert_close(carried_mean(x, library, x, after), after, rtol=1e-4, atol=1e-5)
+    x = x + 1
+    after = shares(x.sum(1), 4)
+    torch.testing.assert_close(carried_mean(x, x.sum(1), nb(x), nb(after)), after, rtol=1e-4, atol=1e-5)
 
 
-def test_the_remainder_is_added_to_every_cells_level():
-    x, library = cells()
-    before = x + 1
-    remainder = torch.tensor([0.5, 0.0, 1.0, 0.0, 0.0, 2.0, 0.0])
-    moved = carried_mean(x, library, before, before, remainder)
-    torch.testing.assert_close(
-        levels(moved, library) - levels(x, library), remainder.expand_as(x), atol=1e-4, rtol=0
-    )
-
-
-def test_a_fall_below_zero_ends_at_zero():
-    x, library = cells()
-    moved = carried_mean(x, library, x + 5, torch.zeros_like(x))
-    assert (moved[x == 0] == 0).all() and (moved >= 0).all()
+def test_the_remainder_moves_the_level_of_the_expectation():
+    """As if the decoder had said so itself."""
+    x, _ = cells()
+    library = torch.full((len(x),), 1e4)
+    remainder = torch.tensor([0.5, 0.0, 1.0, 0.0, -0.3, 2.0, 0.0])
+    said = counts_at(levels(x + 1, library) + remainder, library)
+    moved = carried_mean(x, library, nb(x + 1), nb(x + 1), remainder)
+    torch.testing.assert_close(moved, carried_mean(x, library, nb(x + 1), nb(said)), rtol=1e-3, atol=1e-4)
+    assert (moved[:, 2] > x[:, 2]).all() and (moved[:, 4] <= x[:, 4]).all()
 
 
 def test_what_the_model_does_not_explain_is_kept():
@@ -71,7 +109,7 @@ def test_what_the_model_does_not_explain_is_kept():
     library = torch.full((4000,), 1000.0)
     high = torch.where(torch.arange(4000).unsqueeze(1) < 2000, 8.0, 2.0)
     before, after = torch.full_like(high, 4.0), torch.full_like(high, 8.0)
-    moved = carry_counts(carried_mean(high, library, before, after), generator(5))
+    moved = carry_counts(carried_mean(high, library, nb(before), nb(after)), generator(5))
     assert moved[:2000].mean() > 2 * moved[2000:].mean()
 
 
@@ -85,6 +123,6 @@ def test_rounding_is_unbiased_and_to_a_neighbour(mean, seed):
 
 def test_expectations_that_underflowed_to_zero_give_counts_not_nan():
     x, library = torch.tensor([[0.0, 3.0]]), torch.tensor([3.0])
-    nothing, some = torch.zeros(1, 2), torch.ones(1, 2)
+    nothing, some = nb(torch.zeros(1, 2)), nb(torch.ones(1, 2))
     for before, after in [(nothing, nothing), (nothing, some), (some, nothing)]:
         assert carried_mean(x, library, before, after).isfinite().all()
