@@ -103,6 +103,7 @@ NOTEBOOKS: dict[str, tuple[Parameter, ...]] = {
         Parameter("holdout_perturbation", "str", "", "perturbation to predict; empty: the largest effect"),
         LATENT_DIM, HIDDEN, replace(VAE_EPOCHS, name="max_epochs_vae"),
         Parameter("n_seeds", "int", 1, "fits whose predictions are pooled", minimum=1, maximum=20),
+        Parameter("summary_epochs", "int", 15, "passes of the VAE in the summary over contexts; 0: none", minimum=0),
         SEED, RUN_DIR,
     ),
     "07_virtual_cells": (*DATA, *VIRTUAL, SEED, RUN_DIR),
