@@ -17,7 +17,7 @@ from .views import LatentView
 _POWERS = (0.0, 1.0, 2.0, 3.0, 4.0)  # beyond, the nearest context alone is copied, whatever it is
 _SHIFT, _LOOSE, _LOOSER = (Complexity(rank=0, ridge=0.0), Complexity(ridge=0.1), Complexity(ridge=0.03))
 CANDIDATES: tuple[Complexity, ...] = (
-    *(replace(_SHIFT, locality=near) for near in _POWERS),
+    replace(_SHIFT, locality=0.0),
     *(replace(_SHIFT, locality=near, remainder=True) for near in _POWERS),
     *(replace(form, locality=near) for form in (_LOOSE, _LOOSER) for near in (0.0, 2.0, 4.0)),
 )

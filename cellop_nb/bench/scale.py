@@ -116,7 +116,7 @@ def predict(path: str) -> Callable[[], object]:
     def call():
         adata = load(path, backed=True)
         vae = load_model(_beside(path, "vae.safetensors")).vae
-        adata.obsm["X_nbvae"] = np.load(_beside(path, "latents.npy"))
+        adata.obsm["X_nbvae"] = np.load(_beside(path, "latents.npy"), allow_pickle=False)
         operators = new_operators(adata)
         OperatorTrainer(adata, operators, max_epochs=1, progress=False, accelerator="cpu").fit()
         predict_to_file(

@@ -15,6 +15,7 @@ from scipy import sparse
 from cellop_nb.errors import LabelError
 from cellop_nb.notebook import figures
 from cellop_nb.notebook.figures import sheet, style
+from cellop_nb.notebook.sweeps.table import effects
 
 GROUPS = ["B, IFNb", "CD14+ Mono, IFNb", "_hidden, $odd_label$"]
 rng = np.random.default_rng(0)
@@ -55,8 +56,20 @@ def _alike(n: int = 5) -> pd.DataFrame:
     return table
 
 
+def _runs() -> pd.DataFrame:
+    """A sweep of three parameters, one of them words."""
+    table = pd.DataFrame([(w, r, k) for w in (8, 16) for r in (1e-3, 1e-1) for k in GROUPS])
+    table.columns = ["width", "rate", "kind"]
+    return table.assign(status="done", loss=rng.lognormal(size=len(table)))
+
+
 COUNTS = rng.poisson(1.0, (60, 40))
 FIGURES = {
+    "sweep_map": lambda: figures.sweep_map(_runs(), ["width", "rate"], "loss"),
+    "sweep_effects": lambda: figures.sweep_effects(
+        effects(_runs(), ["width", "rate", "kind"], "loss"), "loss"
+    ),
+    "parallel_coordinates": lambda: figures.parallel_coordinates(_runs(), ["width", "rate", "kind"], "loss"),
     "coverage": lambda: figures.coverage(
         pd.concat([_table(level=level, coverage=[0.3, 0.6, level]) for level in (0.5, 0.8, 0.95)])
     ),
