@@ -63,7 +63,8 @@ def carried_mean(
         Distributions (cell, gene) before and after the move, at these library sizes, with the same inverse
         dispersion r.
     remainder
-        (gene,) change of level (:func:`levels`) that the decoder is known to miss; none where None.
+        (gene,) change of the cells' mean level (:func:`levels`) that is known to be missed, added to the level of
+        every cell; none where None.
 
     References
     ----------
@@ -71,10 +72,10 @@ def carried_mean(
     gamma-Poisson mixture is conjugate (Gelman et al. 2013, Bayesian Data Analysis, section 2.6).
     """
     start, end = before.mean.clamp_min(MIN_MEAN), after.mean.clamp_min(MIN_MEAN)
-    if remainder is not None:
-        end = torch.where(remainder == 0, end, counts_at(levels(end, library) + remainder, library))
     more = x + (end - start) * (before.r + x) / (before.r + start)
     moved = torch.where(end > start, more, torch.where(end < start, x * end / start, x))
+    if remainder is not None:
+        moved = torch.where(remainder == 0, moved, counts_at(levels(moved, library) + remainder, library))
     total = moved.sum(-1) + _other_genes(x, library, start, end)
     scale = torch.where((moved == x).all(-1), 1.0, library / total.clamp_min(MIN_MEAN))
     return moved * scale.unsqueeze(-1)
