@@ -147,7 +147,7 @@ def old_dispersion(log_dispersion: Tensor) -> Tensor:
 
 def own_dispersion(log_dispersion: Tensor) -> Tensor:
     """The right form, as the decoder has it: inside [1e-4, 1e6]."""
-    return DecoderNB.dispersion.fget(SimpleNamespace(log_dispersion=log_dispersion))
+    return DecoderNB.dispersion.fget(SimpleNamespace(log_dispersion=log_dispersion))  # type: ignore[attr-defined]
 
 
 # -- 4, high: lgamma is NaN or infinite for r near 0 and x < 0 -----------------------------------------------

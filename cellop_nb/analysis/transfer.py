@@ -126,8 +126,8 @@ class Response:
     control: str = "control"
     profiles: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)
     departures: Mapping[Group, Tensor] = field(default_factory=dict, repr=False)
-    remainders: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)
-    missed: Mapping[Group, np.ndarray] = field(default_factory=dict, repr=False)
+    remainders: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
+    missed: dict[Group, np.ndarray] = field(default_factory=dict, repr=False)
 
     def remainder(self, perturbation: str, context: str) -> np.ndarray | None:
         """(gene,) change of level to add to a prediction; of an unmeasured combination, the sum of its parts'."""
@@ -218,7 +218,8 @@ class Fits:
                     missed = [self._missing(left_out, group, complexity) for group in measured]
                     response.remainders[perturbation] = np.mean(missed, axis=0)
             plain = replace(complexity, remainder=False)
-            response.missed.update({g: self._own_missing(left_out, g, plain) for g in parts & set(known)})
+            for group in sorted(parts & set(known)):
+                response.missed[group] = self._own_missing(left_out, group, plain)
         return response
 
     def _own_missing(self, left_out: frozenset[Group], group: Group, plain: Complexity) -> np.ndarray:

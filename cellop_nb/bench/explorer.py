@@ -55,7 +55,7 @@ def _move(cells: VirtualCells, sheet: ExplorerSheet, question: Question) -> tupl
 def _cells(n: int, genes: int) -> VirtualCells:
     """Three clouds of n cells, untrained models: the time does not depend on what they learned."""
     rng = np.random.default_rng(0)
-    counts = rng.poisson(rng.gamma(0.5, 0.6, size=(3 * n, genes))).astype(np.float32)
+    counts = rng.poisson(rng.gamma(0.5, 0.6, size=(3 * n, genes))).astype(np.float32)  # type: ignore[attr-defined]
     adata = AnnData(sparse.csr_matrix(counts))
     adata.obs["perturbation"] = np.repeat(["control", "A", "B"], n)
     adata.obs["cell_type"], adata.obs["split"] = "T", "train"

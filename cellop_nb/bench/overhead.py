@@ -43,7 +43,7 @@ def guard_share(trainer: Trainer, steps: int = 200) -> dict[str, float | None]:
     own, trainer.guard = trainer.guard, _Timed(trainer.guard)
     start = time.process_time()
     _steps(trainer, steps)
-    total, inside = time.process_time() - start, trainer.guard.seconds
+    total, inside = time.process_time() - start, trainer.guard.seconds  # type: ignore[attr-defined]
     trainer.guard = own
     step, guard = (total - inside) / steps, inside / steps
     return {"cpu_seconds": step, "guard_seconds": guard, "share": guard / step, "note": None}

@@ -45,7 +45,7 @@ def write_screen(path: Path, n_cells: int, n_genes: int, *, nonzero: float = 0.1
         n = min(_CHUNK, n_cells - start)
         context, perturbation = rng.integers(_CONTEXTS, size=n), rng.integers(_PERTURBATIONS, size=n)
         mean = rng.gamma(4.0, 0.25, (n, 1)) * level * shifts[context] * effects[perturbation]
-        x = sparse.csr_matrix(rng.poisson(mean).astype(np.float32))
+        x = sparse.csr_matrix(rng.poisson(mean).astype(np.float32))  # type: ignore[attr-defined]
         if start:
             ad.io.sparse_dataset(store["X"]).append(x)
         else:

@@ -39,7 +39,7 @@ def screen(n_cells: int = 20_000, n_genes: int = 2_000, *, nonzero: float = 0.10
         middle = (low + high) / 2
         share = 1 - np.exp(-sample * (level * middle)).mean()
         low, high = (middle, high) if share < nonzero else (low, middle)
-    blocks = [sparse.csr_matrix(rng.poisson(part * (level * low)).astype(np.float32))
+    blocks = [sparse.csr_matrix(rng.poisson(part * (level * low)).astype(np.float32))  # type: ignore[attr-defined]
               for part in np.array_split(depth, max(1, n_cells // 2_000))]  # fmt: skip
     adata = AnnData(sparse.vstack(blocks, format="csr"))
     adata.obs["split"] = np.where(np.arange(n_cells) % 10 == 0, "val", "train")

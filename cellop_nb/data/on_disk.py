@@ -207,7 +207,7 @@ class DiskLoader(CountLoader):
         per_window = max(1, PART // self.batch_size)
         for start in range(0, len(shares), per_window):
             window = shares[start : start + per_window]
-            held = self.matrix.held(np.concatenate([rows for _, rows in window]))
+            held = self.matrix.held(np.concatenate([rows for _, rows in window]))  # type: ignore[attr-defined]
             at = 0
             for joint_size, rows in window:
                 self.joint_size = joint_size

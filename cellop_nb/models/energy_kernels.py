@@ -114,10 +114,10 @@ class _ClosePairs:
             unit = self._add(group, i, j, weight)
             if want_x:
                 self.pull_x = torch.zeros_like(self.x) if self.pull_x is None else self.pull_x
-                self.pull_x.index_put_((group, i), unit, accumulate=True)
+                self.pull_x.index_put_((group, i), unit, accumulate=True)  # type: ignore[attr-defined]
             if want_y:
                 self.pull_y = torch.zeros_like(self.y) if self.pull_y is None else self.pull_y
-                self.pull_y.index_put_((group, j), unit, accumulate=True)
+                self.pull_y.index_put_((group, j), unit, accumulate=True)  # type: ignore[attr-defined]
 
     def _add(self, group: Tensor, i: Tensor, j: Tensor, weight: int) -> Tensor:
         difference = self.x[group, i].double() - self.y[group, j].double()

@@ -132,7 +132,7 @@ class VirtualCells:
         energies = self._energies(moved[: self.sizes["energy"]], source, target)
         genes, decoded = self._genes(source, target, moving)
         gene = self._gene(gene, genes)
-        return Answer(
+        return Answer(  # type: ignore[call-arg]
             question, *self._standing(question), moving, *self._map(z, moved, target), *energies,
             genes, gene, self._counts(gene, source, target, decoded),
             np.linalg.eigvals(moving.matrix.double().numpy()), self._health(question, whole),

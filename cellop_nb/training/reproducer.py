@@ -190,7 +190,7 @@ def _plain(value: object):
     if hasattr(value, "dtype") and hasattr(value, "tolist"):  # numpy
         return {"__kind__": "numpy", "value": _plain(value.tolist()), "dtype": str(value.dtype)}
     if hasattr(value, "_fields"):
-        content = value._asdict()
+        content = value._asdict()  # type: ignore[attr-defined]
     elif is_dataclass(value):
         content = {item.name: getattr(value, item.name) for item in fields(value)}
     else:

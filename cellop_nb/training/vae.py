@@ -206,6 +206,6 @@ def _constants(matrix: CountMatrix, rows: np.ndarray) -> Tensor:
         for start in range(0, len(block), 4096):
             csr = counts[start : start + 4096]
             indices = (torch.from_numpy(part.astype(np.int64)) for part in (csr.indptr, csr.indices))
-            part = SparseCounts(csr.shape, *indices, torch.from_numpy(csr.data))
+            part = SparseCounts(csr.shape, *indices, torch.from_numpy(csr.data))  # type: ignore[call-arg]
             constant[block[start : start + 4096]] = part.constant
     return constant

@@ -90,7 +90,7 @@ class _Words(Text):
         """Lay the words over the renderer's pixels."""
         if not self.get_text() or not self.get_visible():
             return
-        font, place = self.get_fontproperties(), (self.get_ha(), self.get_va(), self.get_rotation())
+        font, place = self.get_fontproperties(), (self.get_ha(), self.get_va(), self.get_rotation())  # type: ignore[attr-defined]
         colour, left, top = _raster(
             self.get_text(), font.get_size(), font.get_weight(), self.get_color(), *place
         )
