@@ -30,6 +30,11 @@ _SETTINGS = {
     "apputils-extension/notification": {"fetchNews": "false"},
 }
 
+# a promise that the page may never keep, in a race: `evaluate` itself has no time limit
+_END = """() => Promise.race([
+    window.jupyterapp?.shell?.currentWidget?.sessionContext?.shutdown(), new Promise(end => setTimeout(end, 10000)),
+])"""
+
 
 def chromium() -> str | None:
     """Path of an installed browser."""
@@ -155,7 +160,7 @@ class NotebookPage:
     def __exit__(self, *_) -> None:
         """End the kernel, and leave nothing unsaved to be asked about."""
         if not self.page.is_closed():
-            self.page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.shutdown()")
+            self.page.evaluate(_END)
             self.page.close()
 
     def _hear(self, message) -> None:
