@@ -13,9 +13,10 @@ from tqdm.auto import tqdm
 from ..data.contract import context_labels, obs_labels
 from ..errors import ModelError, three_beats
 from ..models.affine import AffineOperator
+from .fits import fit_response, latents_only
 from .intervals import Interval
 from .predict import latents
-from .transfer import Complexity, Response, fit_response, latents_only
+from .transfer import Complexity, Response
 
 
 def bootstrap_operators(
@@ -50,7 +51,7 @@ def bootstrap_operators(
     resample
         False keeps the cells and changes the seed alone.
     **training
-        As in :func:`~cellop_nb.analysis.selection.fit_response`, for instance `features`.
+        As in :func:`~cellop_nb.analysis.fits.fit_response`, for instance `features`.
 
     Returns
     -------

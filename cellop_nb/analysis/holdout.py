@@ -23,12 +23,13 @@ from ..training.callbacks import EarlyStopping
 from ..training.vae import VAETrainer, new_vae
 from .baselines import BASELINES, Baseline, Prediction, Screen, Target, latent_shift
 from .combinations import response_operator
+from .fits import fit_response
 from .formulas import Undefined
 from .metrics import score_split
 from .predict import decode_cells, embed, source_cells
 from .selection import CANDIDATES, choose, leave_out, what_to_leave_out
 from .space import EvaluationSpace, variable_genes
-from .transfer import Complexity, Response, fit_response
+from .transfer import Complexity, Response
 from .views import CountView
 
 logger = logging.getLogger("cellop_nb")

@@ -18,7 +18,7 @@ from ..models.affine import AffineOperator
 from ..models.algebra import check_strength
 from ..models.conditions import Condition
 from ..models.counts import SparseCounts
-from ..models.coupling import carried_mean, carry_counts
+from ..models.coupling import Remainder, carried_mean, carry_counts
 from ..models.operators import OperatorModel
 from ..models.vae import NBVAE
 
@@ -196,7 +196,7 @@ def decode_cells(
     moved: Tensor,
     *,
     start: Tensor | None = None,
-    remainder: np.ndarray | None = None,
+    remainder: Remainder | None = None,
     layer: str | None = None,
     key_added: str = "X_nbvae",
     seed: int = 0,
@@ -212,7 +212,7 @@ def decode_cells(
         the decoder says (:func:`carried_mean`); without, counts are drawn afresh from the decoder at the cells'
         library sizes.
     remainder
-        (gene,) change of level that the decoder is known to miss, added to cells that have a `start`.
+        What the prediction is known to miss, added to cells that have a `start`.
 
     Returns
     -------
@@ -231,8 +231,7 @@ def decode_cells(
     else:
         x = matrix.batch(np.arange(len(matrix)), device).x[:, : vae.n_genes]
         begin = vae.decode(start.to(device), library, covariates)
-        extra = None if remainder is None else torch.as_tensor(remainder).to(x)
-        mean = carried_mean(x, library, begin, end, extra)
+        mean = carried_mean(x, library, begin, end, remainder)
         sampled = carry_counts(mean, generator)
     cells = ad.AnnData(
         X=sparse.csr_matrix(sampled.cpu().numpy()), obs=adata.obs.copy(), layers={"mean": mean.cpu().numpy()}

@@ -11,7 +11,8 @@ from tqdm.auto import tqdm
 
 from ..data.contract import perturbation_parts
 from ..errors import ModelError, three_beats
-from .transfer import Complexity, Fits, Group, latents_only
+from .fits import Fits, latents_only
+from .transfer import Complexity, Group
 from .views import LatentView
 
 _POWERS = (0.0, 1.0, 2.0, 3.0, 4.0)  # beyond, the nearest context alone is copied, whatever it is

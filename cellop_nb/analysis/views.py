@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..data.batches import model_counts
 from ..data.contract import context_labels, obs_labels
-from ..models.coupling import carried_mean, carry_counts, levels
+from ..models.coupling import Remainder, carried_mean, carry_counts, levels
 from ..models.energy import energy_distance
 from ..models.vae import NBVAE
 from .formulas import e_distance
@@ -78,17 +78,29 @@ class LatentView:
         """Mean of cells in the space where contexts are compared."""
         return self.z[rows].mean(0).numpy()
 
-    def moved(self, rows: np.ndarray, z: Tensor, remainder: np.ndarray | None, seed: int = 0):
-        """Cells `rows` with their latents at `z` (cell, d), and what the decoder misses added."""
-        return z if remainder is None else z + torch.as_tensor(remainder).to(z)
+    def moved(self, rows: np.ndarray, z: Tensor, remainder: Remainder | None, seed: int = 0):
+        """Cells `rows` with their latents at `z` (cell, d), and what is known to be missed added."""
+        return z if remainder is None else z + torch.as_tensor(remainder.level).to(z)
+
+    def cells(self, rows: np.ndarray):
+        """Real cells, as :meth:`moved` gives predicted ones."""
+        return self.z[rows]
 
     def level(self, cells, rows: np.ndarray) -> np.ndarray:
-        """Mean level of :meth:`moved` cells that come from `rows`."""
+        """Mean level of cells (:meth:`moved`, :meth:`cells`) with the library sizes of `rows`."""
         return cells.mean(0).numpy()
+
+    def size(self, cells) -> float:
+        """Mean number of counts of a cell; latents have none to tell."""
+        return 1.0
 
     def real_level(self, rows: np.ndarray) -> np.ndarray:
         """Mean level of real cells."""
-        return self.z[rows].mean(0).numpy()
+        return self.level(self.cells(rows), rows)
+
+    def real_size(self, rows: np.ndarray) -> float:
+        """Mean number of counts of a real cell."""
+        return self.size(self.cells(rows))
 
     def energy(self, cells, real: np.ndarray) -> float:
         """Energy distance (Euclidean, U-statistic) of :meth:`moved` cells to the real cells `real`."""
@@ -119,20 +131,22 @@ class CountView(LatentView):
         return self.space.transform(self.counts[rows]).mean(0)
 
     @torch.no_grad()
-    def moved(self, rows: np.ndarray, z: Tensor, remainder: np.ndarray | None, seed: int = 0):
-        x, library = torch.from_numpy(self.counts[rows].toarray()), self.library[rows]
+    def moved(self, rows: np.ndarray, z: Tensor, remainder: Remainder | None, seed: int = 0):
+        x, library = self.cells(rows), self.library[rows]
         given = {name: codes[rows] for name, codes in self.covariates.items()}
         before = self.vae.decode(self.z[rows], library, given)
         after = self.vae.decode(z, library, given)
-        extra = None if remainder is None else torch.as_tensor(remainder, dtype=x.dtype)
-        mean = carried_mean(x, library, before, after, extra)
+        mean = carried_mean(x, library, before, after, remainder)
         return carry_counts(mean, torch.Generator().manual_seed(seed))
+
+    def cells(self, rows: np.ndarray) -> Tensor:
+        return torch.from_numpy(self.counts[rows].toarray())
 
     def level(self, cells, rows: np.ndarray) -> np.ndarray:
         return levels(cells, self.library[rows]).mean(0).numpy()
 
-    def real_level(self, rows: np.ndarray) -> np.ndarray:
-        return self.level(torch.from_numpy(self.counts[rows].toarray()), rows)
+    def size(self, cells) -> float:
+        return float(cells.sum(1).mean())
 
     def energy(self, cells, real: np.ndarray) -> float:
         pair = (self.space.project(self.space.transform(x)) for x in (cells.numpy(), self.counts[real]))

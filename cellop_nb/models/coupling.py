@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -9,6 +13,27 @@ from .likelihood import MIN_MEAN, NegativeBinomial
 
 LEVEL_SCALE = 1e4
 """Counts per cell at which expression levels log(1 + counts) are compared."""
+
+
+@dataclass(frozen=True, eq=False)
+class Remainder:
+    """What a prediction is known to miss of the cells of a group.
+
+    Attributes
+    ----------
+    level : ndarray
+        (gene,) change of the cells' mean level (:func:`levels`).
+    growth : float
+        Change of the log of the mean number of counts of a cell, on top of that of its levels: cells that hold
+        more RNA, or more of it in the modelled genes.
+    """
+
+    level: np.ndarray
+    growth: float = 0.0
+
+    def __add__(self, other: Remainder) -> Remainder:
+        """What a combination misses: the sum over its parts."""
+        return Remainder(self.level + other.level, self.growth + other.growth)
 
 
 def levels(x: Tensor, library: Tensor) -> Tensor:
@@ -36,7 +61,7 @@ def carried_mean(
     library: Tensor,
     before: NegativeBinomial,
     after: NegativeBinomial,
-    remainder: Tensor | None = None,
+    remainder: Remainder | None = None,
 ) -> Tensor:
     r"""Expected counts (cell, gene) of moved cells, given what was observed of them.
 
@@ -50,8 +75,8 @@ def carried_mean(
     latent does not hold, a gene that the decoder misjudges, the cell's noise), x' departs in the same way. Where
     nothing changes, x' = x.
 
-    The library size stays what was observed: counts are scaled so that all measured genes sum to it, of which those
-    not modelled one by one are what the others leave.
+    The library size stays what was observed, but for the remainder's growth: counts are scaled so that all measured
+    genes sum to it, of which those not modelled one by one are what the others leave.
 
     Parameters
     ----------
@@ -63,8 +88,8 @@ def carried_mean(
         Distributions (cell, gene) before and after the move, at these library sizes, with the same inverse
         dispersion r.
     remainder
-        (gene,) change of the cells' mean level (:func:`levels`) that is known to be missed, added to the level of
-        every cell; none where None.
+        What is known to be missed: added to the level of every cell, then the counts of every cell grow; nothing
+        where None.
 
     References
     ----------
@@ -75,10 +100,12 @@ def carried_mean(
     more = x + (end - start) * (before.r + x) / (before.r + start)
     moved = torch.where(end > start, more, torch.where(end < start, x * end / start, x))
     if remainder is not None:
-        moved = torch.where(remainder == 0, moved, counts_at(levels(moved, library) + remainder, library))
+        level = torch.as_tensor(remainder.level).to(moved)
+        moved = torch.where(level == 0, moved, counts_at(levels(moved, library) + level, library))
     total = moved.sum(-1) + _other_genes(x, library, start, end)
     scale = torch.where((moved == x).all(-1), 1.0, library / total.clamp_min(MIN_MEAN))
-    return moved * scale.unsqueeze(-1)
+    growth = 1.0 if remainder is None else math.exp(remainder.growth)
+    return moved * (scale * growth).unsqueeze(-1)
 
 
 def _other_genes(x: Tensor, library: Tensor, start: Tensor, end: Tensor) -> Tensor:

@@ -14,12 +14,14 @@ from cellop_nb.analysis.combinations import (
     reversal,
     sequence,
 )
+from cellop_nb.analysis.fits import fit_response
 from cellop_nb.analysis.formulas import Undefined
 from cellop_nb.analysis.selection import leave_out, what_to_leave_out
-from cellop_nb.analysis.transfer import Complexity, fit_response
+from cellop_nb.analysis.transfer import Complexity
 from cellop_nb.errors import HoldoutError, LabelError, ModelError
 from cellop_nb.models.affine import AffineOperator
 from cellop_nb.models.conditions import Condition
+from cellop_nb.models.coupling import Remainder
 
 DOUBLE = "drug 1+drug 2"
 AFFINE = Complexity(ridge=1e-2)
@@ -269,11 +271,17 @@ def test_a_combination_takes_over_what_the_decoder_misses_of_its_parts():
     """A decoder that knows no perturbation at all: the prediction then is that of the additive rule, in levels."""
     from cellop_nb.analysis.transfer import Response
 
-    parts = {("x", "A"): np.array([1.0, 0.0]), ("x", "B"): np.array([0.5, -2.0])}
-    response = Response(None, Complexity(rank=0, remainder=True), remainders={"C": np.ones(2)}, missed=parts)
-    np.testing.assert_array_equal(response.remainder("A+B", "x"), [1.5, -2.0])
-    np.testing.assert_array_equal(response.remainder("A+C", "x"), [2.0, 1.0])
-    np.testing.assert_array_equal(response.remainder("C", "x"), [1.0, 1.0])
+    parts = {("x", "A"): Remainder(np.array([1.0, 0.0]), 0.2), ("x", "B"): Remainder(np.array([0.5, -2.0]))}
+    everywhere = {"C": Remainder(np.ones(2), -0.1)}
+    response = Response(None, Complexity(rank=0, remainder=True), remainders=everywhere, missed=parts)
+    for label, level, growth in (
+        ("A+B", [1.5, -2.0], 0.2),
+        ("A+C", [2.0, 1.0], 0.1),
+        ("C", [1.0, 1.0], -0.1),
+    ):
+        found = response.remainder(label, "x")
+        np.testing.assert_array_equal(found.level, level)
+        assert found.growth == pytest.approx(growth)
     assert response.remainder("A+B", "y") is None and response.remainder("A", "x") is None
 
 

@@ -7,10 +7,11 @@ import torch
 
 from cellop_nb import datasets, energy_distance, split
 from cellop_nb.analysis.budget import STAGES, advice, error_budget
+from cellop_nb.analysis.fits import Fits, fit_response, latents_only
 from cellop_nb.analysis.holdout import OPERATORS, holdout, strongest_group
 from cellop_nb.analysis.selection import CANDIDATES as DEFAULTS
 from cellop_nb.analysis.selection import choose, leave_contexts_out, leave_out, what_to_leave_out
-from cellop_nb.analysis.transfer import Complexity, Fits, borrowing, fit_response, latents_only
+from cellop_nb.analysis.transfer import Complexity, borrowing
 from cellop_nb.analysis.views import CountView, LatentView
 from cellop_nb.errors import HoldoutError, LabelError, ModelError
 
@@ -257,12 +258,15 @@ KEYS = {
 
 
 class Biased(LatentView):
-    """A decoder that misses a known change of level in every perturbed cell."""
+    """A decoder that misses a known change of level in every perturbed cell, and a third of its counts."""
 
     missed = np.array([0.5, -1.0])
 
     def real_level(self, rows):
         return super().real_level(rows) + self.missed
+
+    def real_size(self, rows):
+        return 1.5
 
 
 def test_the_remainder_is_what_the_decoder_misses():
@@ -270,7 +274,8 @@ def test_the_remainder_is_what_the_decoder_misses():
     view = Biased(cells, **KEYS)
     fits = Fits(cells, view, keys=KEYS | {"split_key": "split"}, training={})
     found = fits.response(frozenset(), Complexity(rank=0, ridge=0.0, remainder=True)).remainders["drug"]
-    np.testing.assert_allclose(found, Biased.missed, atol=0.1)
+    np.testing.assert_allclose(found.level, Biased.missed, atol=0.1)
+    assert found.growth == pytest.approx(np.log(1.5))
 
 
 def test_one_context_has_no_remainder():

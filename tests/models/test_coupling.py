@@ -1,12 +1,14 @@
 """Carried counts keep the cell, have the mean of the target, and round without bias."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cellop_nb.models.coupling import carried_mean, carry_counts, counts_at, levels
+from cellop_nb.models.coupling import Remainder, carried_mean, carry_counts, counts_at, levels
 from cellop_nb.models.likelihood import NegativeBinomial
 
 
@@ -96,10 +98,12 @@ def test_a_perfect_decoder_ends_at_its_own_expectation():
 def test_the_remainder_moves_the_level_of_every_cell():
     x, _ = cells()
     library = torch.full((len(x),), 1e6)  # nearly all of it other genes, so that the sum hardly moves
-    remainder = torch.tensor([0.5, 0.0, 1.0, 0.0, -0.01, 2.0, 0.0])
-    moved = carried_mean(x, library, nb(x + 1), nb(x + 1), remainder)
-    wanted = (levels(x, library) + remainder).clamp_min(0)
+    level = torch.tensor([0.5, 0.0, 1.0, 0.0, -0.01, 2.0, 0.0])
+    moved = carried_mean(x, library, nb(x + 1), nb(x + 1), Remainder(level.numpy()))
+    wanted = (levels(x, library) + level).clamp_min(0)
     torch.testing.assert_close(levels(moved, library), wanted, atol=2e-3, rtol=0)
+    grown = carried_mean(x, library, nb(x + 1), nb(x + 1), Remainder(level.numpy(), math.log(1.25)))
+    torch.testing.assert_close(grown, 1.25 * moved)
 
 
 def test_what_the_model_does_not_explain_is_kept():
