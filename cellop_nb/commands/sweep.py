@@ -128,7 +128,7 @@ def _run(args, notebook: Path, folder: Path, runs: list[plan.Run], *, n_done: in
     queue = {"memory": args.memory, "walltime": args.walltime, "queue": args.queue}
     ended = execute(
         notebook, folder, runs, where=args.cluster, workers=args.workers or cluster.default_workers(),
-        timeout=args.timeout, options=queue, retry_failed=args.retry_failed,
+        timeout=args.timeout, options=queue, retry_failed=args.retry_failed, tell=tqdm.write,
     )  # fmt: skip
     failed = 0
     with tqdm(total=len(runs), initial=n_done, desc=notebook.stem, unit="run", dynamic_ncols=True) as bar:

@@ -217,7 +217,8 @@ def test_jobs_of_a_batch_system(book, monkeypatch):
     tools = book.parent / "bin"
     tools.mkdir()
     (tools / "sbatch").write_text(
-        f'#!/bin/sh\ncp "$1" {book.parent}/job.sh\nsetsid sh "$1" >{book.parent}/job.log 2>&1 &\n'
+        # as the real one, it keeps a copy: the script is deleted as soon as it has answered
+        f'#!/bin/sh\ncp "$1" {book.parent}/job.sh\nsetsid sh {book.parent}/job.sh >{book.parent}/job.log 2>&1 &\n'
         'echo "Submitted batch job $!"\n'
     )
     (tools / "scancel").write_text('#!/bin/sh\nkill -- "-$1" 2>/dev/null\n')
@@ -231,3 +232,29 @@ def test_jobs_of_a_batch_system(book, monkeypatch):
     script = Path(book.parent / "job.sh").read_text()
     assert "#SBATCH -p short" in script and "#SBATCH -t 00:10:00" in script and "--nthreads 1" in script
     assert [line[4] for line in log(book, "start")] == ["1", "1"]
+
+
+def test_a_cluster_that_is_there(book):
+    """A scheduler with one worker, started by somebody else, still stands after the sweep."""
+    from distributed import LocalCluster
+
+    with LocalCluster(
+        n_workers=1, threads_per_worker=1, processes=True, host="127.0.0.1", dashboard_address=None
+    ) as there:
+        command = words(book, "--cluster", there.scheduler_address, grid=("width=3,4",))
+        assert main(command) == 0
+        assert len(log(book, "end")) == 2 and there.status.name == "running"
+
+
+def test_a_worker_that_does_not_come_is_told():
+    class Slow:
+        asked = 0
+
+        def wait_for_workers(self, number, timeout):
+            self.asked += 1
+            if self.asked < 3:
+                raise TimeoutError
+
+    told = []
+    cluster.await_first(Slow(), "slurm", told.append, every=30.0)
+    assert [line.split(" s")[0] for line in told] == ["30", "60"] and "queue of slurm" in told[0]

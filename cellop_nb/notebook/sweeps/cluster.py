@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -66,6 +66,17 @@ def connected(where: str, workers: int, options: dict | None = None) -> Iterator
         Client(cluster, set_as_default=False) as client,
     ):
         yield client
+
+
+def await_first(client, where: str, tell: Callable[[str], None], *, every: float = 30.0) -> None:
+    """Wait until a worker is there, and say so: a queued job may wait for hours, and a broken one for ever."""
+    waited = 0.0
+    while True:
+        try:
+            return client.wait_for_workers(1, timeout=every)
+        except TimeoutError:
+            waited += every
+            tell(f"{waited:.0f} s and no worker yet: see the queue of {where} and the logs of its jobs")
 
 
 def _found(address: str):

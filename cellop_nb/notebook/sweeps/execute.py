@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ from typing import Any
 from cellop_nb.errors import DataError, three_beats
 from cellop_nb.notebook import batch
 from cellop_nb.notebook.sweeps import store
-from cellop_nb.notebook.sweeps.cluster import connected
+from cellop_nb.notebook.sweeps.cluster import await_first, connected
 from cellop_nb.notebook.sweeps.plan import Run
+
+logger = logging.getLogger("cellop_nb")
 
 _ABANDONED = 24 * 3600.0  # seconds after which a draft on a shared disk has no owner any more
 
@@ -35,6 +38,7 @@ def execute(
     timeout: int | None = None,
     options: dict | None = None,
     retry_failed: bool = False,
+    tell: Callable[[str], None] = logger.warning,
 ) -> Iterator[tuple[Run, dict[str, Any]]]:
     """Execute the missing runs, and yield each with its result as it ends.
 
@@ -52,6 +56,8 @@ def execute(
         Kernels that may run at once.
     timeout
         Seconds that one cell may take; None: no limit.
+    tell
+        Told while no worker has started.
 
     Raises
     ------
@@ -70,6 +76,7 @@ def execute(
             for run in todo
         ]
         with connected(where, min(workers, len(todo)), options) as client:
+            await_first(client, where, tell)
             for position, result in _windowed(client, tasks, workers):
                 run = todo[position]
                 yield run, result if "status" in result else _give_up(folder, run, result["error"])
