@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from . import families
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -14,6 +16,19 @@ ROOT = Path(__file__).resolve().parents[1]
 def root() -> Path:
     """Folder of the project."""
     return ROOT
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_outlives_the_tests():
+    """A kernel or worker left behind would hold the pipe that the tests' output goes to, and its reader wait."""
+    with families.family():
+        yield
+
+
+@pytest.fixture(scope="session")
+def call():
+    """`call(command, seconds=300, **surroundings)`: a command run to its end, or ended with all it started."""
+    return families.call
 
 
 @pytest.fixture(scope="session")

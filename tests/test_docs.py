@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 
 import pytest
@@ -62,12 +61,10 @@ def test_the_model_page_names_what_the_code_has():
 
 
 @pytest.mark.slow
-def test_the_site_builds_without_a_warning(tmp_path):
+def test_the_site_builds_without_a_warning(tmp_path, call):
     """`python3 -m cellop_nb docs`, in which Sphinx takes a warning for an error."""
-    done = subprocess.run(
-        [sys.executable, "-m", "cellop_nb", "docs", "--out", str(tmp_path / "site")],
-        cwd=environment.ROOT, capture_output=True, text=True,
-    )  # fmt: skip
+    command = [sys.executable, "-m", "cellop_nb", "docs", "--out", tmp_path / "site"]
+    done = call(command, cwd=environment.ROOT)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
     pages = {path.relative_to(tmp_path / "site").as_posix() for path in (tmp_path / "site").rglob("*.html")}
     wanted = {"index.html", "model.html", "errors.html", "guides/extend.html", "api/data.html"}

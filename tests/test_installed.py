@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 import sysconfig
 import zipfile
@@ -21,38 +20,44 @@ import pytest
 pytestmark = pytest.mark.slow
 
 
-def call(command, **surroundings) -> str:
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, **surroundings)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
+@pytest.fixture(scope="module")
+def printed(call):
+    """A function that runs a command; what it printed."""
+
+    def run(command, **surroundings) -> str:
+        done = call(command, **surroundings)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return done.stdout
+
+    return run
 
 
 @pytest.fixture(scope="module")
-def wheel(root, tmp_path_factory) -> Path:
+def wheel(root, printed, tmp_path_factory) -> Path:
     """Built from the source distribution, as `python -m build` does; needs the build backend."""
     folder = tmp_path_factory.mktemp("dist")
     ignore = shutil.ignore_patterns(".venv", ".git", "runs", "__pycache__", ".*_cache", "_build")
     shutil.copytree(root, folder / "copy", ignore=ignore)
-    call([sys.executable, "-m", "build", "--outdir", folder, folder / "copy"])
+    printed([sys.executable, "-m", "build", "--outdir", folder, folder / "copy"])
     (path,) = folder.glob("*.whl")
     return path
 
 
 @pytest.fixture(scope="module")
-def installed(wheel, tmp_path_factory):
+def installed(wheel, printed, tmp_path_factory):
     """A function that runs `cellop` of an environment that has the wheel, in a folder that has nothing."""
     home = tmp_path_factory.mktemp("installed")
-    call([sys.executable, "-m", "venv", "--without-pip", home / "venv"])
+    printed([sys.executable, "-m", "venv", "--without-pip", home / "venv"])
     python = home / "venv" / "bin" / "python"
     paths = sysconfig.get_paths(vars={"base": str(home / "venv"), "platbase": str(home / "venv")})
     install = ["install", "--no-deps", "--no-index", "--quiet", wheel]
-    call([sys.executable, "-m", "pip", "--python", python, *install])
+    printed([sys.executable, "-m", "pip", "--python", python, *install])
     (Path(paths["purelib"]) / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     (home / "work").mkdir()
 
     def cellop(*words, cwd=home / "work") -> str:
-        return call([home / "venv" / "bin" / "cellop", *words], cwd=cwd, env=clean)
+        return printed([home / "venv" / "bin" / "cellop", *words], cwd=cwd, env=clean)
 
     cellop.python, cellop.work, cellop.environment = python, home / "work", clean
     return cellop
@@ -69,9 +74,9 @@ def test_the_wheel_holds_the_notebooks_and_the_example_data(root, wheel):
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
-def test_it_is_the_wheel_that_runs(installed):
+def test_it_is_the_wheel_that_runs(installed, printed):
     code = "import cellop_nb; print(cellop_nb.__file__); print(cellop_nb.datasets.example_path())"
-    out = call([installed.python, "-c", code], cwd=installed.work, env=installed.environment)
+    out = printed([installed.python, "-c", code], cwd=installed.work, env=installed.environment)
     assert [line.startswith(str(installed.python.parents[1])) for line in out.splitlines()] == [True, True]
 
 
@@ -87,10 +92,8 @@ def test_the_quickstart_runs_from_the_wheel(installed):
     assert (mine / "data" / "synthetic_screen.h5ad").is_file()
 
 
-def test_the_tests_alone_need_a_checkout(installed):
-    done = subprocess.run(
-        [installed.python, "-m", "cellop_nb", "test"],
-        cwd=installed.work, env=installed.environment, capture_output=True, text=True,
-    )  # fmt: skip
+def test_the_tests_alone_need_a_checkout(installed, call):
+    command = [installed.python, "-m", "cellop_nb", "test"]
+    done = call(command, cwd=installed.work, env=installed.environment)
     assert done.returncode == 2
     assert "To fix it: clone the repository" in done.stderr

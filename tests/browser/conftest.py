@@ -1,4 +1,4 @@
-"""One Chromium for the browser tests, skipped for one reason only: there is none."""
+"""A JupyterLab and a Chromium for each browser test, skipped for one reason only: there is no Chromium."""
 
 from __future__ import annotations
 
@@ -6,12 +6,19 @@ import os
 
 import pytest
 
-from .lab import _FLAGS, chromium
+from ..families import family
+from .lab import Lab, chromium, launch
+
+SECONDS = 170
+"""For one test, with what it starts; on two idle cores each takes less than 40."""
 
 
-@pytest.fixture(scope="module")
-def browser():
-    """A headless Chromium; where `CELLOP_REQUIRE_BROWSER` is 1, not having one is a failure."""
+@pytest.fixture
+def desk(tmp_path):
+    """A running :class:`Lab` and a headless browser, ended with the test, or after `SECONDS`.
+
+    Where `CELLOP_REQUIRE_BROWSER` is 1, not having a Chromium is a failure.
+    """
     path = chromium()
     if path is None:
         reason = "no Chromium is installed (Debian: apt-get install chromium)"
@@ -20,7 +27,5 @@ def browser():
         pytest.skip(reason)
     from playwright.sync_api import sync_playwright
 
-    with sync_playwright() as playwright:
-        chrome = playwright.chromium.launch(executable_path=path, args=_FLAGS)
-        yield chrome
-        chrome.close()
+    with family(SECONDS), Lab(tmp_path / "lab") as lab, sync_playwright() as playwright:
+        yield lab, launch(playwright, path, tmp_path / "home")

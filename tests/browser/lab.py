@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -30,15 +29,18 @@ _SETTINGS = {
     "apputils-extension/notification": {"fetchNews": "false"},
 }
 
-# a promise that the page may never keep, in a race: `evaluate` itself has no time limit
-_END = """() => Promise.race([
-    window.jupyterapp?.shell?.currentWidget?.sessionContext?.shutdown(), new Promise(end => setTimeout(end, 10000)),
-])"""
-
 
 def chromium() -> str | None:
     """Path of an installed browser."""
     return next(filter(None, map(shutil.which, CHROMIUM)), None)
+
+
+def launch(playwright, path: str, home: Path):
+    """A headless browser whose home folder is `home`: it need not be able to write into the user's."""
+    home.mkdir()
+    places = {"HOME": home, "XDG_CONFIG_HOME": home, "XDG_CACHE_HOME": home}
+    surroundings = {**os.environ, **{name: str(place) for name, place in places.items()}}
+    return playwright.chromium.launch(executable_path=path, args=_FLAGS, env=surroundings, timeout=60_000)
 
 
 class Lab:
@@ -90,7 +92,7 @@ class Lab:
         self._log = (self._folder / "lab.log").open("w")
         command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={self.root}", *_LAB]
         self._process = subprocess.Popen(
-            command, env=self._env, stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True
+            command, env=self._env, stdin=subprocess.DEVNULL, stdout=self._log, stderr=subprocess.STDOUT
         )
         try:
             self._server = wait_for(self._running_server, 90, "JupyterLab to start")
@@ -110,12 +112,12 @@ class Lab:
         return None
 
     def __exit__(self, *_) -> None:
-        """End the server and its kernels, by process group; the kernels have groups of their own."""
-        self._process.send_signal(signal.SIGTERM)  # the server shuts its kernels down first
+        """End the server, which shuts its kernels down first; a `family` ends what is left of both."""
+        self._process.terminate()
         try:
             self._process.wait(20)
         except subprocess.TimeoutExpired:
-            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.kill()
             self._process.wait(10)
         self._log.close()
 
@@ -158,10 +160,8 @@ class NotebookPage:
         return self
 
     def __exit__(self, *_) -> None:
-        """End the kernel, and leave nothing unsaved to be asked about."""
-        if not self.page.is_closed():
-            self.page.evaluate(_END)
-            self.page.close()
+        """Close the page without asking about what is unsaved; the kernel ends with the server."""
+        self.page.close()
 
     def _hear(self, message) -> None:
         if message.type == "error":

@@ -7,9 +7,10 @@ import re
 
 import pytest
 
-from .lab import Lab, NotebookPage, wait_for
+from .lab import NotebookPage, wait_for
 
-pytestmark = pytest.mark.browser
+# the second limit, should the first (`desk`) not wake the test: it ends the whole process
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(240, method="thread")]
 
 
 def number(name: str, line: str) -> float:
@@ -17,14 +18,8 @@ def number(name: str, line: str) -> float:
     return float(re.search(rf"{name} ([\d.,e+-]+)", line).group(1).replace(",", ""))
 
 
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory):
-    """One JupyterLab for the notebooks of this file."""
-    with Lab(tmp_path_factory.mktemp("lab") / "here") as running:
-        yield running
-
-
-def test_watch_steer_pause_resume_and_stop_a_training(browser, lab, root):
+def test_watch_steer_pause_resume_and_stop_a_training(desk, root):
+    lab, browser = desk
     name = lab.copy(root / "notebooks" / "02_train_vae.ipynb", max_epochs=5000, run_dir="runs")
     with NotebookPage(browser, lab.url(name)) as notebook:
         notebook.run_all()
@@ -64,7 +59,8 @@ def energy(line: str) -> float:
     return float(re.search(r"real cells (-?[\d.]+)", line).group(1))
 
 
-def test_move_through_the_explorer(browser, lab, root):
+def test_move_through_the_explorer(desk, root):
+    lab, browser = desk
     name = lab.copy(
         root / "notebooks" / "07_virtual_cells.ipynb",
         context="type C", perturbation="drug 2", strength=0.9, run_dir="runs",
