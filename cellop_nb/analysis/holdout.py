@@ -2,50 +2,33 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from html import escape
 
 import anndata as ad
 import numpy as np
 import pandas as pd
-import torch
-from scipy import sparse
 
 from ..data.batches import TOTAL_KEY
 from ..data.contract import context_labels, library_size
 from ..data.splits import rows_of, split
 from ..errors import HoldoutError, three_beats
-from ..models.vae import NBVAE
-from ..training.callbacks import EarlyStopping
-from ..training.vae import VAETrainer, new_vae
-from .baselines import BASELINES, Baseline, Prediction, Screen, Target, latent_shift
-from .combinations import response_operator
+from .baselines import BASELINES, Baseline, Prediction, Screen, Target
+from .choices import Choice, groups_of
 from .fits import fit_response
+from .fitted import LATENT_SHIFT, Fitted, fit_vae, pooled_shift, view_of, virtual_cells
 from .formulas import Undefined
 from .metrics import score_split
-from .predict import decode_cells, embed, source_cells
-from .selection import CANDIDATES, choose, leave_out, what_to_leave_out
+from .selection import CANDIDATES
 from .space import EvaluationSpace, variable_genes
-from .transfer import Complexity, Response
-from .views import CountView
-
-logger = logging.getLogger("cellop_nb")
+from .transfer import Complexity
 
 OPERATORS = "operators"
-LATENT_SHIFT = "latent shift"
 
-
-@dataclass(frozen=True)
-class Fitted:
-    """Models of one seed, trained without the held-out cells."""
-
-    vae: NBVAE = field(repr=False)
-    response: Response
-    latents: np.ndarray = field(repr=False)
-    seed: int = 0
+FEWEST_CELLS = 4
+"""Held-out cells that the energy distance and its noise floor need."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +46,13 @@ class Holdout:
     control : AnnData
         The control cells that the predictions start from.
     choice : DataFrame
-        Energy distance of each candidate complexity on training contexts left out in turn.
+        Energy distance of each candidate complexity on training groups left out in turn.
     complexity : Complexity
         What was chosen.
+    latent_choice : DataFrame
+        The same for each setting of the VAE (:func:`compare_latents`); empty where one was given.
+    sizes : dict
+        The setting of the VAE that was taken.
     fits : list of Fitted
         The models, one per seed.
     space : EvaluationSpace
@@ -82,6 +69,8 @@ class Holdout:
     complexity: Complexity
     fits: list[Fitted]
     space: EvaluationSpace
+    latent_choice: pd.DataFrame = field(default_factory=pd.DataFrame)
+    sizes: dict = field(default_factory=dict)
     measured: list[tuple[str, str]] = field(default_factory=list, repr=False)
 
     def summary(self, metrics: Sequence[str] = ("e_distance", "pearson_delta")) -> pd.DataFrame:
@@ -103,7 +92,7 @@ def holdout(
     context_key: str | Sequence[str] | None = "cell_type",
     control: str = "control",
     n_genes: int = 1000,
-    vae: Mapping | None = None,
+    vae: Mapping | Sequence[Mapping] | None = None,
     training: Mapping | None = None,
     candidates: Sequence[Complexity] = CANDIDATES,
     features: pd.DataFrame | None = None,
@@ -126,8 +115,12 @@ def holdout(
         Column of ``obs`` to value(s), as `holdout` of :func:`cellop_nb.split`.
     n_genes
         Variable genes, chosen on the training cells; 0 keeps all.
-    vae, training
-        Settings of :func:`new_vae` and :class:`VAETrainer` that differ from the defaults.
+    vae
+        Settings of :func:`new_vae` that differ from the defaults; of several, such as
+        ``[{"n_latent": n} for n in (8, 16, 32)]``, the one whose operators predict left-out training groups best is
+        taken (:func:`compare_latents`: three further VAEs for each).
+    training
+        Settings of :class:`VAETrainer` that differ from the defaults.
     candidates
         Complexities to choose from; one alone is taken without a choice.
     features
@@ -160,26 +153,27 @@ def holdout(
     train = work[rows_of(work, ("train", "val"))].copy()
     real = work[rows_of(work, "test")].copy()
     real = real[(real.obs[perturbation_key].astype(str) != control).to_numpy()].copy()
-    models = [
-        _fit_vae(train, layer, seed + k, dict(vae or {}), dict(training or {}), progress)
-        for k in range(n_seeds)
-    ]
-    wanted = _groups_of(real, keys)
+    wanted = groups_of(real, keys)
+    _enough_cells(real, wanted, keys)
     space = EvaluationSpace.fit(train, genes=list(train.var_names), layer=layer, seed=seed)
-    view = _view(train, *models[0], space, layer, keys)
-    choice, complexity = _choose(train, view, list(candidates), wanted, features, keys, seed, progress)
+    plan = Choice(train, wanted, list(candidates), space, keys, layer, features, seed, progress)
+    settings = [vae or {}] if vae is None or isinstance(vae, Mapping) else list(vae)
+    latent_choice, sizes = plan.latent(settings, training or {})
+    options = {"sizes": sizes, "training": training or {}, "layer": layer, "progress": progress}
+    models = [fit_vae(train, seed=seed + k, **options) for k in range(n_seeds)]
+    choice, complexity = plan.complexity(view_of(train, *models[0], space, layer=layer, keys=keys))
     fits = []
     for k, (model, z) in enumerate(models):
-        view = _view(train, model, z, space, layer, keys)
+        view = view_of(train, model, z, space, layer=layer, keys=keys)
         options = {"view": view, "features": features, "asked": wanted}
         response = fit_response(train, complexity, seed=seed + k, **options, **keys)
         fits.append(Fitted(model, response, z, seed + k))
-    ask = partial(_virtual_cells, train, fits, layer=layer, keys=keys)
+    ask = partial(virtual_cells, train, fits, layer=layer, keys=keys)
     virtual = _predictable(ask, wanted)
     methods = {
         **BASELINES,
         **(methods or {}),
-        LATENT_SHIFT: partial(_pooled_shift, fits=fits, layer=layer),
+        LATENT_SHIFT: partial(pooled_shift, fits=fits, layer=layer),
         OPERATORS: partial(_from_operators, method=OPERATORS, ask=partial(_ready, virtual)),
     }
     if any("+" in perturbation for _, perturbation in wanted):
@@ -195,7 +189,9 @@ def holdout(
         complexity=complexity,
         fits=fits,
         space=space,
-        measured=[group for group in _groups_of(train, keys) if group[1] != control],
+        latent_choice=latent_choice,
+        sizes=dict(sizes),
+        measured=plan.groups,
     )
 
 
@@ -207,61 +203,19 @@ def _variable(work, n_genes: int, layer: str | None):
     return work[:, variable_genes(train, n_genes, layer=layer)].copy()
 
 
-def _fit_vae(
-    train, layer, seed: int, sizes: dict, training: dict, progress: bool
-) -> tuple[NBVAE, np.ndarray]:
-    sizes = {"n_latent": 32, "n_hidden": 256} | sizes
-    training = {"max_epochs": 120, "lr": 1e-3} | training
-    model = new_vae(train, layer=layer, seed=seed, **sizes)
-    stop = EarlyStopping(patience=training.pop("patience", 40))
-    VAETrainer(train, model, layer=layer, seed=seed, progress=progress, callbacks=[stop], **training).fit()
-    embed(train, model, layer=layer)
-    return model, train.obsm["X_nbvae"].copy()
-
-
-def _view(train, vae: NBVAE, z: np.ndarray, space: EvaluationSpace, layer, keys: dict) -> CountView:
-    """The training cells as one fit sees them; writes its latents."""
-    train.obsm["X_nbvae"] = z
-    return CountView(train, vae, space, layer=layer, **keys)
-
-
-def _choose(
-    train,
-    view: CountView,
-    candidates: list[Complexity],
-    wanted,
-    features,
-    keys: dict,
-    seed: int,
-    progress: bool,
-):
-    if len(candidates) == 1:
-        return pd.DataFrame(), candidates[0]
-    groups = [group for group in _groups_of(train, keys) if group[1] != keys["control"]]
-    over = what_to_leave_out(groups, wanted, described=features is not None)
-    if len({context for context, _ in groups}) < 2:  # nobody to borrow from
-        candidates = list(dict.fromkeys(replace(candidate, locality=None) for candidate in candidates))
-    if over is None:
-        complexity = _unchosen(candidates, wanted)
-        logger.warning("holdout: no two contexts or combinations to leave out in turn; taken: %s", complexity)
-        return pd.DataFrame(), complexity
-    options = {"view": view, "features": features, "seed": seed, "progress": progress}
-    choice = leave_out(train, candidates, over=over, **options, **keys)
-    return choice, choose(choice, candidates)
-
-
-def _unchosen(candidates: list[Complexity], wanted: list[tuple[str, str]]) -> Complexity:
-    """What is taken where nothing can tell: the simplest; for combinations the simplest that adds what the
-    decoder misses of the parts, which is the additive rule where the decoder sees no effect at all."""
-    if any("+" in perturbation for _, perturbation in wanted):
-        return next((candidate for candidate in candidates if candidate.remainder), candidates[0])
-    return candidates[0]
-
-
-def _groups_of(real, keys: dict) -> list[tuple[str, str]]:
-    """The held-out (context, perturbation) groups."""
-    contexts = context_labels(real, keys["context_key"])
-    return sorted(set(zip(contexts, real.obs[keys["perturbation_key"]].astype(str), strict=True)))
+def _enough_cells(real, wanted: list[tuple[str, str]], keys: dict) -> None:
+    """Refuse a hold-out of which no group has cells enough; a small group beside larger ones gets reasons."""
+    sizes = dict.fromkeys(wanted, 0)
+    for group in zip(
+        context_labels(real, keys["context_key"]), real.obs[keys["perturbation_key"]], strict=True
+    ):
+        sizes[str(group[0]), str(group[1])] += 1
+    if sizes and max(sizes.values()) < FEWEST_CELLS:
+        found = ", ".join(f"{number} of {', '.join(group)}" for group, number in sizes.items())
+        expected = (
+            f"a held-out group of {FEWEST_CELLS} cells or more (two halves of two, for the noise floor)"
+        )
+        raise HoldoutError(three_beats(expected, found, "hold out a larger group"))
 
 
 def _predictable(ask, wanted: list[tuple[str, str]]) -> dict[tuple[str, str], ad.AnnData | str]:
@@ -288,44 +242,6 @@ def _ready(virtual: Mapping, context: str, perturbation: str) -> ad.AnnData:
 
 def _from_operators(_: Screen, target: Target, *, method: str, ask) -> Prediction:
     return Prediction.of_counts(method, ask(target.context, target.perturbation).X, target.space)
-
-
-def _virtual_cells(
-    train, fits: list[Fitted], context: str, perturbation: str, *, layer, keys: dict, rule: str = "axes"
-) -> ad.AnnData:
-    """The context's control cells, moved by the operator of each fit and decoded; pooled over the fits."""
-    rows = source_cells(train, context, **keys)
-    parts = []
-    for fitted in fits:
-        start = torch.as_tensor(fitted.latents[rows])
-        moved = response_operator(fitted.response, perturbation, context, rule=rule)(start)
-        missed = fitted.response.remainder(perturbation, context)
-        options = {"start": start, "remainder": missed, "layer": layer, "seed": fitted.seed}
-        cells = decode_cells(train[rows], fitted.vae, moved, **options)
-        cells.obs["source_cell"] = cells.obs_names
-        cells.obs["fit"] = fitted.seed
-        cells.obs_names = [f"{name}, {perturbation}, fit {fitted.seed}" for name in cells.obs_names]
-        parts.append(cells)
-    pooled = ad.concat(parts)
-    pooled.obs[keys["perturbation_key"]] = perturbation
-    return pooled
-
-
-def _pooled_shift(training: Screen, target: Target, *, fits: list[Fitted], layer) -> Prediction:
-    """scGen's rule in each fit's latent space, pooled over the fits."""
-    rows = np.flatnonzero(training.rows(target.context, training.control))
-    counts = []
-    for fitted in fits:
-
-        def decode(z: np.ndarray, fitted=fitted):
-            moved = torch.as_tensor(z, dtype=torch.float32)
-            return decode_cells(target.adata, fitted.vae, moved, layer=layer, seed=fitted.seed).X
-
-        start = fitted.latents[rows]
-        counts.append(
-            latent_shift(training, target, latents=fitted.latents, start=start, decode=decode).counts
-        )
-    return Prediction.of_counts(LATENT_SHIFT, sparse.vstack(counts).tocsr(), target.space)
 
 
 def strongest_group(

@@ -24,7 +24,8 @@ CANDIDATES: tuple[Complexity, ...] = (
 )
 """Tried by default, from the simplest to the most flexible; the pure shift is among them."""
 
-_QUICK = {"cells_per_group": 64, "max_epochs": 4}  # enough to rank candidates
+QUICK = {"cells_per_group": 64, "max_epochs": 4}
+"""Training of operators that is enough to rank candidates."""
 
 
 def leave_out(
@@ -79,22 +80,22 @@ def leave_out(
     keys |= {"use_rep": use_rep}
     cells = latents_only(adata, use_rep, split_key)
     view = LatentView(cells, **keys) if view is None else view
-    folds = _some(_FOLDS[over](view.groups), max_folds, seed)
+    folds = _some(folds_over(over, view.groups), max_folds, seed)
     if not _enough(over, folds):
         found = f"{len(folds)} {over}s that the other groups could predict"
         expected = f"two or more {over}s to leave out in turn"
         raise ModelError(three_beats(expected, found, "name the complexity"))
     keys |= {"split_key": split_key}
-    fits = Fits(cells, view, keys=keys, features=features, seed=seed, training=_QUICK | training)
+    fits = Fits(cells, view, keys=keys, features=features, seed=seed, training=QUICK | training)
     tries = [(fold, candidate) for fold in folds for candidate in candidates]
     rows = []
     for fold, candidate in tqdm(tries, desc="choosing complexity", disable=not progress):
         labels = {"candidate": candidates.index(candidate), "complexity": str(candidate)}
-        rows += [labels | row for row in _left_out(fits, folds[fold], candidate)]
+        rows += [labels | row for row in left_out(fits, folds[fold], candidate)]
     return pd.DataFrame(rows)
 
 
-def _left_out(fits: Fits, fold: list[Group], candidate: Complexity) -> list[dict]:
+def left_out(fits: Fits, fold: list[Group], candidate: Complexity) -> list[dict]:
     """One row per group of the fold: how far the candidate's prediction is from its cells."""
     response, view, rows = fits.response(frozenset(fold), candidate, asked=fold), fits.view, []
     known = set(response.operators.conditions.perturbations)
@@ -158,6 +159,11 @@ _FOLDS = {
 }
 
 
+def folds_over(over: str, groups: Sequence[Group]) -> dict[str, list[Group]]:
+    """Name to the (context, perturbation) groups that are left out together; `over` as in :func:`leave_out`."""
+    return _FOLDS[over](list(groups))
+
+
 def what_to_leave_out(
     groups: Sequence[tuple[str, str]], wanted: Sequence[tuple[str, str]], *, described: bool = False
 ) -> str | None:
@@ -183,7 +189,7 @@ def what_to_leave_out(
         order = ["combination", *order]
     if described and any(not set(label.split("+")) <= parts for label in unmeasured):
         order = ["perturbation", *order]
-    return next((over for over in order if _enough(over, _FOLDS[over](list(groups)))), None)
+    return next((over for over in order if _enough(over, folds_over(over, groups))), None)
 
 
 SMALL_EFFECT = 0.1
@@ -195,6 +201,11 @@ def _enough(over: str, folds: dict[str, list[Group]]) -> bool:
     return (sum(map(len, folds.values())) if over == "combination" else len(folds)) > 1
 
 
+def share_left(table: pd.DataFrame) -> pd.Series:
+    """Share of each group's effect that is left after the operator."""
+    return table["e_distance"] / table["no_change"].clip(lower=SMALL_EFFECT)
+
+
 def choose(table: pd.DataFrame, candidates: Sequence[Complexity] = CANDIDATES) -> Complexity:
     """The candidate that leaves the smallest share of the effect, mean over the groups left out.
 
@@ -204,6 +215,5 @@ def choose(table: pd.DataFrame, candidates: Sequence[Complexity] = CANDIDATES) -
     preference for simple candidates within a standard error was tried: with few contexts that error is wide, and the
     pure shift was taken where near contexts predict clearly better.
     """
-    share = table["e_distance"] / table["no_change"].clip(lower=SMALL_EFFECT)
-    mean = share.groupby(table["candidate"]).mean()
+    mean = share_left(table).groupby(table["candidate"]).mean()
     return candidates[int(mean.index[np.isclose(mean, mean.min(), rtol=1e-6)].min())]

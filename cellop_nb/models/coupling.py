@@ -104,17 +104,8 @@ def carried_mean(
         moved = torch.where(level == 0, moved, counts_at(levels(moved, library) + level, library))
     total = moved.sum(-1) + _other_genes(x, library, start, end)
     scale = torch.where((moved == x).all(-1), 1.0, library / total.clamp_min(MIN_MEAN))
-    moved = moved * scale.unsqueeze(-1)
-    return moved if remainder is None else _grown(moved, end, after.r, math.exp(remainder.growth))
-
-
-def _grown(x: Tensor, mean: Tensor, r: Tensor, growth: float) -> Tensor:
-    """Counts of cells that hold `growth` times as many: new ones by each gene's expected rate, given its count."""
-    if growth <= 1:
-        return x * growth
-    rate = mean * (r + x) / (r + mean)
-    share = x.sum(-1, keepdim=True) / rate.sum(-1, keepdim=True).clamp_min(MIN_MEAN)
-    return x + (growth - 1) * share * rate
+    growth = 1.0 if remainder is None else math.exp(remainder.growth)
+    return moved * (scale * growth).unsqueeze(-1)
 
 
 def _other_genes(x: Tensor, library: Tensor, start: Tensor, end: Tensor) -> Tensor:

@@ -322,3 +322,11 @@ def test_counts_are_viewed_as_they_are_scored(result, screen):
     np.testing.assert_array_equal(unmoved.numpy(), train[rows].X.toarray())
     np.testing.assert_allclose(view.level(unmoved, rows), view.real_level(rows), rtol=1e-5)
     assert view.energy(unmoved, rows) <= 0
+
+
+def test_a_group_of_a_few_cells_is_refused_with_its_number(screen):
+    held = ((screen.obs["cell_type"] == "type B") & (screen.obs["perturbation"] == "drug 1")).to_numpy()
+    kept = ~held
+    kept[np.flatnonzero(held)[:3]] = True
+    with pytest.raises(HoldoutError, match=r"4 cells or more.*Found 3 of type B, drug 1"):
+        holdout(screen[kept].copy(), heldout=HELD, **TINY)

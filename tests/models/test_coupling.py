@@ -103,10 +103,7 @@ def test_the_remainder_moves_the_level_of_every_cell():
     wanted = (levels(x, library) + level).clamp_min(0)
     torch.testing.assert_close(levels(moved, library), wanted, atol=2e-3, rtol=0)
     grown = carried_mean(x, library, nb(x + 1), nb(x + 1), Remainder(level.numpy(), math.log(1.25)))
-    torch.testing.assert_close(grown.sum(1), 1.25 * moved.sum(1))
-    assert (grown > moved).all(), "a gene that was not seen may be, where there is more to see"
-    fewer = carried_mean(x, library, nb(x + 1), nb(x + 1), Remainder(level.numpy(), math.log(0.8)))
-    torch.testing.assert_close(fewer, 0.8 * moved)
+    torch.testing.assert_close(grown, 1.25 * moved)
 
 
 def test_what_the_model_does_not_explain_is_kept():

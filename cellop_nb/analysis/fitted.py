@@ -1,0 +1,113 @@
+"""The models of one seed, trained without the held-out cells, and the cells that they predict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import anndata as ad
+import numpy as np
+import torch
+from scipy import sparse
+
+from ..models.vae import NBVAE
+from ..training.callbacks import EarlyStopping
+from ..training.vae import VAETrainer, new_vae
+from .baselines import Prediction, Screen, Target, latent_shift
+from .combinations import response_operator
+from .predict import decode_cells, embed, source_cells
+from .space import EvaluationSpace
+from .transfer import Response
+from .views import CountView
+
+LATENT_SHIFT = "latent shift"
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Models of one seed, trained without the held-out cells."""
+
+    vae: NBVAE = field(repr=False)
+    response: Response
+    latents: np.ndarray = field(repr=False)
+    seed: int = 0
+
+
+def fit_vae(
+    train,
+    *,
+    sizes: Mapping,
+    training: Mapping,
+    layer: str | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> tuple[NBVAE, np.ndarray]:
+    """A VAE of the training cells, and their latents (cell, d).
+
+    Parameters
+    ----------
+    train
+        Raw counts with ``obs["split"]``; only cells of train and val are read.
+    sizes, training
+        Settings of :func:`new_vae` and :class:`VAETrainer` that differ from the defaults of hold-outs.
+    """
+    sizes = {"n_latent": 32, "n_hidden": 256} | dict(sizes)
+    training = {"max_epochs": 120, "lr": 1e-3, "patience": 40} | dict(training)
+    model = new_vae(train, layer=layer, seed=seed, **sizes)
+    stop = EarlyStopping(patience=training.pop("patience"))
+    VAETrainer(train, model, layer=layer, seed=seed, progress=progress, callbacks=[stop], **training).fit()
+    embed(train, model, layer=layer)
+    return model, train.obsm["X_nbvae"].copy()
+
+
+def view_of(
+    train, vae: NBVAE, z: np.ndarray, space: EvaluationSpace, *, layer: str | None, keys: Mapping
+) -> CountView:
+    """The training cells as one fit sees them; writes its latents to ``obsm["X_nbvae"]``."""
+    train.obsm["X_nbvae"] = z
+    return CountView(train, vae, space, layer=layer, **keys)
+
+
+def virtual_cells(
+    train,
+    fits: Sequence[Fitted],
+    context: str,
+    perturbation: str,
+    *,
+    layer: str | None,
+    keys: Mapping,
+    rule: str = "axes",
+) -> ad.AnnData:
+    """The context's control cells, moved by the operator of each fit and decoded; pooled over the fits."""
+    rows = source_cells(train, context, **keys)
+    parts = []
+    for fitted in fits:
+        start = torch.as_tensor(fitted.latents[rows])
+        moved = response_operator(fitted.response, perturbation, context, rule=rule)(start)
+        missed = fitted.response.remainder(perturbation, context)
+        options = {"start": start, "remainder": missed, "layer": layer, "seed": fitted.seed}
+        cells = decode_cells(train[rows], fitted.vae, moved, **options)
+        cells.obs["source_cell"] = cells.obs_names
+        cells.obs["fit"] = fitted.seed
+        cells.obs_names = [f"{name}, {perturbation}, fit {fitted.seed}" for name in cells.obs_names]
+        parts.append(cells)
+    pooled = ad.concat(parts)
+    pooled.obs[keys["perturbation_key"]] = perturbation
+    return pooled
+
+
+def pooled_shift(
+    training: Screen, target: Target, *, fits: Sequence[Fitted], layer: str | None
+) -> Prediction:
+    """scGen's rule in each fit's latent space, pooled over the fits."""
+    rows = np.flatnonzero(training.rows(target.context, training.control))
+    counts = []
+    for fitted in fits:
+
+        def decode(z: np.ndarray, fitted=fitted):
+            moved = torch.as_tensor(z, dtype=torch.float32)
+            return decode_cells(target.adata, fitted.vae, moved, layer=layer, seed=fitted.seed).X
+
+        known = {"latents": fitted.latents, "start": fitted.latents[rows]}
+        counts.append(latent_shift(training, target, decode=decode, **known).counts)
+    return Prediction.of_counts(LATENT_SHIFT, sparse.vstack(counts).tocsr(), target.space)
