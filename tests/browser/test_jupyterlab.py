@@ -87,7 +87,7 @@ def test_move_through_the_explorer(desk, root):
         notebook.said(r"^refused: Expected a gene of the model")
         notebook.write("gene", "")
         notebook.choose("and", "(none)")
-        notebook.page.get_by_text("reverse: lead perturbed cells back").click()
+        notebook.page.get_by_text("reverse: lead perturbed cells back").first.click()
         notebook.said(r"^type C, drug 1 at strength 0\.5, reversed ")
         notebook.press("Export")
         notebook.said(r"^saved .*virtual_cells\.h5ad")

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from matplotlib.markers import TICKDOWN, TICKLEFT
-from matplotlib.ticker import MaxNLocator
 
 from ..questions import Answer
 from . import style as s
+from .frame import Frame, bar, equal, rounded, say, span
 from .sheet import Sheet
 
 WIDTH, HEIGHT = 768, 620
@@ -22,66 +21,6 @@ N_GENES = 8  # a side
 _CLOUDS = (("start", 6, ":"), ("real", 1, "--"), ("moved", 0, "-"))
 _UP, _DOWN, _MEASURED = s.OKABE_ITO[3], s.OKABE_ITO[5], s.OKABE_ITO[1]
 _BINS = 18
-
-
-class Frame:
-    """A panel with linear axes on a sheet: a frame, a few ticks, and where values lie in pixels."""
-
-    _TICKS = 6
-
-    def __init__(self, sheet: Sheet, box, title: str, x: str = "", y: str = "", *, ticks: str = "xy") -> None:
-        self.sheet, self.box, self._ticks = sheet, box, ticks
-        left, top, width, height = box
-        self.title = sheet.text(left, top - 12, title, fontsize=s.TEXT)
-        self._limits = (0.0, 1.0, 0.0, 1.0)
-        corners = ([left, left, left + width], [top, top + height, top + height])
-        sheet.line(*corners, color=s.QUIET, linewidth=0.8)
-        sheet.text(left + width / 2, top + height + 13 + 13 * ("x" in ticks), x, ha="center")
-        sheet.text(left - 12, top + height / 2, y, ha="center", rotation=90)
-        marks = {"linestyle": "", "color": s.QUIET, "markersize": 3}
-        self._marks = (sheet.line(marker=TICKDOWN, **marks), sheet.line(marker=TICKLEFT, **marks))
-        self._texts = [sheet.text(0, top + height + 11, ha="center") for _ in range(self._TICKS)]
-        self._texts += [sheet.text(left - 6, 0, ha="right") for _ in range(self._TICKS)]
-
-    def limit(self, x: tuple[float, float], y: tuple[float, float]) -> None:
-        """Set the limits; ticks are written anew only where they change."""
-        limits = (*x, *y)
-        if limits != self._limits:
-            self._limits, self.sheet.stale = limits, True
-            for axis, place, texts in zip(
-                "xy", (self.x, self.y), (self._texts[:6], self._texts[6:]), strict=True
-            ):
-                self._write(axis, place, texts)
-
-    def _write(self, axis: str, place, texts) -> None:
-        left, top, _, height = self.box
-        low, high = self._limits[:2] if axis == "x" else self._limits[2:]
-        ticks = MaxNLocator(4).tick_values(low, high) if axis in self._ticks else np.array([])
-        ticks = ticks[(ticks >= low) & (ticks <= high)][: self._TICKS]
-        at = place(ticks)
-        fixed = np.full(len(ticks), top + height if axis == "x" else left)
-        self._marks[axis == "y"].set_data(*((at, fixed) if axis == "x" else (fixed, at)))
-        for i, text in enumerate(texts):
-            text.set_text(s.compact(ticks[i]) if i < len(ticks) else "")
-            if i < len(ticks):
-                (text.set_x if axis == "x" else text.set_y)(at[i])
-
-    def x(self, values) -> np.ndarray:
-        """Values as pixels from the left; cut at the frame."""
-        low, high = self._limits[:2]
-        share = (np.asarray(values, dtype=float) - low) / (high - low)
-        return self.box[0] + self.box[2] * np.clip(share, 0, 1)
-
-    def y(self, values) -> np.ndarray:
-        """Values as pixels from the top; cut at the frame."""
-        low, high = self._limits[2:]
-        share = (np.asarray(values, dtype=float) - low) / (high - low)
-        return self.box[1] + self.box[3] * (1 - np.clip(share, 0, 1))
-
-    def holds(self, points: np.ndarray) -> np.ndarray:
-        """Which points (point, 2) lie inside."""
-        low, high = np.array(self._limits).reshape(2, 2).T
-        return ((points >= low) & (points <= high)).all(1)
 
 
 @dataclass(frozen=True)
@@ -122,7 +61,7 @@ class ExplorerSheet:
             view.update(answer, words)
         lines = textwrap.wrap(answer.verdict, 33)[:3]
         for i, text in enumerate(self._verdict):
-            _say(self.sheet, text, s.safe(lines[i], 60) if i < len(lines) else "")
+            say(self.sheet, text, s.safe(lines[i], 60) if i < len(lines) else "")
 
     def png(self, *, small: bool = False) -> bytes:
         """The picture as PNG; `small` takes longer and holds fewer bytes."""
@@ -157,11 +96,11 @@ class _Map:
     def update(self, answer: Answer, words: Words) -> None:
         key, points = _key(answer), {name: getattr(answer, name) for name, *_ in _CLOUDS}
         cells = [cloud for cloud in points.values() if len(cloud)]
-        x, y = (_span(np.concatenate([cloud[:, axis] for cloud in cells])) for axis in (0, 1))
+        x, y = (span(np.concatenate([cloud[:, axis] for cloud in cells])) for axis in (0, 1))
         if key == self._key:  # the map stands still while the strength moves, unless cells leave it
             old = self.frame._limits
             x, y = (min(old[0], x[0]), max(old[1], x[1])), (min(old[2], y[0]), max(old[3], y[1]))
-        self.frame.limit(*_equal(x, y, self.frame.box[2] / self.frame.box[3]))
+        self.frame.limit(*equal(x, y, self.frame.box[2] / self.frame.box[3]))
         self.frame.sheet.stale |= key != self._key
         self._key = key
         for name, cloud in points.items():
@@ -169,7 +108,7 @@ class _Map:
             self.clouds[name].set_data(self.frame.x(seen[:, 0]), self.frame.y(seen[:, 1]))
             mean = cloud.mean(0) if len(cloud) else np.full(2, np.nan)
             self.means[name].set_data([self.frame.x(mean[0])], [self.frame.y(mean[1])])
-            _say(self.frame.sheet, self.keys[name], f"{getattr(words, name)} ({len(cloud):,})")
+            say(self.frame.sheet, self.keys[name], f"{getattr(words, name)} ({len(cloud):,})")
         ends = np.stack([points["start"].mean(0), points["moved"].mean(0)])
         self.trail.set_data(self.frame.x(ends[:, 0]), self.frame.y(ends[:, 1]))
 
@@ -201,19 +140,19 @@ class _Genes:
             self._shown, self._strength = list(leading(answer.genes)["gene"]), strength
         shown = answer.genes.set_index("gene").loc[self._shown].reset_index()
         values = shown[["lfc", "low", "high", "measured"]].to_numpy(dtype=float)
-        top = _rounded(max(float(np.nanmax(np.abs(values), initial=0.0)), 0.25))
+        top = rounded(max(float(np.nanmax(np.abs(values), initial=0.0)), 0.25))
         self._top, self._key = max(self._top if key == self._key else 0.0, top), key
         self.frame.limit((-self._top, self._top), (0, 1))
         centre = self.frame.box[1] + (np.arange(len(shown)) + 0.5) * self.frame.box[3] / (2 * N_GENES)
         zero, ends = float(self.frame.x(0.0)), self.frame.x(values[:, 0])
         for area, sign in zip(self.bars, (1, -1), strict=True):
             here = np.flatnonzero(np.sign(values[:, 0]) == sign)
-            area.set_verts([_bar(zero, ends[i], centre[i]) for i in here])
+            area.set_verts([bar(zero, ends[i], centre[i]) for i in here])
         self.zero.set_data([zero, zero], [self.frame.box[1], self.frame.box[1] + self.frame.box[3]])
-        for i, (name, span) in enumerate(zip(self.names, self.spans, strict=True)):
+        for i, (name, interval) in enumerate(zip(self.names, self.spans, strict=True)):
             there = i < len(shown)
-            _say(self.frame.sheet, name, s.safe(shown["gene"].iloc[i], 14) if there else "")
-            span.set_data(self.frame.x(values[i, 1:3]) if there else [], [centre[i]] * 2 if there else [])
+            say(self.frame.sheet, name, s.safe(shown["gene"].iloc[i], 14) if there else "")
+            interval.set_data(self.frame.x(values[i, 1:3]) if there else [], [centre[i]] * 2 if there else [])
             if there:
                 name.set_y(centre[i])
         self.measured.set_data(self.frame.x(values[:, 3]), centre)
@@ -240,7 +179,7 @@ class _Counts:
             n: np.histogram(cells[cells > 0], edges)[0] / max(len(cells), 1) for n, cells in clouds.items()
         }
         highest = max(share.max(initial=0.0) for share in shares.values())
-        self._height = max(self._height if key == self._key else 0.0, _rounded(1.6 * highest))
+        self._height = max(self._height if key == self._key else 0.0, rounded(1.6 * highest))
         if key != self._key:
             self.frame.title.set_text(f"{s.safe(answer.gene, 20)}: share of cells")
             self.frame.sheet.stale, self._key = True, key
@@ -271,8 +210,8 @@ class _Energy:
     def update(self, answer: Answer, words: Words) -> None:
         values = {"no change": answer.energy_start, "moved": answer.energy}
         known = np.isfinite(list(values.values())).all()
-        top = _rounded(max(*values.values(), answer.floor, 0.05) * 1.1) if known else 1.0
-        low = -_rounded(-min(values.values())) if known and min(values.values()) < 0 else 0.0
+        top = rounded(max(*values.values(), answer.floor, 0.05) * 1.1) if known else 1.0
+        low = -rounded(-min(values.values())) if known and min(values.values()) < 0 else 0.0
         old, key = self._limits if _key(answer) == self._key else (0.0, 0.0), _key(answer)
         self._limits, self._key = (min(low, old[0]), max(top, old[1])), key
         self.frame.limit(self._limits, (0, 1))
@@ -288,9 +227,9 @@ class _Energy:
         ends = [self.frame.box[1], self.frame.box[1] + self.frame.box[3]]
         self.floor.set_data([self.frame.x(answer.floor)] * 2 if known else [], ends if known else [])
         said = f"dotted: noise floor {answer.floor:.3f}" if known else "no real cells of this condition"
-        _say(self.frame.sheet, self.words, said)
+        say(self.frame.sheet, self.words, said)
         said = f"{answer.n_moved:,} moved and {answer.n_real:,} real cells" if known else ""
-        _say(self.frame.sheet, self.source, said)
+        say(self.frame.sheet, self.source, said)
 
 
 class _Spectrum:
@@ -305,7 +244,7 @@ class _Spectrum:
     def update(self, answer: Answer, words: Words) -> None:
         values = answer.eigenvalues
         low, high = min(float(values.real.min()), 0.75), max(float(values.real.max()), 1.25)
-        half = _rounded(max(float(np.abs(values.imag).max()), 0.2))
+        half = rounded(max(float(np.abs(values.imag).max()), 0.2))
         wide = (np.floor(low * 4) / 4, np.ceil(high * 4) / 4)
         old = self._limits if _key(answer) == self._key else (1.0, 1.0, 0.0)
         low, high, half = min(wide[0], old[0]), max(wide[1], old[1]), max(half, old[2])
@@ -325,42 +264,8 @@ def _key(answer: Answer) -> tuple:
     return asked.context, asked.perturbation, asked.rule, asked.reverse
 
 
-def _say(sheet: Sheet, text, words: str) -> None:
-    """Change words that seldom change: they belong to the ground, which is then painted anew."""
-    if text.get_text() != words:
-        text.set_text(words)
-        sheet.stale = True
-
-
-def _rounded(value: float) -> float:
-    """The next of 1, 1.5, 2, 3, 4, 6, 8, 10 in the value's decade."""
-    decade = 10.0 ** np.floor(np.log10(max(value, 1e-3)))
-    return float(next(step * decade for step in (1, 1.5, 2, 3, 4, 6, 8, 10, 15) if step * decade >= value))
-
-
 def leading(genes: pd.DataFrame, n: int = N_GENES) -> pd.DataFrame:
     """The `n` genes that rise most, largest first, then the `n` that fall most, largest last."""
     up = genes[genes["lfc"] > 0].head(n)
     down = genes[genes["lfc"] < 0].head(n)
     return pd.concat([up, down.iloc[::-1]], ignore_index=True)
-
-
-def _bar(zero: float, end: float, y: float, half: float = 6.5) -> list[tuple[float, float]]:
-    return [(zero, y - half), (end, y - half), (end, y + half), (zero, y + half)]
-
-
-def _span(values: np.ndarray) -> tuple[float, float]:
-    """Limits that hold 99 % of the cells, with a margin."""
-    low, high = np.quantile(values, [0.005, 0.995])
-    margin = 0.08 * (high - low) or 1.0
-    return float(low - margin), float(high + margin)
-
-
-def _equal(x: tuple[float, float], y: tuple[float, float], ratio: float):
-    """The same limits, widened so that one unit is as long upwards as sideways."""
-    wide, high = x[1] - x[0], y[1] - y[0]
-    if wide < high * ratio:
-        middle, wide = sum(x) / 2, high * ratio
-        return (middle - wide / 2, middle + wide / 2), y
-    middle, high = sum(y) / 2, wide / ratio
-    return x, (middle - high / 2, middle + high / 2)

@@ -1,0 +1,153 @@
+"""What a move does to the genes: decoded changes with their intervals, measured ones, and one gene's counts."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from ..data.matrices import CountMatrix
+from ..errors import LabelError, did_you_mean, three_beats
+from ..models.affine import AffineOperator
+from ..models.coupling import carried_mean, carry_counts
+from ..models.gene_linear import COUNTS_PER_CELL
+from ..models.likelihood import NegativeBinomial
+from ..models.vae import NBVAE
+from .clouds import Clouds
+
+_WITH_INTERVAL = 40
+"""Genes that get an interval, those that change most: quantiles of all would take longer than the rest."""
+
+
+class Expression:
+    """Genes of the cells that a question moves.
+
+    Parameters
+    ----------
+    vae
+        Trained model.
+    matrix
+        Counts of the screen, as the model reads them.
+    clouds
+        The cells.
+    n_replicates
+        Bootstrap replicates of an interval, over cells.
+    """
+
+    def __init__(self, vae: NBVAE, matrix: CountMatrix, clouds: Clouds, *, n_replicates: int):
+        self.vae, self.clouds, self.n_replicates = vae, clouds, n_replicates
+        self._matrix, self._keep = matrix, clouds.memory.keep
+        self._column = {gene: i for i, gene in enumerate(vae.genes)}
+
+    @torch.no_grad()
+    def changes(self, source: np.ndarray, target: np.ndarray, moving: AffineOperator):
+        """What :class:`~cellop_nb.notebook.questions.Answer` calls `genes`, and the decoded cells.
+
+        Returns
+        -------
+        DataFrame, and a tuple of rows, means before and means after the move, (cell, gene).
+        """
+        start, weights = self._decoded(source), self._weights(source)
+        rows, library, covariates = start["rows"], start["library"], start["covariates"]
+        after = self.vae.decode(moving(self.clouds.z[rows]), library, covariates).mean
+        shares = after / library[:, None]
+        before = self._keep(("replicates", source.tobytes()), lambda: _level(weights @ start["shares"]))
+        replicates = torch.log2(_level(weights @ shares) / before)
+        lfc = torch.log2(_level(shares.mean(0)) / _level(start["shares"].mean(0))).numpy()
+        order = np.argsort(-np.abs(lfc), kind="stable")
+        low, high = np.full((2, len(lfc)), np.nan)
+        top = order[:_WITH_INTERVAL]
+        low[top], high[top] = np.quantile(replicates[:, top].numpy(), [0.025, 0.975], axis=0)
+        measured = self._measured(source, target)
+        columns = {"gene": self.vae.genes, "lfc": lfc, "low": low, "high": high, "measured": measured}
+        table = pd.DataFrame(columns).iloc[order].reset_index(drop=True)
+        return table, (rows, start["means"], after)
+
+    def recalled(self, source: np.ndarray, target: np.ndarray) -> pd.Series:
+        """Log2 fold change (gene,) between the real cells of both sides, as the VAE gives them back.
+
+        No operator takes part: what is wrong here is what encoder and decoder lose.
+        """
+        before, after = (_level(self._decoded(rows)["shares"].mean(0)) for rows in (source, target))
+        return pd.Series(torch.log2(after / before).numpy(), index=self.vae.genes)
+
+    def named(self, gene: str | None, genes: pd.DataFrame) -> str:
+        """The gene that is asked for, or the first of a table.
+
+        Raises
+        ------
+        LabelError
+            For a gene that the model does not know.
+        """
+        if gene is None:
+            return str(genes["gene"].iloc[0])
+        if gene not in self._column:
+            raise LabelError(three_beats("a gene of the model", repr(gene), did_you_mean(gene, self._column)))
+        return gene
+
+    def counts(self, gene: str, source: np.ndarray, target: np.ndarray, decoded) -> dict[str, np.ndarray]:
+        """Log1p-CP10k of one gene: source cells, the same moved (counts sampled), real cells."""
+        column, (rows, before, after) = self._column[gene], decoded
+        library, r = self._matrix.library[rows], self.vae.decoder.dispersion[: self.vae.n_genes].detach()
+        x = torch.from_numpy(self._matrix.csr[rows][:, : self.vae.n_genes].toarray())
+        ends = (NegativeBinomial(mean, r) for mean in (before, after))
+        expected = carried_mean(x, library, *ends)[:, column]
+        sampled = carry_counts(expected, torch.Generator().manual_seed(self.clouds.seed)).numpy()
+        return {
+            "start": self._log_counts(column, source),
+            "moved": np.log1p(sampled / library.numpy() * COUNTS_PER_CELL),
+            "real": self._log_counts(column, target),
+        }
+
+    def _decoded(self, group: np.ndarray) -> dict:
+        """The cells that stand for a group, decoded as they are."""
+
+        @torch.no_grad()
+        def decode() -> dict:
+            rows = self.clouds.take(group, "decode")
+            library = self._matrix.library[rows]
+            covariates = {name: codes[rows] for name, codes in self._matrix.covariates.items()}
+            means = self.vae.decode(self.clouds.z[rows], library, covariates).mean
+            shares = means / library[:, None]
+            return {
+                "rows": rows, "library": library, "covariates": covariates, "means": means, "shares": shares
+            }  # fmt: skip
+
+        return self._keep(("decoded", group.tobytes()), decode)
+
+    def _weights(self, group: np.ndarray) -> Tensor:
+        """Bootstrap weights (replicate, cell) over the decoded cells of a group."""
+
+        def draw() -> Tensor:
+            n = len(self._decoded(group)["rows"])
+            random = np.random.default_rng(self.clouds.seed)
+            draws = random.multinomial(n, np.full(n, 1 / n), size=self.n_replicates)
+            return torch.from_numpy((draws / n).astype(np.float32))
+
+        return self._keep(("weights", group.tobytes()), draw)
+
+    def _measured(self, source: np.ndarray, target: np.ndarray) -> np.ndarray:
+        """Measured log2 fold change (gene,) between the real cells of both sides."""
+        if not len(target):
+            return np.full(len(self._column), np.nan)
+        before, after = (_level(self._mean_share(rows)) for rows in (source, target))
+        return np.log2(after / before)
+
+    def _mean_share(self, rows: np.ndarray) -> np.ndarray:
+        """Mean share (gene,) of the cells' own counts."""
+
+        def find() -> np.ndarray:
+            shares = self._matrix.csr[rows].T @ (1 / self._matrix.library[rows].numpy())
+            return shares[: self.vae.n_genes] / len(rows)
+
+        return self._keep(("share", rows.tobytes()), find)
+
+    def _log_counts(self, column: int, rows: np.ndarray) -> np.ndarray:
+        every = self._keep(("gene", column), lambda: self._matrix.csr[:, [column]].toarray().ravel())
+        return np.log1p(every[rows] / self._matrix.library[rows].numpy() * COUNTS_PER_CELL)
+
+
+def _level(share):
+    """Counts per 10,000, plus one: what fold changes are taken of."""
+    return COUNTS_PER_CELL * share + 1
