@@ -126,9 +126,9 @@ def command(place: Place, *words: object) -> int:
         os.chdir(before)
 
 
-COUNTS, LABELS, SPLIT, MODELS, FILES, NOTEBOOKS, COMMANDS, MACHINE = (
+COUNTS, LABELS, SPLIT, MODELS, FILES, NOTEBOOKS, COMMANDS, SWEEPS, HOLDOUTS, MACHINE = (
     "Counts", "Labels", "Splits and hold-outs", "Models and training", "Files", "Notebook parameters",
-    "Command line", "The machine",
+    "Command line", "The command sweep", "The command holdout", "The machine",
 )  # fmt: skip
 
 # -- counts
@@ -695,6 +695,223 @@ def _(place):
 def _(place):
     place.put("mine/notebooks/00_quickstart.ipynb", "{}")
     return command(place, "notebooks", "mine")
+
+
+# -- sweeps
+
+
+@case(SWEEPS, "nothing to go through", code=2)
+def _(place):
+    return command(place, "sweep", "02", "-p", "max_epochs", "3")
+
+
+@case(SWEEPS, "a name without values", code=2)
+def _(place):
+    return command(place, "sweep", "02", "-g", "latent_dim")
+
+
+@case(SWEEPS, "a parameter that the notebook does not have", code=2)
+def _(place):
+    return command(place, "sweep", "02", "-g", "latent_dims=8,16")
+
+
+@case(SWEEPS, "a value of another kind", code=2)
+def _(place):
+    return command(place, "sweep", "02", "-g", "latent_dim=8,many")
+
+
+@case(SWEEPS, "a value out of range", code=2)
+def _(place):
+    return command(place, "sweep", "02", "-g", "latent_dim=0,8")
+
+
+@case(SWEEPS, "the same value twice", code=2)
+def _(place):
+    return command(place, "sweep", "02", "-g", "latent_dim=8,8")
+
+
+@case(SWEEPS, "a parameter both varied and fixed", code=2)
+def _(place):
+    return command(place, "sweep", "02", "-g", "latent_dim=8,16", "-p", "latent_dim", "8")
+
+
+@case(SWEEPS, "a range from high to low", code=2)
+def _(place):
+    return command(place, "sweep", "02", "-g", "seed=4..0")
+
+
+@case(SWEEPS, "a continuous range that is to be gone through whole", code=2)
+def _(place):
+    return command(place, "sweep", "02", "-g", "learning_rate=log:1e-4..1e-2")
+
+
+@case(SWEEPS, "a logarithmic range from zero", code=2)
+def _(place):
+    return command(place, "sweep", "02", "-g", "learning_rate=log:0..1e-2", "--random", "3")
+
+
+@case(SWEEPS, "no random combination", code=2)
+def _(place):
+    return command(place, "sweep", "02", "-g", "latent_dim=8,16", "--random", "0")
+
+
+@case(SWEEPS, "the folder of the run", code=2)
+def _(place):
+    return command(place, "sweep", "02", "-g", "run_dir=a,b")
+
+
+@case(SWEEPS, "an unknown notebook", code=2)
+def _(place):
+    return command(place, "sweep", "train_vae", "-g", "seed=0..2")
+
+
+@case(SWEEPS, "an unknown batch system", code=2)
+def _(place):
+    return command(place, "sweep", "02", "-g", "seed=0..2", "--cluster", "slrum")
+
+
+@case(SWEEPS, "no worker", code=2)
+def _(place):
+    return command(place, "sweep", "02", "-g", "seed=0..2", "--workers", "0")
+
+
+@case(SWEEPS, "memory of a job in no known unit", code=2)
+def _(place):
+    return command(place, "sweep", "02", "-g", "seed=0..2", "--memory", "lots")
+
+
+@case(SWEEPS, "a time limit that is none", code=2)
+def _(place):
+    return command(place, "sweep", "02", "-g", "seed=0..2", "--walltime", "a day")
+
+
+@case(SWEEPS, "a data file that is not there", code=2)
+def _(place):
+    return command(place, "sweep", "02", "-g", "seed=0..2", "--data", "screen.h5ad")
+
+
+@case(SWEEPS, "a name that leads out of the sweeps", code=2)
+def _(place):
+    return command(place, "sweep", "02", "-g", "seed=0..2", "--name", "../elsewhere")
+
+
+@case(SWEEPS, "the wrong column", code=2)
+def _(place):
+    _ = place.h5ad
+    where = ("--data", "screen.h5ad", "--context-key", "celltype", "--runs", "runs")
+    return command(place, "sweep", "02", "-g", "seed=0..2", *where)
+
+
+@case(SWEEPS, "a batch system that this machine does not have", code=2)
+def _(place):
+    with mock.patch.dict(os.environ, PATH=str(place.folder)):
+        return command(place, "sweep", "02", "-g", "seed=0..2", "--cluster", "slurm")
+
+
+@case(SWEEPS, "a metric that the notebook does not write")
+def _(place):
+    import pandas as pd
+
+    from cellop_nb.notebook.sweeps import table
+
+    runs = pd.DataFrame({"run": ["a", "b"], "seed": [0, 1], "status": "done", "val_elbo": [1.0, 2.0]})
+    table.metric_of(runs, ["seed"], "val_loss")
+
+
+# -- hold-outs
+
+
+@case(SPLIT, "a hold-out over nothing that is known")
+def _(place):
+    co.holdout_all(place.adata, over="celltypes", progress=False)
+
+
+@case(SPLIT, "combinations in turn where none was measured")
+def _(place):
+    co.holdout_all(place.adata, over="combination", progress=False)
+
+
+@case(SPLIT, "groups in turn that are all too small")
+def _(place):
+    co.holdout_all(place.adata, min_cells=1000, progress=False)
+
+
+@case(SPLIT, "a condition on an unknown label")
+def _(place):
+    co.holdout_all(place.adata, where={"perturbation": "drug 7"}, progress=False)
+
+
+@case(SPLIT, "contexts in turn without a context column")
+def _(place):
+    co.holdout_all(place.adata, context_key=None, progress=False)
+
+
+@case(SPLIT, "no worker for the hold-outs")
+def _(place):
+    co.holdout_all(place.adata, cluster=0, progress=False)
+
+
+@case(SPLIT, "an unknown metric")
+def _(place):
+    co.holdout(place.adata, heldout={"cell_type": "type A", "perturbation": "drug 1"}, metrics=["e_dist"])
+
+
+@case(HOLDOUTS, "a condition without its label", code=2)
+def _(place):
+    _ = place.h5ad
+    return command(place, "holdout", "screen.h5ad", "--where", "perturbation")
+
+
+@case(HOLDOUTS, "a file that is not there", code=2)
+def _(place):
+    return command(place, "holdout", "screen.h5ad")
+
+
+@case(HOLDOUTS, "a table in a folder that is not there", code=2)
+def _(place):
+    _ = place.h5ad
+    return command(place, "holdout", "screen.h5ad", "--out", "results/table.csv")
+
+
+@case(HOLDOUTS, "the wrong column", code=2)
+def _(place):
+    _ = place.h5ad
+    return command(place, "holdout", "screen.h5ad", "--context-key", "celltype")
+
+
+@case(HOLDOUTS, "something unknown in turn", code=2)
+def _(place):
+    _ = place.h5ad
+    return command(place, "holdout", "screen.h5ad", "--over", "patient")
+
+
+@case(HOLDOUTS, "no run of each", code=2)
+def _(place):
+    _ = place.h5ad
+    return command(place, "holdout", "screen.h5ad", "--seeds", "0")
+
+
+@case(HOLDOUTS, "no pass of the training", code=2)
+def _(place):
+    _ = place.h5ad
+    return command(place, "holdout", "screen.h5ad", "--epochs", "0")
+
+
+@case(HOLDOUTS, "a negative number of genes", code=2)
+def _(place):
+    _ = place.h5ad
+    return command(place, "holdout", "screen.h5ad", "--genes", "-5")
+
+
+@case(HOLDOUTS, "no worker", code=2)
+def _(place):
+    _ = place.h5ad
+    return command(place, "holdout", "screen.h5ad", "--workers", "0")
+
+
+@case(HOLDOUTS, "a data set of another name", code=2)
+def _(place):
+    return command(place, "holdout", "kang_18")
 
 
 # -- the machine

@@ -45,7 +45,7 @@ def test_a_bad_input_is_refused_in_three_beats_and_leaves_nothing(one, tmp_path)
 def test_the_catalogue_covers_the_whole_surface():
     titles = [one.title for one in CASES]
     assert len(set(titles)) == len(titles) >= 40
-    assert len({one.area for one in CASES}) == 8
+    assert len({one.area for one in CASES}) == 10
 
 
 def test_the_page_shows_what_a_person_sees():

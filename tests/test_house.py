@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -18,7 +19,7 @@ import cellop_nb
 def test_types_are_checked_clean(root, tmp_path):
     """mypy with the configuration of pyproject.toml."""
     command = [sys.executable, "-m", "mypy", "--cache-dir", str(tmp_path)]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout[-3000:]
 
 
@@ -50,18 +51,27 @@ def test_the_hooks_are_of_programs_that_are_here(root):
     assert all(shutil.which(hook["entry"].split()[0], path=path) for hook in hooks)
 
 
+def interpreter(minor: int) -> str | None:
+    """A Python 3.`minor` that runs: on the path (where pyenv's is a stand-in that may not), or one of pyenv's."""
+    pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv") / "versions"
+    found = [shutil.which(f"python3.{minor}"), *sorted(pyenv.glob(f"3.{minor}.*/bin/python"))]
+    for python in filter(None, found):
+        if subprocess.run([python, "--version"], capture_output=True, timeout=60).returncode == 0:
+            return str(python)
+    return None
+
+
 @pytest.mark.parametrize("minor", [12, 13])
 def test_the_command_line_starts_on_a_newer_python(minor, root, tmp_path):
-    """Every file compiles, and what needs no package runs; the rest is tried where such an environment is."""
-    python = shutil.which(f"python3.{minor}")
-    if python is None or subprocess.run([python, "--version"], capture_output=True).returncode:
-        pytest.skip(f"no Python 3.{minor} on this machine")
+    """Every file compiles, and what needs no package runs; `.ci/versions` tries the rest."""
+    python = interpreter(minor)
+    if python is None:
+        pytest.skip(f"no Python 3.{minor} on this machine, on the path or in pyenv")
     code = "import sys; sys.dont_write_bytecode = True; [compile(open(p).read(), p, 'exec') for p in sys.argv[1:]]"
     files = [str(path) for path in (root / "cellop_nb").rglob("*.py")]
-    subprocess.run([python, "-W", "error", "-c", code, *files], check=True)
+    subprocess.run([python, "-W", "error", "-c", code, *files], check=True, timeout=120)
     for words in (["--help"], ["params", "02"], ["notebooks", str(tmp_path / "mine")]):
         start = f"import sys; sys.path.insert(0, {str(root)!r}); from cellop_nb.__main__ import main; main({words!r})"
-        subprocess.run(
-            [python, "-I", "-S", "-W", "error", "-c", start], check=True, cwd=tmp_path, capture_output=True
-        )
+        command = [python, "-I", "-S", "-W", "error", "-c", start]
+        subprocess.run(command, check=True, cwd=tmp_path, capture_output=True, timeout=120)
     assert (tmp_path / "mine" / "notebooks" / "00_quickstart.ipynb").is_file()

@@ -23,18 +23,6 @@ ALLOWED = {
     "bench": {"notebook", "data", "analysis", "training", "models"},
     "commands": {"notebook", "data", "analysis", "training", "models", "bench"},
 }
-HEAVY = {
-    "torch",
-    "scanpy",
-    "anndata",
-    "pandas",
-    "numpy",
-    "matplotlib",
-    "ipywidgets",
-    "IPython",
-    "scipy",
-    "papermill",
-}
 
 
 def ours(path: Path) -> set[str]:
@@ -77,20 +65,17 @@ def test_errors_import_nothing_of_ours():
 
 
 def test_importing_the_package_is_light():
-    """Best of five, so that a busy machine does not decide."""
+    """By what it loads, which is the same on a busy machine: a handful of modules, none from outside."""
     code = (
-        "import sys, time; before = set(sys.modules); start = time.perf_counter(); import cellop_nb; "
-        "print(time.perf_counter() - start, *sorted({m.split('.')[0] for m in set(sys.modules) - before}))"
+        "import sys; before = set(sys.modules); import cellop_nb; print(*sorted(set(sys.modules) - before))"
     )
-    seconds, loaded = [], set()
-    for _ in range(5):
-        words = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        ).stdout.split()
-        seconds.append(float(words[0]))
-        loaded |= set(words[1:])
-    assert min(seconds) < 0.05
-    assert not loaded & HEAVY
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    loaded = set(done.stdout.split())
+    outside = {name.partition(".")[0] for name in loaded} - set(sys.stdlib_module_names) - {"cellop_nb"}
+    assert not outside
+    assert len(loaded) < 40, sorted(loaded)
 
 
 def test_the_command_line_is_standard_library_only():

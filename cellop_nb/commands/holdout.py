@@ -48,6 +48,11 @@ def check(args: argparse.Namespace) -> None:
     for pair in args.where:
         if "=" not in pair:
             raise DataError(three_beats("--where COLUMN=LABEL", repr(pair), "write for instance donor=d1"))
+    for option, least in (("genes", 0), ("epochs", 1), ("seeds", 1), ("pooled", 1), ("workers", 1)):
+        value = getattr(args, option)
+        if value is not None and value < least:
+            fix = "leave it out for the default"
+            raise DataError(three_beats(f"--{option} of at least {least}", str(value), fix))
     if args.out is not None and not args.out.resolve().parent.is_dir():
         fix = "make the folder first, or name another one"
         raise DataError(three_beats("an existing folder for --out", str(args.out.parent), fix))

@@ -60,6 +60,7 @@ def check(args: argparse.Namespace) -> None:
     """Refuse wrong parameters, values and places before the environment exists."""
     prepare(args)
     cluster.check_where(args.cluster)
+    cluster.check_job(args.memory, args.walltime)
     for option in ("workers", "timeout"):
         value = getattr(args, option)
         if value is not None and value < 1:

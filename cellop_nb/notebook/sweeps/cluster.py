@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +13,7 @@ from pathlib import Path
 from cellop_nb.errors import DataError, LabelError, did_you_mean, three_beats
 
 QUEUES = {"slurm": "SLURMCluster", "pbs": "PBSCluster", "sge": "SGECluster"}
+_SUBMIT = {"slurm": "sbatch", "pbs": "qsub", "sge": "qsub"}
 KERNEL_GB = 1.0
 """Memory that a kernel with torch, scanpy and a small screen takes; Dask does not see it, so kernels are counted."""
 
@@ -22,7 +25,21 @@ def check_where(where: str) -> str:
     if where != "local" and where not in QUEUES and "://" not in where:
         fix = did_you_mean(where, ["local", *QUEUES])
         raise LabelError(three_beats("--cluster local, slurm, pbs, sge or tcp://HOST:PORT", repr(where), fix))
+    if where in QUEUES and shutil.which(_SUBMIT[where]) is None:
+        # without it dask-jobqueue would wait for workers for ever
+        fix = "run this where jobs are submitted (a login node), or leave --cluster out to run here"
+        found = f"no command {_SUBMIT[where]} on this machine"
+        raise DataError(three_beats(f"a machine that hands jobs to {where}", found, fix))
     return where
+
+
+def check_job(memory: str, walltime: str) -> None:
+    """Refuse what the batch system would not read as an amount of memory and a time."""
+    if not re.fullmatch(r"\d+(\.\d+)? ?[kMGT]i?B", memory):
+        raise DataError(three_beats("--memory such as 4GB", repr(memory), "write a number and MB or GB"))
+    if not re.fullmatch(r"(\d+-)?\d+:\d\d(:\d\d)?", walltime):
+        fix = "write hours:minutes:seconds, or days-hours:minutes:seconds"
+        raise DataError(three_beats("--walltime such as 04:00:00", repr(walltime), fix))
 
 
 def default_workers() -> int:
