@@ -720,7 +720,7 @@ def _(place):
     return command(place, "sweep", "02", "-g", "latent_dim=8,many")
 
 
-@case(SWEEPS, "a value out of range", code=2)
+@case(SWEEPS, "a varied value out of range", code=2)
 def _(place):
     return command(place, "sweep", "02", "-g", "latent_dim=0,8")
 
@@ -760,7 +760,7 @@ def _(place):
     return command(place, "sweep", "02", "-g", "run_dir=a,b")
 
 
-@case(SWEEPS, "an unknown notebook", code=2)
+@case(SWEEPS, "an unknown notebook to sweep", code=2)
 def _(place):
     return command(place, "sweep", "train_vae", "-g", "seed=0..2")
 
@@ -795,7 +795,7 @@ def _(place):
     return command(place, "sweep", "02", "-g", "seed=0..2", "--name", "../elsewhere")
 
 
-@case(SWEEPS, "the wrong column", code=2)
+@case(SWEEPS, "a wrong column in the file", code=2)
 def _(place):
     _ = place.h5ad
     where = ("--data", "screen.h5ad", "--context-key", "celltype", "--runs", "runs")
@@ -862,7 +862,7 @@ def _(place):
     return command(place, "holdout", "screen.h5ad", "--where", "perturbation")
 
 
-@case(HOLDOUTS, "a file that is not there", code=2)
+@case(HOLDOUTS, "a screen that is not there", code=2)
 def _(place):
     return command(place, "holdout", "screen.h5ad")
 
@@ -873,7 +873,7 @@ def _(place):
     return command(place, "holdout", "screen.h5ad", "--out", "results/table.csv")
 
 
-@case(HOLDOUTS, "the wrong column", code=2)
+@case(HOLDOUTS, "a wrong column of contexts", code=2)
 def _(place):
     _ = place.h5ad
     return command(place, "holdout", "screen.h5ad", "--context-key", "celltype")
@@ -903,13 +903,13 @@ def _(place):
     return command(place, "holdout", "screen.h5ad", "--genes", "-5")
 
 
-@case(HOLDOUTS, "no worker", code=2)
+@case(HOLDOUTS, "hold-outs without a worker", code=2)
 def _(place):
     _ = place.h5ad
     return command(place, "holdout", "screen.h5ad", "--workers", "0")
 
 
-@case(HOLDOUTS, "a data set of another name", code=2)
+@case(HOLDOUTS, "a data set of nearly that name", code=2)
 def _(place):
     return command(place, "holdout", "kang_18")
 

@@ -80,6 +80,7 @@ def main(args: argparse.Namespace) -> int:
     if args.dry_run:
         _list(runs, todo)
         return 0
+    cluster.check_queue(args.cluster)
     single.check_data({notebook.stem: runs[0].values})
     _run(args, notebook, folder, runs, n_done=len(runs) - len(todo))
     return _report(args, notebook, folder, runs)

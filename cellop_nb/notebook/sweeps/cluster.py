@@ -25,12 +25,15 @@ def check_where(where: str) -> str:
     if where != "local" and where not in QUEUES and "://" not in where:
         fix = did_you_mean(where, ["local", *QUEUES])
         raise LabelError(three_beats("--cluster local, slurm, pbs, sge or tcp://HOST:PORT", repr(where), fix))
+    return where
+
+
+def check_queue(where: str) -> None:
+    """Refuse a batch system whose command is not here: dask-jobqueue would wait for its workers for ever."""
     if where in QUEUES and shutil.which(_SUBMIT[where]) is None:
-        # without it dask-jobqueue would wait for workers for ever
         fix = "run this where jobs are submitted (a login node), or leave --cluster out to run here"
         found = f"no command {_SUBMIT[where]} on this machine"
         raise DataError(three_beats(f"a machine that hands jobs to {where}", found, fix))
-    return where
 
 
 def check_job(memory: str, walltime: str) -> None:
