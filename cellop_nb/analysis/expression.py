@@ -8,9 +8,11 @@ import pandas as pd
 
 from ..data.contract import counts
 from ..errors import DataError, three_beats
+from ..threads import same_threads
 from .space import TARGET_SUM
 
 
+@same_threads()
 def predicted_expression(
     predicted, control, *, layer: str | None = None, key: str = "side", method: str = "wilcoxon"
 ) -> ad.AnnData:

@@ -10,6 +10,7 @@ import pandas as pd
 from anndata import AnnData
 
 from ..errors import HoldoutError, LabelError, did_you_mean, three_beats
+from ..threads import same_threads
 from . import formulas
 from .baselines import Prediction, Screen
 from .formulas import Undefined
@@ -20,6 +21,7 @@ CEILING = "noise ceiling (Spearman-Brown)"
 FDR = 0.05
 
 
+@same_threads()
 def differential(cells: np.ndarray, control: np.ndarray) -> pd.DataFrame:
     """Differential expression of log1p-CP10k cells against control cells: Wilcoxon and Benjamini-Hochberg by
     scanpy.

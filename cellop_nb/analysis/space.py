@@ -12,6 +12,7 @@ from scipy import sparse
 
 from ..data.contract import counts as raw_counts
 from ..errors import DataError, LabelError, did_you_mean, three_beats
+from ..threads import same_threads
 
 TARGET_SUM = 1e4
 
@@ -32,6 +33,7 @@ def log1p_cp10k(counts, target_sum: float = TARGET_SUM) -> np.ndarray:
     return np.log1p(dense / np.where(library > 0, library, 1.0) * target_sum).astype(np.float32)
 
 
+@same_threads()
 def variable_genes(
     adata: AnnData, n_genes: int = 1000, *, layer: str | None = None, min_cells: int = 10
 ) -> list[str]:

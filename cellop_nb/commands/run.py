@@ -234,9 +234,10 @@ def _lane(
 
 def _share_cores(lanes: int) -> None:
     """Give each kernel its share of the cores; its waiting threads must not keep one from the other."""
-    threads = max(1, (os.cpu_count() or 1) // lanes)
-    for name, value in (("OMP_NUM_THREADS", str(threads)), ("OMP_WAIT_POLICY", "PASSIVE")):
-        os.environ.setdefault(name, value)
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // lanes))
+    for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
+        os.environ.setdefault(name, threads)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def _record(target: Path, values: dict[str, dict[str, Any]], outcomes: list[batch.Outcome]) -> None:

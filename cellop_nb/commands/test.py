@@ -61,5 +61,5 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 def _surroundings() -> dict[str, str]:
     """One thread for each worker: two workers of two threads each would only wait for each other."""
-    threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")
     return {**threads, **os.environ, "JUPYTER_PREFER_ENV_PATH": "1"}

@@ -9,6 +9,7 @@ import pandas as pd
 from anndata import AnnData
 
 from ..errors import DataError, LabelError, three_beats
+from ..threads import same_threads
 from .checks import check_counts, check_labels
 from .on_disk import RowReader, is_on_disk
 from .slots import (
@@ -108,6 +109,7 @@ def _check_names(adata: AnnData) -> None:
             raise DataError(three_beats("unique names", found, f"run adata.{what}_names_make_unique()"))
 
 
+@same_threads()
 def select_genes(
     adata: AnnData,
     n_genes: int,

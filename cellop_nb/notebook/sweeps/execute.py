@@ -158,4 +158,5 @@ def _environment(where: str, workers: int) -> dict[str, str]:
     """Each kernel's share of the cores; its waiting threads must not keep one from the others."""
     share = max(1, (os.cpu_count() or 1) // workers) if where == "local" else 1
     threads = os.environ.get("OMP_NUM_THREADS") or str(share)
-    return {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE"}
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
+    return {**dict.fromkeys(names, threads), "OMP_WAIT_POLICY": "PASSIVE"}
