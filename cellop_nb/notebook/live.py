@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from cellop_nb.files import write_whole
+from cellop_nb.notebook.figures import changes
 from cellop_nb.notebook.figures.dashboard import Dashboard, Marks
 from cellop_nb.notebook.figures.panels import Columns, pick_panels
 from cellop_nb.notebook.figures.sheet import Sheet
@@ -31,7 +32,8 @@ class LivePlot(Callback):
     """A picture of the history, updated in place while training runs; the last one stays in the notebook.
 
     Panels follow from the columns of the history: loss and its terms (training and validation), gradient
-    norm, operator norm, learning rate, energy distance per group against its floor, and any other number.
+    norm, operator norm, learning rate, energy distance per group against its floor, and any other number. What
+    was changed by hand is marked at its step, with the name of the setting.
     Give it to a trainer as a callback, or call :meth:`update` with rows of any kind and :meth:`finish` at
     the end. Outside a notebook nothing is shown; with `path` the picture goes to a file.
 
@@ -198,7 +200,8 @@ class LivePlot(Callback):
         patience = getattr(source, "patience", None)
         best = best_epoch(self.columns, monitor)
         words = self._headline(source, monitor, best, patience, last)
-        return Marks(words, monitor, best, patience, getattr(source, "floors", None) or {})
+        floors, made = getattr(source, "floors", None) or {}, changes.of_trainer(source)
+        return Marks(words, monitor, best, patience, floors, made)
 
     def _headline(self, source, monitor: str, best: float | None, patience: int | None, last: bool) -> str:
         epochs, total = self.columns.epochs(), getattr(source, "max_epochs", None)

@@ -8,24 +8,26 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from cellop_nb.notebook.figures import style as s
+from cellop_nb.notebook.figures.changes import Change
 from cellop_nb.notebook.figures.panels import Columns, Panel
 from cellop_nb.notebook.figures.sheet import Plot, Sheet
 
 # pixels
 _SIDE, _HEAD, _ROW, _FOOT, _GROUP_ROW = 256, 46, 130, 34, 212
-_COLUMNS, _MOST_LINES, _WORST = 3, 6, 3
+_COLUMNS, _MOST_LINES, _WORST, _MOST_CHANGES = 3, 6, 3, 3
 _BEST = s.OKABE_ITO[2]
 
 
 @dataclass(frozen=True)
 class Marks:
-    """What a dashboard marks besides the curves."""
+    """What a dashboard marks besides the curves; `best_epoch` as the history counts, from zero."""
 
     headline: str = ""
     monitor: str = "val_loss"
     best_epoch: float | None = None
     patience: int | None = None
     floors: Mapping[str, float] = field(default_factory=dict)
+    changes: Sequence[Change] = ()
 
 
 class Dashboard:
@@ -50,6 +52,7 @@ class Dashboard:
 
     def _key(self) -> None:
         """Line styles, explained once below the headline."""
+        self._hand = None
         curves = next((view for view in self.views if isinstance(view, _Curves) and view.monitored), None)
         if curves is None:
             return
@@ -59,13 +62,21 @@ class Dashboard:
             self.sheet.line(ends, [31] * len(ends), **style)
             self.sheet.text(x + 30, 31, text)
             x += 48 + 7 * len(text)
+        self._hand = self.sheet.line(moving=True, **_HAND), self.sheet.text(x + 24, 31, moving=True), x + 12
+
+    def _explain_changes(self, made: bool) -> None:
+        mark, text, x = self._hand
+        mark.set_data([x], [31] if made else [np.nan])
+        text.set_text("changed by hand" if made else "")
 
     def update(self, columns: Columns, marks: Marks) -> None:
         """Move every curve to the values in `columns`."""
         self._headline.set_text(s.safe(marks.headline, 130))
-        epochs = columns.epochs()
+        done = columns.epochs() + 1  # people count from one
         for view in self.views:
-            view.update(epochs, columns, marks)
+            view.update(done, columns, marks)
+        if self._hand is not None:
+            self._explain_changes(bool(marks.changes))
 
     def png(self, *, small: bool = False) -> bytes:
         """The picture as PNG; `small` takes longer and holds a third of the bytes."""
@@ -74,11 +85,15 @@ class Dashboard:
 
 _STAR = {"marker": "*", "color": _BEST, "markersize": 9, "linestyle": ""}
 _SHADE = {"color": _BEST, "alpha": 0.15, "linewidth": 8, "solid_capstyle": "butt"}
+_HAND = {"marker": "^", "color": s.OKABE_ITO[3], "markersize": 6, "linestyle": ""}
 _CURVE = {"linewidth": 1.4, "markersize": 3}
 
 
 class _Curves:
-    """Training solid, validation dashed; best epoch starred; patience shaded where monitored."""
+    """Training solid, validation dashed; best epoch starred; changes by hand marked at the axis.
+
+    Where the monitored column is shown, patience is shaded and the last changes are named.
+    """
 
     def __init__(self, plot: Plot, panel: Panel, monitor: str) -> None:
         self.plot, self.monitor, self.monitored = plot, monitor, monitor in dict(panel.columns)
@@ -91,13 +106,16 @@ class _Curves:
             for (column, _), (_, style) in zip(panel.columns, self.styles, strict=True)
         }
         self.star = sheet.line(moving=True, **_STAR)
+        self.hand = sheet.line(moving=True, **_HAND)
+        n_named = _MOST_CHANGES if self.monitored else 0
+        self.named = [sheet.text(0, 0, moving=True, color=s.OKABE_ITO[3]) for _ in range(n_named)]
 
     def update(self, epochs: np.ndarray, columns: Columns, marks: Marks) -> None:
         shown = [columns[column] for column in self.lines]
         self.plot.limit(epochs, np.concatenate(shown))
         for drawn, values in zip(self.lines.values(), shown, strict=True):
             _move(drawn, self.plot, epochs, values)
-        best = marks.best_epoch
+        best = None if marks.best_epoch is None else marks.best_epoch + 1
         _, top, _, height = self.plot.box
         at = [] if best is None else [float(self.plot.x(best))] * 2
         self.best.set_data(at, [top, top + height][: len(at)])
@@ -105,6 +123,19 @@ class _Curves:
             here = np.flatnonzero(epochs == best) if best is not None else []
             self.star.set_data(self.plot.x(epochs[here]), self.plot.y(columns[self.monitor][here]))
             self._shade(best, marks.patience)
+        self._mark_changes(marks.changes)
+
+    def _mark_changes(self, changes: Sequence[Change]) -> None:
+        """A tick for each change at its step; the last ones are named, each on a line of its own."""
+        left, top, width, height = self.plot.box
+        at = np.clip(self.plot.x([change.at for change in changes]), left + 3, left + width)
+        self.hand.set_data(at, np.full(len(changes), top + height - 3))
+        shown = list(zip(at, changes, strict=True))[-len(self.named) or len(changes) :]
+        for i, text in enumerate(self.named):
+            text.set_text(s.safe(shown[i][1].words, 26) if i < len(shown) else "")
+            if i < len(shown):
+                side = "right" if shown[i][0] > left + width / 2 else "left"
+                text.set(x=shown[i][0], y=top + 4 + 12 * i, ha=side)
 
     def _shade(self, best: float | None, patience: int | None) -> None:
         if best is None or not patience:

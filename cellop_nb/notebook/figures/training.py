@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from cellop_nb.notebook.figures import changes
 from cellop_nb.notebook.figures.dashboard import Dashboard, Marks
 from cellop_nb.notebook.figures.panels import Columns, pick_panels
 
@@ -20,7 +21,7 @@ def training_curves(
     patience: int | None = None,
     title: str = "",
 ) -> Figure:
-    """Every number of a training history, one panel each, the best epoch marked.
+    """Every number of a training history, one panel each, with the best epoch and the changes by hand marked.
 
     Parameters
     ----------
@@ -34,14 +35,15 @@ def training_curves(
         Epochs without improvement that early stopping allows, shaded behind the best epoch.
     """
     columns = Columns()
-    columns.extend(history.to_dict("records") if isinstance(history, pd.DataFrame) else list(history))
+    rows = history.to_dict("records") if isinstance(history, pd.DataFrame) else list(history)
+    columns.extend(rows)
     monitor = monitor or default_monitor(columns)
     best = best_epoch(columns, monitor)
     headline = title or f"{columns.n_rows} epochs" + (
-        "" if best is None else f", best epoch {best:g} ({monitor})"
+        "" if best is None else f", best epoch {best + 1:g} ({monitor})"
     )
     board = Dashboard(pick_panels(columns.names(), columns.constant()), monitor=monitor)
-    board.update(columns, Marks(headline, monitor, best, patience, floors or {}))
+    board.update(columns, Marks(headline, monitor, best, patience, floors or {}, changes.of_history(rows)))
     return board.sheet.fig
 
 
