@@ -86,6 +86,23 @@ def test_a_notebook_opens_with_a_question_and_can_fail(path):
     assert "nbval-check-output" in tags, "no check cell, whose output nbval compares"
 
 
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_a_view_that_needs_a_kernel_is_followed_by_its_picture(path):
+    """On a page and in print there are no widgets: the next cell shows the same, standing still."""
+    code = [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
+    for view, after in zip(code, [*code[1:], None], strict=True):
+        text = "".join(o.get("data", {}).get("text/plain", "") for o in view.outputs)
+        if "a running kernel" in text:
+            assert after is not None, text
+            assert any("image/png" in o.get("data", {}) for o in after.outputs), text
+
+
+def test_the_views_that_need_a_kernel_are_all_there():
+    text = "".join(path.read_text(encoding="utf-8") for path in PATHS)
+    for view in ("Run controls", "Tuning panel", "Virtual-cell explorer"):
+        assert re.search(view + r" \((it|they) needs? a running kernel\)", text), view
+
+
 def executed():
     first = nbformat.v4.new_code_cell("seed: int = 0", metadata={"tags": ["parameters"]}, execution_count=1)
     text = nbformat.v4.new_output("stream", name="stdout", text="0\n")

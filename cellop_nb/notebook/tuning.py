@@ -100,13 +100,26 @@ class TuningPanel:
         """
         return {name: _read(parameter, self.widgets[name]) for name, parameter in self.parameters.items()}
 
-    def train(self) -> pd.DataFrame:
+    def train(self, **chosen) -> pd.DataFrame:
         """Run a short fit at the chosen values, and add it to the results.
+
+        Parameters
+        ----------
+        **chosen
+            Values to set the widgets to before.
 
         Returns
         -------
         The history of the fit.
+
+        Raises
+        ------
+        LabelError
+            For a name that no widget has.
+        ParameterError
+            For a value that does not fit.
         """
+        self.choose(**chosen)
         values, epochs = self.values, int(self.epochs.value)
         whole = {**self.work.values, **values, "max_epochs": epochs}
         self.trainer = TRAINERS[self.work.notebook](self.adata, self.work, whole)
@@ -114,6 +127,15 @@ class TuningPanel:
         if len(history):
             self._collect(values, history)
         return history
+
+    def choose(self, **chosen) -> None:
+        """Set widgets by name, all of them or none."""
+        for name in set(chosen) - set(self.parameters):
+            fix = did_you_mean(name, self.parameters)
+            raise LabelError(three_beats("a hyper-parameter of the notebook", repr(name), fix))
+        checked = {name: self.parameters[name].check(value) for name, value in chosen.items()}
+        for name, value in checked.items():
+            self.widgets[name].value = _shown(self.parameters[name], value)
 
     def start(self) -> None:
         """Run :meth:`train` beside the page, one fit at a time; the button says what it does."""
@@ -167,8 +189,7 @@ class TuningPanel:
         """The results with the parameters that differ between fits, best first."""
         if self.results.empty:
             return self.results
-        varied = [name for name in self.parameters if self.results[name].astype(str).nunique() > 1]
-        shown = self.results[[*varied, "best", "best_epoch", "epochs", "seconds"]].sort_values("best")
+        shown = self.results[[*self._varied(), "best", "best_epoch", "epochs", "seconds"]].sort_values("best")
         return shown.rename(columns={"best": f"best {self.trainer.monitor}"})
 
     def figure(self):
@@ -177,7 +198,7 @@ class TuningPanel:
         monitor = self.trainer.monitor if self.trainer is not None else "val_loss"
         for i, history in enumerate(self.histories):
             look = s.mark(i) | s.line(i)
-            ax.plot(history["epoch"] + 1, history[monitor], label=f"fit {i + 1}", markersize=4, **look)
+            ax.plot(history["epoch"] + 1, history[monitor], label=self._name(i), markersize=4, **look)
         s.few_ticks(ax, "y")
         ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         s.label(ax, "Short fits", "epoch", s.safe(monitor))
@@ -186,6 +207,16 @@ class TuningPanel:
         return fig
 
     # -- inside
+
+    def _varied(self) -> list[str]:
+        """Parameters that differ between fits."""
+        return [name for name in self.parameters if self.results[name].astype(str).nunique() > 1]
+
+    def _name(self, fit: int) -> str:
+        """A fit by its number and what tells it from the others."""
+        values = {name.replace("_", " "): self.results[name].iloc[fit] for name in self._varied()}
+        said = ", ".join(f"{name} {value}" for name, value in values.items())
+        return s.safe(f"fit {fit + 1}: {said}" if said else f"fit {fit + 1}", 40)
 
     def _collect(self, values: dict, history: pd.DataFrame) -> None:
         monitored = history[self.trainer.monitor]
@@ -262,7 +293,7 @@ def widget_for(parameter: Parameter, value: object = None):
     if parameter.type == "bool":
         return w.Checkbox(value=value, **look)
     if parameter.type not in ("int", "float"):
-        return w.Text(value="none" if value is None else str(value), **look)
+        return w.Text(value=_shown(parameter, value), **look)
     low = -(2**31) if parameter.minimum is None else parameter.minimum
     high = 2**31 if parameter.maximum is None else parameter.maximum
     if parameter.type == "int":
@@ -270,6 +301,13 @@ def widget_for(parameter: Parameter, value: object = None):
     return w.BoundedFloatText(
         value=value, min=float(low), max=float(high), step=abs(parameter.default) / 10 or 0.1, **look
     )
+
+
+def _shown(parameter: Parameter, value: object) -> object:
+    """A value as its widget holds it: what has no widget of its own is text."""
+    if parameter.choices or parameter.type in ("bool", "int", "float"):
+        return value
+    return "none" if value is None else str(value)
 
 
 def _read(parameter: Parameter, widget) -> object:

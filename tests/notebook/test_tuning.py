@@ -124,3 +124,26 @@ def test_text_is_parsed_and_refused_as_on_the_command_line(panel):
 def test_choices_become_a_list():
     choice = next(p for p in parameters.VIRTUAL if p.choices)
     assert isinstance(widget_for(choice), ipywidgets.Dropdown)
+
+
+def test_a_call_sets_the_widgets_and_the_curves_say_what_differs(panel):
+    panel.train(learning_rate=0.01)
+    panel.train(learning_rate=0.03)
+    assert panel.widgets["learning_rate"].value == 0.03
+    assert panel.results["learning_rate"].tolist() == [0.01, 0.03]
+    labels = [line.get_label() for line in panel.figure().axes[0].lines]
+    assert labels == ["fit 1: learning rate 0.01", "fit 2: learning rate 0.03"]
+    name = next(name for name in panel.parameters if panel.parameters[name].type == "int")
+    panel.train(**{name: panel.values[name] + 1})
+    last = panel.figure().axes[0].lines[-1].get_label()
+    assert last.endswith(f"{name.replace('_', ' ')} {panel.values[name]}, learning rate 0.03"), last
+
+
+def test_a_call_with_a_wrong_name_or_value_changes_nothing(panel):
+    before = panel.values
+    with pytest.raises(LabelError, match="learning_rate"):
+        panel.choose(learnig_rate=0.1)
+    with pytest.raises(ParameterError):
+        panel.choose(batch_size=-1) if "batch_size" in panel.widgets else panel.choose(rank=-1)
+    assert panel.values == before
+    assert panel.results.empty
