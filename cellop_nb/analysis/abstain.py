@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
 from ..data.contract import context_labels
-from .holdout import Holdout
 from .intervals import support_distance
+from .space import EvaluationSpace
+
+if TYPE_CHECKING:
+    from .holdout import Holdout
 
 
 def support(
@@ -22,8 +26,7 @@ def support(
 ) -> pd.DataFrame:
     """Whether each predicted group is inside what was trained on.
 
-    The control cells of its context are compared, in the components of the evaluation, with those of the
-    contexts in which its perturbation (each part of a combination) was measured.
+    :func:`holdout` does this with the default threshold (``Holdout.support``, and ``outlier`` in its table).
 
     Parameters
     ----------
@@ -39,12 +42,37 @@ def support(
         cell_spread, outlier, reason``. A context that was trained with the perturbation is its own nearest one. An
         outlier's prediction is an extrapolation: abstain, or measure a nearer context.
     """
-    space, rows = result.space, []
-    points = space.project(space.transform(space.select(result.control, layer)))
+    groups = result.table[["context", "perturbation"]].drop_duplicates().itertuples(index=False, name=None)
     labels = context_labels(result.control, context_key).to_numpy()
-    measured = result.measured
-    groups = result.table[["context", "perturbation"]].drop_duplicates()
-    for context, perturbation in groups.itertuples(index=False, name=None):
+    counts = result.space.select(result.control, layer)
+    return group_support(result.space, counts, labels, list(groups), result.measured, threshold=threshold)
+
+
+def group_support(
+    space: EvaluationSpace,
+    controls,
+    labels: np.ndarray,
+    groups: Iterable[tuple[str, str]],
+    measured: Iterable[tuple[str, str]],
+    *,
+    threshold: float = 3.0,
+) -> pd.DataFrame:
+    """The rows of :func:`support`, from the control cells themselves.
+
+    The control cells of a group's context are compared, in the components of the evaluation, with those of the
+    contexts in which its perturbation (each part of a combination) was measured.
+
+    Parameters
+    ----------
+    controls
+        (cell, gene) raw counts of the control cells of all contexts, over the genes of `space`.
+    labels
+        (cell,) their contexts.
+    groups, measured
+        (context, perturbation) of the predicted groups, and of the training cells.
+    """
+    points, rows, measured = space.project(space.transform(controls)), [], list(measured)
+    for context, perturbation in groups:
         trained = _contexts_with(measured, perturbation)
         row = {"group": f"{context}, {perturbation}", "known_context": context in trained}
         if not trained:

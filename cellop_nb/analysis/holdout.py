@@ -15,6 +15,7 @@ from ..data.batches import TOTAL_KEY
 from ..data.contract import context_labels, library_size
 from ..data.splits import rows_of, split
 from ..errors import HoldoutError, three_beats
+from .abstain import group_support
 from .baselines import BASELINES, Baseline, Prediction, Screen, Target
 from .choices import Choice, groups_of
 from .fits import fit_response
@@ -38,7 +39,8 @@ class Holdout:
     Attributes
     ----------
     table : DataFrame
-        ``context, perturbation, group, method, metric, value, reason``; every method beside the noise floor.
+        ``context, perturbation, group, method, metric, value, reason, outlier``; every method beside the noise
+        floor. Outliers are groups outside the support of the training contexts.
     predictions : AnnData
         Sampled counts of the virtual cells, pooled over seeds; ``layers["mean"]``, ``obsm``, the source cells' ``obs``.
     real : AnnData
@@ -49,6 +51,8 @@ class Holdout:
         Energy distance of each candidate complexity on training groups left out in turn.
     complexity : Complexity
         What was chosen.
+    support : DataFrame
+        A row per group: how far its context is from those that its perturbation was measured in (:func:`support`).
     latent_choice : DataFrame
         The same for each setting of the VAE (:func:`compare_latents`); empty where one was given.
     sizes : dict
@@ -69,6 +73,7 @@ class Holdout:
     complexity: Complexity
     fits: list[Fitted]
     space: EvaluationSpace
+    support: pd.DataFrame = field(default_factory=pd.DataFrame)
     latent_choice: pd.DataFrame = field(default_factory=pd.DataFrame)
     sizes: dict = field(default_factory=dict)
     measured: list[tuple[str, str]] = field(default_factory=list, repr=False)
@@ -80,7 +85,12 @@ class Holdout:
         return chosen.pivot_table(index="method", columns="metric", values="value").reindex(order)
 
     def _repr_html_(self) -> str:
-        return f"<p>chosen: {escape(str(self.complexity))}</p>" + self.summary().to_html(float_format="%.3f")
+        outside = self.support.loc[self.support["outlier"].astype(bool), "group"] if len(self.support) else []
+        warning = (
+            f"<p>outside the training contexts: {escape('; '.join(outside))}</p>" if len(outside) else ""
+        )
+        chosen = f"<p>chosen: {escape(str(self.complexity))}</p>"
+        return chosen + warning + self.summary().to_html(float_format="%.3f")
 
 
 def holdout(
@@ -180,15 +190,19 @@ def holdout(
         for rule in ("composition", "generator"):
             methods[rule] = partial(_from_operators, method=rule, ask=partial(ask, rule=rule))
     table = score_split(train, real, methods, space=space, layer=layer, metrics=metrics, seed=seed, **keys)
+    control_cells = train[(train.obs[perturbation_key].astype(str) == control).to_numpy()].copy()
+    labels = context_labels(control_cells, context_key).to_numpy()
+    inside = group_support(space, space.select(control_cells, layer), labels, wanted, plan.groups)
     return Holdout(
-        table=table,
+        table=table.assign(outlier=table["group"].map(inside.set_index("group")["outlier"].astype(bool))),
         predictions=ad.concat([cells for cells in virtual.values() if not isinstance(cells, str)]),
         real=real,
-        control=train[(train.obs[perturbation_key].astype(str) == control).to_numpy()].copy(),
+        control=control_cells,
         choice=choice,
         complexity=complexity,
         fits=fits,
         space=space,
+        support=inside,
         latent_choice=latent_choice,
         sizes=dict(sizes),
         measured=plan.groups,
