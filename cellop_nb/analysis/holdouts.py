@@ -16,6 +16,7 @@ from ..data.slots import require_control
 from ..data.splits import split
 from ..errors import CellopError, HoldoutError, three_beats
 from .holdout import OPERATORS, holdout
+from .latent_choice import sizes_in_words
 from .selection import combinations_of
 
 FEWEST_CELLS = 10
@@ -33,7 +34,7 @@ class Holdouts:
     table : DataFrame
         ``heldout, seed, context, perturbation, group, method, metric, value, reason``.
     choices : DataFrame
-        ``heldout, seed, complexity``: what was chosen each time, and the tried candidates' ``e_distance``.
+        ``heldout, seed, complexity, vae``: what was chosen each time, and the tried candidates' ``e_distance``.
     left_out : DataFrame
         ``heldout, seed, reason``: hold-outs that could not be made, and why.
     """
@@ -243,12 +244,11 @@ def _one(adata, place: int, name: str, held: dict, seed: int, *, n_pooled: int, 
 
 def _choice(result) -> pd.DataFrame:
     """Mean energy distance of each candidate over the groups left out, the chosen one marked."""
-    if not len(result.choice):
-        return pd.DataFrame(
-            {"complexity": [str(result.complexity)], "e_distance": [np.nan], "chosen": [True]}
-        )
-    mean = result.choice.groupby("complexity", sort=False)["e_distance"].mean().reset_index()
-    return mean.assign(chosen=mean["complexity"] == str(result.complexity))
+    chosen = str(result.complexity)
+    mean = pd.DataFrame({"complexity": [chosen], "e_distance": [np.nan]})
+    if len(result.choice):
+        mean = result.choice.groupby("complexity", sort=False)["e_distance"].mean().reset_index()
+    return mean.assign(vae=sizes_in_words(result.sizes), chosen=mean["complexity"] == chosen)
 
 
 @contextmanager

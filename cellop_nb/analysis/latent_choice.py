@@ -77,7 +77,7 @@ def compare_latents(
     rows = []
     for place, fold in tqdm(tries, desc="choosing the latent space", disable=not progress):
         out = [group for k, part in enumerate(folds) if dealt[k] == fold for group in part]
-        labels = {"setting": place, "vae": _words(settings[place]), "fold": fold}
+        labels = {"setting": place, "vae": sizes_in_words(settings[place]), "fold": fold}
         options = {"sizes": settings[place], "training": training or {}, "layer": layer, "seed": seed}
         fits = _fits_without(train, out, space, keys, features, options)
         for number, candidate in enumerate(candidates):
@@ -113,5 +113,6 @@ def _labels(adata, keys: Mapping) -> pd.MultiIndex:
     )
 
 
-def _words(setting: Mapping) -> str:
+def sizes_in_words(setting: Mapping) -> str:
+    """A setting of the VAE, for a table."""
     return ", ".join(f"{name} {value}" for name, value in setting.items()) or "defaults"

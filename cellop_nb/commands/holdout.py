@@ -36,6 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("how")
     how.add_argument("--genes", type=int, default=1000, help="variable genes; 0 keeps all (default: 1000)")
     how.add_argument("--epochs", type=int, default=120, help="passes of the VAE at most (default: 120)")
+    how.add_argument(
+        "--latent", type=_sizes, default=[], metavar="N[,N]",
+        help="latent dimensions; of several, the one that predicts left-out training groups best (default: 32)",
+    )  # fmt: skip
     how.add_argument("--seeds", type=int, default=1, help="runs of each hold-out (default: 1)")
     how.add_argument("--pooled", type=int, default=1, help="fits pooled in each run (default: 1)")
     how.add_argument("--seed", type=int, default=0, help="every random choice follows from it (default: 0)")
@@ -71,6 +75,7 @@ def main(args: argparse.Namespace) -> int:
         context_key=_contexts(args.context_key),
         control=args.control,
         n_genes=args.genes,
+        vae=[{"n_latent": size} for size in args.latent] or None,
         training={"max_epochs": args.epochs},
         n_seeds=args.seeds,
         n_pooled=args.pooled,
@@ -86,6 +91,9 @@ def main(args: argparse.Namespace) -> int:
         say(table(["group", *map(_short, wide.columns)], rows, right=range(1, len(wide.columns) + 1)))
     chosen = found.choices[found.choices["chosen"]]
     say("\nchosen: " + ", ".join(f"{n} x {name}" for name, n in chosen["complexity"].value_counts().items()))
+    if args.latent:
+        taken = chosen["vae"].value_counts().items()
+        say("latent dimensions: " + ", ".join(f"{n} x {name}" for name, n in taken))
     for row in found.left_out.itertuples():
         say(f"left out: {row.heldout}: {row.reason}")
     for row in found.behind().itertuples():
@@ -97,6 +105,16 @@ def _contexts(text: str) -> str | list[str] | None:
     if text.lower() == "none":
         return None
     return text.split(",") if "," in text else text
+
+
+def _sizes(text: str) -> list[int]:
+    try:
+        sizes = [int(part) for part in text.split(",")]
+    except ValueError:
+        sizes = [0]
+    if min(sizes) < 1:
+        raise argparse.ArgumentTypeError(f"expected numbers above 0 such as 16,32; found {text!r}")
+    return sizes
 
 
 def _short(method: str) -> str:

@@ -159,5 +159,26 @@ def test_the_command_writes_the_table_and_shows_every_method(screen, tmp_path, c
     for word in ("e_distance", "additive", "best single", "composition", "noise ceiling", "drug 1+drug 2"):
         assert word in shown
     assert set(pd.read_csv(out)["heldout"]) == {"drug 1+drug 2"}
+    assert "chosen:" in shown and "latent dimensions" not in shown
     assert main([*what, "--where", "donor", "--out", str(out)]) == 2
+    with pytest.raises(SystemExit):
+        main([*what, "--latent", "8,many"])
+    assert "numbers above 0 such as 16,32" in capsys.readouterr().err
     assert main([*what, "--out", str(tmp_path / "none" / "table.csv")]) == 2
+
+
+def test_the_latent_sizes_are_given_on_the_command_line(screen, tmp_path, capsys, monkeypatch):
+    from cellop_nb.__main__ import main
+
+    asked = {}
+
+    def spy(adata, **options):
+        asked.update(options)
+        return holdout_all(adata, **options | {"vae": options["vae"][:1]})
+
+    monkeypatch.setattr("cellop_nb.holdout_all", spy)
+    screen.write_h5ad(tmp_path / "screen.h5ad")
+    what = ["holdout", str(tmp_path / "screen.h5ad"), "--over", "combination", "--context-key", "none"]
+    assert main([*what, "--epochs", "1", "--genes", "0", "--latent", "3,4"]) == 0
+    assert asked["vae"] == [{"n_latent": 3}, {"n_latent": 4}]
+    assert "latent dimensions: 1 x n_latent 3" in capsys.readouterr().out
