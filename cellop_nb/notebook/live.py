@@ -139,7 +139,7 @@ class LivePlot(Callback):
         source
             Object whose `max_epochs`, `patience` and `floors` are shown where it has them.
         """
-        if self._outlets is None:
+        if self._outlets is None or self._end is not None:  # the first rows, or another training
             self._begin()
         if self._due() or self._wanted.is_set():
             self._draw(source, rows)

@@ -15,7 +15,6 @@ from nbclient import NotebookClient
 from PIL import Image
 
 from cellop_nb.notebook import live as module
-from cellop_nb.notebook.adapters import lightning_callback, row_from_metrics
 from cellop_nb.notebook.figures import changes
 from cellop_nb.notebook.figures.panels import Columns, pick_panels
 from cellop_nb.notebook.live import LivePlot
@@ -272,23 +271,6 @@ def test_standalone_rows(vae_rows, pictures):
     live.finish(rows)
     assert live.columns.n_rows == 5
     assert len(pictures) >= 2
-
-
-def test_lightning_metrics_become_rows(pictures):
-    callback = lightning_callback(LivePlot(publish=pictures.append))
-    trainer = type("Trainer", (), {"max_epochs": 2, "current_epoch": 0})()
-    metrics = {"train_loss_step": 9.0, "train_loss_epoch": 5.0, "elbo_validation": 4.0, "kl_local_train": 1.0}
-    for trainer.current_epoch in range(2):
-        trainer.callback_metrics = metrics
-        callback.on_train_epoch_end(trainer, None)
-    callback.on_train_end(trainer, None)
-    assert callback.rows[-1] == {"epoch": 1, "train_loss": 5.0, "val_elbo": 4.0, "train_kl_local": 1.0}
-    assert len(pictures) == 2
-
-
-def test_metric_names_of_several_packages():
-    names = {"validation_loss": 1, "val_loss_epoch": 2, "reconstruction_loss_train": 3, "lr-Adam": 4}
-    assert row_from_metrics(names) == {"val_loss": 2, "train_reconstruction_loss": 3, "lr-Adam": 4}
 
 
 # -- in a real kernel
