@@ -16,8 +16,10 @@ GUIDES = sorted((Path(__file__).resolve().parents[1] / "docs" / "guides").glob("
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Two epochs a fit, of two steps where they can be chosen: what to call matters, not how good it gets."""
+    """Two epochs a fit, of two steps, and two forms to choose from: what to call matters, not how good it gets."""
     fit, steps = cellop_nb.VAETrainer.fit, cellop_nb.OperatorTrainer.__init__.__kwdefaults__
+    forms = cellop_nb.holdout.__kwdefaults__
+    monkeypatch.setitem(forms, "candidates", forms["candidates"][:2])
     monkeypatch.setattr("cellop_nb.training.loop.Trainer.fit", lambda self, *_, **__: fit(self, 2))
     monkeypatch.setitem(steps, "steps_per_epoch", 2)
 

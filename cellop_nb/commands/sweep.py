@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--memory", default="4GB", help="of a job of slurm, pbs, sge (default: 4GB)")
     where.add_argument("--walltime", default="04:00:00", help="of a job (default: 04:00:00)")
     where.add_argument("--queue", help="partition or queue of the jobs")
+    where.add_argument("--account", help="account or project that the jobs are charged to")
     where.add_argument("--timeout", type=int, metavar="SECONDS", help="that one cell may take")
     where.add_argument("--name", help="name of the sweep's folder (default: that of the notebook)")
     where.add_argument(
@@ -127,7 +128,8 @@ def _run(args, notebook: Path, folder: Path, runs: list[plan.Run], *, n_done: in
 
     from cellop_nb.notebook.sweeps.execute import execute
 
-    queue = {"memory": args.memory, "walltime": args.walltime, "queue": args.queue}
+    queue = {name: getattr(args, name) for name in ("memory", "walltime", "queue", "account")}
+    queue["logs"] = folder / "jobs"
     ended = execute(
         notebook, folder, runs, where=args.cluster, workers=args.workers or cluster.default_workers(),
         timeout=args.timeout, options=queue, retry_failed=args.retry_failed, tell=tqdm.write,

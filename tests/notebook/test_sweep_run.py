@@ -226,11 +226,13 @@ def test_jobs_of_a_batch_system(book, monkeypatch):
         tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")
     command = words(
-        book, "--cluster", "slurm", "--walltime", "00:10:00", "--queue", "short", grid=("width=3,4",)
-    )
+        book, "--cluster", "slurm", "--walltime", "00:10:00", "--queue", "short", "--account", "lab7",
+        grid=("width=3,4",),
+    )  # fmt: skip
     assert main(command) == 0, (book.parent / "job.log").read_text()
     script = Path(book.parent / "job.sh").read_text()
     assert "#SBATCH -p short" in script and "#SBATCH -t 00:10:00" in script and "--nthreads 1" in script
+    assert "#SBATCH -A lab7" in script and f"#SBATCH -o {book.parent}/90_mine/jobs/" in script
     assert [line[4] for line in log(book, "start")] == ["1", "1"]
 
 

@@ -64,7 +64,7 @@ def connected(where: str, workers: int, options: dict | None = None) -> Iterator
     workers
         Kernels that may run at once.
     options
-        Keywords of the batch system's cluster (``memory``, ``walltime``, ``queue``), else unused.
+        Keywords of :func:`queue_cluster` for a batch system, else unused.
 
     Raises
     ------
@@ -130,8 +130,19 @@ def _started(where: str, workers: int, scratch: str, options: dict):
     return cluster
 
 
-def queue_cluster(where: str, *, memory: str = "4GB", walltime: str = "04:00:00", queue: str | None = None):
-    """Jobs of one worker and one kernel each; further settings as in dask-jobqueue's `jobqueue.yaml`."""
+def queue_cluster(
+    where: str,
+    *,
+    memory: str = "4GB",
+    walltime: str = "04:00:00",
+    queue: str | None = None,
+    account: str | None = None,
+    logs: Path | None = None,
+):
+    """Jobs of one worker and one kernel each; further settings as in dask-jobqueue's `jobqueue.yaml`.
+
+    What the jobs print goes into the folder `logs`.
+    """
     try:
         import dask_jobqueue
     except ImportError as error:
@@ -140,8 +151,10 @@ def queue_cluster(where: str, *, memory: str = "4GB", walltime: str = "04:00:00"
             three_beats(f"dask-jobqueue for --cluster {where}", "it is not installed", fix)
         ) from error
     home = Path(__file__).resolve().parents[3]
+    payer = {"project" if where == "sge" else "account": account} if account else {}
     return getattr(dask_jobqueue, QUEUES[where])(
-        cores=1, processes=1, memory=memory, walltime=walltime, queue=queue,
+        cores=1, processes=1, memory=memory, walltime=walltime, queue=queue, **payer,
+        log_directory=str(logs) if logs else None,
         scheduler_options={"dashboard_address": "127.0.0.1:0"},
         job_script_prologue=[f'export PYTHONPATH="{home}:$PYTHONPATH"'],
     )  # fmt: skip
