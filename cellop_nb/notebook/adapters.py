@@ -22,7 +22,7 @@ def lightning_callback(live: LivePlot):
     A callback whose `rows` holds one row per epoch.
     """
 
-    class LightningLive(*_bases()):  # type: ignore[misc]
+    class LightningLive(*_bases()):
         def __init__(self) -> None:
             super().__init__()
             self.live, self.rows = live, []
