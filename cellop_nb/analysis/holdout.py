@@ -14,7 +14,7 @@ import pandas as pd
 from ..data.batches import TOTAL_KEY
 from ..data.contract import context_labels, library_size
 from ..data.splits import rows_of, split
-from ..errors import HoldoutError, three_beats
+from ..errors import DataError, HoldoutError, three_beats
 from .abstain import group_support
 from .baselines import BASELINES, Baseline, Prediction, Screen, Target
 from .choices import Choice, groups_of
@@ -238,7 +238,7 @@ def _predictable(ask, wanted: list[tuple[str, str]]) -> dict[tuple[str, str], ad
     for group in wanted:
         try:
             virtual[group] = ask(*group)
-        except Undefined as refusal:
+        except (Undefined, DataError) as refusal:
             virtual[group] = str(refusal)
     if all(isinstance(cells, str) for cells in virtual.values()):
         fix = "measure it elsewhere, give features=..., or hold out another group"

@@ -133,12 +133,13 @@ def score_split(
     Returns
     -------
     DataFrame
-        As :func:`evaluate`. A baseline that the training cells do not determine has NaN and its reason.
+        As :func:`evaluate`. A baseline that the training cells do not determine has NaN and its reason, and so
+        have all methods where a group of several has fewer than two cells.
 
     Raises
     ------
     HoldoutError
-        Held-out cells stand in `training` too, or a context has no controls there.
+        Held-out cells stand in `training` too, or no group has two cells and two controls there.
     """
     _no_leak(training, real)
     keys = {"perturbation_key": perturbation_key, "context_key": context_key}
@@ -148,21 +149,26 @@ def score_split(
     counts = space.select(training, layer)
     screen = Screen.of(training, space.transform(counts), control=control, **keys)
     shift, methods = shared_shift(screen), BASELINES if methods is None else methods
-    truths, guesses = {}, {name: {} for name in methods}
+    truths, guesses, unscored = {}, {name: {} for name in methods}, {}
     for group, rows in _groups(real, **keys).items():
         if group[1] == control:
             continue
         start = np.flatnonzero(screen.rows(group[0], control))
-        if len(start) < 2:
-            found = f"{len(start)} training control cells in {group[0]!r}"
-            raise HoldoutError(three_beats("controls to start from", found, "keep its controls in training"))
+        if min(len(rows), len(start)) < 2:
+            found = f"{len(rows)} held-out cells and {len(start)} training control cells in {group[0]!r}"
+            unscored[group] = f"{found}; 2 of each are needed"
+            continue
         held = space.select(real[rows], layer)
         options = {"counts": held, "shared_shift": shift, "max_cells": max_cells, "seed": seed}
         truths[group] = Truth(space.transform(held), screen.cells[start], space, **options)
         target = Target(*group, screen.cells[start], counts[start], training[start], space)
         for name, rule in methods.items():
             guesses[name][group] = run(name, rule, screen, target)
-    return _table(truths, guesses, metrics)
+    if not truths:
+        found = "; ".join(f"{', '.join(group)}: {reason}" for group, reason in unscored.items()) or "no group"
+        fix = "hold out a larger group, and keep its controls in training"
+        raise HoldoutError(three_beats("held-out cells and controls to start from", found, fix))
+    return _table(truths, guesses, metrics, unscored)
 
 
 def score_holdout(
@@ -244,8 +250,13 @@ def _no_leak(training: AnnData, real: AnnData) -> None:
         raise DataError(three_beats("held-out cells", "none", "check the hold-out"))
 
 
-def _table(truths: Mapping, guesses: Mapping[str, Mapping], metrics: Iterable[str] | None) -> pd.DataFrame:
-    """All rows of the table; `guesses` is method -> group -> Prediction."""
+def _table(
+    truths: Mapping,
+    guesses: Mapping[str, Mapping],
+    metrics: Iterable[str] | None,
+    unscored: Mapping | None = None,
+) -> pd.DataFrame:
+    """All rows of the table; `guesses` is method -> group -> Prediction, `unscored` group -> reason."""
     names, rows = known_metrics(metrics), []
     for group, truth in truths.items():
         for found in guesses.values():
@@ -254,6 +265,9 @@ def _table(truths: Mapping, guesses: Mapping[str, Mapping], metrics: Iterable[st
     if metrics is None or PDS in ([metrics] if isinstance(metrics, str) else list(metrics)):
         for method, found in guesses.items():
             rows += _discrimination(truths, found, method)
+    for group, reason in (unscored or {}).items():
+        bare = {"value": np.nan, "reason": reason}
+        rows += _labelled([bare | {"method": m, "metric": name} for m in guesses for name in names], group)
     return pd.DataFrame(rows, columns=COLUMNS)
 
 

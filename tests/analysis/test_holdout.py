@@ -330,3 +330,14 @@ def test_a_group_of_a_few_cells_is_refused_with_its_number(screen):
     kept[np.flatnonzero(held)[:3]] = True
     with pytest.raises(HoldoutError, match=r"4 cells or more.*Found 3 of type B, drug 1"):
         holdout(screen[kept].copy(), heldout=HELD, **TINY)
+
+
+def test_a_small_group_beside_larger_ones_has_its_reason(screen):
+    small = ((screen.obs["cell_type"] == "type B") & (screen.obs["perturbation"] == "drug 1")).to_numpy()
+    kept = ~small
+    kept[np.flatnonzero(small)[:1]] = True
+    result = holdout(screen[kept].copy(), heldout={"cell_type": "type B"}, **TINY)
+    values = result.table.set_index(["group", "method"])[["value", "reason"]]
+    assert np.isfinite(values.loc["type B, drug 2", OPERATORS]["value"])
+    assert np.isnan(values.loc["type B, drug 1", OPERATORS]["value"])
+    assert values.loc["type B, drug 1", OPERATORS]["reason"].startswith("1 held-out cells")
