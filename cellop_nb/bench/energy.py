@@ -82,7 +82,7 @@ def product_seconds(n: int, *, groups: int = 1, known: bool = False) -> float:
     return groups * n**2 * 2.0 * LATENT_COLUMNS * (3.5 if known else 4.5) / rate
 
 
-def run(quick: bool = False, memory: bool = True) -> list[dict]:
+def run(quick: bool = False, memory: bool = True, peers: bool = True) -> list[dict]:
     """Measure all variants.
 
     Parameters
@@ -91,6 +91,8 @@ def run(quick: bool = False, memory: bool = True) -> list[dict]:
         Small sizes and few repetitions: seconds instead of minutes.
     memory
         Whether peaks are taken too, in fresh processes.
+    peers
+        Whether the optional peers are measured, where they are installed.
 
     Returns
     -------
@@ -100,7 +102,7 @@ def run(quick: bool = False, memory: bool = True) -> list[dict]:
     """
     rows = []
     for n in (200, 1000) if quick else (200, 1000, 2000, 5000, 10_000):
-        absent = {name: missing(*needs) for name, (_, needs) in VARIANTS.items()}
+        absent = {name: missing(*needs, wanted=peers) for name, (_, needs) in VARIANTS.items()}
         calls = {name: step(name, n) for name, note in absent.items() if note is None}
         times = interleaved(calls, 3 if quick or n > 2000 else 15)
         for name, note in absent.items():

@@ -90,7 +90,9 @@ def in_fresh_process(module: str, function: str, arguments: dict, timeout: float
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def missing(*modules: str) -> str | None:
-    """'not installed: a, b' of the optional peers that are absent, or None."""
+def missing(*modules: str, wanted: bool = True) -> str | None:
+    """'not installed: a, b' of the optional peers that are absent, or that none is wanted; else None."""
+    if modules and not wanted:
+        return "left out"
     absent = [name for name in modules if importlib.util.find_spec(name) is None]
     return f"not installed: {', '.join(absent)}" if absent else None

@@ -25,6 +25,7 @@ def record(
     *,
     quick: bool = False,
     memory: bool = True,
+    peers: bool = True,
     threads: int | None = None,
     measure: Callable[[str, Callable[[], list[dict]]], list[dict]] = lambda section, call: call(),
 ) -> dict:
@@ -36,6 +37,8 @@ def record(
         Small sizes and few repetitions.
     memory
         Whether peaks are taken too, each in a process of its own (a few seconds each).
+    peers
+        Whether the optional peers are measured, where they are installed.
     threads
         Threads of torch while it runs; as they are where None.
     measure
@@ -55,7 +58,8 @@ def record(
         results = {}
         for section in sections:
             run = import_module(f"cellop_nb.bench.{section}").run
-            options = {"memory": memory} if "memory" in run.__annotations__ else {}
+            options = {"memory": memory, "peers": peers}
+            options = {name: value for name, value in options.items() if name in run.__annotations__}
             results[section] = measure(section, lambda run=run, options=options: run(quick, **options))
         return _surroundings(torch.get_num_threads(), quick) | {
             "limits": limits.machine(),

@@ -155,7 +155,9 @@ def step_bounds(hidden: int, batch: int, n_genes: int) -> dict[str, float]:
     }
 
 
-def validation(adata: AnnData, epochs: int, *, hidden: int = 128, batch: int = 128) -> list[dict]:
+def validation(
+    adata: AnnData, epochs: int, *, hidden: int = 128, batch: int = 128, peers: bool = True
+) -> list[dict]:
     """Negative ELBO of the validation cells, nats per cell, after the same number of epochs."""
     model = new_vae(adata, n_latent=LATENT, n_hidden=hidden)
     settings = {"batch_size": batch, "progress": False, "accelerator": "cpu"}
@@ -163,7 +165,7 @@ def validation(adata: AnnData, epochs: int, *, hidden: int = 128, batch: int = 1
     common = {"hidden": hidden, "batch": batch, "epochs": epochs}
     best = float(history["val_loss"].min())
     rows = [{"variant": "cellop_nb", "negative_elbo": best, "note": None} | common]
-    note, value = missing("scvi"), None
+    note, value = missing("scvi", wanted=peers), None
     if note is None:
         model = _peer_model(adata, hidden)
         _peer_train(model, adata, batch, epochs, [])
@@ -172,7 +174,7 @@ def validation(adata: AnnData, epochs: int, *, hidden: int = 128, batch: int = 1
     return [*rows, {"variant": PEER, "negative_elbo": value, "note": note} | common]
 
 
-def run(quick: bool = False, memory: bool = True) -> list[dict]:
+def run(quick: bool = False, memory: bool = True, peers: bool = True) -> list[dict]:
     """Measure all sizes.
 
     Parameters
@@ -181,6 +183,8 @@ def run(quick: bool = False, memory: bool = True) -> list[dict]:
         Few cells and epochs: seconds instead of minutes.
     memory
         Whether peaks are taken too, in fresh processes.
+    peers
+        Whether the optional peers are measured, where they are installed.
 
     Returns
     -------
@@ -193,13 +197,13 @@ def run(quick: bool = False, memory: bool = True) -> list[dict]:
     adata = screen(n_cells)
     rows = []
     for hidden, batch in SIZES[:1] if quick else SIZES:
-        rows += _speed(adata, hidden, batch, rounds=1 if quick else 3, memory=memory)
-    rows += validation(adata, 2 if quick else 10)
+        rows += _speed(adata, hidden, batch, rounds=1 if quick else 3, memory=memory, peers=peers)
+    rows += validation(adata, 2 if quick else 10, peers=peers)
     return rows + _shares(adata, quick)
 
 
-def _speed(adata: AnnData, hidden: int, batch: int, *, rounds: int, memory: bool) -> list[dict]:
-    absent = {name: missing(*needs) for name, (_, needs) in VARIANTS.items()}
+def _speed(adata: AnnData, hidden: int, batch: int, *, rounds: int, memory: bool, peers: bool) -> list[dict]:
+    absent = {name: missing(*needs, wanted=peers) for name, (_, needs) in VARIANTS.items()}
     calls = {name: VARIANTS[name][0](adata, hidden, batch) for name, note in absent.items() if note is None}
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     for turn in range(rounds + 1):  # the first one warms up

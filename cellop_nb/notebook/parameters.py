@@ -107,6 +107,11 @@ NOTEBOOKS: dict[str, tuple[Parameter, ...]] = {
         SEED, RUN_DIR,
     ),
     "07_virtual_cells": (*DATA, *VIRTUAL, SEED, RUN_DIR),
+    "08_benchmark": (
+        Parameter("record", "str", "", "file of `cellop_nb bench all --out FILE.json`; empty: measure a quick set"),
+        Parameter("threads", "int", 1, "threads of torch while measuring", minimum=1),
+        SEED, RUN_DIR,
+    ),
 }  # fmt: skip
 
 

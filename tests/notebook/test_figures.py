@@ -115,6 +115,29 @@ FIGURES = {
         floor=0.1,
     ),
     "planted_vs_learned": lambda: figures.planted_vs_learned({"$g_": np.eye(4)}, {"$g_": np.eye(4) + 0.1}),
+    "energy_scaling": lambda: figures.energy_scaling(
+        [
+            {"variant": name, "n": n, "cpu_seconds": n**2 * 1e-8, "extra_mb": n / 10, "bound_seconds": bound}
+            for name, bound in (("ours", 1e-4), ("$peer", None))
+            for n in (200, 1000)
+        ]
+    ),
+    "training_rates": lambda: figures.training_rates(
+        [
+            {"variant": name, "hidden": h, "batch": 128, "cells_per_cpu_s": rate, "bound_cells_per_cpu_s": bound}
+            for h in (128, 512)
+            for name, rate, bound in (("ours", 9e3, 3e4), ("$peer", 3e3, None))
+        ]
+    ),
+    "step_times": lambda: figures.step_times(
+        [
+            {"variant": name, "what": "step", "cpu_seconds": time, "bound_seconds": time / 3}
+            for name, time in (("before", 0.2), ("$ours", 0.003))
+        ]
+    ),
+    "stage_times": lambda: figures.stage_times(
+        [{"what": "VAE", "stage_seconds": 20.0, "data": "$kang"}, {"what": "predict", "stage_seconds": 1.5}]
+    ),
 }
 
 

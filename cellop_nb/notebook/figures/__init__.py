@@ -16,6 +16,7 @@ from cellop_nb.notebook.figures.latent import embedding, predictive_checks, tran
 from cellop_nb.notebook.figures.operators import gradient_map, planted_vs_learned, response_axes, spectra
 from cellop_nb.notebook.figures.results import coverage, energy_bars, error_budget, predicted_vs_true
 from cellop_nb.notebook.figures.similarity import condition_similarity
+from cellop_nb.notebook.figures.speed import energy_scaling, stage_times, step_times, training_rates
 from cellop_nb.notebook.figures.style import (
     DIVERGING,
     OKABE_ITO,
@@ -40,6 +41,7 @@ __all__ = [
     "coverage",
     "embedding",
     "energy_bars",
+    "energy_scaling",
     "error_budget",
     "gradient_map",
     "group_counts",
@@ -57,9 +59,12 @@ __all__ = [
     "safe",
     "show",
     "spectra",
+    "stage_times",
+    "step_times",
     "strength_curves",
     "sweep_effects",
     "sweep_map",
     "training_curves",
+    "training_rates",
     "transport",
 ]

@@ -1,0 +1,112 @@
+"""Figures of a benchmark's record: times and rates beside the peers', with the machine's bound drawn in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from cellop_nb.notebook.figures.style import (
+    HATCHES,
+    OKABE_ITO,
+    QUIET,
+    canvas,
+    label,
+    legend,
+    log_ticks,
+    long_names,
+    mark,
+    note,
+    safe,
+)
+
+Rows = Sequence[dict]
+"""Rows of one section of a record, as `cellop_nb.bench.record` makes them."""
+
+
+def energy_scaling(rows: Rows) -> Figure:
+    """CPU seconds, and memory where it was taken, of value and gradient against cells per cloud."""
+    rows = [row for row in rows if row.get("n") and not row.get("groups")]
+    kinds = {"cpu_seconds": "CPU seconds", "extra_mb": "extra memory, MB"}
+    shown = [kind for kind in kinds if any(row.get(kind) for row in rows)]
+    fig, axes = canvas(1, len(shown), height=3.0)
+    for ax, kind in zip(axes, shown, strict=True):
+        for index, name in enumerate(dict.fromkeys(row["variant"] for row in rows)):
+            points = [(row["n"], row[kind]) for row in rows if row["variant"] == name and row.get(kind)]
+            if points:
+                ax.plot(
+                    *zip(*points, strict=True), **mark(index), label=safe(name), markersize=5, linewidth=1.5
+                )
+        if kind == "cpu_seconds":
+            bound = [(row["n"], row["bound_seconds"]) for row in rows if row.get("bound_seconds")]
+            ax.plot(*zip(*bound, strict=True), color=QUIET, linestyle=":", label="products alone (bound)")
+        ax.set(xscale="log", yscale="log")
+        log_ticks(ax, "x"), log_ticks(ax, "y")
+        label(
+            ax, "Energy distance, value and gradient" if ax is axes[0] else "", "cells per cloud", kinds[kind]
+        )
+    legend(axes[-1], outside=True)
+    return fig
+
+
+def training_rates(rows: Rows) -> Figure:
+    """Cells per CPU second of training the VAE, for each size of the network and batch, with the bound."""
+    rows = [row for row in rows if row.get("cells_per_cpu_s")]
+    sizes = list(dict.fromkeys((row["hidden"], row["batch"]) for row in rows))
+    names = list(dict.fromkeys(row["variant"] for row in rows))
+    fig, (ax,) = canvas(height=3.0, width=7.0)
+    width = 0.8 / len(names)
+    for index, name in enumerate(names):
+        found = {(row["hidden"], row["batch"]): row for row in rows if row["variant"] == name}
+        places = [k + (index - (len(names) - 1) / 2) * width for k, size in enumerate(sizes) if size in found]
+        heights = [found[size]["cells_per_cpu_s"] for size in sizes if size in found]
+        style = {
+            "color": OKABE_ITO[index],
+            "hatch": HATCHES[index],
+            "edgecolor": "white",
+            "label": safe(name),
+        }
+        ax.bar(places, heights, 0.9 * width, **style)
+    for k, size in enumerate(sizes):
+        bounds = [row["bound_cells_per_cpu_s"] for row in rows
+                  if (row["hidden"], row["batch"]) == size and row.get("bound_cells_per_cpu_s")]  # fmt: skip
+        for bound in bounds:
+            ax.hlines(bound, k - 0.4, k + 0.4, color=QUIET, linestyle=":", label="bound" if k == 0 else None)
+    long_names(ax, [f"hidden {hidden}, batch {batch}" for hidden, batch in sizes])
+    ax.set_ylim(bottom=0)
+    label(ax, "Training the VAE", "", "cells per CPU second")
+    legend(ax, outside=True)
+    return fig
+
+
+def step_times(rows: Rows, what: str = "step") -> Figure:
+    """CPU milliseconds of one step of the operators in each form, with the bound of ours."""
+    rows = [row for row in rows if row.get("what") == what and row.get("cpu_seconds") and "share" not in row]
+    fig, (ax,) = canvas(height=0.5 * len(rows) + 1.0, width=7.0)
+    times = np.array([1e3 * row["cpu_seconds"] for row in rows])
+    ax.barh(range(len(rows)), times, 0.6, color=[OKABE_ITO[k] for k in range(len(rows))])
+    for place, (row, time) in enumerate(zip(rows, times, strict=True)):
+        note(ax, 1.15 * time, place, f"{time:.3g} ms", transform=ax.transData, va="center")
+        if row.get("bound_seconds"):
+            ax.vlines(1e3 * row["bound_seconds"], place - 0.35, place + 0.35, color="black", linestyle=":")
+    ax.set(xscale="log", xlim=(times.min() / 20, times.max() * 6))
+    log_ticks(ax, "x")
+    ax.invert_yaxis()
+    long_names(ax, [row["variant"] for row in rows], "y")
+    label(ax, "One step of the operators (dotted: products alone)", "CPU milliseconds")
+    return fig
+
+
+def stage_times(rows: Rows) -> Figure:
+    """Seconds of each stage of the whole job."""
+    fig, (ax,) = canvas(height=0.4 * len(rows) + 1.0, width=7.0)
+    seconds = [row["stage_seconds"] for row in rows]
+    ax.barh(range(len(rows)), seconds, 0.6, color=OKABE_ITO[0])
+    for place, value in enumerate(seconds):
+        note(ax, value, place, f" {value:.3g} s", transform=ax.transData, va="center")
+    ax.set_xlim(0, 1.2 * max(seconds))
+    ax.invert_yaxis()
+    long_names(ax, [row["what"] for row in rows], "y")
+    label(ax, safe(rows[0].get("data", ""), 60), "seconds")
+    return fig
