@@ -8,14 +8,12 @@ import torch
 from torch import Tensor
 
 from ..models.energy import energy_distance, grouped_energy_distance, self_distance
+from .count import counts
 from .limits import LATENT_COLUMNS, compared, product_rate
 from .measure import in_fresh_process, interleaved, missing
 
 DIMENSIONS = 32
-BETWEEN = {
-    False: "some 60 torch calls, which cost as much as the arithmetic at this size, and the inverse roots",
-    True: "one inverse root per pair, and products only 34 columns wide, which run below the rate of square ones",
-}
+BETWEEN = "an inverse root per pair, and two more passes over each tile of distances"
 
 
 def dense(x: Tensor, y: Tensor) -> Tensor:
@@ -113,20 +111,21 @@ def run(quick: bool = False, memory: bool = True, peers: bool = True) -> list[di
                     peak = in_fresh_process(__name__, "step", {"variant": name, "n": n})
                     row["extra_mb"] = peak["extra_mb"]
                 if name == "cellop_nb":
-                    row |= compared(
-                        row["cpu_seconds"], products=product_seconds(n), between=BETWEEN[n > 1000]
-                    )
+                    products, made = product_seconds(n), counts(calls[name])
+                    row |= compared(row["cpu_seconds"], products=products, made=made, between=BETWEEN)
             rows.append(row)
     if not quick:
         peak = in_fresh_process(__name__, "step", {"variant": "cellop_nb", "n": 100_000}, timeout=3600)
         rows.append({"variant": "cellop_nb", "n": 100_000, "note": None} | peak)
-    times = interleaved(grouped_steps(), 3 if quick else 9)
+    calls = grouped_steps()
+    times = interleaved(calls, 3 if quick else 9)
     for name, taken in times.items():
         row = {"variant": name, "groups": 200, "n": 64, "note": None} | taken
         row |= _ratios(taken, times["cellop_nb grouped"])
         if "loop" not in name:
             products = product_seconds(64, groups=200, known="known" in name)
-            row |= compared(taken["cpu_seconds"], products=products, between=BETWEEN[False])
+            made = counts(calls[name])
+            row |= compared(taken["cpu_seconds"], products=products, made=made, between=BETWEEN)
         rows.append(row)
     return rows
 

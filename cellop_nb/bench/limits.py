@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 import torch
 
+from .count import Counts
+
 LATENT_COLUMNS = 34
 """Columns of the products of an energy distance at d = 32: the latent, its norm, and one."""
 
@@ -65,7 +67,7 @@ def machine() -> dict[str, float]:
     }
 
 
-def compared(cpu: float, *, products: float = 0.0, memory: float = 0.0, between: str) -> dict:
+def compared(cpu: float, *, products: float = 0.0, memory: float = 0.0, made: Counts, between: str) -> dict:
     """Bound and distance of a figure.
 
     Parameters
@@ -74,17 +76,29 @@ def compared(cpu: float, *, products: float = 0.0, memory: float = 0.0, between:
         CPU seconds that were measured.
     products, memory
         CPU seconds that the unavoidable products, and the unavoidable traffic with memory, take by themselves.
+    made
+        What was counted while it ran.
     between
-        What stands between the bound and the figure; kept where it is more than twice the bound.
+        What stands between the bound and the figure beside the calls; kept where it is more than twice the bound.
 
     Returns
     -------
-    ``bound_seconds`` (CPU seconds), ``bound`` (which one it is), ``distance`` (their ratio), and ``between``.
+    ``bound_seconds`` (CPU seconds), ``bound`` (which one it is), ``distance`` (their ratio), ``calls``, ``gflop`` in
+    products and ``mbyte`` of all inputs and results (counted), ``calls_share`` (their least cost over `cpu`), and
+    ``between``.
     """
     bound = max(products, memory)
     row = {
         "bound_seconds": bound,
         "bound": "products" if products >= memory else "memory",
         "distance": cpu / bound,
+        "calls": made.calls,
+        "gflop": made.operations / 1e9,
+        "mbyte": made.bytes / 1e6,
+        "calls_share": made.calls * call_seconds() / cpu,
     }
-    return row | ({"between": between} if row["distance"] > 2 else {})
+    return row | ({"between": f"{_calls(row)}; {between}"} if row["distance"] > 2 else {})
+
+
+def _calls(row: dict) -> str:
+    return f"{row['calls']:,} torch calls, at least {row['calls_share']:.0%} of the time"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import time
 from collections.abc import Callable
@@ -16,16 +17,18 @@ from ..data.splits import split
 from ..training.callbacks import EarlyStopping
 from ..training.operators import OperatorTrainer, new_operators
 from ..training.vae import VAETrainer, new_vae
-from .limits import compared
-from .operator import step_products
-from .vae import step_bounds
+from . import operator, vae
+from .count import Counts, counts
+from .limits import compared, product_rate
 
 KANG = "kang18_pbmc_ifnb.h5ad"
 GENES, LATENT, HIDDEN, BATCH, CELLS = 1_000, 32, 128, 128, 128
+VAE, ENCODE, OPERATORS, PREDICT = "VAE", "encode all cells", "operators", "predict all conditions"
 BETWEEN = {
-    "VAE to convergence": "the sparse first layer, exponentials and logarithms, and about 400 calls a step at batch 128",
-    "operators to convergence": "narrow products, inverse roots, and about 250 calls a step; validation each epoch",
-    "predict all conditions": "sampled counts and AnnData objects; the decoder's products are the smaller part",
+    VAE: f"{vae.BETWEEN}; validation each epoch",
+    ENCODE: "counts checked and copied",
+    OPERATORS: f"{operator.BETWEEN[operator.WHOLE]}; validation each epoch",
+    PREDICT: "sampled counts, checks and AnnData objects: the decoder's products are the smaller part",
 }
 
 
@@ -56,39 +59,57 @@ def run(quick: bool = False) -> list[dict]:
 
     Returns
     -------
-    One row per stage: variant, what, data, stage_seconds (wall), cpu_seconds, epochs and steps of a training,
-    bound_seconds and distance, note.
+    One row per stage: variant, what, data, stage_seconds (wall), cpu_seconds, epochs, steps and best_epoch of a
+    training (to convergence: until 20 epochs bring nothing, or 120 are over), bound_seconds and distance, note.
     """
     adata, name = screen(quick)
     settings = {"progress": False, "accelerator": "cpu", "max_epochs": 2 if quick else 120}
-    vae = new_vae(adata, n_latent=LATENT, n_hidden=HIDDEN)
-    stop = EarlyStopping(patience=20)
-    first = VAETrainer(adata, vae, batch_size=BATCH, callbacks=[stop], **settings)
+    model = new_vae(adata, n_latent=LATENT, n_hidden=HIDDEN)
+
+    def vae_trainer(model, callbacks=()) -> VAETrainer:
+        return VAETrainer(adata, model, batch_size=BATCH, callbacks=callbacks, **settings)
+
+    def operator_trainer(model) -> OperatorTrainer:
+        return OperatorTrainer(
+            adata, model, cells_per_group=CELLS, **settings | {"max_epochs": 2 if quick else 30}
+        )
+
+    made = counts(vae.trainer_step(vae_trainer(copy.deepcopy(model))))
+    first = vae_trainer(model, [EarlyStopping(patience=20)])
     _, taken = _timed(first.fit)
-    limits = step_bounds(HIDDEN, BATCH, adata.n_vars)
-    stages = [_trained("VAE to convergence", first, taken, limits)]
-    _, taken = _timed(lambda: embed(adata, vae))
-    stages.append(("encode all cells", taken, {}))
+    rows = [_trained(VAE, first, taken, made, vae.step_bounds(HIDDEN, BATCH, adata.n_vars))]
+    rows.append(_made(ENCODE, lambda: embed(adata, model)))
     operators = new_operators(adata)
-    second = OperatorTrainer(
-        adata, operators, cells_per_group=CELLS, **settings | {"max_epochs": 2 if quick else 30}
-    )
+    made = counts(vae.trainer_step(operator_trainer(copy.deepcopy(operators))))
+    second = operator_trainer(operators)
     _, taken = _timed(second.fit)
-    limits = {"products": step_products(len(second.groups), CELLS)}
-    stages.append(_trained("operators to convergence", second, taken, limits))
-    _, taken = _timed(lambda: _predict_all(adata, vae, operators, second))
-    made = {"conditions": len(second.groups)}
-    stages.append(("predict all conditions", taken, made))
-    both = [taken for what, taken, _ in stages if "convergence" in what]
-    stages.append(("VAE and operators", {key: sum(part[key] for part in both) for key in both[0]}, {}))
+    products = operator.step_products(len(second.groups), CELLS)
+    rows.append(_trained(OPERATORS, second, taken, made, {"products": products}))
+    rows.append(_made(PREDICT, lambda: _predict_all(adata, model, operators, second)))
+    rows[-1]["conditions"] = len(second.groups)
+    both = {key: rows[0][key] + rows[2][key] for key in ("stage_seconds", "cpu_seconds")}
+    rows.append({"what": "VAE and operators"} | both)
     common = {"variant": "cellop_nb", "data": f"{name}, {adata.n_obs:,} cells, {adata.n_vars:,} genes"}
-    return [common | {"what": what, "note": None} | taken | more for what, taken, more in stages]
+    return [common | {"note": None} | row for row in rows]
 
 
-def _trained(what: str, trainer, taken: dict, limits: dict[str, float]) -> tuple[str, dict, dict]:
+def _trained(what: str, trainer, taken: dict, made: Counts, limits: dict[str, float]) -> dict:
     whole = {kind: trainer.step * seconds for kind, seconds in limits.items()}
-    made = {"epochs": len(trainer.rows), "steps": trainer.step, "best_epoch": trainer.best_epoch}
-    return what, taken, made | compared(taken["cpu_seconds"], between=BETWEEN[what], **whole)
+    whole |= {"made": made.times(trainer.step), "between": BETWEEN[what]}
+    row = {"what": what, "epochs": len(trainer.rows), "steps": trainer.step, "best_epoch": trainer.best_epoch}
+    return row | taken | compared(taken["cpu_seconds"], **whole)
+
+
+def _made(what: str, call: Callable[[], object]) -> dict:
+    """A stage without training: its counted products are its bound."""
+    _, taken = _timed(call)
+    made = counts(call)
+    products = max(made.operations, 1) / product_rate(BATCH, HIDDEN, GENES)
+    return (
+        {"what": what}
+        | taken
+        | compared(taken["cpu_seconds"], products=products, made=made, between=BETWEEN[what])
+    )
 
 
 def _predict_all(adata: AnnData, vae, operators, trainer: OperatorTrainer) -> None:

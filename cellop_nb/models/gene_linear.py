@@ -10,6 +10,7 @@ from torch.nn.functional import embedding_bag
 from .counts import SparseCounts
 
 COUNTS_PER_CELL = 1e4
+_STRIP = 128  # columns
 
 
 class LogNormalised:
@@ -48,20 +49,28 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight: Tensor, values: Tensor, counts: SparseCounts) -> Tensor:
         ctx.counts, ctx.values = counts, values
-        columns, starts = counts.columns, counts.indptr
-        return embedding_bag(
-            columns, weight, starts, mode="sum", per_sample_weights=values, include_last_offset=True
-        )
+        return _weighted_sums(weight, counts.columns, counts.indptr, values)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream: Tensor):
         starts, cells, order = ctx.counts.by_gene
-        values, rows = ctx.values.index_select(0, order), upstream.contiguous()
-        grad = embedding_bag(
-            cells, rows, starts, mode="sum", per_sample_weights=values, include_last_offset=True
-        )
-        return grad, None, None
+        return _weighted_sums(upstream, cells, starts, ctx.values.index_select(0, order)), None, None
+
+
+def _weighted_sums(rows: Tensor, chosen: Tensor, starts: Tensor, values: Tensor) -> Tensor:
+    """(bag, out) sums of `values` (entry,) times the chosen rows (row, out), the entries of a bag one after the other.
+
+    Each row is read many times, at random: wide ones in strips, so that a strip of all rows stays in the cache.
+    """
+    rows = rows.detach()  # else the gradient's bookkeeping is made too
+    options = {"mode": "sum", "per_sample_weights": values, "include_last_offset": True}
+    if rows.shape[1] <= 2 * _STRIP:
+        return embedding_bag(chosen, rows.contiguous(), starts, **options)
+    sums = rows.new_empty(len(starts) - 1, rows.shape[1])
+    for into, strip in zip(sums.split(_STRIP, 1), rows.split(_STRIP, 1), strict=True):
+        into.copy_(embedding_bag(chosen, strip.contiguous(), starts, **options))
+    return sums
 
 
 class GeneLinear(nn.Module):

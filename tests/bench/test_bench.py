@@ -10,6 +10,7 @@ import torch
 
 from cellop_nb.__main__ import main
 from cellop_nb.bench import energy, limits, operator, overhead, record, vae
+from cellop_nb.bench.count import Counts, counts
 from cellop_nb.commands import bench
 from cellop_nb.errors import DataError
 
@@ -17,7 +18,7 @@ from cellop_nb.errors import DataError
 @pytest.fixture
 def problem():
     """The small problem in double precision, where the products in cdist lose nothing that matters."""
-    p = operator.problem(**operator.QUICK)
+    p = operator.problem(**operator.TINY)
     for name in ("x", "library", "latents", "target", "target_self"):
         setattr(p, name, getattr(p, name).double())
     p.vae.double()
@@ -58,7 +59,7 @@ def test_only_the_old_form_sends_gradients_to_the_frozen_encoder(problem):
 def test_steps_of_the_three_forms_lead_to_the_same_operators():
     models = {}
     for name in operator.LOSSES:
-        p = operator.problem(**operator.QUICK)
+        p = operator.problem(**operator.TINY)
         step = operator.stepper(name, p)
         losses = [float(step()) for _ in range(3)]
         assert losses[2] < losses[0]
@@ -81,7 +82,7 @@ def test_dense_and_grouped_energy_agree():
 
 
 def test_the_guard_is_back_after_timing():
-    trainer = operator._latent_trainer(operator.QUICK, 4)
+    trainer = operator._latent_trainer(operator.TINY, 4)
     guard = trainer.guard
     row = overhead.guard_share(trainer, 3)
     assert trainer.guard is guard
@@ -116,10 +117,14 @@ def test_the_command_measures_and_writes(section, tmp_path, capsys):
 
 
 def test_the_bound_is_the_larger_of_products_and_memory_and_far_figures_are_explained():
-    near = limits.compared(1.5, products=1.0, memory=0.2, between="little")
-    assert near == {"bound_seconds": 1.0, "bound": "products", "distance": 1.5}
-    far = limits.compared(9.0, products=1.0, memory=3.0, between="much")
-    assert far["bound"] == "memory" and far["distance"] == 3 and far["between"] == "much"
+    made = Counts(calls=2_000, operations=3 * 10**9, bytes=10**6)
+    near = limits.compared(1.5, products=1.0, memory=0.2, made=made, between="little")
+    assert (near["bound_seconds"], near["bound"], near["distance"]) == (1.0, "products", 1.5)
+    assert (near["calls"], near["gflop"], near["mbyte"]) == (2_000, 3.0, 1.0)
+    assert "between" not in near
+    far = limits.compared(9.0, products=1.0, memory=3.0, made=made, between="much")
+    assert far["bound"] == "memory" and far["distance"] == 3
+    assert far["between"].startswith("2,000 torch calls") and far["between"].endswith("; much")
 
 
 def test_the_products_of_a_step_are_counted(monkeypatch):
@@ -129,6 +134,26 @@ def test_the_products_of_a_step_are_counted(monkeypatch):
     monkeypatch.setattr(vae, "product_rate", lambda *shape: 1.0)
     assert vae.step_bounds(5, 4, 7)["products"] == 3 * 2 * 4 * 7 * (5 + vae.LATENT)
     assert vae.step_bounds(10, 4, 7)["memory"] > vae.step_bounds(5, 4, 7)["memory"]
+
+
+def test_calls_products_and_bytes_are_counted_with_the_gradient():
+    a, b = torch.ones(3, 4, requires_grad=True), torch.ones(4, 5)
+    found = counts(lambda: (a @ b).sum().backward())
+    assert found.operations == 2 * 2 * 3 * 4 * 5  # the product, and the gradient of a
+    assert found.calls >= 4
+    assert found.bytes >= 4 * 2 * (12 + 20 + 15)
+    assert found.reads == ()
+    assert counts(lambda: a.t()).calls == 0  # views are free
+    assert counts(lambda: torch.zeros(3, 5).addmm_(a.detach(), b)).operations == 2 * 3 * 4 * 5
+    assert counts(lambda: (bool(a.sum() > 0), a.tolist(), b.nonzero())).reads[0] == "_local_scalar_dense"
+    assert found.times(3).operations == 3 * found.operations
+
+
+def test_what_a_step_of_the_vae_asks_for_is_what_its_bound_counts():
+    adata = vae.screen(300, 1_000)
+    made = counts(vae.step(adata, 32, 64))
+    dense = 3 * 2 * 64 * 1_000 * (32 + vae.LATENT)
+    assert dense < made.operations < 1.2 * dense  # the small layers come on top
 
 
 def test_the_machines_limits_are_positive():

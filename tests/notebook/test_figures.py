@@ -124,7 +124,13 @@ FIGURES = {
     ),
     "training_rates": lambda: figures.training_rates(
         [
-            {"variant": name, "hidden": h, "batch": 128, "cells_per_cpu_s": rate, "bound_cells_per_cpu_s": bound}
+            {
+                "variant": name,
+                "hidden": h,
+                "batch": 128,
+                "cells_per_cpu_s": rate,
+                "bound_cells_per_cpu_s": bound,
+            }
             for h in (128, 512)
             for name, rate, bound in (("ours", 9e3, 3e4), ("$peer", 3e3, None))
         ]

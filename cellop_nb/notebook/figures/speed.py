@@ -42,6 +42,7 @@ def energy_scaling(rows: Rows) -> Figure:
             bound = [(row["n"], row["bound_seconds"]) for row in rows if row.get("bound_seconds")]
             ax.plot(*zip(*bound, strict=True), color=QUIET, linestyle=":", label="products alone (bound)")
         ax.set(xscale="log", yscale="log")
+        ax.set_xticks(sorted({row["n"] for row in rows if row.get(kind)}))
         log_ticks(ax, "x"), log_ticks(ax, "y")
         label(
             ax, "Energy distance, value and gradient" if ax is axes[0] else "", "cells per cloud", kinds[kind]
@@ -85,28 +86,32 @@ def step_times(rows: Rows, what: str = "step") -> Figure:
     rows = [row for row in rows if row.get("what") == what and row.get("cpu_seconds") and "share" not in row]
     fig, (ax,) = canvas(height=0.5 * len(rows) + 1.0, width=7.0)
     times = np.array([1e3 * row["cpu_seconds"] for row in rows])
-    ax.barh(range(len(rows)), times, 0.6, color=[OKABE_ITO[k] for k in range(len(rows))])
     for place, (row, time) in enumerate(zip(rows, times, strict=True)):
-        note(ax, 1.15 * time, place, f"{time:.3g} ms", transform=ax.transData, va="center")
+        ax.plot(
+            time, place, markersize=9, linestyle="none", **mark(place)
+        )  # no bars: a logarithm has no zero
+        note(ax, 1.25 * time, place, f"{time:.3g} ms", transform=ax.transData, va="center")
         if row.get("bound_seconds"):
             ax.vlines(1e3 * row["bound_seconds"], place - 0.35, place + 0.35, color="black", linestyle=":")
     ax.set(xscale="log", xlim=(times.min() / 20, times.max() * 6))
     log_ticks(ax, "x")
-    ax.invert_yaxis()
     long_names(ax, [row["variant"] for row in rows], "y")
-    label(ax, "One step of the operators (dotted: products alone)", "CPU milliseconds")
+    ax.set_ylim(len(rows) - 0.5, -0.5)
+    label(ax, "One step of the operators", "CPU milliseconds (dotted: products alone)")
     return fig
 
 
 def stage_times(rows: Rows) -> Figure:
-    """Seconds of each stage of the whole job."""
+    """Seconds of each stage of the whole job, with its bound."""
     fig, (ax,) = canvas(height=0.4 * len(rows) + 1.0, width=7.0)
     seconds = [row["stage_seconds"] for row in rows]
     ax.barh(range(len(rows)), seconds, 0.6, color=OKABE_ITO[0])
-    for place, value in enumerate(seconds):
+    for place, (row, value) in enumerate(zip(rows, seconds, strict=True)):
         note(ax, value, place, f" {value:.3g} s", transform=ax.transData, va="center")
+        if row.get("bound_seconds"):
+            ax.vlines(row["bound_seconds"], place - 0.4, place + 0.4, color="black", linestyle=":")
     ax.set_xlim(0, 1.2 * max(seconds))
     ax.invert_yaxis()
     long_names(ax, [row["what"] for row in rows], "y")
-    label(ax, safe(rows[0].get("data", ""), 60), "seconds")
+    label(ax, f"The whole job: {safe(rows[0].get('data', ''), 60)}", "seconds (dotted: products alone)")
     return fig
