@@ -195,9 +195,26 @@ def shown_answer():
     return VirtualCells(adata, vae, cellop_nb.new_operators(adata)).ask(Question(EVIL, EVIL))._repr_html_()
 
 
+def shown_split():
+    return cellop_nb.split(screen_of(EVIL))._repr_html_()
+
+
+def shown_history():
+    from cellop_nb.tables import History
+
+    return History.of([{"epoch": 0, EVIL: 1.0, "by_hand": f"{EVIL} 1 after step 0"}], EVIL)._repr_html_()
+
+
+def shown_scores():
+    from cellop_nb.tables import Scores
+
+    return Scores(scores(EVIL))._repr_html_()
+
+
 SHOWN = {
     "NBVAE": shown_vae, "OperatorModel": shown_operators, "AffineOperator": shown_operator,
     "Trainer": shown_trainer, "Answer": shown_answer,
+    "Table": shown_split, "History": shown_history, "Scores": shown_scores,
     "Groups": shown_groups, "Holdout": shown_holdout, "Holdouts": shown_holdouts, "Sweep": shown_sweep,
     "markdown": shown_sentence, "styled": shown_table, "words": shown_setting,
 }  # fmt: skip

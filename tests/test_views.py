@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 
+import pandas as pd
 import pytest
 import torch
+from bs4 import BeautifulSoup
 
 import cellop_nb as co
+from cellop_nb.tables import History, Scores
 from cellop_nb.views import card
 
 
@@ -69,8 +73,81 @@ def test_an_operator_tells_how_far_it_moves():
     assert said["length of the shift"] == f"{float(operator.shift.norm()):.4g}"
 
 
-@pytest.mark.parametrize("table", ["history", "split"])
-def test_tables_are_shown_as_tables(trainer, table):
+# -- tables
+
+
+def cells(html: str) -> list[list[str]]:
+    """The rows of the second table of a view, its head first: the numbers themselves."""
+    table = BeautifulSoup(html, "html.parser").find_all("table")[1]
+    return [[cell.text for cell in row.find_all(["th", "td"])] for row in table.find_all("tr")]
+
+
+def test_a_history_tells_its_best_epoch_and_what_was_changed():
+    rows = [
+        {"epoch": i, "seconds": 2.0, "cells_per_s": 100.0, "val_loss": loss}
+        for i, loss in enumerate([5, 3, 4])
+    ]
+    rows[2]["by_hand"] = "kl_weight 0.5 after step 9"
+    history = History.of(rows, "val_loss")
+    said = facts(history._repr_html_())
+    assert said == {
+        "epochs": "3", "best epoch": "2 (val_loss 3)", "epochs since": "1", "seconds": "6",
+        "cells per second": "100", "changed by hand": "epoch 3: kl_weight 0.5 after step 9",
+    }  # fmt: skip
+    head, *shown = cells(history._repr_html_())
+    assert head == ["", "first", "best", "last"]
+    assert ["val_loss", "5", "3", "4"] in shown
+
+
+def test_a_split_tells_its_shares_and_what_is_held_out_whole():
     adata = co.datasets.synthetic(n_contexts=2, n_perturbations=1, n_cells=20, n_genes=20)
-    shown = trainer.history if table == "history" else co.split(adata)
-    assert "<table" in shown._repr_html_()
+    table = co.split(adata, holdout={"cell_type": "type B", "perturbation": "drug 1"})
+    said = facts(table._repr_html_())
+    counts = adata.obs["split"].value_counts()
+    for part, count in counts.items():
+        assert said[part] == f"{count:,} cells ({100 * count / adata.n_obs:.0f} %)"
+    assert said["held out whole"] == "type B, drug 1"
+    assert len(cells(table._repr_html_())) - 1 == len(table) == 4
+
+
+def test_scores_show_means_over_groups_in_their_order():
+    rows = [
+        {"group": group, "method": method, "metric": "mae", "value": value, "reason": ""}
+        for group, values in (("g", (3.0, 1.0)), ("h", (5.0, 2.0)))
+        for method, value in zip(("no change", "a model"), values, strict=True)
+    ]
+    rows[0] |= {"value": float("nan"), "reason": "too few cells"}
+    html = Scores(rows)._repr_html_()
+    said, shown = facts(html), cells(html)
+    assert said["groups"] == "g, h"
+    assert said["without a value"] == "1 of 4; too few cells"
+    assert shown == [["metric", "mae"], ["method", ""], ["no change", "5.0"], ["a model", "1.5"]]
+
+
+@pytest.mark.parametrize("kind", ["history", "split", "scores"])
+def test_a_table_is_a_data_frame_and_gives_plain_ones(trainer, kind, tmp_path):
+    trainer.fit()
+    scores = Scores({"group": ["g"], "method": ["m"], "metric": ["x"], "value": [1.0]})
+    split = co.split(co.datasets.synthetic(n_contexts=2, n_perturbations=1, n_cells=20, n_genes=20))
+    table = {"history": trainer.history, "split": split, "scores": scores}[kind]
+    plain = pd.DataFrame(table)
+    assert isinstance(table, pd.DataFrame)
+    assert (
+        type(plain)
+        is type(table.head(1))
+        is type(table.copy())
+        is type(table[table.columns[:2]])
+        is pd.DataFrame
+    )
+    pd.testing.assert_frame_equal(table, plain)
+    table.to_csv(tmp_path / "t.csv", index=False)
+    pd.testing.assert_frame_equal(
+        pd.read_csv(tmp_path / "t.csv"), plain, check_dtype=False, check_categorical=False
+    )
+    assert pickle.loads(pickle.dumps(table)).equals(table)
+    table.drop(columns=table.columns[0], inplace=True)
+    assert "<table" in table._repr_html_(), "without its own columns it shows as any other"
+
+
+def test_an_empty_table_is_shown_as_such():
+    assert History.of([], "val_loss")._repr_html_() == pd.DataFrame()._repr_html_()

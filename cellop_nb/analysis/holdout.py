@@ -15,6 +15,7 @@ from ..data.batches import TOTAL_KEY
 from ..data.contract import context_labels, library_size
 from ..data.splits import rows_of, split
 from ..errors import DataError, HoldoutError, three_beats
+from ..tables import Scores
 from .abstain import group_support
 from .baselines import BASELINES, Baseline, Prediction, Screen, Target
 from .choices import Choice, groups_of
@@ -194,7 +195,9 @@ def holdout(
     labels = context_labels(control_cells, context_key).to_numpy()
     inside = group_support(space, space.select(control_cells, layer), labels, wanted, plan.groups)
     return Holdout(
-        table=table.assign(outlier=table["group"].map(inside.set_index("group")["outlier"].astype(bool))),
+        table=Scores(
+            table.assign(outlier=table["group"].map(inside.set_index("group")["outlier"].astype(bool)))
+        ),
         predictions=ad.concat([cells for cells in virtual.values() if not isinstance(cells, str)]),
         real=real,
         control=control_cells,

@@ -11,6 +11,7 @@ from anndata import AnnData
 
 from ..data.contract import context_labels, obs_labels, perturbation_parts
 from ..errors import DataError, HoldoutError, did_you_mean, three_beats
+from ..tables import Scores
 from . import formulas
 from .baselines import BASELINES, Baseline, Prediction, Screen, Target, run
 from .scores import METRICS, PDS, Truth, known_metrics, noise, score, shared_shift
@@ -216,10 +217,8 @@ def score_contexts(
             three_beats("two contexts or more, to leave one out", found, "name another perturbation")
         )
     keys = {"perturbation": perturbation, "perturbation_key": perturbation_key, "context_key": context_key}
-    return pd.concat(
-        [score_holdout(adata, methods, context=context, **keys, **options) for context in contexts],
-        ignore_index=True,
-    )
+    tables = [score_holdout(adata, methods, context=context, **keys, **options) for context in contexts]
+    return Scores(pd.concat(tables, ignore_index=True))
 
 
 def _groups(adata: AnnData, *, perturbation_key: str, context_key) -> dict[tuple[str, str], np.ndarray]:
@@ -268,7 +267,7 @@ def _table(
     for group, reason in (unscored or {}).items():
         bare = {"value": np.nan, "reason": reason}
         rows += _labelled([bare | {"method": m, "metric": name} for m in guesses for name in names], group)
-    return pd.DataFrame(rows, columns=COLUMNS)
+    return Scores(rows, columns=COLUMNS)
 
 
 def _labelled(rows: list[dict], group: tuple[str, str]) -> list[dict]:

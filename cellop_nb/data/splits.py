@@ -9,6 +9,7 @@ import pandas as pd
 from anndata import AnnData
 
 from ..errors import HoldoutError, LabelError, did_you_mean, three_beats
+from ..tables import SplitTable
 from .slots import context_labels, obs_labels, perturbation_parts, require_control
 
 SPLITS = ("train", "val", "test")
@@ -90,7 +91,9 @@ def split_table(labels: pd.DataFrame, assigned: np.ndarray) -> pd.DataFrame:
         .size()
         .unstack(fill_value=0)
     )
-    return table.reindex(columns=list(SPLITS), fill_value=0).rename_axis(columns=None).reset_index()
+    return SplitTable(
+        table.reindex(columns=list(SPLITS), fill_value=0).rename_axis(columns=None).reset_index()
+    )
 
 
 def rows_of(adata: AnnData, name: str | Sequence[str], *, split_key: str = "split") -> np.ndarray:

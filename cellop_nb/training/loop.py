@@ -14,6 +14,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from ..errors import DataError, ModelError, three_beats
+from ..tables import History
 from ..views import card
 from .callbacks import Callback, HistoryCSV, ProgressBar, SaveCheckpoints
 from .clip import clip_gradients
@@ -161,7 +162,7 @@ class Trainer(RemoteControl, Resumable):
     @property
     def history(self) -> pd.DataFrame:
         """One row per finished epoch."""
-        return pd.DataFrame(self.rows)
+        return History.of(self.rows, self.monitor)
 
     def _repr_html_(self) -> str:
         last = self.rows[-1] if self.rows else {}
