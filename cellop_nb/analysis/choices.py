@@ -10,6 +10,7 @@ import anndata as ad
 import pandas as pd
 
 from ..data.contract import context_labels
+from .combinations import RULES
 from .latent_choice import choose_latent, compare_latents
 from .selection import choose, leave_out, what_to_leave_out
 from .space import EvaluationSpace
@@ -72,7 +73,23 @@ class Choice:
             return pd.DataFrame(), found
         options = {"view": view, "features": self.features, "seed": self.seed, "progress": self.progress}
         choice = leave_out(self.train, possible, over=self.over, **options, **self.keys)
-        return choice, choose(choice, possible)
+        found = choose(choice, possible)
+        if not any("+" in perturbation for _, perturbation in self.wanted):
+            return choice, found
+        return self._with_rule(choice, found, options)
+
+    def _with_rule(
+        self, choice: pd.DataFrame, found: Complexity, options: dict
+    ) -> tuple[pd.DataFrame, Complexity]:
+        """The rule that predicts the left-out combinations best, for the complexity found."""
+        rules = [replace(found, rule=rule) for rule in RULES]
+        table = leave_out(self.train, rules, over=self.over, **options, **self.keys)
+        table = table[table["group"].str.contains("+", regex=False)]
+        if not len(table):
+            return choice, found
+        others = table[table["candidate"] > 0]
+        others = others.assign(candidate=others["candidate"] + choice["candidate"].max())
+        return pd.concat([choice, others], ignore_index=True), choose(table, rules)
 
 
 def _unchosen(candidates: list[Complexity], wanted: list[tuple[str, str]]) -> Complexity:

@@ -78,16 +78,24 @@ def combine(
 
 
 def response_operator(
-    response: Response, perturbation: str, context: str, *, rule: str = "axes"
+    response: Response, perturbation: str, context: str, *, rule: str | None = None
 ) -> AffineOperator:
     """As :func:`combine`, for a context that may take over from others (:meth:`Response.operator`).
+
+    Parameters
+    ----------
+    rule
+        That of the response's complexity where None; a single perturbation then has its operator.
 
     Raises
     ------
     Undefined
         Where a perturbation was not trained on, or the rule is not defined for it, with the reason.
     """
-    if rule != "axes" and len(perturbation_parts(perturbation)) < 2:
+    single = len(perturbation_parts(perturbation)) < 2
+    if rule is None:
+        rule = "axes" if single else response.complexity.rule
+    if rule != "axes" and single:
         raise Undefined(f"{perturbation!r} is not a combination")
     try:
         return _by_rule(lambda name: response.operator(name, context), perturbation, rule)

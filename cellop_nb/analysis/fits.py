@@ -15,6 +15,7 @@ from ..data.contract import perturbation_parts
 from ..models.coupling import Remainder
 from ..models.operators import OperatorModel
 from ..training.operators import OperatorTrainer, new_operators
+from .combinations import response_operator
 from .predict import latents
 from .transfer import Complexity, Group, Response, own_condition
 from .views import LatentView
@@ -136,7 +137,7 @@ class Fits:
     def predict(self, response: Response, context: str, perturbation: str, added: Remainder | None = None):
         """Rows of the context's control cells, and what the response makes of them."""
         rows = self.view.rows(context, self.view.control)
-        moved = response.operator(perturbation, context)(self.view.z[rows])
+        moved = response_operator(response, perturbation, context)(self.view.z[rows])
         missed = response.remainder(perturbation, context) if added is None else added
         return rows, self.view.moved(rows, moved, missed, self.seed)
 

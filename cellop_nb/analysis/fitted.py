@@ -76,9 +76,12 @@ def virtual_cells(
     *,
     layer: str | None,
     keys: Mapping,
-    rule: str = "axes",
+    rule: str | None = None,
 ) -> ad.AnnData:
-    """The context's control cells, moved by the operator of each fit and decoded; pooled over the fits."""
+    """The context's control cells, moved by the operator of each fit and decoded; pooled over the fits.
+
+    `rule` as in :func:`response_operator`.
+    """
     rows = source_cells(train, context, **keys)
     parts = []
     for fitted in fits:

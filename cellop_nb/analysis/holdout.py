@@ -19,6 +19,7 @@ from ..tables import Scores
 from .abstain import group_support
 from .baselines import BASELINES, Baseline, Prediction, Screen, Target
 from .choices import Choice, groups_of
+from .combinations import RULES
 from .fits import fit_response
 from .fitted import LATENT_SHIFT, Fitted, fit_vae, pooled_shift, view_of, virtual_cells
 from .formulas import Undefined
@@ -188,7 +189,7 @@ def holdout(
         OPERATORS: partial(_from_operators, method=OPERATORS, ask=partial(_ready, virtual)),
     }
     if any("+" in perturbation for _, perturbation in wanted):
-        for rule in ("composition", "generator"):
+        for rule in RULES:
             methods[rule] = partial(_from_operators, method=rule, ask=partial(ask, rule=rule))
     table = score_split(train, real, methods, space=space, layer=layer, metrics=metrics, seed=seed, **keys)
     control_cells = train[(train.obs[perturbation_key].astype(str) == control).to_numpy()].copy()

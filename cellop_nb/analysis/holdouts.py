@@ -15,6 +15,7 @@ from ..data.contract import context_labels, obs_labels
 from ..data.slots import require_control
 from ..data.splits import split
 from ..errors import CellopError, HoldoutError, three_beats
+from .combinations import RULES
 from .holdout import OPERATORS, holdout
 from .latent_choice import sizes_in_words
 from .selection import combinations_of
@@ -22,7 +23,7 @@ from .selection import combinations_of
 FEWEST_CELLS = 10
 """Held-out cells of a group below which its scores are mostly noise."""
 
-_NOT_BASELINES = (OPERATORS, "composition", "generator")
+_NOT_BASELINES = (OPERATORS, *RULES)
 
 
 @dataclass(frozen=True)

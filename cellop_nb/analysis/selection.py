@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from ..data.contract import perturbation_parts
 from ..errors import ModelError, three_beats
 from .fits import Fits, latents_only
+from .formulas import Undefined
 from .transfer import Complexity, Group
 from .views import LatentView
 
@@ -103,9 +104,13 @@ def left_out(fits: Fits, fold: list[Group], candidate: Complexity) -> list[dict]
         if not set(perturbation.split("+")) <= known:
             continue
         real = view.rows(context, perturbation)
-        start, cells = fits.predict(response, context, perturbation)
-        unmoved = view.moved(start, view.z[start], None)
-        energies = {"e_distance": view.energy(cells, real), "no_change": view.energy(unmoved, real)}
+        start = view.rows(context, view.control)
+        unmoved = view.energy(view.moved(start, view.z[start], None), real)
+        try:
+            energy = view.energy(fits.predict(response, context, perturbation)[1], real)
+        except Undefined:  # a rule without an answer leaves the effect where it is
+            energy = unmoved
+        energies = {"e_distance": energy, "no_change": unmoved}
         rows.append({"group": f"{context}, {perturbation}", **energies})
     return rows
 

@@ -37,6 +37,8 @@ class Complexity:
     remainder
         Whether what the operators missed in the measured contexts, each left out in turn, is added to the
         prediction: the mean change of expression levels, and of the number of counts (:class:`Remainder`).
+    rule
+        How combinations are asked for (:func:`combine`).
     """
 
     rank: int | None = None
@@ -45,17 +47,19 @@ class Complexity:
     context_ridge: float = 0.01
     locality: float | None = None
     remainder: bool = False
+    rule: str = "axes"
 
     def __str__(self) -> str:
         form = "shift" if self.rank == 0 else f"affine, ridge {self.ridge:g}"
         own = ", own parts" if self.context_rank is not None else ""
         borrowed = "" if self.locality is None else f", locality {self.locality:g}"
-        return form + own + borrowed + (", remainder" if self.remainder else "")
+        rule = "" if self.rule == "axes" else f", {self.rule}"
+        return form + own + borrowed + (", remainder" if self.remainder else "") + rule
 
     @property
     def form(self) -> Complexity:
         """The part that is fitted; the rest only changes what is asked of a fit."""
-        return replace(self, locality=None, remainder=False)
+        return replace(self, locality=None, remainder=False, rule="axes")
 
     @property
     def model(self) -> dict:

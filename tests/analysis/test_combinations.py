@@ -14,10 +14,11 @@ from cellop_nb.analysis.combinations import (
     reversal,
     sequence,
 )
-from cellop_nb.analysis.fits import fit_response
+from cellop_nb.analysis.fits import Fits, fit_response, latents_only
 from cellop_nb.analysis.formulas import Undefined
-from cellop_nb.analysis.selection import leave_out, what_to_leave_out
-from cellop_nb.analysis.transfer import Complexity
+from cellop_nb.analysis.selection import choose, leave_out, left_out, what_to_leave_out
+from cellop_nb.analysis.transfer import Complexity, Response
+from cellop_nb.analysis.views import LatentView
 from cellop_nb.errors import HoldoutError, LabelError, ModelError
 from cellop_nb.models.affine import AffineOperator
 from cellop_nb.models.conditions import Condition
@@ -171,6 +172,54 @@ def test_combinations_are_left_out_in_turn():
     assert energy.filter(like="B+C").iloc[0] < energy.filter(like="A+B").iloc[0]  # only B+C is additive
 
 
+def composed(seed: int = 0):
+    """A and C shift, B and D stretch threefold about the controls' centre; the doubles do one after the other."""
+    import anndata as ad
+
+    rng = np.random.default_rng(seed)
+    act = {"control": lambda z: z}
+    for shift, stretch, axis in (("A", "B", 0), ("C", "D", 1)):
+        move, grow = np.eye(2)[axis] * 4, np.where(np.arange(2) == axis, 3.0, 1.0)
+        act |= {shift: lambda z, m=move: z + m, stretch: lambda z, g=grow: z * g}
+        act[f"{shift}+{stretch}"] = lambda z, m=move, g=grow: (z + m) * g
+    z = np.concatenate([move(0.5 * rng.normal(size=(150, 2))) for move in act.values()])
+    obs = pd.DataFrame({"perturbation": np.repeat(list(act), 150)})
+    obs.index = obs.index.astype(str)
+    adata = ad.AnnData(obs=obs, obsm={"X_nbvae": z.astype(np.float32)})
+    split(adata, test_fraction=0.0, context_key=None)
+    return adata
+
+
+def test_the_rule_is_chosen_by_the_doubles_left_out():
+    rules = [Complexity(ridge=1e-3, rule=rule) for rule in RULES]
+    training = {"max_epochs": 15, "cells_per_group": 128}
+    table = leave_out(composed(), rules, over="combination", context_key=None, progress=False, **training)
+    assert choose(table, rules).rule == "composition"
+    mean = table.groupby("complexity")["e_distance"].mean()
+    assert (
+        mean.filter(like="composition").iloc[0] < 0.3 * mean.drop(mean.filter(like="composition").index).min()
+    )
+
+
+def test_a_rule_without_an_answer_leaves_the_effect():
+    flipped = AffineOperator(
+        torch.diag(torch.tensor([-1.0, 1.0])), torch.zeros(2), "flip"
+    )  # no real logarithm
+    adata = composed()
+    fits = Fits(
+        latents_only(adata, "X_nbvae", "split"), LatentView(adata, context_key=None), keys={}, training={}
+    )
+
+    class Flipping(Response):
+        def operator(self, perturbation, context):
+            return flipped
+
+    model = type("Model", (), {"conditions": type("Known", (), {"perturbations": ["A", "B"]})})()
+    fits.response = lambda *_, **__: Flipping(model, Complexity(rule="generator"))
+    row = left_out(fits, [("all", "A+B")], Complexity(rule="generator"))[0]
+    assert row["e_distance"] == row["no_change"] > 0
+
+
 QUICK = {
     "context_key": None,
     "vae": {"n_latent": 4, "n_hidden": 16},
@@ -269,8 +318,6 @@ def test_holdout_of_an_unseen_perturbation_with_features():
 
 def test_a_combination_takes_over_what_the_decoder_misses_of_its_parts():
     """A decoder that knows no perturbation at all: the prediction then is that of the additive rule, in levels."""
-    from cellop_nb.analysis.transfer import Response
-
     parts = {("x", "A"): Remainder(np.array([1.0, 0.0]), 0.2), ("x", "B"): Remainder(np.array([0.5, -2.0]))}
     everywhere = {"C": Remainder(np.ones(2), -0.1)}
     response = Response(None, Complexity(rank=0, remainder=True), remainders=everywhere, missed=parts)
@@ -304,7 +351,7 @@ def test_norman_doubles_beside_additive_single_and_ceiling(norman_file):
     result = holdout(screen, heldout={"perturbation": doubles}, n_genes=0, **options)
     wide = result.summary()
     assert result.complexity.remainder  # no double is left to choose by
-    for rule in ("operators", "composition", "generator"):
+    for rule in ("operators", *RULES):
         assert wide.loc[rule, "e_distance"] < 0.35 * wide.loc["no change", "e_distance"]
         assert wide.loc[rule, "pearson_delta"] > 0.6
     assert wide.loc["additive", "pearson_delta"] > 0.7 and wide.loc["best single", "pearson_delta"] > 0.6
