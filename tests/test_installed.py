@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 import sysconfig
@@ -90,6 +91,27 @@ def test_the_quickstart_runs_from_the_wheel(installed):
     metrics = json.loads((mine / "runs" / "first" / "00_quickstart" / "metrics.json").read_text())
     assert metrics["parameters"]["max_epochs_vae"] == 2
     assert (mine / "data" / "synthetic_screen.h5ad").is_file()
+
+
+def test_a_sweep_runs_from_the_wheel(installed):
+    """Without a copy the package's own notebooks are swept; workers and kernels are those of the environment."""
+    there = installed.work / "swept"
+    there.mkdir()
+    what = ("02", "-g", "seed=7", "-p", "max_epochs", "1", "--workers", "1")
+    assert "1 runs done" in installed("sweep", *what, cwd=there)
+    (run,) = (there / "runs" / "sweeps" / "02_train_vae").glob("*/*/metrics.json")
+    assert json.loads(run.read_text())["parameters"]["seed"] == 7
+    assert (run.parents[2] / "summary.ipynb").is_file()
+
+
+def test_lab_opens_a_copy_of_the_notebooks(installed):
+    """JupyterLab of this environment is started (and asked for its version alone) on notebooks that are copied out."""
+    there = installed.work / "lab"
+    there.mkdir()
+    out = installed("lab", "--", "--version", cwd=there)
+    assert f"JupyterLab on {there / 'cellop_notebooks' / 'notebooks'}" in out
+    assert re.search(r"^\d+\.\d+\.\d+", out, re.MULTILINE)
+    assert (there / "cellop_notebooks" / "notebooks" / "00_quickstart.ipynb").is_file()
 
 
 def test_the_tests_alone_need_a_checkout(installed, call):
