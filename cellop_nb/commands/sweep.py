@@ -75,15 +75,14 @@ def main(args: argparse.Namespace) -> int:
     notebook, runs = prepare(args, with_file=True)
     folder = place(args, notebook)
     todo = execute.missing(folder, runs, retry_failed=args.retry_failed)
-    say(
-        f"{len(runs)} runs of {notebook.stem} in {folder}: {len(runs) - len(todo)} finished, {len(todo)} to do"
-    )
+    done = len(runs) - len(todo)
+    say(f"{_runs(len(runs))} of {notebook.stem} in {folder}: {done} finished, {len(todo)} to do")
     if args.dry_run:
         _list(runs, todo)
         return 0
     cluster.check_queue(args.cluster)
     single.check_data({notebook.stem: runs[0].values})
-    _run(args, notebook, folder, runs, n_done=len(runs) - len(todo))
+    _run(args, notebook, folder, runs, n_done=done)
     return _report(args, notebook, folder, runs)
 
 
@@ -112,6 +111,10 @@ def place(args: argparse.Namespace, notebook: Path) -> Path:
     """Folder of the sweep: the same for the same command, so that it goes on where it was broken off."""
     parent = Path(args.runs).resolve() if args.runs else environment.home() / "runs" / "sweeps"
     return parent / single.folder_name(args.name or notebook.stem)
+
+
+def _runs(number: int) -> str:
+    return f"{number} run{'s' * (number != 1)}"
 
 
 def _list(runs: list[plan.Run], todo: list[plan.Run]) -> None:
@@ -154,5 +157,5 @@ def _report(args, notebook: Path, folder: Path, runs: list[plan.Run]) -> int:
         complain(f"{len(failed)} of {len(frame)} runs failed; --retry-failed runs them again. First error:")
         complain(f"{failed['error'].iloc[0]}\nSee {folder / failed['run'].iloc[0]}")
     seconds = frame["seconds"].sum()
-    say(f"{len(frame) - len(failed)} runs done, {clock(seconds)} of notebooks in all.")
+    say(f"{_runs(len(frame) - len(failed))} done, {clock(seconds)} of notebooks in all.")
     return 1 if len(failed) else 0
