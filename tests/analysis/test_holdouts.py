@@ -40,7 +40,7 @@ def test_every_context_and_seed_has_every_method(contexts):
 def test_each_row_is_that_of_the_single_holdout(screen, contexts):
     alone = holdout(screen, heldout={"cell_type": "type B", "perturbation": "drug 1"}, seed=1, **QUICK).table
     same = contexts.table[(contexts.table["heldout"] == "type B") & (contexts.table["seed"] == 1)]
-    pd.testing.assert_frame_equal(same[alone.columns].reset_index(drop=True), alone)
+    pd.testing.assert_frame_equal(same[alone.columns].reset_index(drop=True), pd.DataFrame(alone))
 
 
 def test_summary_is_the_mean_over_seeds_and_groups(contexts):
