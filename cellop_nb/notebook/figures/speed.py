@@ -43,7 +43,8 @@ def energy_scaling(rows: Rows) -> Figure:
             ax.plot(*zip(*bound, strict=True), color=QUIET, linestyle=":", label="products alone (bound)")
         ax.set(xscale="log", yscale="log")
         ax.set_xticks(sorted({row["n"] for row in rows if row.get(kind)}))
-        log_ticks(ax, "x"), log_ticks(ax, "y")
+        for axis in "xy":
+            log_ticks(ax, axis)
         label(
             ax, "Energy distance, value and gradient" if ax is axes[0] else "", "cells per cloud", kinds[kind]
         )
