@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..errors import DataError, did_you_mean, three_beats
 from .draws import Draws, GroupSample
+from .matrices import sent
 from .slots import context_labels, obs_labels, require_control
 from .splits import rows_of
 
@@ -156,7 +157,7 @@ class Groups(Sequence):
         chosen = [int(k) for k in (range(len(self)) if which is None else which)]
         rows, sizes = self._draws.draw([*chosen, *(k + len(self) for k in chosen)], n_cells, generator)
         cut = sum(sizes[: len(chosen)])
-        rows = rows.to(self.pool.device)
+        rows = sent(rows, self.pool.device)
         return GroupSample(
             control=self.pool.index_select(0, rows[:cut]),
             perturbed=self.pool.index_select(0, rows[cut:]),

@@ -128,13 +128,20 @@ class CountMatrix:
         index = torch.from_numpy(np.asarray(rows, dtype=np.int64))
         return CountBatch(
             n_genes=self.shape[1],
-            library=self.library[index].to(device),
-            index=index.to(device),
-            covariates={key: code[index].to(device) for key, code in self.covariates.items()},
-            indptr=torch.from_numpy(part.indptr.astype(np.int64)).to(device),
-            columns=torch.from_numpy(part.indices.astype(np.int64)).to(device),
-            values=torch.from_numpy(part.data).to(device),
+            library=sent(self.library[index], device),
+            index=sent(index, device),
+            covariates={key: sent(code[index], device) for key, code in self.covariates.items()},
+            indptr=sent(torch.from_numpy(part.indptr.astype(np.int64)), device),
+            columns=sent(torch.from_numpy(part.indices.astype(np.int64)), device),
+            values=sent(torch.from_numpy(part.data), device),
         )
+
+
+def sent(value: Tensor, device: torch.device | str) -> Tensor:
+    """`value` on the device; to a GPU from pinned memory, so that the host does not wait until it is there."""
+    if value.device.type == "cpu" and torch.device(device).type == "cuda":
+        return value.pin_memory().to(device, non_blocking=True)
+    return value.to(device)
 
 
 class CountLoader:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import energy_exact, energy_kernels, host
 from .energy_groups import Batch
 from .energy_joint import joint_energies
-from .energy_kernels import Exact, cross_sums, no_padding, scale_of, self_sums
+from .energy_kernels import Exact, no_padding, scale_of
 
 SMALL_PAIRS = 800_000  # distances of a batch up to which the number of calls counts, not that of pairs
 
@@ -32,7 +33,8 @@ def energies(
     """
     pairs = batch.x.pairs(estimator), batch.y.pairs(estimator)
     known = None if y_self is None else y_self[batch.groups]
-    if tile is None and len(x) * (x.shape[1] + y.shape[1]) * max(x.shape[1], y.shape[1]) <= SMALL_PAIRS:
+    small = len(x) * (x.shape[1] + y.shape[1]) * max(x.shape[1], y.shape[1]) <= SMALL_PAIRS
+    if tile is None and small and host.looks_are_free(x.device):
         found = _joint(x, y, batch, pairs, want_x, want_y, known)
         if found is not None:
             return found
@@ -63,7 +65,7 @@ def _tiled(given_x, given_y, batch: Batch, pairs, want_x, want_y, tile, y_self) 
     scale = scale_of(x, y)
     x, y = x.div_(scale), y.div_(scale)
     options = {"want_x": want_x, "want_y": want_y, "tile": tile, "pad_x": pad_x, "pad_y": pad_y}
-    cross, cross_x, cross_y = cross_sums(x, y, (given_x, given_y, scale), **options)
+    cross, cross_x, cross_y = _kernels(x).cross_sums(x, y, (given_x, given_y, scale), **options)
     within_x, self_x = _within(x, (given_x, given_x, scale), want_x, tile, pad_x)
     energy = 2 * cross / counts - within_x / pairs[0]
     force_x = _combine(cross_x, counts, self_x, pairs[0])
@@ -78,7 +80,7 @@ def mean_within(y: Tensor, pad: Tensor | None, pairs: Tensor | int, tile: int | 
     """(group,) float64 mean distance within groups (group, cell, d)."""
     moved = _moved(y, _mean(y, pad), pad)
     scale = scale_of(moved)
-    total, _ = self_sums(moved.div_(scale), (y, y, scale), want=False, tile=tile, pad=pad)
+    total, _ = _kernels(moved).self_sums(moved.div_(scale), (y, y, scale), want=False, tile=tile, pad=pad)
     return total * scale.flatten() / pairs
 
 
@@ -98,7 +100,12 @@ def _within(
     x: Tensor, exact: Exact, want: bool, tile: int | None, pad: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """:func:`self_sums` of clouds that are first centred on themselves."""
-    return self_sums(_moved(x, _mean(x, pad), pad), exact, want=want, tile=tile, pad=pad)
+    return _kernels(x).self_sums(_moved(x, _mean(x, pad), pad), exact, want=want, tile=tile, pad=pad)
+
+
+def _kernels(x: Tensor):
+    """By products where close pairs can be found and repaired, else from differences."""
+    return energy_kernels if host.looks_are_free(x.device) else energy_exact
 
 
 def _mean(x: Tensor, pad: Tensor | None) -> Tensor:

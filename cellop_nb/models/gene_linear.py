@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag
 
+from . import host
 from .counts import SparseCounts
 
 COUNTS_PER_CELL = 1e4
@@ -37,7 +38,7 @@ class LogNormalised:
             self.dense = (x * factor.unsqueeze(-1)).log1p_()
             return
         values = (x.values * factor.index_select(0, x.rows)).log1p_()
-        if values.device.type == "cpu":
+        if host.looks_are_free(values.device):
             self.counts, self.values = x, values
         else:  # there the dense product is the faster one
             self.dense = x.spread(values)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import host
 from .counts import SparseCounts
 from .stirling import stirling
 
@@ -68,7 +69,8 @@ def softmax_nb(
 
     `logits` becomes its own gradient. r (gene,) lies within its bounds; all arrays share one floating dtype.
     """
-    (cells, genes), table = counts.shape, uses_table(logits.device)
+    # Where looks are free: counts sorted into small and large ones, and cells visited in turns.
+    (cells, genes), table = counts.shape, host.looks_are_free(logits.device)
     terms, slope = _tables(r)
     place, near = _places(counts) if table else (torch.zeros_like(counts.columns), None)
     step = max(1, _TURN // genes) if table else cells
@@ -79,14 +81,6 @@ def softmax_nb(
         rows, nonzeros = slice(start, min(start + step, cells)), slice(ends[turn], ends[turn + 1])
         value[rows] = _turn(gradient, counts, library[rows], known, rows, nonzeros, near)
     return value.sub_(counts.constant), gradient
-
-
-def uses_table(device: torch.device) -> bool:
-    """Whether counts are sorted into small and large ones, and cells visited in turns: on a CPU.
-
-    Elsewhere a look at the counts would make the host wait for the device.
-    """
-    return device.type == "cpu"
 
 
 def _tables(r: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,9 +125,8 @@ def _turn(found: RowsGradient, counts, library, known, rows: slice, nonzeros: sl
         value[far] = late[0]
         slope.view(-1).scatter_(0, at[far], late[1])
         log_ratio.view(-1).scatter_(0, at[far], 0)
-    sums = torch.segment_reduce(
-        value, "sum", offsets=counts.indptr[rows.start : rows.stop + 1] - nonzeros.start
-    )
+    offsets = counts.indptr[rows.start : rows.stop + 1] - nonzeros.start
+    sums = torch.segment_reduce(value, "sum", offsets=offsets, unsafe=True)  # the offsets are our own
     value = sums - torch.mv(log_ratio, r)
     if late is not None:
         log_ratio.view(-1).scatter_(0, at[far], late[2])

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Normal
 
+from . import host
 from .counts import SparseCounts
 from .gene_linear import GeneLinear, LogNormalised
 from .likelihood import nb_log_likelihood_logits
@@ -157,7 +158,9 @@ class DecoderNB(nn.Module):
         self, counts: SparseCounts, library: Tensor, z: Tensor, covariates: Tensor | None = None
     ) -> Tensor:
         """(cell,) log-likelihood of counts (cell, gene), whose library sizes are (cell,), at latents (cell, latent)."""
-        if z.device.type != "cpu" or torch.is_autocast_enabled("cpu"):  # products in another precision
+        if not host.looks_are_free(z.device) or torch.is_autocast_enabled(
+            "cpu"
+        ):  # products in another precision
             logits = self(z, covariates).to(library.dtype)
             return nb_log_likelihood_logits(counts, logits, library, self.dispersion)
         given, hidden = self.features(z, covariates)

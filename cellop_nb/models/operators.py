@@ -13,42 +13,6 @@ from .affine import AffineOperator
 from .conditions import Condition, ConditionEncoder, Design, first_embedding
 
 
-def spectral_excess(matrices: Tensor, max_norm: float) -> Tensor:
-    r"""Stability penalty of operators (condition, d, d), averaged over conditions.
-
-    .. math:: \frac1n \sum_\theta \max(0, \|A_\theta\|_2 - \rho)^2
-
-    It acts on the operators of the conditions themselves; bounding the norms of their parts apart would not
-    bound their sum. The norm is the exact largest singular value; on a CPU the decomposition is left out where
-    :func:`norm_bound` already is below rho.
-    """
-    if matrices.device.type == "cpu":
-        bound = norm_bound(matrices.detach())
-        if bool(bound.isnan().any()):
-            return matrices.sum() * torch.nan  # the decomposition would raise; the guard names what it sees
-        beyond = bound > max_norm
-        if not bool(beyond.any()):
-            return matrices.new_zeros(())
-        excess = (torch.linalg.matrix_norm(matrices[beyond], 2) - max_norm).clamp_min(0)
-        return excess.square().sum() / len(matrices)
-    return (torch.linalg.matrix_norm(matrices, 2) - max_norm).clamp_min(0).square().mean()
-
-
-def norm_bound(matrices: Tensor) -> Tensor:
-    r"""Upper bound (condition,) of the spectral norms of (condition, d, d), by products alone.
-
-    .. math:: \|A\|_2 \le \|(A^\top A)^4\|_F^{1/8} \le d^{1/16}\, \|A\|_2
-
-    NaN where a matrix is not finite; infinity where its powers overflow.
-    """
-    size = matrices.flatten(1).norm(dim=1)
-    gram = torch.bmm(matrices.mT, matrices)
-    for _ in range(2):
-        gram = torch.bmm(gram, gram)
-    bound = gram.flatten(1).norm(dim=1).pow(1 / 8)
-    return torch.where(size.isfinite(), torch.where(bound.isnan(), torch.inf, bound), torch.nan)
-
-
 def gaussian_map(control: Tensor, perturbed: Tensor, *, shrink: float = 0.1) -> Tensor:
     r"""Matrix (d, d) of the optimal transport map between the Gaussians with the clouds' covariances.
 

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from ..models.host import looks_are_free
+
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """Scale all gradients down to a total norm of `max_norm`, in place; returns the norm before.
@@ -16,6 +18,6 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     """
     trained = [parameter for parameter in parameters if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in trained])
-    if norm.device.type != "cpu" or not bool(norm <= max_norm):
+    if not looks_are_free(norm.device) or not bool(norm <= max_norm):
         torch.nn.utils.clip_grads_with_norm_(trained, max_norm, norm)
     return norm

@@ -1,9 +1,9 @@
 """The non-finite guard: training stops before a NaN is kept, and says where it came from.
 
 A healthy step pays for three numbers: the sum of the loss terms, the gradient norm that clipping has
-computed anyway, and, every few steps, one sum over each parameter. On a GPU they are combined there and read
-once per step. Only when one of them is not finite is the batch run again with every operation watched
-(:mod:`.locate`).
+computed anyway, and, every few steps, one sum over each parameter. On a GPU they are combined there, hold the
+optimiser back there (:mod:`.window`), and are read every few steps. Only when one of them is not finite is the batch
+run again with every operation watched (:mod:`.locate`).
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CellopError, LabelError, did_you_mean, three_beats
+from ..models.host import looks_are_free
 from ..models.trace import is_finite
 from .explain import NonFiniteError, explain, optimizer_faults
 from .locate import nonfinite_state
 from .reproducer import TrainingState, random_state, replay, save_reproducer, set_random_state
+from .window import Window
 
 __all__ = ["NonFiniteError", "NonFiniteGuard", "replay"]
 
@@ -48,7 +50,9 @@ class NonFiniteGuard:
     snapshot_every
         Steps between two copies of model and optimiser.
     deferred
-        Read all checks once per step instead of one by one; None chooses this for every device but the CPU.
+        Leave all checks on the device and read them every `check_every` steps (once per step for "rollback", whose
+        next step depends on them, and for optimisers that the device cannot hold back); None chooses this for every
+        device but the CPU.
 
     Attributes
     ----------
@@ -89,7 +93,7 @@ class NonFiniteGuard:
         self.last_finite: TrainingState | None = None
         self.rollbacks, self.errors, self.overflows = 0, [], 0
         self._parameters = [p for p in model.parameters() if p.requires_grad]
-        on_cpu = all(p.device.type == "cpu" for p in self._parameters)
+        on_cpu = all(looks_are_free(p.device) for p in self._parameters)
         self.deferred = not on_cpu if deferred is None else deferred
         self._loss_flag: Tensor | None = None
         self._parameter_flag: Tensor | None = None
@@ -97,6 +101,8 @@ class NonFiniteGuard:
         self._random: dict[str, Tensor] | None = None
         self._since = 0
         self._suspect = False
+        held_back = self.deferred and on_nonfinite == "stop" and Window.possible(optimizer)
+        self._window = Window(optimizer) if held_back else None
 
     # -- the calls of the loop ---------------------------------------------------------------------
 
@@ -123,11 +129,17 @@ class NonFiniteGuard:
             return math.isfinite(float(norm)) or self._gradient_fault(trainer)
         flags = [self._loss_flag, self._parameter_flag, torch.isfinite(torch.as_tensor(norm))]
         flags = [flag.to(self._parameters[0].device) for flag in flags if flag is not None]
-        return bool(torch.stack(flags).all()) or self._deferred_fault(trainer)
+        finite = torch.stack(flags).all()
+        if self._window is None:
+            return bool(finite) or self._deferred_fault(trainer)
+        self._window.add(trainer, self._random, finite)
+        return True
 
     def after_step(self, trainer) -> bool:
         """Check the parameters, and copy the state from time to time."""
         self._since += 1
+        if self._window is not None and len(self._window) >= self.check_every and not self._look(trainer):
+            return False
         if self._since % self.check_every == 0:
             if self.deferred:
                 sums = torch.stack([p.detach().sum() for p in self._parameters])
@@ -138,6 +150,8 @@ class NonFiniteGuard:
 
     def end_of_epoch(self, trainer) -> bool:
         """Check the parameters, and keep the state if the last copy is old."""
+        if self._window is not None and not self._look(trainer):
+            return False
         self._parameter_flag = None
         if not self._parameters_are_finite():
             return self._fault("parameter", trainer)
@@ -169,6 +183,15 @@ class NonFiniteGuard:
         self._parameter_flag = None
 
     # -- faults ------------------------------------------------------------------------------------
+
+    def _look(self, trainer) -> bool:
+        """Read what the device found in the last steps; the faulty one is made again with every check at once."""
+        steps = self._window.look(trainer)
+        window, self._window, deferred, self.deferred = self._window, None, self.deferred, False
+        try:
+            return not steps or Window.make_again(steps, trainer)
+        finally:
+            self._window, self.deferred, self._parameter_flag = window, deferred, None
 
     def _parameters_are_finite(self) -> bool:
         total = sum(parameter.detach().sum() for parameter in self._parameters)

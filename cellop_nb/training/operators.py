@@ -14,7 +14,8 @@ from ..errors import LabelError, ModelError, did_you_mean, three_beats
 from ..models.conditions import Condition
 from ..models.energy import energy_distance, grouped_energy_distance, self_distance
 from ..models.energy_moved import moved_energy_distance
-from ..models.operators import OperatorModel, spectral_excess
+from ..models.operators import OperatorModel
+from ..models.spectral import spectral_excess
 from .loop import Trainer
 from .resume import digest
 from .within import WithinTerm

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -31,6 +33,7 @@ class WithinTerm:
         controls = groups.pool.new_zeros(len(groups.pool) - sum(map(len, found)))
         self.per_cell = torch.cat([controls, *found])  # in the order of the pool
         self.means = torch.stack([part.mean() for part in found])
+        self._all = list(range(len(found)))
 
     def of(self, sample: GroupSample) -> Tensor:
         """(group,) constant term of the sampled groups, in the order of ``sample.which``."""
@@ -38,9 +41,16 @@ class WithinTerm:
         if min(sizes) == max(sizes):
             means = drawn.view(len(sizes), -1).mean(1)
         else:
-            lengths = torch.tensor(sizes, device=drawn.device)
-            means = torch.segment_reduce(drawn, "mean", lengths=lengths)
-        return torch.add(-self.means[sample.which], means, alpha=2)
+            lengths = _on_device(tuple(sizes), drawn.device)
+            means = torch.segment_reduce(drawn, "mean", lengths=lengths, unsafe=True)  # the sizes are our own
+        known = self.means if sample.which == self._all else self.means[sample.which]
+        return torch.add(-known, means, alpha=2)
+
+
+@functools.lru_cache(maxsize=64)
+def _on_device(sizes: tuple[int, ...], device: torch.device) -> Tensor:
+    """Sizes (group,) as a tensor; remembered, since each step asks for the same."""
+    return torch.tensor(sizes, device=device)
 
 
 def _mean_distances(cells: Tensor) -> Tensor:

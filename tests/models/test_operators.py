@@ -12,7 +12,8 @@ from scipy.linalg import sqrtm
 from cellop_nb.errors import LabelError, ModelError
 from cellop_nb.models.affine import AffineOperator
 from cellop_nb.models.conditions import Condition
-from cellop_nb.models.operators import OperatorModel, gaussian_map, norm_bound, spectral_excess
+from cellop_nb.models.operators import OperatorModel, gaussian_map
+from cellop_nb.models.spectral import norm_bound, spectral_excess
 
 D, NAMES, CONTEXTS = 4, ["A", "B", "C"], ["x", "y"]
 some = settings(deadline=None, max_examples=20)

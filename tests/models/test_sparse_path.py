@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cellop_nb.models import nb_rows
+from cellop_nb.models import host, nb_rows
 from cellop_nb.models.counts import SparseCounts
 from cellop_nb.models.gene_linear import GeneLinear, LogNormalised
 from cellop_nb.models.likelihood import nb_log_likelihood, nb_log_likelihood_logits
@@ -118,7 +118,7 @@ def test_the_form_for_other_devices_is_the_same(monkeypatch):
     results = []
     for table in (True, False):
         if not table:
-            monkeypatch.setattr(nb_rows, "uses_table", lambda device: False)
+            monkeypatch.setattr(host, "looks_are_free", lambda device: False)
         value = nb_log_likelihood_logits(x, logits, library, r)
         results.append((value, *torch.autograd.grad(value.sum(), (logits, r))))
     for a, b in zip(*results, strict=True):

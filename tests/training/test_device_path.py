@@ -1,0 +1,163 @@
+"""The way of a GPU, taken on a CPU: the inner loop never looks at a value, and the numbers are those of a CPU."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+
+import pytest
+import torch
+from toy import small_operators, small_vae
+
+import cellop_nb as co
+from cellop_nb.bench.count import counts
+from cellop_nb.models import energy_batch, host
+from cellop_nb.models.energy import grouped_energy_distance, self_distance
+from cellop_nb.models.spectral import spectral_excess
+from cellop_nb.training.explain import NonFiniteError
+
+MAKE = {"vae": small_vae, "operators": small_operators}
+
+
+@pytest.fixture
+def as_on_a_device(monkeypatch):
+    monkeypatch.setattr(host, "looks_are_free", lambda device: False)
+    monkeypatch.setattr("cellop_nb.training.clip.looks_are_free", lambda device: False)
+    monkeypatch.setattr("cellop_nb.training.guard.looks_are_free", lambda device: False)
+    # torch itself checks the codes on a CPU alone (aten/src/ATen/native/Onehot.cpp)
+    monkeypatch.setattr(
+        torch.nn.functional, "one_hot", lambda codes, n: (codes.unsqueeze(-1) == torch.arange(n)).long()
+    )
+
+
+@contextlib.contextmanager
+def no_looks():
+    """Python may not ask a tensor for its values."""
+
+    def refuse(self, *args):
+        raise AssertionError("the host looked at a value")
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("item", "cpu", "numpy", "tolist", "__bool__", "__float__", "__int__", "__index__"):
+            patch.setattr(torch.Tensor, name, refuse)
+        yield
+
+
+@pytest.mark.parametrize("kind", MAKE)
+def test_the_inner_loop_never_waits_for_a_device(kind, as_on_a_device, tmp_path):
+    """Draw of cells apart, which is the host's own: loss, gradient, clipping, guard, optimiser, sums of terms."""
+    trainer = MAKE[kind](None)
+    trainer.model.train()
+    batches = [batch for _ in range(3) for batch in trainer.batches()]
+    trainer._run_step(batches[0])  # the guard's first copy
+    for batch in batches[1:8]:
+        with no_looks():
+            found = counts(lambda batch=batch: trainer._run_step(batch))
+        assert found.reads == ()
+    assert trainer.guard.deferred
+    for batch in batches[8:12]:  # one look for ten steps
+        trainer._run_step(batch)
+    assert len(trainer.guard._window) < 10
+
+
+@pytest.mark.parametrize("kind", MAKE)
+def test_looks_are_seen(kind):
+    """The count can fail: on a CPU the same steps do look."""
+    trainer = MAKE[kind](None)
+    trainer.model.train()
+    batch = next(iter(trainer.batches()))
+    trainer._run_step(batch)
+    assert "_local_scalar_dense" in counts(lambda: trainer._run_step(batch)).reads
+    with no_looks(), pytest.raises(AssertionError, match="looked"):
+        trainer._run_step(batch)
+
+
+@pytest.mark.parametrize("kind", MAKE)
+def test_a_fit_is_the_same(kind, monkeypatch, request):
+    here = MAKE[kind](None, max_epochs=3).fit()
+    request.getfixturevalue("as_on_a_device")
+    there = MAKE[kind](None, max_epochs=3).fit()
+    for column in ("train_loss", "val_loss", "grad_norm"):
+        torch.testing.assert_close(
+            *(torch.tensor(t[column].to_numpy()) for t in (here, there)), rtol=1e-4, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("kind", MAKE)
+def test_a_fault_holds_the_device_back_and_is_told_as_on_a_cpu(kind, as_on_a_device):
+    """The step that brings the NaN is named, though the host looks later; no parameter has seen it."""
+    trainer = MAKE[kind](None, max_epochs=4)
+    plain, seen = trainer.loss_terms, {}
+
+    def broken(batch):
+        terms = plain(batch)
+        if trainer.step == 7:
+            seen.setdefault("weights", [p.detach().clone() for p in trainer.model.parameters()])
+            terms = {name: term * math.nan for name, term in terms.items()}
+        return terms
+
+    trainer.loss_terms = broken
+    with pytest.raises(NonFiniteError) as caught:
+        trainer.fit()
+    assert caught.value.step == 7
+    assert caught.value.stage == "loss"
+    kept = trainer.guard.last_finite.model
+    named = dict(zip([name for name, _ in trainer.model.named_parameters()], seen["weights"], strict=True))
+    assert all(torch.equal(kept[name], value) for name, value in named.items())
+
+
+def test_a_norm_that_overflows_is_no_fault_and_no_step_is_lost(as_on_a_device):
+    """Finite gradients whose squares overflow: the step is made again at once, and the ones after it too."""
+
+    def losses(deferred):
+        trainer = small_operators(None, max_epochs=2, clip_norm=1.0)
+        trainer.guard.deferred = deferred
+        if not deferred:
+            trainer.guard._window = None
+        plain = trainer.loss_terms
+        trainer.loss_terms = lambda batch: {
+            name: term * (1e25 if trainer.step == 3 else 1.0) for name, term in plain(batch).items()
+        }
+        trainer.fit()
+        return trainer.history["val_loss"].tolist(), trainer.guard.overflows
+
+    assert losses(True) == losses(False)
+
+
+@pytest.mark.parametrize("sizes", [([30, 20, 25], [20, 30, 25]), ([40], [70])])
+@pytest.mark.parametrize("side", [7, 2048])
+def test_distances_from_differences_are_those_of_products(sizes, side, monkeypatch, request):
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(sum(n), 5, generator=generator) for n in sizes)
+    y[:3] = x[:3]  # coincident, and close
+    y[3:6] = x[3:6] + 1e-3
+
+    def all_of():
+        a, b = x.clone().requires_grad_(), y.clone().requires_grad_()
+        value = grouped_energy_distance(a, b, *sizes)
+        return value, *torch.autograd.grad(value.sum(), (a, b)), self_distance(y, sizes[1])
+
+    expected = all_of()
+    request.getfixturevalue("as_on_a_device")
+    monkeypatch.setattr("cellop_nb.models.energy_exact._SIDE", side)
+    for found, wanted in zip(all_of(), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=2e-5)
+    assert energy_batch._kernels(x).__name__.endswith("energy_exact")
+
+
+def test_the_stability_penalty_is_that_of_the_decomposition(request):
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(6, 9, 9, generator=generator).double().requires_grad_()
+    expected = torch.autograd.grad(spectral_excess(a, 3.0), a)[0], spectral_excess(a, 3.0)
+    request.getfixturevalue("as_on_a_device")
+    found = torch.autograd.grad(spectral_excess(a, 3.0), a)[0], spectral_excess(a, 3.0)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    assert float(spectral_excess(torch.zeros(2, 3, 3), 3.0)) == 0
+    assert spectral_excess(torch.full((2, 3, 3), math.nan), 3.0).isnan()
+
+
+def test_a_public_trainer_takes_the_way_by_itself(as_on_a_device):
+    assert co.VAETrainer is not None
+    assert small_vae(None).guard.deferred
+    assert small_vae(None, on_nonfinite="rollback").guard._window is None
