@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
 _MANY, _LEFT = 6, 'style="text-align:left"'
@@ -34,6 +34,29 @@ def card(title: str, facts: Mapping[str, object], *, note: str = "") -> str:
     )
     below = f"<div>{escape(note)}</div>" if note else ""
     return f"<div><strong>{escape(title)}</strong><table><tbody>{rows}</tbody></table>{below}</div>"
+
+
+def grid(head: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
+    """A table with a head, as HTML; every word is escaped.
+
+    Parameters
+    ----------
+    head
+        Names of the columns.
+    rows
+        Values of each row; numbers are written with four digits.
+
+    Returns
+    -------
+    str
+        HTML.
+    """
+    cell = 'style="text-align:left;padding:2px 16px 2px 0;line-height:1.4"'
+    names = "".join(f'<th scope="col" {cell}>{escape(str(name))}</th>' for name in head)
+    body = "".join(
+        "<tr>" + "".join(f"<td {cell}>{_said(value)}</td>" for value in row) + "</tr>" for row in rows
+    )
+    return f"<table><thead><tr>{names}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def _said(value: object) -> str:

@@ -12,7 +12,7 @@ from bs4 import BeautifulSoup
 
 import cellop_nb as co
 from cellop_nb.tables import History, Scores
-from cellop_nb.views import card
+from cellop_nb.views import card, grid
 
 
 def facts(html: str) -> dict[str, str]:
@@ -37,6 +37,15 @@ def test_a_card_shows_words_as_text_and_long_lists_short():
     assert "d" not in said
     assert "x &amp; y" in html
     assert not re.search(r"color|background", html), "the page's own colours, light or dark"
+
+
+def test_a_grid_shows_words_as_text():
+    html = grid(["<b>", "x"], [("<i>", 0.123456), ("a", 7)])
+    rows = [
+        [c.text for c in row.find_all(["th", "td"])]
+        for row in BeautifulSoup(html, "html.parser").find_all("tr")
+    ]
+    assert rows == [["<b>", "x"], ["<i>", "0.1235"], ["a", "7"]]
 
 
 def test_a_trainer_tells_where_it_is(trainer):

@@ -151,7 +151,7 @@ class RunControls(Callback):
     @staticmethod
     def _say(label, text: str) -> None:
         """Write to a label that is no control: a control that speaks during the fit would go deaf."""
-        label.value = f'<span role="status">{html.escape(text)}</span>'
+        label.value = status_line(text)
 
     def _label_pause(self, description: str, tooltip: str) -> None:
         self.pause_button.description, self.pause_button.tooltip = description, tooltip
@@ -190,6 +190,11 @@ def spoken(widget, words: str, **kwargs) -> dict:
     data, *rest = bundle if isinstance(bundle, tuple) else (bundle,)
     data = {**data, "text/plain": words}
     return (data, *rest) if rest else data
+
+
+def status_line(text: str) -> str:
+    """HTML of words that a screen reader reads out when they change."""
+    return f'<div role="status" style="line-height:1.4">{html.escape(text)}</div>'
 
 
 def button(description: str, tooltip: str, action: Callable[[], object]):

@@ -6,7 +6,6 @@ Each widget's callback is one plain method that can be called without a widget. 
 
 from __future__ import annotations
 
-import html
 import logging
 import threading
 from dataclasses import replace
@@ -16,7 +15,7 @@ from ..analysis.combinations import RULES
 from ..errors import CellopError, LabelError, did_you_mean, three_beats
 from ..files import write_whole
 from . import parameters
-from .controls import button, spoken
+from .controls import button, spoken, status_line
 from .figures.explorer import ExplorerSheet
 from .questions import Answer, Question
 from .virtual import VirtualCells
@@ -172,7 +171,7 @@ class Explorer:
                 self.together.value = together
 
     def _say(self, text: str) -> None:
-        self.status.value = f'<span role="status">{html.escape(text)}</span>'
+        self.status.value = status_line(text)
 
     def _safely(self, action) -> None:
         """Run a widget's action; a refusal is said below the controls, and the picture stays."""
@@ -197,7 +196,7 @@ class Explorer:
         import ipywidgets as w
 
         names, asked = self.cells.perturbations, self.question
-        wide = {"style": {"description_width": "90px"}, "layout": w.Layout(width="330px")}
+        wide = {"style": {"description_width": "100px"}, "layout": w.Layout(width="340px")}
         first, second, together = _parts(asked, names)
         self.context = w.Dropdown(
             options=self.cells.contexts, value=asked.context, description="context", **wide
@@ -227,6 +226,7 @@ class Explorer:
         self.image = w.Image(
             value=self.picture,
             format="png",
+            tooltip="Where the cells go, which genes change, and how healthy the operator is",
             layout=w.Layout(width="768px", max_width="100%", align_self="flex-start"),
         )
         self.status = w.HTML()

@@ -19,10 +19,11 @@ from ..files import write_whole
 from ..training.loop import Trainer
 from ..training.operators import OperatorTrainer, new_operators
 from ..training.vae import VAETrainer, new_vae
+from ..views import grid
 from . import parameters
-from .controls import button, spoken, words
+from .controls import button, spoken, status_line
 from .figures import style as s
-from .values import Parameter
+from .inputs import read_value, shown_value, widget_for
 from .workspace import Workspace, vae_sizes
 
 _FIXED = {parameter.name for parameter in parameters.DATA} | {"seed", "run_dir", "max_epochs"}
@@ -98,7 +99,9 @@ class TuningPanel:
         ParameterError
             For a value that does not fit.
         """
-        return {name: _read(parameter, self.widgets[name]) for name, parameter in self.parameters.items()}
+        return {
+            name: read_value(parameter, self.widgets[name]) for name, parameter in self.parameters.items()
+        }
 
     def train(self, **chosen) -> pd.DataFrame:
         """Run a short fit at the chosen values, and add it to the results.
@@ -135,7 +138,7 @@ class TuningPanel:
             raise LabelError(three_beats("a hyper-parameter of the notebook", repr(name), fix))
         checked = {name: self.parameters[name].check(value) for name, value in chosen.items()}
         for name, value in checked.items():
-            self.widgets[name].value = _shown(self.parameters[name], value)
+            self.widgets[name].value = shown_value(self.parameters[name], value)
 
     def start(self) -> None:
         """Run :meth:`train` beside the page, one fit at a time; the button says what it does."""
@@ -232,9 +235,8 @@ class TuningPanel:
         self.results.index = pd.RangeIndex(1, len(self.results) + 1, name="fit")
         self.curves.value = s.png(self.figure())
         self.curves.layout.display = None
-        self.compared.value = self.table().to_html(
-            float_format="{:.4g}".format, border=0, col_space=110, justify="left"
-        )
+        shown = self.table().reset_index()
+        self.compared.value = grid(list(shown.columns), shown.itertuples(index=False, name=None))
         self._say(f"fit {len(self.results)}: best {self.trainer.monitor} {row['best']:.4g}")
 
     def _safely(self, action) -> None:
@@ -245,7 +247,7 @@ class TuningPanel:
             self._say(f"refused: {problem}")
 
     def _say(self, text: str) -> None:
-        self.status.value = f'<span role="status">{html.escape(text)}</span>'
+        self.status.value = status_line(text)
 
     def _build(self, epochs: int) -> None:
         import ipywidgets as w
@@ -253,10 +255,8 @@ class TuningPanel:
         self.widgets = {
             name: widget_for(p, self.work.values.get(name)) for name, p in self.parameters.items()
         }
-        rows = [
-            w.HBox([box, w.HTML(html.escape(self.parameters[name].comment))])
-            for name, box in self.widgets.items()
-        ]
+        row = w.Layout(flex_flow="row wrap", align_items="center")
+        rows = [w.HBox([box, self._help(name)], layout=row) for name, box in self.widgets.items()]
         self.epochs = w.BoundedIntText(
             value=epochs, min=1, max=100, description="epochs of a fit", style={"description_width": "140px"}
         )
@@ -267,51 +267,22 @@ class TuningPanel:
         ]
         hidden = {"display": "none"}
         self.status, self.compared = w.HTML(), w.HTML()
-        self.curves = w.Image(format="png", layout=w.Layout(width="768px", max_width="100%", **hidden))
+        self.curves = w.Image(
+            format="png",
+            tooltip="Validation loss of each fit over its epochs, as in the table above",
+            layout=w.Layout(width="768px", max_width="100%", **hidden),
+        )
         self.text = w.Textarea(rows=14, description="YAML", layout=w.Layout(width="768px", **hidden))
         self._say("ready")
         below = [self.status, self.compared, self.curves, self.text]
         self.panel = w.VBox([*rows, self.epochs, w.HBox(actions), *below])
 
+    def _help(self, name: str):
+        """What a parameter means, beside its widget."""
+        from ipywidgets import HTML
+
+        words = html.escape(self.parameters[name].comment)
+        return HTML(f'<div style="line-height:1.4">{words}</div>')
+
     def _repr_mimebundle_(self, **kwargs):
         return spoken(self.panel, "Tuning panel (it needs a running kernel)", **kwargs)
-
-
-def widget_for(parameter: Parameter, value: object = None):
-    """The widget of a typed parameter: its range, its choices, its help; it starts at `value` or at the default."""
-    import ipywidgets as w
-
-    value = parameter.default if value is None else parameter.check(value)
-    look = {
-        "description": words(parameter.name),
-        "tooltip": parameter.comment,
-        "style": {"description_width": "140px"},
-    }
-    look["layout"] = w.Layout(width="300px")
-    if parameter.choices:
-        return w.Dropdown(options=list(parameter.choices), value=value, **look)
-    if parameter.type == "bool":
-        return w.Checkbox(value=value, **look)
-    if parameter.type not in ("int", "float"):
-        return w.Text(value=_shown(parameter, value), **look)
-    low = -(2**31) if parameter.minimum is None else parameter.minimum
-    high = 2**31 if parameter.maximum is None else parameter.maximum
-    if parameter.type == "int":
-        return w.BoundedIntText(value=value, min=int(low), max=int(high), **look)
-    return w.BoundedFloatText(
-        value=value, min=float(low), max=float(high), step=abs(parameter.default) / 10 or 0.1, **look
-    )
-
-
-def _shown(parameter: Parameter, value: object) -> object:
-    """A value as its widget holds it: what has no widget of its own is text."""
-    if parameter.choices or parameter.type in ("bool", "int", "float"):
-        return value
-    return "none" if value is None else str(value)
-
-
-def _read(parameter: Parameter, widget) -> object:
-    value = widget.value
-    return (
-        parameter.parse(value) if isinstance(value, str) and not parameter.choices else parameter.check(value)
-    )
