@@ -226,7 +226,6 @@ class Explorer:
         self.image = w.Image(
             value=self.picture,
             format="png",
-            tooltip="Where the cells go, which genes change, and how healthy the operator is",
             layout=w.Layout(width="768px", max_width="100%", align_self="flex-start"),
         )
         self.status = w.HTML()

@@ -267,11 +267,7 @@ class TuningPanel:
         ]
         hidden = {"display": "none"}
         self.status, self.compared = w.HTML(), w.HTML()
-        self.curves = w.Image(
-            format="png",
-            tooltip="Validation loss of each fit over its epochs, as in the table above",
-            layout=w.Layout(width="768px", max_width="100%", **hidden),
-        )
+        self.curves = w.Image(format="png", layout=w.Layout(width="768px", max_width="100%", **hidden))
         self.text = w.Textarea(rows=14, description="YAML", layout=w.Layout(width="768px", **hidden))
         self._say("ready")
         below = [self.status, self.compared, self.curves, self.text]
