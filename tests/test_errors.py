@@ -26,7 +26,9 @@ CASES = bad_inputs.CASES
 
 
 @pytest.mark.parametrize("one", CASES, ids=lambda one: f"{one.area}: {one.title}")
-@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.filterwarnings(
+    "ignore::UserWarning", "ignore::FutureWarning", "ignore::PendingDeprecationWarning"
+)
 def test_a_bad_input_is_refused_in_three_beats_and_leaves_nothing(one, tmp_path):
     place = bad_inputs.Place(tmp_path.resolve())
     text = bad_inputs.message(one, place)

@@ -112,7 +112,11 @@ def _gradients(model: nn.Module, loss: Tensor, retain_graph: bool) -> dict[str, 
 def _row(name: str, parameter: nn.Parameter, gradient: Tensor | None, flow: _Flow, loss: Tensor) -> dict:
     status = _status(parameter, gradient)
     size = float(parameter.detach().double().norm())
-    row = {"parameter": name, "module": owner_of_parameter(name), "shape": tuple(parameter.shape)}
+    row: dict[str, object] = {
+        "parameter": name,
+        "module": owner_of_parameter(name),
+        "shape": tuple(parameter.shape),
+    }
     row |= {"reached": gradient is not None, "grad_norm": 0.0, "weight_norm": size}
     row["grad_to_weight"] = 0.0
     row |= {"zero_share": 1.0, "dead_units": len(parameter) if parameter.ndim else 1}

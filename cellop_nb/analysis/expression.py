@@ -53,8 +53,8 @@ def predicted_expression(
         fix = "give cells over the same genes, at least two on each side"
         raise DataError(three_beats("predicted and control cells to compare", found, fix))
     sides = [ad.AnnData(counts(side[:, genes], slot)) for side, slot in ((predicted, None), (control, layer))]
-    both = ad.concat(sides)
-    names = np.repeat(["predicted", "control"], sizes)
+    both = ad.concat(sides, index_unique="-")
+    names: np.ndarray = np.repeat(["predicted", "control"], sizes)
     original = [*predicted.obs_names, *control.obs_names]
     both.obs = pd.DataFrame({key: pd.Categorical(names)}, index=pd.Index(original).astype(str))
     both.obs_names_make_unique()

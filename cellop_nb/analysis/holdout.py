@@ -177,8 +177,8 @@ def holdout(
     fits = []
     for k, (model, z) in enumerate(models):
         view = view_of(train, model, z, space, layer=layer, keys=keys)
-        options = {"view": view, "features": features, "asked": wanted}
-        response = fit_response(train, complexity, seed=seed + k, **options, **keys)
+        asked = {"view": view, "features": features, "asked": wanted}
+        response = fit_response(train, complexity, seed=seed + k, **asked, **keys)
         fits.append(Fitted(model, response, z, seed + k))
     ask = partial(virtual_cells, train, fits, layer=layer, keys=keys)
     virtual = _predictable(ask, wanted)

@@ -148,17 +148,17 @@ def holdout_all(
     work = partial(_one, n_pooled=n_pooled, options=options | keys)
     bar = partial(tqdm, total=len(tasks), desc="hold-outs", disable=not progress)
     with _runner(cluster, adata, len(tasks)) as run:
-        found = sorted(bar(run(work, tasks)), key=lambda result: result["place"])
-    tables = [result["table"] for result in found if "table" in result]
+        made = sorted(bar(run(work, tasks)), key=lambda result: result["place"])
+    tables = [result["table"] for result in made if "table" in result]
     refused += [
-        {"heldout": r["heldout"], "seed": r["seed"], "reason": r["reason"]} for r in found if "reason" in r
+        {"heldout": r["heldout"], "seed": r["seed"], "reason": r["reason"]} for r in made if "reason" in r
     ]
     if not tables:
         reasons = "; ".join(f"{row['heldout']}: {row['reason']}" for row in refused)
         raise HoldoutError(three_beats("a hold-out that can be made", reasons, "change the hold-out"))
     return Holdouts(
         pd.concat(tables, ignore_index=True),
-        pd.concat([result["choice"] for result in found if "choice" in result], ignore_index=True),
+        pd.concat([result["choice"] for result in made if "choice" in result], ignore_index=True),
         pd.DataFrame(refused, columns=["heldout", "seed", "reason"]),
     )
 

@@ -150,7 +150,8 @@ def score_split(
     counts = space.select(training, layer)
     screen = Screen.of(training, space.transform(counts), control=control, **keys)
     shift, methods = shared_shift(screen), BASELINES if methods is None else methods
-    truths, guesses, unscored = {}, {name: {} for name in methods}, {}
+    guesses: dict[str, dict] = {name: {} for name in methods}
+    truths, unscored = {}, {}
     for group, rows in _groups(real, **keys).items():
         if group[1] == control:
             continue

@@ -166,7 +166,7 @@ def source_cells(
             raise LabelError(
                 three_beats("a context of the data", repr(context), did_you_mean(context, labels.unique()))
             )
-        is_source &= (labels == context).to_numpy()
+        is_source = is_source & (labels == context).to_numpy()
     if not is_source.any():
         raise DataError(
             three_beats(

@@ -153,7 +153,7 @@ class _Scored:
         return self.prediction.counts, self.truth.counts
 
     @cached_property
-    def de(self) -> tuple:
+    def de(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Arguments of the gene-set metrics: predicted and real (lfc, significant)."""
         if len(self.cells) < 2:
             raise Undefined("differential expression needs two predicted cells")

@@ -113,7 +113,7 @@ class EvaluationSpace:
         if training.n_obs < 3:
             found = f"{training.n_obs}"
             raise DataError(three_beats("at least 3 training cells", found, "loosen the hold-out"))
-        cells = log1p_cp10k(_select(training, names, layer)).astype(np.float64)
+        cells: np.ndarray = log1p_cp10k(_select(training, names, layer)).astype(np.float64)
         rank = min(n_components, len(cells) - 1, len(names))
         # exact where the gene x gene matrix is small; the solver would otherwise change with the number of
         # cells

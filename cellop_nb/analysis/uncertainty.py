@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -30,7 +31,7 @@ class _Sides:
     fits: list[np.ndarray] = field(repr=False)
     fit_counts: list = field(repr=False)
     real: np.ndarray = field(repr=False)
-    real_counts: object = field(repr=False)
+    real_counts: Any = field(repr=False)
     control: np.ndarray = field(repr=False)
 
     @property
@@ -44,7 +45,7 @@ def _sides(result: Holdout, layer, perturbation_key: str, context_key) -> Iterat
     def rows(adata, context: str, perturbation: str | None = None) -> np.ndarray:
         inside = (context_labels(adata, context_key) == context).to_numpy()
         if perturbation is not None:
-            inside &= (obs_labels(adata, perturbation_key) == perturbation).to_numpy()
+            inside = inside & (obs_labels(adata, perturbation_key) == perturbation).to_numpy()
         return np.flatnonzero(inside)
 
     groups = result.table[["context", "perturbation"]].drop_duplicates()
@@ -113,7 +114,9 @@ def metric_intervals(
         draws = range(n_replicates)
         bar = tqdm(draws, desc=f"bootstrap {sides.group}", disable=not progress)
         others = [name for name in names if name != "e_distance"]
-        values = pd.DataFrame([_redrawn(sides, truth, others, rng) for _ in bar]) if others else None
+        values = (
+            pd.DataFrame([_redrawn(sides, truth, others, rng) for _ in bar]) if others else pd.DataFrame()
+        )
         scored = result.table[(result.table["group"] == sides.group) & (result.table["method"] == OPERATORS)]
         known = scored.set_index("metric")[["value", "reason"]]
         for name in names:

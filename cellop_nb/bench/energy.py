@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -47,6 +48,10 @@ def step(variant: str, n: int) -> Callable[[], None]:
     return lambda: torch.autograd.grad(VARIANTS[variant][0](x, y), x)
 
 
+def _gradient(value: Callable[[], Tensor], x: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(value(), x)
+
+
 def grouped_steps(groups: int = 200, cells: int = 64) -> dict[str, Callable[[], object]]:
     """Many small groups: one call, one call with the constant known, and Python loops."""
     generator = torch.Generator().manual_seed(0)
@@ -66,7 +71,7 @@ def grouped_steps(groups: int = 200, cells: int = 64) -> dict[str, Callable[[], 
         "cellop_nb in a loop": lambda: loop(energy_distance),
         "torch.cdist in a loop": lambda: loop(dense),
     }
-    return {name: (lambda value=value: torch.autograd.grad(value(), x)) for name, value in values.items()}
+    return {name: partial(_gradient, value, x) for name, value in values.items()}
 
 
 def product_seconds(n: int, *, groups: int = 1, known: bool = False) -> float:

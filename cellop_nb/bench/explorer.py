@@ -59,6 +59,6 @@ def _cells(n: int, genes: int) -> VirtualCells:
     adata = AnnData(sparse.csr_matrix(counts))
     adata.obs["perturbation"] = np.repeat(["control", "A", "B"], n)
     adata.obs["cell_type"], adata.obs["split"] = "T", "train"
-    shift = np.repeat([0.0, 0.3, 0.6], n)[:, None]
+    shift: np.ndarray = np.repeat([0.0, 0.3, 0.6], n)[:, None]
     adata.obsm["X_nbvae"] = (rng.normal(size=(3 * n, LATENT)) + shift).astype(np.float32)
     return VirtualCells(adata, new_vae(adata, n_latent=LATENT), new_operators(adata))

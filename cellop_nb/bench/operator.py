@@ -146,7 +146,7 @@ def fit_screen(groups: int, cells: int, genes: int) -> AnnData:
     labels = ["control", *(f"P{k}" for k in range(perturbations))]
     size = cells + cells // 4
     adata = screen(contexts * len(labels) * size, genes)
-    group = np.arange(adata.n_obs) // size
+    group: np.ndarray = np.arange(adata.n_obs) // size
     adata.obs["perturbation"] = np.array(labels)[group % len(labels)]
     adata.obs["cell_type"] = np.char.add("T", (group // len(labels)).astype(str))
     adata.obs["split"] = np.where(np.arange(adata.n_obs) % 5 == 0, "val", "train")

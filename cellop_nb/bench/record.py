@@ -8,6 +8,7 @@ import json
 import os
 import platform
 from collections.abc import Callable, Iterable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -60,7 +61,7 @@ def record(
             run = import_module(f"cellop_nb.bench.{section}").run
             options = {"memory": memory, "peers": peers}
             options = {name: value for name, value in options.items() if name in run.__annotations__}
-            results[section] = measure(section, lambda run=run, options=options: run(quick, **options))
+            results[section] = measure(section, partial(run, quick, **options))
         return _surroundings(torch.get_num_threads(), quick) | {
             "limits": limits.machine(),
             "results": results,

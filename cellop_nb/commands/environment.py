@@ -158,7 +158,7 @@ def _follow(command: list[str], log, status: Status) -> None:
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", cwd=ROOT
     )
-    lines = []
+    lines: list[str] = []
     for line in _log_lines(process, log):
         lines = [*lines[-25:], line]
         status.update(_stage(line) or status.stage)

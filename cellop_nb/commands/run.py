@@ -9,6 +9,7 @@ import re
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +215,10 @@ def _execute(selected: list[Path], target: Path, values: dict[str, dict[str, Any
     return sorted(outcomes, key=lambda outcome: outcome.notebook)
 
 
+def _tell(progress: Callable[[str, str], None], name: str, cell: int, of: int) -> None:
+    progress(name, f"{cell}/{of}")
+
+
 def _lane(
     lane: list[Path], target: Path, values: dict[str, dict[str, Any]], progress: Callable[[str, str], None]
 ) -> list[batch.Outcome]:
@@ -221,9 +226,8 @@ def _lane(
     outcomes: list[batch.Outcome] = []
     for path in lane:
         progress(path.stem, "starts")
-        outcome = batch.execute(
-            path, target, values[path.stem], on_cell=lambda i, n, name=path.stem: progress(name, f"{i}/{n}")
-        )
+        tell = partial(_tell, progress, path.stem)
+        outcome = batch.execute(path, target, values[path.stem], on_cell=tell)
         outcomes.append(outcome)
         progress(path.stem, "")
         say(f"  {path.stem}  {clock(outcome.seconds)}  {'FAILED' if outcome.error else 'done'}")

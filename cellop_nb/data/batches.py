@@ -70,8 +70,8 @@ def count_matrix(
     positions = None if genes is None else gene_positions(adata, genes)
     slot = count_slot(adata, layer)
     if is_on_disk(slot):
-        matrix = DiskCounts(slot, genes=positions, covariates=codes)
-        return matrix if total_key is None else matrix.with_rest(_other_genes(adata, matrix.sums, total_key))
+        disk = DiskCounts(slot, genes=positions, covariates=codes)
+        return disk if total_key is None else disk.with_rest(_other_genes(adata, disk.sums, total_key))
     matrix = counts(adata, layer)
     matrix = matrix if positions is None else matrix[:, positions]
     if total_key is not None:

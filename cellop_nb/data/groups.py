@@ -214,7 +214,8 @@ def groups(
     reserve = np.ones(adata.n_obs, dtype=bool) if split == "test" and control_split is None else usable
     is_control = require_control(labels["perturbation"], control, perturbation_key)
     chosen = labels[inside & ~is_control]
-    members = {key: rows.to_numpy() for key, rows in chosen.groupby(["context", "perturbation", "dose"]).row}
+    grouped = chosen.groupby(["context", "perturbation", "dose"]).row
+    members = {key: rows.to_numpy(copy=True) for key, rows in grouped}  # pandas 3 lends its own, read-only
     kept = {key: rows for key, rows in members.items() if len(rows) >= min_cells}
     small = [(*key[:2], len(rows)) for key, rows in members.items() if key not in kept]
     if small:

@@ -126,7 +126,7 @@ class RowReader:
     def read(self, rows: np.ndarray) -> sparse.csr_matrix:
         """Rows (cell,) in the order asked for, (cell, gene) float32."""
         sorted_rows, back = np.unique(rows, return_inverse=True)
-        cuts = np.flatnonzero(np.diff(sorted_rows) > _GAP) + 1
+        cuts: np.ndarray = np.flatnonzero(np.diff(sorted_rows) > _GAP) + 1
         parts = [self._span(run) for run in np.split(sorted_rows, cuts)]
         found = parts[0] if len(parts) == 1 else sparse.vstack(parts, "csr")
         return found if np.array_equal(back, np.arange(len(back))) else found[back]

@@ -142,7 +142,7 @@ def _random_share(
     groups = labels.iloc[order].groupby(["context", "perturbation"])
     rank, size = groups.cumcount().to_numpy(), groups["context"].transform("size").to_numpy()
     taken = np.minimum(np.floor(size * share + 0.5), size - 1)
-    mask = np.zeros(len(labels), dtype=bool)
+    mask: np.ndarray = np.zeros(len(labels), dtype=bool)
     mask[order[rank < taken]] = True
     return mask
 

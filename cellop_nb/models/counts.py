@@ -74,8 +74,8 @@ class SparseCounts:
     @cached_property
     def by_gene(self) -> tuple[Tensor, Tensor, Tensor]:
         """The same non-zeros gene by gene, on a CPU: (gene + 1,) starts, (nonzero,) cells, and their order here."""
-        order = np.arange(len(self.values), dtype=np.int32)
-        csr = sparse.csr_matrix((order, self.columns.numpy(), self.indptr.numpy()), self.shape)
+        numbers: np.ndarray = np.arange(len(self.values), dtype=np.int32)
+        csr = sparse.csr_matrix((numbers, self.columns.numpy(), self.indptr.numpy()), self.shape)
         csc = csr.tocsc()
         starts, cells, order = (torch.from_numpy(part) for part in (csc.indptr, csc.indices, csc.data))
         return starts.int(), cells.int(), order

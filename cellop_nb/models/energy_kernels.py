@@ -177,13 +177,13 @@ def cross_sums(
         _product(right[:, i], left_y[:, j].mT, d2)
         close.take_out(d2, i, j, weight=1, want_x=want_x, want_y=want_y)
         _product(d2.rsqrt_(), left_y[:, j], to_x[:, i], beta=1)
-        if want_y:
+        if to_y is not None:
             _product(d2.mT, left_x[:, i], to_y[:, j], beta=1)
     total = _row_sums(right, to_x, pad_x) + close.total
     if pad_x is not None:
         total -= pad_y.sum(-1) * (~pad_x).sum(-1)
     grad_x = _force(x, to_x) if want_x else None
-    grad_y = _force(y, to_y) if want_y else None
+    grad_y = _force(y, to_y) if to_y is not None else None
     if close.pull_x is not None:
         grad_x += close.pull_x
     if close.pull_y is not None:

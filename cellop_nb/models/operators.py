@@ -265,11 +265,8 @@ class OperatorModel(nn.Module):
     @torch.no_grad()
     def _repr_html_(self) -> str:
         c, known = self.config, self.conditions
-        wanted = [
-            Condition((name,), context)
-            for context in known.contexts or [None]
-            for name in known.perturbations
-        ]
+        places: list[str | None] = [*known.contexts] or [None]
+        wanted = [Condition((name,), context) for context in places for name in known.perturbations]
         matrices, _ = self.affine(known.design(wanted))
         norms = torch.linalg.matrix_norm(matrices, 2)
         largest = int(norms.argmax())
@@ -281,7 +278,7 @@ class OperatorModel(nn.Module):
             "shared axes": f"{c['n_axes']} of rank {c['rank']}",
             "largest spectral norm": f"{float(norms[largest]):.3f} ({wanted[largest]})",
             "mean departure from the identity": float(
-                (matrices - torch.eye(c["n_latent"]).to(matrices)).norm(dim=(1, 2)).mean()
+                (matrices - torch.eye(matrices.shape[-1]).to(matrices)).norm(dim=(1, 2)).mean()
             ),
         }
         return card("Operator family: z -> A z + b for every condition", facts)

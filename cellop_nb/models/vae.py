@@ -203,9 +203,10 @@ class NBVAE(nn.Module):
         """(cell, width) one-hot covariates in the model's order; None for a model without covariates."""
         if not self.covariates:
             return None
-        missing = sorted(set(self.covariates) - set(covariates or {}))
+        covariates = covariates or {}
+        missing = sorted(set(self.covariates) - set(covariates))
         if missing:
-            found = f"{sorted(covariates or {})}"
+            found = f"{sorted(covariates)}"
             fix = f"pass integer codes of {missing} too, one per cell"
             raise LabelError(three_beats(f"the covariates {sorted(self.covariates)}", found, fix))
         columns = [

@@ -22,10 +22,11 @@ def lightning_callback(live: LivePlot):
     A callback whose `rows` holds one row per epoch.
     """
 
-    class LightningLive(*_bases()):
+    class LightningLive(*_bases()):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
-            self.live, self.rows = live, []
+            self.live = live
+            self.rows: list[dict] = []
 
         def on_train_start(self, trainer, module) -> None:
             self.rows = []

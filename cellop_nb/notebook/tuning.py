@@ -83,7 +83,8 @@ class TuningPanel:
         self.adata, self.work, self.folder = adata, work, Path(folder or work.folder)
         known = parameters.for_notebook(work.notebook)
         self.parameters = {p.name: p for p in known if p.name not in _FIXED}
-        self.results, self.histories = pd.DataFrame(), []
+        self.results = pd.DataFrame()
+        self.histories: list[pd.DataFrame] = []
         self.trainer: Trainer | None = None
         self._worker: threading.Thread | None = None
         self._build(epochs)

@@ -91,7 +91,8 @@ class NonFiniteGuard:
         self.on_nonfinite, self.max_rollbacks = on_nonfinite, max_rollbacks
         self.check_every, self.snapshot_every = check_every, snapshot_every
         self.last_finite: TrainingState | None = None
-        self.rollbacks, self.errors, self.overflows = 0, [], 0
+        self.errors: list[NonFiniteError] = []
+        self.rollbacks, self.overflows = 0, 0
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         on_cpu = all(looks_are_free(p.device) for p in self._parameters)
         self.deferred = not on_cpu if deferred is None else deferred

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -112,7 +113,8 @@ class Trainer(RemoteControl, Resumable):
         self.cpu_generator = torch.Generator().manual_seed(seed)
         self.callbacks = self._standard_callbacks(progress) + list(callbacks)
         self.guard = NonFiniteGuard(model, self.optimizer, folder=self.folder, on_nonfinite=on_nonfinite)
-        self.patience, self.batch, self.terms = None, None, {}
+        self.patience, self.batch = None, None
+        self.terms: dict[str, Any] = {}
         self.parameters = {
             "max_epochs": int(max_epochs), "lr": float(lr), "weight_decay": float(weight_decay),
             "clip_norm": float(clip_norm), "seed": int(seed), "precision": precision,
@@ -253,7 +255,8 @@ class Trainer(RemoteControl, Resumable):
             raise DataError(three_beats("at least one batch in an epoch", "none", fix))
         self.model.train()
         self.before_epoch()
-        start, cells, steps, sums, norms = time.perf_counter(), 0, 0, {}, []
+        sums: dict[str, Any] = {}
+        start, cells, steps, norms = time.perf_counter(), 0, 0, []
         for batch in self.batches():
             norm = self._run_step(batch)
             self.step += 1

@@ -77,7 +77,7 @@ def new_operators(
     pairs = sorted({pair for c in conditions for pair in combinations(sorted(c.perturbations), 2)})
     known = parts if features is None else list(features.index.astype(str))
     given = None if features is None else _given(features, parts)
-    contexts = sorted({condition.context for condition in conditions})
+    contexts = sorted({str(condition.context) for condition in conditions})
     n_latent = data.items[0].cells.shape[1]
     model = form(n_latent, known, contexts, pairs=pairs, features=given, **sizes)
     controls = [data.control[group.context] for group in data.items]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -182,7 +183,8 @@ class VAETrainer(Trainer):
     def validate(self) -> dict[str, float]:
         """Negative ELBO of the validation cells, in nats per cell, with the full divergence and fixed noise."""
         generator = torch.Generator(device=self.fabric.device).manual_seed(self.seed)
-        sums, cells = {}, 0
+        sums: dict[str, Any] = {}
+        cells = 0
         for batch in self.validation:
             size = self.batch_size_of(batch)
             for name, term in elbo_loss(*self._forward(batch, generator), self.weights["kl_weight"]).items():

@@ -64,19 +64,19 @@ class Dashboard:
             x += 48 + 7 * len(text)
         self._hand = self.sheet.line(moving=True, **_HAND), self.sheet.text(x + 24, 31, moving=True), x + 12
 
-    def _explain_changes(self, made: bool) -> None:
-        mark, text, x = self._hand
+    @staticmethod
+    def _explain_changes(mark, text, x: float, made: bool) -> None:
         mark.set_data([x], [31] if made else [np.nan])
         text.set_text("changed by hand" if made else "")
 
     def update(self, columns: Columns, marks: Marks) -> None:
         """Move every curve to the values in `columns`."""
         self._headline.set_text(s.safe(marks.headline, 130))
-        done = columns.epochs() + 1  # people count from one
+        done: np.ndarray = columns.epochs() + 1  # people count from one
         for view in self.views:
             view.update(done, columns, marks)
         if self._hand is not None:
-            self._explain_changes(bool(marks.changes))
+            self._explain_changes(*self._hand, bool(marks.changes))
 
     def png(self, *, small: bool = False) -> bytes:
         """The picture as PNG; `small` takes longer and holds a third of the bytes."""
@@ -120,7 +120,7 @@ class _Curves:
         at = [] if best is None else [float(self.plot.x(best))] * 2
         self.best.set_data(at, [top, top + height][: len(at)])
         if self.monitored:
-            here = np.flatnonzero(epochs == best) if best is not None else []
+            here: list[int] = list(np.flatnonzero(epochs == best)) if best is not None else []
             self.star.set_data(self.plot.x(epochs[here]), self.plot.y(columns[self.monitor][here]))
             self._shade(best, marks.patience)
         self._mark_changes(marks.changes)

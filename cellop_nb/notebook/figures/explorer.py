@@ -132,7 +132,8 @@ class _Genes:
         dots = {"marker": "D", "markersize": 5, "color": _MEASURED, "markeredgecolor": s.INK, "linestyle": ""}
         self.measured = sheet.line(moving=True, markeredgewidth=0.6, **dots)
         self._top, self._key = 0.0, ()
-        self._shown, self._strength = [], 0.0
+        self._shown: list = []
+        self._strength = 0.0
 
     def update(self, answer: Answer, words: Words) -> None:
         key, strength = _key(answer), answer.question.strength

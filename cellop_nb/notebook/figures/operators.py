@@ -58,7 +58,8 @@ def spectra(table: pd.DataFrame, *, limit: float | None = None) -> Figure:
 
 def _around(plane, rows: pd.DataFrame) -> None:
     """Limits around the eigenvalues and 1, not the whole circle: most operators lie near the identity."""
-    real, imag = np.append(rows["real"], 1.0), np.append(rows["imag"], 0.0)
+    real: np.ndarray = np.append(rows["real"], 1.0)
+    imag: np.ndarray = np.append(rows["imag"], 0.0)
     half = 0.6 * max(np.ptp(real), 2 * np.abs(imag).max(), 0.1)
     middle = (real.min() + real.max()) / 2
     plane.set(xlim=(middle - half, middle + half), ylim=(-half, half), aspect="equal")

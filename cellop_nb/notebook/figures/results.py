@@ -162,7 +162,7 @@ def predicted_vs_true(
 
 def _changes(ax, rows: pd.DataFrame, n_names: int) -> None:
     both = rows[["true", "predicted"]].to_numpy(dtype=float)
-    low, high = np.nanmin(both, initial=0.0), np.nanmax(both, initial=0.0)
+    low, high = float(np.nanmin(both, initial=0.0)), float(np.nanmax(both, initial=0.0))
     span = (high - low) or 1.0
     pad = 0.06 * span
     ax.set(

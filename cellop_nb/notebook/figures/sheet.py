@@ -129,7 +129,7 @@ def _raster(
     rows, columns = (np.flatnonzero(alpha.any(axis=axis)) for axis in (1, 0))
     if not len(rows):
         return np.zeros((0, 0, 4)), 0, 0
-    box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+    box = slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
     pixels = np.empty((*alpha[box].shape, 4))
     pixels[..., :3], pixels[..., 3] = 255 * np.array(to_rgb(colour)), alpha[box] / 255
     return pixels, int(columns[0]) - width // 2, int(rows[0]) - (height - height // 2)

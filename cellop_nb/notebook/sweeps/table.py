@@ -190,7 +190,7 @@ def trends(
             continue
         x, y = done[name].to_numpy(float), done[metric].to_numpy(float)
         draws = [_spearman(x[chosen], y[chosen]) for chosen in rng.integers(len(x), size=(n_boot, len(x)))]
-        low, high = np.nanquantile(draws, [0.025, 0.975])
+        low, high = map(float, np.nanquantile(draws, [0.025, 0.975]))
         rows.append(
             {"parameter": name, "spearman": _spearman(x, y), "low": low, "high": high, "runs": len(x)}
         )
