@@ -17,7 +17,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     device the scaling is always made: to know the norm the host would have to wait.
     """
     trained = [parameter for parameter in parameters if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in trained])
+    norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
     if not looks_are_free(norm.device) or not bool(norm <= max_norm):
         torch.nn.utils.clip_grads_with_norm_(trained, max_norm, norm)
     return norm
