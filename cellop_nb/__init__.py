@@ -48,7 +48,7 @@ _PUBLIC = {
     "order_effects": "analysis.combinations",
     "reversal": "analysis.combinations",
     "metric_intervals": "analysis.uncertainty",
-    "change_intervals": "analysis.uncertainty",
+    "change_intervals": "analysis.gene_intervals",
     "bootstrap_operators": "analysis.ensembles",
     "operator_intervals": "analysis.ensembles",
     "support": "analysis.abstain",
@@ -78,6 +78,7 @@ if TYPE_CHECKING:  # the names below are found by `__getattr__` while running
     from .analysis.etest import etest as etest
     from .analysis.exchange import cell_eval_pair as cell_eval_pair
     from .analysis.expression import predicted_expression as predicted_expression
+    from .analysis.gene_intervals import change_intervals as change_intervals
     from .analysis.holdout import holdout as holdout
     from .analysis.holdouts import holdout_all as holdout_all
     from .analysis.metrics import evaluate as evaluate
@@ -85,7 +86,6 @@ if TYPE_CHECKING:  # the names below are found by `__getattr__` while running
     from .analysis.predict import predict as predict
     from .analysis.profiles import response_similarity as response_similarity
     from .analysis.streaming import predict_to_file as predict_to_file
-    from .analysis.uncertainty import change_intervals as change_intervals
     from .analysis.uncertainty import metric_intervals as metric_intervals
     from .data import catalogue as datasets  # noqa: F401
     from .data.batches import groups as groups

@@ -77,6 +77,21 @@ class Fits:
         grown = [self._growth(without[group], group, complexity, level) for group in measured]
         return Remainder(level, float(np.mean(grown)))
 
+    def errors(self, perturbation: str, complexity: Complexity) -> np.ndarray:
+        """(context, gene) real less predicted mean expression of the measured contexts, each predicted from the others.
+
+        Empty where fewer than two contexts were measured.
+        """
+        measured = [group for group in self.view.groups if group[1] == perturbation]
+        if len(measured) < 2:
+            return np.zeros((0, 0))
+        return np.stack([self._error(group, complexity) for group in measured])
+
+    def _error(self, group: Group, complexity: Complexity) -> np.ndarray:
+        here = frozenset(other for other in self.view.groups if other[0] == group[0])
+        _, cells = self.predict(self.response(here, complexity, asked=[group]), *group)
+        return self.view.expression(self.view.cells(self.view.rows(*group))) - self.view.expression(cells)
+
     def _missing(self, left_out: frozenset[Group], group: Group, complexity: Complexity) -> np.ndarray:
         """Real less predicted mean level of a group, (gene,)."""
         key = (left_out, group, replace(complexity, remainder=False))
@@ -182,7 +197,11 @@ def fit_response(
     view = LatentView(cells, **keys) if view is None else view
     keys |= {"split_key": split_key}
     fits = Fits(cells, view, keys=keys, features=features, seed=seed, training={"max_epochs": 5} | training)
-    return fits.response(frozenset(), complexity, asked=asked)
+    response = fits.response(frozenset(), complexity, asked=asked)
+    if asked is not None:
+        found = {perturbation: fits.errors(perturbation, complexity) for _, perturbation in asked}
+        response.errors.update({perturbation: rows for perturbation, rows in found.items() if len(rows)})
+    return response
 
 
 def latents_only(adata, use_rep: str, split_key: str) -> ad.AnnData:

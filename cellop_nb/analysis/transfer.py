@@ -120,6 +120,9 @@ class Response:
         Perturbation to the :class:`Remainder` of the measured contexts.
     missed : dict
         (context, perturbation) to what is missed there, for parts of combinations.
+    errors : dict
+        Perturbation to (context, gene): real less predicted mean expression (log1p-CP10k) of the measured contexts,
+        each predicted without its own cells. What a prediction for a new context may be off by.
     """
 
     operators: OperatorModel
@@ -129,6 +132,7 @@ class Response:
     departures: Mapping[Group, Tensor] = field(default_factory=dict, repr=False)
     remainders: dict[str, Remainder] = field(default_factory=dict, repr=False)
     missed: dict[Group, Remainder] = field(default_factory=dict, repr=False)
+    errors: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
 
     def remainder(self, perturbation: str, context: str) -> Remainder | None:
         """What to add to a prediction; of an unmeasured combination, the sum of its parts'."""

@@ -1,69 +1,19 @@
-"""How sure is a hold-out's prediction: intervals of its metrics and of every gene's change, and their coverage."""
+"""How sure are the metrics of a hold-out: bootstrap over cells and over the fits."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pandas as pd
 from scipy.spatial.distance import cdist
-from scipy.stats import norm
 from tqdm.auto import tqdm
 
-from ..data.contract import context_labels, obs_labels
-from ..errors import HoldoutError, three_beats
 from .baselines import Prediction
 from .holdout import OPERATORS, Holdout
-from .intervals import Interval, change_error, gene_change, pool
-from .scores import FDR, Truth, differential, known_metrics, score
-
-LEVELS = (0.5, 0.8, 0.9, 0.95)
-
-
-@dataclass(frozen=True, eq=False)
-class _Sides:
-    """One held-out group in the space of its metrics: cells (cell, gene) in log1p-CP10k, and their counts."""
-
-    context: str
-    perturbation: str
-    fits: list[np.ndarray] = field(repr=False)
-    fit_counts: list = field(repr=False)
-    real: np.ndarray = field(repr=False)
-    real_counts: Any = field(repr=False)
-    control: np.ndarray = field(repr=False)
-
-    @property
-    def group(self) -> str:
-        return f"{self.context}, {self.perturbation}"
-
-
-def _sides(result: Holdout, layer, perturbation_key: str, context_key) -> Iterator[_Sides]:
-    space = result.space
-
-    def rows(adata, context: str, perturbation: str | None = None) -> np.ndarray:
-        inside = (context_labels(adata, context_key) == context).to_numpy()
-        if perturbation is not None:
-            inside = inside & (obs_labels(adata, perturbation_key) == perturbation).to_numpy()
-        return np.flatnonzero(inside)
-
-    groups = result.table[["context", "perturbation"]].drop_duplicates()
-    for context, perturbation in groups.itertuples(index=False, name=None):
-        predicted = result.predictions[rows(result.predictions, context, perturbation)]
-        if not predicted.n_obs:
-            continue  # its reason stands in the table
-        parts = [
-            space.select(predicted[predicted.obs["fit"] == fit]) for fit in predicted.obs["fit"].unique()
-        ]
-        real = space.select(result.real[rows(result.real, context, perturbation)], layer)
-        control = space.select(result.control[rows(result.control, context)], layer)
-        cells = [space.transform(part) for part in parts]
-        sides = (cells, parts, space.transform(real), real, space.transform(control))
-        yield _Sides(context, perturbation, *sides)
-
-
-# -- metrics
+from .intervals import Interval
+from .scores import Truth, known_metrics, score
+from .sides import Sides, sides_of
 
 
 def metric_intervals(
@@ -108,7 +58,7 @@ def metric_intervals(
     """
     names = known_metrics(result.table["metric"].unique() if metrics is None else metrics)
     rows = []
-    for number, sides in enumerate(_sides(result, layer, perturbation_key, context_key)):
+    for number, sides in enumerate(sides_of(result, layer, perturbation_key, context_key)):
         truth = Truth(sides.real, sides.control, result.space, max_cells=max_cells, seed=seed)
         rng = np.random.default_rng([seed, number])
         draws = range(n_replicates)
@@ -151,7 +101,7 @@ class _Redrawn(Truth):
         return self.whole.top_genes
 
 
-def _redrawn(sides: _Sides, truth: Truth, names: list[str], rng: np.random.Generator) -> dict[str, float]:
+def _redrawn(sides: Sides, truth: Truth, names: list[str], rng: np.random.Generator) -> dict[str, float]:
     """The metrics of one bootstrap sample."""
     fits = rng.integers(len(sides.fits), size=len(sides.fits))
     chosen = [(fit, rng.integers(len(sides.fits[fit]), size=len(sides.fits[fit]))) for fit in fits]
@@ -169,7 +119,7 @@ def _dense(counts) -> np.ndarray:
     return counts.toarray() if hasattr(counts, "toarray") else np.asarray(counts)
 
 
-def _energy_replicates(sides: _Sides, truth: Truth, n_replicates: int, rng) -> np.ndarray:
+def _energy_replicates(sides: Sides, truth: Truth, n_replicates: int, rng) -> np.ndarray:
     """E-distances with multinomial weights on the cells; those of the predicted cells also redraw the fits.
 
     As in :func:`~cellop_nb.analysis.intervals.bootstrap_energy`; drawing fits makes weights correlate, which
@@ -195,106 +145,3 @@ def _multinomial(draws: np.ndarray, size: int, rng) -> np.ndarray:
 
 def _form(w: np.ndarray, distance: np.ndarray, v: np.ndarray) -> np.ndarray:
     return ((w @ distance) * v).sum(axis=1)
-
-
-# -- genes
-
-
-def change_intervals(
-    result: Holdout,
-    *,
-    n_replicates: int = 200,
-    level: float = 0.95,
-    widen: float = 1.0,
-    layer: str | None = None,
-    perturbation_key: str = "perturbation",
-    context_key: str | Sequence[str] | None = "cell_type",
-    seed: int = 0,
-) -> pd.DataFrame:
-    """Interval of every gene's predicted change, from bootstrapped cells and the spread between fits.
-
-    Parameters
-    ----------
-    result
-        Of :func:`holdout`.
-    n_replicates, level
-        Bootstrap samples per fit, and the nominal coverage.
-    widen
-        Factor on the distance of both ends to the prediction; :func:`widening` measures it on contexts that
-        were trained on. At 1 the interval holds sampling and seeds, and not the error of the model itself.
-
-    Returns
-    -------
-    DataFrame
-        A row per group and gene: ``group, gene, predicted, low, high, true, true_error`` (standard error of the
-        measured change), ``is_de`` (Wilcoxon, Benjamini-Hochberg below 5 % in the real cells) and ``inside``
-        (whether the measured change lies in the interval, allowing for its own error). Changes of mean
-        log1p-CP10k against the control cells.
-    """
-    tables = []
-    for sides in _sides(result, layer, perturbation_key, context_key):
-        members = [
-            gene_change(cells, sides.control, n_replicates=n_replicates, level=level, seed=seed + k)
-            for k, cells in enumerate(sides.fits)
-        ]
-        interval = pool(members)
-        true = sides.real.mean(0, dtype=np.float64) - sides.control.mean(0, dtype=np.float64)
-        columns = {
-            "group": sides.group,
-            "gene": np.asarray(result.space.genes, dtype=str),
-            "predicted": interval.estimate,
-            "low": interval.estimate + widen * np.minimum(interval.low - interval.estimate, 0),
-            "high": interval.estimate + widen * np.maximum(interval.high - interval.estimate, 0),
-            "true": true,
-            "true_error": change_error(sides.real, sides.control),
-            "is_de": (differential(sides.real, sides.control)["fdr"] < FDR).to_numpy(),
-        }
-        tables.append(pd.DataFrame(columns))
-    table = pd.concat(tables, ignore_index=True)
-    return table.assign(inside=_inside(table, level))
-
-
-def _inside(table: pd.DataFrame, level: float) -> pd.Series:
-    margin = norm.ppf((1 + level) / 2) * table["true_error"]
-    below = np.hypot(table["predicted"] - table["low"], margin)
-    above = np.hypot(table["high"] - table["predicted"], margin)
-    return (table["true"] >= table["predicted"] - below) & (table["true"] <= table["predicted"] + above)
-
-
-def coverage_table(result: Holdout, *, levels: Sequence[float] = LEVELS, **options) -> pd.DataFrame:
-    """Nominal against empirical coverage of the genes' intervals: ``group, level, coverage, genes``.
-
-    `options` as in :func:`change_intervals`; below nominal the intervals are too narrow.
-    """
-    rows = []
-    for level in levels:
-        table = change_intervals(result, level=level, **options)
-        for group, genes in table.groupby("group", sort=False):
-            rows.append((group, level, float(genes["inside"].mean()), len(genes)))
-    return pd.DataFrame(rows, columns=["group", "level", "coverage", "genes"])
-
-
-def widening(results: Iterable[Holdout], *, level: float = 0.95, **options) -> float:
-    r"""The factor by which intervals of hold-outs with a known answer must be widened to cover as they say.
-
-    Split-conformal: the smallest `widen` at which a share `level` of all genes of `results` is inside. Use
-    hold-outs of *other* contexts than the one it is then applied to; with few of them it is a rough guide.
-
-    References
-    ----------
-    Vovk, Gammerman, Shafer 2005, Algorithmic Learning in a Random World; Angelopoulos and Bates 2023, Found
-    Trends Mach Learn 16:494 (normalised scores).
-    """
-    needed = []
-    for result in results:
-        table = change_intervals(result, level=level, **options)
-        gap = table["true"] - table["predicted"]
-        width = np.where(gap < 0, table["predicted"] - table["low"], table["high"] - table["predicted"])
-        margin = norm.ppf((1 + level) / 2) * table["true_error"]
-        excess = np.sqrt(np.maximum(gap**2 - margin**2, 0))
-        needed.append(np.where(excess > 0, excess / np.maximum(width, 1e-12), 0.0))
-    if not needed:
-        raise HoldoutError(three_beats("hold-outs with a known answer", "none", "hold out training contexts"))
-    values = np.concatenate(needed)
-    rank = min(int(np.ceil((len(values) + 1) * level)), len(values))
-    return float(np.sort(values)[rank - 1])

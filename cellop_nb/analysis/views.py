@@ -90,6 +90,10 @@ class LatentView:
         """Mean level of cells (:meth:`moved`, :meth:`cells`) with the library sizes of `rows`."""
         return cells.mean(0).numpy()
 
+    def expression(self, cells) -> np.ndarray:
+        """Mean cell in the space of the scores."""
+        return cells.mean(0).numpy()
+
     def size(self, cells) -> float:
         """Mean number of counts of a cell; latents have none to tell."""
         return 1.0
@@ -144,6 +148,9 @@ class CountView(LatentView):
 
     def level(self, cells, rows: np.ndarray) -> np.ndarray:
         return levels(cells, self.library[rows]).mean(0).numpy()
+
+    def expression(self, cells) -> np.ndarray:
+        return self.space.transform(cells.numpy()).mean(0)
 
     def size(self, cells) -> float:
         return float(cells.sum(1).mean())

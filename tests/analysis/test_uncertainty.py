@@ -10,8 +10,9 @@ from cellop_nb import datasets, holdout, split
 from cellop_nb.analysis.abstain import _contexts_with, support
 from cellop_nb.analysis.ensembles import bootstrap_operators, operator_interval, operator_intervals
 from cellop_nb.analysis.formulas import e_distance
+from cellop_nb.analysis.gene_intervals import change_intervals, coverage_table, model_error, widening
 from cellop_nb.analysis.selection import Complexity
-from cellop_nb.analysis.uncertainty import change_intervals, coverage_table, metric_intervals, widening
+from cellop_nb.analysis.uncertainty import metric_intervals
 from cellop_nb.errors import HoldoutError, ModelError
 from cellop_nb.models.conditions import Condition
 
@@ -62,8 +63,9 @@ def test_same_seed_same_intervals(result):
 def test_intervals_of_the_energy_distance_cover_that_of_new_samples():
     """Two Gaussians a known distance apart, sampled anew: the population's value lies inside as often as said."""
     from cellop_nb.analysis.scores import Truth
+    from cellop_nb.analysis.sides import Sides
     from cellop_nb.analysis.space import EvaluationSpace
-    from cellop_nb.analysis.uncertainty import _energy_replicates, _Sides
+    from cellop_nb.analysis.uncertainty import _energy_replicates
 
     rng = np.random.default_rng(0)
     space = EvaluationSpace(np.arange(3), np.zeros(3), np.eye(3), 0)
@@ -72,7 +74,7 @@ def test_intervals_of_the_energy_distance_cover_that_of_new_samples():
     inside = 0
     for _ in range(120):
         cells, real = draw(50, 0.0), draw(50, 0.7)
-        sides = _Sides("c", "p", [cells], [None], real, None, cells)
+        sides = Sides("c", "p", [cells], [None], real, None, cells)
         values = _energy_replicates(sides, Truth(real, cells, space), 200, rng)
         low, high = np.quantile(values - values.mean() + e_distance(cells, real), [0.05, 0.95])
         inside += low <= population <= high
@@ -98,6 +100,30 @@ def test_coverage_of_a_perfect_prediction_is_nominal(result):
     predicted.obs["fit"] = 0
     table = coverage_table(replace(result, predictions=predicted, real=truth.copy()))
     assert (table["coverage"] >= table["level"] - 0.12).all()
+
+
+def test_the_error_of_the_model_is_that_of_one_more_context():
+    """Normal errors of contexts, with or without a bias: the next one's error is inside as often as said, or more."""
+    from types import SimpleNamespace
+
+    rng = np.random.default_rng(0)
+    scale = rng.uniform(0.1, 2.0, size=4000)
+    for bias in (0.0, 1.0):
+        errors = scale * (rng.normal(size=(6, 4000)) + bias)
+        fit = SimpleNamespace(response=SimpleNamespace(errors={"drug": errors[:5]}))
+        for level in (0.5, 0.8, 0.95):
+            half = model_error(SimpleNamespace(fits=[fit]), "drug", level)
+            assert level - 0.02 < (np.abs(errors[5]) <= half).mean() < level + 0.12
+    assert model_error(SimpleNamespace(fits=[fit]), "other") == 0
+
+
+def test_intervals_hold_what_other_contexts_were_off_by(result):
+    errors = result.fits[0].response.errors["drug 1"]
+    others = {c for c, p in result.measured if p == "drug 1"}
+    assert errors.shape == (len(others), result.predictions.n_vars) and np.isfinite(errors).all()
+    table = change_intervals(result)
+    half = model_error(result, "drug 1")
+    assert ((table["high"] - table["predicted"]) >= half - 1e-6).all() and (half > 0).any()
 
 
 def test_coverage_shows_a_wrong_prediction(result):

@@ -215,7 +215,7 @@ def coverage(table: pd.DataFrame, *, names: Sequence[str] | None = None) -> Figu
     Parameters
     ----------
     table
-        Columns `level`, `coverage` and the group (:func:`~cellop_nb.analysis.uncertainty.coverage_table`).
+        Columns `level`, `coverage` and the group (:func:`~cellop_nb.analysis.gene_intervals.coverage_table`).
     names
         Which groups, at most seven; those of the table by default.
     """
