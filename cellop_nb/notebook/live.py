@@ -24,8 +24,10 @@ from cellop_nb.training.callbacks import Callback
 log = logging.getLogger("cellop_nb")
 
 
-FIRST_COST = 0.25
-"""Seconds that a picture is taken to cost before one was drawn (the first ones load fonts)."""
+FIRST_COST = 0.2
+"""Seconds that a picture is taken to cost before one was drawn; more on a machine that is slow or busy just now."""
+_OF_A_LINE = 20
+"""A picture costs about so many times as much as one line of text does."""
 
 
 class LivePlot(Callback):
@@ -87,7 +89,7 @@ class LivePlot(Callback):
         self._start = self._last = self._last_row = self._clock()
         self._end: float | None = None
         self._expected = float("inf")  # seconds of the whole training, as far as they can be told
-        self._last_cost = FIRST_COST
+        self._first_cost = self._last_cost = FIRST_COST
         self._durations: list[float] = []
         self._outlets: list[Callable[[bytes], None]] | None = None
         self._wanted.clear()
@@ -166,7 +168,7 @@ class LivePlot(Callback):
         """Not too soon after the last drawing, and with enough of the budget left for the one at the end."""
         now = self._clock()
         if self.n_drawn == 0:  # a run too short to afford two pictures gets the last one
-            return self.budget * self._expected >= 2 * FIRST_COST
+            return self.budget * self._expected >= 2 * self._first_cost
         rested = now - self._last >= max(self.every, self._last_cost / self.budget)
         return rested and self.cost_seconds + 2 * self._last_cost <= self.budget * (now - self._start)
 
@@ -251,7 +253,9 @@ class LivePlot(Callback):
             sheet = Sheet(768, 26)
             sheet.text(9, 13, "training: the first epoch is running")
             self._publish(sheet.png())
-            self.cost_seconds += self._clock() - start
+            spent = self._clock() - start
+            self.cost_seconds += spent
+            self._first_cost = max(FIRST_COST, _OF_A_LINE * spent)
 
     def _safely(self, draw: Callable, *args):
         """A picture must never end a training: say once what went wrong, and draw no more."""

@@ -376,3 +376,20 @@ def test_the_axis_counts_epochs_as_the_headline_does(vae_rows, pictures):
     assert f"best {best} (val_loss" in live._board._headline.get_text()
     assert curves.best.get_xdata()[0] == pytest.approx(float(curves.plot.x(best)))
     assert curves.lines["train_loss"].get_xdata()[-1] == pytest.approx(float(curves.plot.x(30)))
+
+
+def test_on_a_busy_machine_a_short_run_gets_one_picture(fake_trainer, clock, pictures, monkeypatch):
+    """What the line before the first epoch took tells how long a picture will take just now."""
+    text = module.Sheet.png
+
+    def slow(sheet, **options):
+        clock.now += 0.1
+        return text(sheet, **options)
+
+    counts = {}
+    for name, draw in (("idle", text), ("busy", slow)):
+        monkeypatch.setattr(module.Sheet, "png", draw)
+        live = LivePlot(clock=clock, publish=pictures.append)
+        _run(live, fake_trainer(epochs=30), clock, epoch_seconds=1.0, cost=0.01)
+        counts[name] = live.n_drawn
+    assert counts["busy"] < counts["idle"]
