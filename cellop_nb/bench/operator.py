@@ -6,134 +6,62 @@ moved controls and perturbed cells, and make the same step of the same optimiser
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 from anndata import AnnData
-from torch import Tensor
 
 from ..analysis.predict import embed
 from ..data.batches import count_matrix
-from ..models.conditions import Condition
-from ..models.energy import self_distance
-from ..models.energy_moved import moved_energy_distance
-from ..models.operators import OperatorModel
 from ..models.vae import NBVAE
 from ..training.operators import OperatorTrainer, new_operators
 from .count import counts
 from .limits import LATENT_COLUMNS, compared, product_rate
 from .measure import in_fresh_process, interleaved
+from .operator_forms import BEFORE, FIX, LATENT, LOSSES, OURS, QUICK, SIZES, TINY, WHOLE, problem, stepper
 from .overhead import guard_share, live_share
 from .vae import screen
 
-LATENT = 32
-SIZES = {"groups": 16, "cells": 128, "genes": 2_000, "hidden": 512}
-QUICK = {"groups": 16, "cells": 64, "genes": 500, "hidden": 128}
-TINY = {"groups": 4, "cells": 16, "genes": 60, "hidden": 16}
 BETWEEN = {
     "cellop_nb": "an inverse root per pair, the pairs within the moved cells computed twice, and Python "
     "between the calls",
     "cellop_nb, OperatorTrainer": "besides, the draw of the cells, penalties, clipping and guard",
 }
-BEFORE, FIX, OURS, WHOLE = "before", "report's fix", "cellop_nb", "cellop_nb, OperatorTrainer"
 
 
-def problem(groups: int, cells: int, genes: int, hidden: int, *, seed: int = 0) -> SimpleNamespace:
-    """VAE, operators, control counts and perturbed latents of one step, groups one after the other."""
-    torch.manual_seed(seed)
-    vae = NBVAE(genes, n_latent=LATENT, n_hidden=hidden).eval()
-    adata = screen(groups * cells, genes, seed=seed)
-    names = [f"P{k}" for k in range(max(1, groups // 4))]
-    contexts = [f"T{k}" for k in range(-(-groups // len(names)))]
-    conditions = [Condition((p,), context=c) for c in contexts for p in names][:groups]
-    model = OperatorModel(LATENT, names, contexts)
-    model.axis_left.data.normal_(std=0.1)
-    x = torch.from_numpy(adata.X.toarray())
-    library = x.sum(1).clamp_min(1)
-    with torch.no_grad():
-        z = vae.encode(x, library).loc
-    target, own = z.roll(1, 0) + 0.3 * torch.randn_like(z), [cells] * groups
-    return SimpleNamespace(
-        vae=vae,
-        model=model,
-        design=model.conditions.design(conditions),
-        x=x,
-        library=library,
-        latents=z,
-        target=target,
-        target_self=self_distance(target, own),
-        sizes=own,
-    )
+def steps(variant: str, sizes: dict, repeats: int) -> Callable[[], None]:
+    """For the fresh process: some steps, after a small one (libraries allocate at their first call)."""
+    stepper(OURS if variant == WHOLE else variant, problem(**TINY))()
+    call = whole_step(sizes) if variant == WHOLE else stepper(variant, problem(**sizes))
+
+    def several() -> None:
+        for _ in range(repeats):
+            call()
+
+    return several
 
 
-def dense_energy(moved: Tensor, target: Tensor, sizes: list[int]) -> Tensor:
-    """Mean over groups of the energy distance, by autograd through all pairs of cells of the batch."""
-    groups, cells = len(sizes), sizes[0]
+def apart(sizes: dict, rounds: int = 3, repeats: int = 10) -> tuple[dict[str, dict], dict[str, float]]:
+    """Seconds of a step and extra memory of each form, medians of processes of its own, one of each form in turn.
 
-    def own(a: Tensor, b: Tensor) -> Tensor:
-        blocks = torch.cdist(a, b).view(groups, cells, groups, cells)
-        return blocks.diagonal(dim1=0, dim2=2).sum((0, 1))
-
-    pairs = cells * (cells - 1)
-    cross, within = own(moved, target) / cells**2, own(moved, moved) + own(target, target)
-    return (2 * cross - within / pairs).mean()
-
-
-def loss_before(p: SimpleNamespace) -> Tensor:
-    """Encoder with its graph in every step, a copy of the operator for each cell, one dense distance."""
-    z = p.vae.encode(p.x, p.library).loc
-    matrices, shifts = p.model.affine(p.design)
-    per_cell = matrices.repeat_interleave(p.sizes[0], 0)
-    moved = (per_cell * z.unsqueeze(1)).sum(-1) + shifts.repeat_interleave(p.sizes[0], 0)
-    return dense_energy(moved, p.target, p.sizes)
-
-
-def loss_fix(p: SimpleNamespace) -> Tensor:
-    """The encoder still runs in every step but keeps no graph, and no copy per cell is kept."""
-    with torch.no_grad():
-        z = p.vae.encode(p.x, p.library).loc
-    return dense_energy(p.model(z, p.sizes, *p.model.affine(p.design)), p.target, p.sizes)
-
-
-def loss_ours(p: SimpleNamespace) -> Tensor:
-    """Cached latents, one operator per group, all groups' distances in one call with closed-form gradient.
-
-    The distances within the perturbed cells are a constant, computed before.
+    In one process the forms would share what the allocator has learned, and ours teaches it to keep freed memory
+    (:mod:`cellop_nb.models.memory`): the form before would lose its page faults to the measurement.
     """
-    options = {"y_self": p.target_self, "validate": False}
-    maps = p.model.affine(p.design)
-    return moved_energy_distance(p.latents, p.target, p.sizes, p.sizes, *maps, **options).mean()
+    taken: dict[str, list[dict]] = {name: [] for name in (*LOSSES, WHOLE)}
+    for _ in range(rounds):
+        for name, found in taken.items():
+            given = {"variant": name, "sizes": sizes, "repeats": repeats}
+            found.append(in_fresh_process(__name__, "steps", given))
 
+    def middle(name: str, key: str) -> float:
+        return statistics.median(one[key] for one in taken[name])
 
-LOSSES: dict[str, Callable[[SimpleNamespace], Tensor]] = {
-    BEFORE: loss_before,
-    FIX: loss_fix,
-    OURS: loss_ours,
-}
-
-
-def stepper(variant: str, p: SimpleNamespace) -> Callable[[], Tensor]:
-    """Loss, gradient and one step of the optimiser at each call."""
-    optimizer = torch.optim.AdamW(p.model.parameters(), lr=1e-3, fused=True)
-
-    def step() -> Tensor:
-        optimizer.zero_grad()
-        p.vae.zero_grad()
-        loss = LOSSES[variant](p)
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
-
-    return step
-
-
-def step(variant: str, sizes: dict) -> Callable[[], Tensor]:
-    """For the fresh process: a step, after a small one (libraries allocate at their first call)."""
-    stepper(variant, problem(**TINY))()
-    return stepper(variant, problem(**sizes))
+    kinds = ("seconds", "cpu_seconds")
+    times = {name: {kind: middle(name, kind) / repeats for kind in kinds} for name in taken}
+    return times, {name: middle(name, "extra_mb") for name in LOSSES}
 
 
 # -- a whole fit -------------------------------------------------------------------------------------------
@@ -220,7 +148,7 @@ def run(quick: bool = False, memory: bool = True) -> list[dict]:
     quick
         A small problem and few steps: seconds instead of minutes.
     memory
-        Whether peaks are taken too, in fresh processes.
+        Whether each form is measured in processes of its own, with its peak; else all in turn in this one.
 
     Returns
     -------
@@ -234,11 +162,10 @@ def run(quick: bool = False, memory: bool = True) -> list[dict]:
     sizes = QUICK if quick else SIZES
     calls: dict[str, Callable[[], object]] = {name: stepper(name, problem(**sizes)) for name in LOSSES}
     calls[WHOLE] = whole_step(sizes)
-    times = interleaved(calls, 2 if quick else 15)
-    peaks = {
-        name: in_fresh_process(__name__, "step", {"variant": name, "sizes": sizes})["extra_mb"]
-        for name in (LOSSES if memory else ())
-    }
+    if memory:
+        times, peaks = apart(sizes, *((1, 2) if quick else (3, 10)))
+    else:
+        times, peaks = interleaved(calls, 2 if quick else 15), {}
     rows = []
     for name, taken in times.items():
         row = {"variant": name, "what": "step", "extra_mb": peaks.get(name), "note": None} | taken

@@ -13,6 +13,7 @@ from cellop_nb.bench import energy, limits, operator, overhead, record, vae
 from cellop_nb.bench.count import Counts, counts
 from cellop_nb.commands import bench
 from cellop_nb.errors import DataError
+from cellop_nb.models.energy import self_distance
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def problem():
     p.vae.double()
     p.model.double()
     p.design = type(p.design)(*(part.double() for part in vars(p.design).values()))
-    p.target_self = operator.self_distance(p.target, p.sizes)
+    p.target_self = self_distance(p.target, p.sizes)
     with torch.no_grad():
         p.latents = p.vae.encode(p.x, p.library).loc
     return p
