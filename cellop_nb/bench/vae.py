@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 from anndata import AnnData
@@ -20,7 +21,7 @@ from .overhead import guard_share, live_share
 
 LATENT = 32
 SIZES = ((128, 128), (128, 512), (512, 512))  # hidden, batch
-PEER = "scvi-tools SCVI"
+PEER, BFLOAT = "scvi-tools SCVI", "cellop_nb, bf16-mixed"
 BETWEEN = (
     "the sparse first layer, a dozen passes over (cell, gene) for softmax, likelihood and gradient, and Python "
     "between the calls, which weighs more the smaller the batch"
@@ -68,11 +69,14 @@ class _Clock(Callback):
         self._cpu = time.process_time()
 
 
-def ours(adata: AnnData, hidden: int, batch: int) -> Callable[[], tuple[float, float]]:
+def ours(
+    adata: AnnData, hidden: int, batch: int, precision: str = "32-true"
+) -> Callable[[], tuple[float, float]]:
     """One more epoch at each call; returns its wall and CPU seconds."""
     clock = _Clock()
     model = new_vae(adata, n_latent=LATENT, n_hidden=hidden)
-    trainer = VAETrainer(adata, model, batch_size=batch, progress=False, callbacks=[clock], accelerator="cpu")
+    settings = {"progress": False, "callbacks": [clock], "accelerator": "cpu", "precision": precision}
+    trainer = VAETrainer(adata, model, batch_size=batch, **settings)
 
     def epoch() -> tuple[float, float]:
         trainer.fit(trainer.epoch + 1)
@@ -146,6 +150,7 @@ def peer(adata: AnnData, hidden: int, batch: int) -> Callable[[], tuple[float, f
 
 VARIANTS: dict[str, tuple[Callable, tuple[str, ...]]] = {
     "cellop_nb": (ours, ()),
+    BFLOAT: (partial(ours, precision="bf16-mixed"), ()),
     PEER: (peer, ("scvi",)),
 }
 
