@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 import torch
+from anndata import AnnData
 from scipy.stats import t
 from tqdm.auto import tqdm
 
@@ -77,8 +78,11 @@ def bootstrap_operators(
     for k in tqdm(range(n_replicates), desc="refitting operators", disable=not progress):
         rng = np.random.default_rng([seed, k])
         drawn = [rng.choice(rows, len(rows)) if resample else rows for rows in groups]
-        sample = cells[np.sort(np.concatenate(drawn))].copy()
-        sample.obs_names = [str(i) for i in range(sample.n_obs)]
+        chosen = np.sort(np.concatenate(drawn))
+        obs = cells.obs.iloc[chosen].set_axis(
+            [str(i) for i in range(len(chosen))]
+        )  # drawn twice, named apart
+        sample = AnnData(obs=obs, obsm={use_rep: cells.obsm[use_rep][chosen]})
         options = keys | {"use_rep": use_rep, "split_key": split_key, "seed": seed + k}
         members.append(fit_response(sample, complexity, **options, **training))
     return members

@@ -206,6 +206,6 @@ def fit_response(
 
 def latents_only(adata, use_rep: str, split_key: str) -> ad.AnnData:
     """Training and validation cells with labels and latents alone: small, and without the test cells."""
-    rows = adata.obs[split_key].isin(["train", "val"]).to_numpy()
+    rows = adata.obs[split_key].isin(["train", "val"]).to_numpy(copy=True)
     z = latents(adata, use_rep)[torch.as_tensor(rows)].numpy()
     return ad.AnnData(obs=adata.obs[rows].copy(), obsm={use_rep: np.ascontiguousarray(z)})
