@@ -30,6 +30,7 @@ class Sides:
 
 
 def sides_of(result: Holdout, layer, perturbation_key: str, context_key) -> Iterator[Sides]:
+    """The groups of a hold-out that were predicted, one after the other."""
     space = result.space
 
     def rows(adata, context: str, perturbation: str | None = None) -> np.ndarray:
