@@ -640,6 +640,14 @@ def _(place):
     return command(place, "run", "--data", "scren.h5ad")
 
 
+@case(COMMANDS, "log-normalised values in a file whose counts are in raw", code=2)
+def _(place):
+    place.adata.raw = place.adata.copy()
+    place.adata.X = place.adata.X.log1p()
+    _ = place.h5ad
+    return command(place, "run", "--data", "screen.h5ad")
+
+
 @case(COMMANDS, "the wrong column", code=2)
 def _(place):
     _ = place.h5ad

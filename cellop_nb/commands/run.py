@@ -195,7 +195,20 @@ def check_data(values: dict[str, dict[str, Any]]) -> None:
     import cellop_nb
 
     adata = cellop_nb.datasets.load(asked["data"], backed=True)
-    cellop_nb.check(adata, **{key: asked[key] for key in _KEYS if key in asked})
+    try:
+        cellop_nb.check(adata, **{key: asked[key] for key in _KEYS if key in asked})
+    except DataError as refusal:
+        raise DataError(f"{refusal}{_counts_in_raw(Path(asked['data']))}") from None
+
+
+def _counts_in_raw(path: Path) -> str:
+    """Where the file has a slot that no option reaches, how to reach it: counts often lie there."""
+    import h5py
+
+    with h5py.File(path) as file:
+        has_raw = "raw" in file
+    lines = "scanpy.read_h5ad(FILE).raw.to_adata().write_h5ad(NEW)"
+    return f" (the file has a raw slot too; to take the counts from there: {lines})." if has_raw else ""
 
 
 def _execute(selected: list[Path], target: Path, values: dict[str, dict[str, Any]]) -> list[batch.Outcome]:
