@@ -187,7 +187,8 @@ def order_effects(
         for first, second in pairs:
             both = [operator_for(operators, name, context, control=control)[0] for name in (first, second)]
             rows.append({"context": context, "first": first, "second": second, **_order(start, *both)})
-    return pd.DataFrame(rows).sort_values("energy", ascending=False, ignore_index=True)
+    columns = ["context", "first", "second", "commutator", "gap", "effect", "relative", "energy"]
+    return pd.DataFrame(rows, columns=columns).sort_values("energy", ascending=False, ignore_index=True)
 
 
 def _order(start: torch.Tensor, first: AffineOperator, second: AffineOperator) -> dict:

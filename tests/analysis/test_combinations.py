@@ -360,3 +360,8 @@ def test_norman_doubles_beside_additive_single_and_ceiling(norman_file):
         result.table[(result.table["metric"] == "pearson_delta")].groupby("perturbation")["value"].count()
     )
     assert (scored >= 8).all() and sorted(scored.index) == doubles
+
+
+def test_one_perturbation_has_no_order(screen, response):
+    table = order_effects(screen, response.operators, pairs=[])
+    assert not len(table) and {"first", "second", "commutator", "energy"} <= set(table)
