@@ -1,0 +1,39 @@
+"""The notebooks on a screen of a user: own column names, one perturbation, more genes than are modelled."""
+
+from __future__ import annotations
+
+import pytest
+
+from cellop_nb import datasets
+from cellop_nb.notebook import batch, parameters
+
+KEYS = {"perturbation_key": "condition", "context_key": "celltype", "control": "ctrl"}
+SMALL = {"n_genes": 60, "latent_dim": 4, "hidden": 16, "max_epochs": 3, "max_epochs_vae": 3, "summary_epochs": 1}
+BOOKS = [name for name in parameters.names() if "01" <= name[:2] <= "07"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A run folder, with the screen beside it; the notebooks hand their models on through it."""
+    place = tmp_path_factory.mktemp("users")
+    screen = datasets.synthetic(
+        n_contexts=3, n_perturbations=1, n_cells=60, n_genes=100, n_latent=4, library=200.0, seed=1
+    )
+    labels = screen.obs["perturbation"].astype(str).replace({"control": "ctrl"})
+    screen.obs = screen.obs.assign(condition=labels, celltype=screen.obs["cell_type"].astype(str))
+    screen.obs = screen.obs[["condition", "celltype"]]
+    screen.uns.clear()
+    screen.obsm.clear()
+    screen.write_h5ad(place / "screen.h5ad")
+    return place
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BOOKS)
+def test_a_notebook_ends_on_a_users_screen(name, folder, root):
+    known = {parameter.name for parameter in parameters.NOTEBOOKS[name]}
+    values = {key: value for key, value in {**KEYS, **SMALL}.items() if key in known}
+    values |= {"data": str(folder / "screen.h5ad")}
+    outcome = batch.execute(root / "notebooks" / f"{name}.ipynb", folder / "run", values, timeout=120)
+    assert outcome.error == "", f"cell {outcome.cell}"
+    assert outcome.metrics
