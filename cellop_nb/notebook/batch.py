@@ -117,7 +117,9 @@ def _papermill(
     with tempfile.TemporaryDirectory(prefix="cellop-") as sockets, kernel_surroundings():
         try:
             papermill.execute_notebook(
-                str(notebook), str(folder / notebook.name), parameters=values, cwd=str(folder),
+                str(notebook), str(folder / notebook.name), parameters=values,
+                # the kernel's folder alone: `cwd=` changes that of this process, which other lanes share
+                resources={"metadata": {"path": str(folder)}},
                 kernel_name="python3", progress_bar=False, store_widget_state=False,
                 execution_timeout=timeout,
                 config=transport(sockets), on_cell_start=_counter(notebook, on_cell),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import nbformat
 import numpy as np
@@ -33,6 +34,16 @@ def test_a_notebook_runs_in_its_folder_with_its_values(book, tmp_path, caplog):
     assert executed.cells[-1].outputs[0].text == "3\n"
     assert "widgets" not in executed.metadata
     assert not caplog.records
+
+
+def test_the_folder_is_that_of_the_kernel_and_not_of_this_process(tmp_path, write_notebook):
+    """Notebooks run side by side in threads: a folder of the process would send results where another lane stood."""
+    book = write_notebook(tmp_path / "90_mine.ipynb", PARAMETERS, "import os; print(os.getcwd())")
+    before, seen = os.getcwd(), []
+    outcome = batch.execute(book, tmp_path / "run", on_cell=lambda *_: seen.append(os.getcwd()))
+    assert set(seen) == {before}
+    printed = nbformat.read(outcome.output, 4).cells[-1].outputs[0].text
+    assert printed.strip() == str((tmp_path / "run").resolve())
 
 
 def test_a_failing_notebook_is_kept_and_tells_its_cell(tmp_path, write_notebook):

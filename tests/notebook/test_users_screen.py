@@ -8,7 +8,14 @@ from cellop_nb import datasets
 from cellop_nb.notebook import batch, parameters
 
 KEYS = {"perturbation_key": "condition", "context_key": "celltype", "control": "ctrl"}
-SMALL = {"n_genes": 60, "latent_dim": 4, "hidden": 16, "max_epochs": 3, "max_epochs_vae": 3, "summary_epochs": 1}
+SMALL = {
+    "n_genes": 60,
+    "latent_dim": 4,
+    "hidden": 16,
+    "max_epochs": 3,
+    "max_epochs_vae": 3,
+    "summary_epochs": 1,
+}
 BOOKS = [name for name in parameters.names() if "01" <= name[:2] <= "07"]
 
 
