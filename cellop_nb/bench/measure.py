@@ -17,7 +17,7 @@ from pathlib import Path
 _CHILD = """
 import json, sys
 from cellop_nb.bench.measure import child
-print(json.dumps(child(*json.loads(sys.argv[1]))))
+json.dump(child(*json.loads(sys.argv[1])), sys.stdout)
 """
 
 

@@ -124,18 +124,23 @@ def test_reversal_without_an_inverse_says_so(screen, response, monkeypatch):
 # -- interaction, learned where doubles were measured
 
 
-def interacting(seed: int = 0):
-    """Latents of one context in which A+B is half of the sum of A and B; the shifts are 4 long."""
+def acted(act, n: int, seed: int = 0):
+    """Latents of one context: n control cells of two dimensions under each of the maps of `act`, by label."""
     import anndata as ad
 
     rng = np.random.default_rng(seed)
-    shift = {"control": [0, 0], "A": [4, 0], "B": [0, 4], "C": [-4, 0], "A+B": [2, 2], "B+C": [-4, 4]}
-    z = np.concatenate([np.array(s) + 0.5 * rng.normal(size=(100, 2)) for s in shift.values()])
-    obs = pd.DataFrame({"perturbation": np.repeat(list(shift), 100)})
+    z = np.concatenate([move(0.5 * rng.normal(size=(n, 2))) for move in act.values()])
+    obs = pd.DataFrame({"perturbation": np.repeat(list(act), n)})
     obs.index = obs.index.astype(str)
     adata = ad.AnnData(obs=obs, obsm={"X_nbvae": z.astype(np.float32)})
     split(adata, test_fraction=0.0, context_key=None)
     return adata
+
+
+def interacting():
+    """A+B is half of the sum of A and B; the shifts are 4 long."""
+    shift = {"control": [0, 0], "A": [4, 0], "B": [0, 4], "C": [-4, 0], "A+B": [2, 2], "B+C": [-4, 4]}
+    return acted({name: lambda z, s=s: z + np.array(s) for name, s in shift.items()}, 100)
 
 
 def test_interaction_is_learned_where_the_double_was_measured():
@@ -172,22 +177,14 @@ def test_combinations_are_left_out_in_turn():
     assert energy.filter(like="B+C").iloc[0] < energy.filter(like="A+B").iloc[0]  # only B+C is additive
 
 
-def composed(seed: int = 0):
+def composed():
     """A and C shift, B and D stretch threefold about the controls' centre; the doubles do one after the other."""
-    import anndata as ad
-
-    rng = np.random.default_rng(seed)
     act = {"control": lambda z: z}
     for shift, stretch, axis in (("A", "B", 0), ("C", "D", 1)):
         move, grow = np.eye(2)[axis] * 4, np.where(np.arange(2) == axis, 3.0, 1.0)
         act |= {shift: lambda z, m=move: z + m, stretch: lambda z, g=grow: z * g}
         act[f"{shift}+{stretch}"] = lambda z, m=move, g=grow: (z + m) * g
-    z = np.concatenate([move(0.5 * rng.normal(size=(150, 2))) for move in act.values()])
-    obs = pd.DataFrame({"perturbation": np.repeat(list(act), 150)})
-    obs.index = obs.index.astype(str)
-    adata = ad.AnnData(obs=obs, obsm={"X_nbvae": z.astype(np.float32)})
-    split(adata, test_fraction=0.0, context_key=None)
-    return adata
+    return acted(act, 150)
 
 
 def test_the_rule_is_chosen_by_the_doubles_left_out():
