@@ -140,6 +140,17 @@ def test_bad_input_is_refused_before_anything_runs(words, message, run, tmp_path
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["taken"]
 
 
+def test_counts_in_raw_are_pointed_to(run, tmp_path, nothing_runs):
+    from cellop_nb import datasets
+
+    screen = datasets.synthetic(n_cells=20, n_genes=20, n_latent=4, library=50.0)
+    screen.raw = screen.copy()
+    screen.X = screen.X.log1p()
+    screen.write_h5ad(tmp_path / "screen.h5ad")
+    code, _, err = run("run", "--only", "01", "--data", "screen.h5ad")
+    assert code == 2 and "looks log-normalised" in err and ".raw.to_adata()" in err
+
+
 def test_run_leaves_notebooks_metrics_and_a_closing_table(run, tmp_path):
     (tmp_path / "values.yaml").write_text("latent_dim: 4\nmax_epochs: 5\n")
     code, out, err = run(

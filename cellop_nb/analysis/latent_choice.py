@@ -63,11 +63,8 @@ def compare_latents(
     ModelError
         Where fewer than two groups can be left out.
     """
-    folds = list(
-        folds_over(
-            over, [group for group in _labels(train, keys).unique() if group[1] != keys["control"]]
-        ).values()
-    )
+    groups = [group for group in _labels(train, keys).unique() if group[1] != keys["control"]]
+    folds = list(folds_over(over, groups).values())
     n_folds = min(n_folds, len(folds))
     if n_folds < 2:
         expected = f"two or more {over}s to leave out in turn"

@@ -198,6 +198,20 @@ def test_the_rule_is_chosen_by_the_doubles_left_out():
     )
 
 
+def test_a_holdout_takes_the_rule_that_was_chosen():
+    from cellop_nb.analysis.choices import Choice
+
+    keys = {"perturbation_key": "perturbation", "context_key": None, "control": "control"}
+    adata = composed()
+    options = {"view": LatentView(adata, context_key=None), "progress": False, "max_epochs": 15}
+    plan = Choice(adata, [("all", "A+D")], [], None, keys, None, None, 0, False)
+    found = Complexity(ridge=1e-3)
+    first = leave_out(adata, [found], over="combination", context_key=None, progress=False)
+    choice, taken = plan._with_rule(first, found, options)
+    assert taken == Complexity(ridge=1e-3, rule="composition")
+    assert choice["candidate"].tolist() == [0, 0, 1, 2, 1, 2] and choice["complexity"].nunique() == 3
+
+
 def test_a_rule_without_an_answer_leaves_the_effect():
     flipped = AffineOperator(
         torch.diag(torch.tensor([-1.0, 1.0])), torch.zeros(2), "flip"

@@ -124,6 +124,20 @@ def test_a_lightning_training_that_fails_leaves_its_picture(package, loader, pic
     assert "failed" in live._board._headline.get_text()
 
 
+@pytest.mark.parametrize(("raised", "word"), [(KeyboardInterrupt(), "stopped"), (ValueError("x"), "failed")])
+def test_an_end_by_hand_is_not_a_failure(raised, word):
+    class Told:
+        def update(self, rows, source):
+            pass
+
+        def finish(self, rows, source):
+            self.status = source.status
+
+    told = Told()
+    lightning_callback(told).on_exception(object(), None, raised)
+    assert told.status == word
+
+
 @pytest.mark.slow
 def test_an_scvi_training_is_shown(pictures):
     scvi = pytest.importorskip("scvi", reason="scvi-tools is not installed (the extra 'bench')")
