@@ -44,11 +44,14 @@ class Holdouts:
     choices: pd.DataFrame
     left_out: pd.DataFrame
 
-    def summary(self, metric: str = "e_distance") -> pd.DataFrame:
-        """Groups by methods: the mean of a metric over seeds, with a last row for the mean over groups."""
+    def summary(self, metric: str = "e_distance", *, by: str = "group") -> pd.DataFrame:
+        """Groups by methods: the mean of a metric over seeds, with a last row for the mean over groups.
+
+        `by="heldout"` gives a row for each hold-out instead, such as each donor: the mean over its groups.
+        """
         rows = self.table[self.table["metric"] == metric]
         order = list(dict.fromkeys(rows["method"]))
-        wide = rows.pivot_table(index="group", columns="method", values="value", sort=False)
+        wide = rows.pivot_table(index=by, columns="method", values="value", sort=False)
         wide = wide.reindex(columns=[method for method in order if method in wide])
         wide.loc["mean"] = wide.mean()
         return wide

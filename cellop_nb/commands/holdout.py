@@ -84,11 +84,11 @@ def main(args: argparse.Namespace) -> int:
     )
     if args.out is not None:
         write_whole(args.out, lambda part: found.table.to_csv(part, index=False))
+    several = found.table.groupby("heldout", sort=False)["group"].nunique().max() > 1
     for metric in SHOWN:
-        wide = found.summary(metric)
-        say(f"\n{metric} (mean over {args.seeds} seed{'s' if args.seeds > 1 else ''})")
-        rows = [[group, *(f"{value:.2f}" for value in row)] for group, row in wide.iterrows()]
-        say(table(["group", *map(_short, wide.columns)], rows, right=range(1, len(wide.columns) + 1)))
+        for by in ("group", "heldout") if several else ("group",):
+            say(f"\n{metric} (mean over {args.seeds} seed{'s' if args.seeds > 1 else ''})")
+            _show(found.summary(metric, by=by))
     chosen = found.choices[found.choices["chosen"]]
     say("\nchosen: " + ", ".join(f"{n} x {name}" for name, n in chosen["complexity"].value_counts().items()))
     if args.latent:
@@ -99,6 +99,11 @@ def main(args: argparse.Namespace) -> int:
     for row in found.behind().itertuples():
         say(f"behind: {row.group}: {row.operators:.2f} against {row.baseline:.2f} of {row.best_baseline}")
     return 0
+
+
+def _show(wide) -> None:
+    rows = [[str(name), *(f"{value:.2f}" for value in row)] for name, row in wide.iterrows()]
+    say(table([wide.index.name, *map(_short, wide.columns)], rows, right=range(1, len(wide.columns) + 1)))
 
 
 def _contexts(text: str) -> str | list[str] | None:

@@ -51,6 +51,17 @@ def test_summary_is_the_mean_over_seeds_and_groups(contexts):
     assert wide.loc["mean", "operators"] == pytest.approx(rows["value"].mean())
 
 
+def test_summary_of_each_holdout_is_the_mean_over_its_groups():
+    rows = [
+        ("d1", "a", "operators", 1.0), ("d1", "b", "operators", 3.0), ("d2", "a", "operators", 5.0),
+        ("d1", "a", "no change", 8.0), ("d1", "b", "no change", 8.0), ("d2", "a", "no change", 9.0),
+    ]  # fmt: skip
+    table = pd.DataFrame(rows, columns=["heldout", "group", "method", "value"]).assign(metric="e_distance")
+    wide = Holdouts(table, pd.DataFrame(), pd.DataFrame()).summary(by="heldout")
+    assert wide["operators"].to_dict() == {"d1": 2.0, "d2": 5.0, "mean": 3.5}
+    assert list(wide) == ["operators", "no change"] and wide.index.name == "heldout"
+
+
 def test_the_same_tables_on_dask(screen):
     options = QUICK | {"metrics": ["e_distance"], "n_seeds": 1}
     here = holdout_all(screen, over="combination", **options)
