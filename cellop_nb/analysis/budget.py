@@ -90,10 +90,10 @@ def _sentence(row: pd.Series) -> str:
     if whole <= max(2 * floor, 0.1):
         return "The prediction is as near to the real cells as they are to themselves: nothing to improve."
     if decoder > 0.5 * whole:
-        return (
-            f"{decoder / whole:.0%} of the error remains with the true latents: improve the VAE "
-            "(longer training, more latent dimensions, a larger hidden layer)."
-        )
+        share = f"{decoder / whole:.0%} of the error remains with the true latents"
+        if decoder > whole:  # they are decoded afresh, while a prediction keeps the cells' own counts
+            share = f"The true latents decode no nearer ({decoder:.2f}) than the prediction is ({whole:.2f})"
+        return f"{share}: improve the VAE (longer training, more latent dimensions, a larger hidden layer)."
     return (
         f"{1 - max(decoder, 0.0) / whole:.0%} of the error is the operator's: measure a context nearer to this "
         "one, or more cells; compare with the nearest context in the table."

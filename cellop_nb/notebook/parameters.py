@@ -101,7 +101,12 @@ NOTEBOOKS: dict[str, tuple[Parameter, ...]] = {
         *DATA,
         Parameter("holdout_context", "str", "", "context left out of training; empty: where the effect is largest"),
         Parameter("holdout_perturbation", "str", "", "perturbation to predict; empty: the largest effect"),
-        LATENT_DIM, HIDDEN, replace(VAE_EPOCHS, name="max_epochs_vae"),
+        LATENT_DIM,
+        replace(
+            LATENT_DIM, name="other_latent_dims", type="list[int] | None", default=[16],
+            help="dimensions tried beside latent_dim, the best predictor is taken; None: none",
+        ),
+        HIDDEN, replace(VAE_EPOCHS, name="max_epochs_vae"),
         Parameter("n_seeds", "int", 1, "fits whose predictions are pooled", minimum=1, maximum=20),
         Parameter("summary_epochs", "int", 15, "passes of the VAE in the summary over contexts; 0: none", minimum=0),
         SEED, RUN_DIR,
