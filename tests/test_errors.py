@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 
 from cellop_nb.errors import did_you_mean, three_beats
 
+from . import bad_inputs
 
-def catalogue():
-    """tests/bad_inputs.py, which is also a script."""
-    path = Path(__file__).with_name("bad_inputs.py")
-    spec = importlib.util.spec_from_file_location("bad_inputs", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["bad_inputs"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-bad_inputs = catalogue()
 CASES = bad_inputs.CASES
 
 

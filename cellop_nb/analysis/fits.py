@@ -14,6 +14,7 @@ from torch import Tensor
 from ..data.contract import perturbation_parts
 from ..models.coupling import Remainder
 from ..models.operators import OperatorModel
+from ..settings import check_settings
 from ..training.operators import OperatorTrainer, new_operators
 from .combinations import response_operator
 from .predict import latents
@@ -41,6 +42,8 @@ class Fits:
     def __init__(
         self, cells, view: LatentView, *, keys: Mapping, features=None, seed: int = 0, training: Mapping
     ):
+        taken = ("adata", "model", "seed", *keys)
+        check_settings(training, OperatorTrainer, of="the operators' training", taken=taken)
         self.cells, self.view, self.keys, self.features = cells, view, keys, features
         self.seed, self.training = seed, dict(training)
         self.profiles = view.profiles()
@@ -190,6 +193,11 @@ def fit_response(
     Returns
     -------
     Response
+
+    Raises
+    ------
+    LabelError
+        For a key or a setting that is not known.
     """
     keys = {"perturbation_key": perturbation_key, "context_key": context_key, "control": control}
     keys |= {"use_rep": use_rep}

@@ -11,6 +11,7 @@ import torch
 from scipy import sparse
 
 from ..models.vae import NBVAE
+from ..settings import check_settings
 from ..training.callbacks import EarlyStopping
 from ..training.vae import VAETrainer, new_vae
 from .baselines import Prediction, Screen, Target, latent_shift
@@ -50,7 +51,13 @@ def fit_vae(
         Raw counts with ``obs["split"]``; only cells of train and val are read.
     sizes, training
         Settings of :func:`new_vae` and :class:`VAETrainer` that differ from the defaults of hold-outs.
+
+    Raises
+    ------
+    LabelError
+        For a setting that neither knows.
     """
+    check_vae_settings(sizes, training)
     sizes = {"n_latent": 32, "n_hidden": 256} | dict(sizes)
     training = {"max_epochs": 120, "lr": 1e-3, "patience": 40} | dict(training)
     model = new_vae(train, layer=layer, seed=seed, **sizes)
@@ -58,6 +65,15 @@ def fit_vae(
     VAETrainer(train, model, layer=layer, seed=seed, progress=progress, callbacks=[stop], **training).fit()
     embed(train, model, layer=layer)
     return model, train.obsm["X_nbvae"].copy()
+
+
+def check_vae_settings(sizes: Mapping, training: Mapping) -> None:
+    """Refuse what neither :func:`new_vae` nor :class:`VAETrainer` takes, and what a hold-out sets itself."""
+    ours = ("adata", "layer", "seed")
+    known_sizes = ("genes", "covariates", "split_key")
+    check_settings(sizes, new_vae, NBVAE, of="vae={...}", taken=(*ours, *known_sizes))
+    known = (*ours, "model", "split_key", "progress", "callbacks", "min_delta")
+    check_settings(training, VAETrainer, EarlyStopping, of="training={...}", taken=known)
 
 
 def view_of(

@@ -21,7 +21,7 @@ from .baselines import BASELINES, Baseline, Prediction, Screen, Target
 from .choices import Choice, groups_of
 from .combinations import RULES
 from .fits import fit_response
-from .fitted import LATENT_SHIFT, Fitted, fit_vae, pooled_shift, view_of, virtual_cells
+from .fitted import LATENT_SHIFT, Fitted, check_vae_settings, fit_vae, pooled_shift, view_of, virtual_cells
 from .formulas import Undefined
 from .metrics import score_split
 from .selection import CANDIDATES
@@ -155,7 +155,12 @@ def holdout(
     ------
     HoldoutError
         Where the hold-out matches nothing, leaks, or leaves nothing to learn from.
+    LabelError
+        For a key, label or setting that is not known.
     """
+    settings = settings_of(vae)
+    for sizes in settings:
+        check_vae_settings(sizes, training or {})
     keys = {"perturbation_key": perturbation_key, "context_key": context_key, "control": control}
     if n_seeds < 1:
         raise HoldoutError(three_beats("n_seeds of at least 1", str(n_seeds), "pass a positive number"))
@@ -169,7 +174,6 @@ def holdout(
     _enough_cells(real, wanted, keys)
     space = EvaluationSpace.fit(train, genes=list(train.var_names), layer=layer, seed=seed)
     plan = Choice(train, wanted, list(candidates), space, keys, layer, features, seed, progress)
-    settings = [vae or {}] if vae is None or isinstance(vae, Mapping) else list(vae)
     latent_choice, sizes = plan.latent(settings, training or {})
     options = {"sizes": sizes, "training": training or {}, "layer": layer, "progress": progress}
     models = [fit_vae(train, seed=seed + k, **options) for k in range(n_seeds)]
@@ -211,6 +215,14 @@ def holdout(
         sizes=dict(sizes),
         measured=plan.groups,
     )
+
+
+def settings_of(vae: Mapping | Sequence[Mapping] | None) -> list[Mapping]:
+    """The settings of the VAE to choose from."""
+    found = [vae or {}] if vae is None or isinstance(vae, Mapping) else list(vae)
+    if not found:
+        raise HoldoutError(three_beats("settings of the VAE", "vae=[]", "leave vae out for the defaults"))
+    return found
 
 
 def _variable(work, n_genes: int, layer: str | None):

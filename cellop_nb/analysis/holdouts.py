@@ -15,8 +15,10 @@ from ..data.contract import context_labels, obs_labels
 from ..data.slots import require_control
 from ..data.splits import split
 from ..errors import CellopError, HoldoutError, three_beats
+from ..settings import check_settings
 from .combinations import RULES
-from .holdout import OPERATORS, holdout
+from .fitted import check_vae_settings
+from .holdout import OPERATORS, holdout, settings_of
 from .latent_choice import sizes_in_words
 from .selection import combinations_of
 
@@ -125,7 +127,7 @@ def holdout_all(
         A Dask ``Client`` or cluster, or a number of local worker processes; None runs here, one after the other.
         The tables are the same.
     **options
-        As in :func:`holdout`: `layer`, `n_genes`, `vae`, `training`, `candidates`, `features`, `metrics`.
+        As in :func:`holdout`: `layer`, `n_genes`, `vae`, `training`, `candidates`, `features`, `methods`, `metrics`.
 
     Returns
     -------
@@ -136,12 +138,17 @@ def holdout_all(
     HoldoutError
         Where `over` gives nothing to hold out, with the numbers of each refusal.
     LabelError
-        For a column or label that is not known.
+        For a column, label or setting that is not known.
     """
     if min(n_seeds, n_pooled) < 1:
         found = f"n_seeds={n_seeds}, n_pooled={n_pooled}"
         raise HoldoutError(three_beats("at least one seed", found, "pass positive numbers"))
     keys = {"perturbation_key": perturbation_key, "context_key": context_key, "control": control}
+    check_settings(
+        options, holdout, of="holdout", taken=("adata", "heldout", "n_seeds", "seed", "progress", *keys)
+    )
+    for sizes in settings_of(options.get("vae")):
+        check_vae_settings(sizes, options.get("training") or {})
     plan, refused = _plan(adata, over, dict(where or {}), min_cells, keys)
     if not plan:
         found = "; ".join(f"{row['heldout']}: {row['reason']}" for row in refused) or "none"

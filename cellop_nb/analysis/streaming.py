@@ -16,6 +16,7 @@ from ..files import write_whole
 from ..models.affine import AffineOperator
 from ..models.operators import OperatorModel
 from ..models.vae import NBVAE
+from ..settings import check_settings
 from .predict import predict, source_cells
 
 
@@ -61,13 +62,15 @@ def predict_to_file(
     Raises
     ------
     LabelError
-        For an unknown context or perturbation.
+        For an unknown context, perturbation or setting.
     DataError
         For a path that is no `.h5ad`.
     """
     if Path(path).suffix != ".h5ad":
         raise DataError(three_beats("the path of an .h5ad file", repr(str(path)), "end it in .h5ad"))
     keys = {"perturbation_key": perturbation_key, "context_key": context_key, "control": control}
+    ours = ("adata", "vae", "operators", "context", "perturbation", "use_rep", "seed", "max_cells")
+    check_settings(settings, predict, of="predict", taken=(*ours, *keys))
     source = source_cells(adata, context, **keys)
     starts = range(0, len(source), batch_size)
 

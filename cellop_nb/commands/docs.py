@@ -92,7 +92,7 @@ def prepare(source: Path) -> None:
         shutil.copy(path, source / "notebooks")
     for name, text in reference().items():
         (source / "api" / f"{name}.md").write_text(text, encoding="utf-8")
-    errors = [sys.executable, "tests/bad_inputs.py", str(source / "errors.md")]
+    errors = [sys.executable, "-m", "tests.bad_inputs", str(source / "errors.md")]
     subprocess.run(errors, cwd=environment.ROOT, check=True, capture_output=True, env=_surroundings())
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from ..analysis.combinations import RULES
 from ..errors import CellopError, LabelError, did_you_mean, three_beats
 from ..files import write_whole
+from ..settings import check_settings
 from . import parameters
 from .controls import button, spoken, status_line
 from .figures.explorer import ExplorerSheet
@@ -58,7 +59,7 @@ class Explorer:
     Raises
     ------
     LabelError
-        For a context, perturbation or gene that neither data nor model know.
+        For a context, perturbation or gene that neither data nor model know, or an unknown setting.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Explorer:
         folder: str | Path = ".",
         **settings,
     ):
+        check_settings(settings, VirtualCells, of="the explorer", taken=("adata", "vae", "operators"))
         self.cells = VirtualCells(adata, vae, operators, **settings)
         self.folder, self.gene = Path(folder), gene or None
         self._sheet, self._lock = ExplorerSheet(), threading.RLock()

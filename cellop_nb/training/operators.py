@@ -16,12 +16,15 @@ from ..models.energy import energy_distance, grouped_energy_distance, self_dista
 from ..models.energy_moved import moved_energy_distance
 from ..models.operators import OperatorModel
 from ..models.spectral import spectral_excess
+from ..settings import check_settings
 from .loop import Trainer
 from .resume import digest
 from .within import WithinTerm
 
 MIN_SHOWN = 8
 """Held-out cells below which a group has no column of its own in the history: its energy is mostly noise."""
+
+_FROM_DATA = ("n_latent", "perturbations", "contexts", "pairs", "features")
 
 
 def new_operators(
@@ -49,7 +52,7 @@ def new_operators(
     form
         A subclass of :class:`OperatorModel`, for operators of another form.
     **sizes
-        ``n_axes``, ``rank``, ``context_rank`` of :class:`OperatorModel`.
+        ``n_axes``, ``rank``, ``context_rank`` of :class:`OperatorModel`, or arguments of the form's own.
 
     Returns
     -------
@@ -58,10 +61,11 @@ def new_operators(
     Raises
     ------
     LabelError
-        If a key, the control label or a perturbation in `features` is unknown.
+        If a key, the control label, a perturbation in `features` or a size is unknown.
     DataError
         If the latents are missing or not finite, a context has no controls, or no perturbed group is left.
     """
+    check_settings(sizes, form, of="new_operators", taken=_FROM_DATA)
     data = groups(
         adata,
         use_rep=use_rep,
@@ -92,7 +96,7 @@ def _given(features, parts: Sequence[str]) -> Tensor:
         found = f"none of {missing[:5]}"
         fix = f"add their rows, or leave these cells out ({did_you_mean(missing[0], known)})"
         raise LabelError(three_beats("features of every perturbation in training", found, fix))
-    values = torch.as_tensor(features.to_numpy(dtype=float), dtype=torch.float32)
+    values = torch.tensor(features.to_numpy(dtype=float, copy=True), dtype=torch.float32)
     broken = ~values.isfinite().all(1).numpy()
     if broken.any() or not known.is_unique:
         found = f"{list(known[broken | known.duplicated()][:5])} with NaN, infinity or several rows"
@@ -148,7 +152,8 @@ class OperatorTrainer(Trainer):
     Raises
     ------
     LabelError
-        If a key, the control label, or a condition of the training cells is unknown to the data or the model.
+        If a key, the control label, or a condition of the training cells is unknown to the data or the model, or a
+        setting is not known.
     DataError
         If the latents are missing or not finite, or a context has no controls.
     """
@@ -176,6 +181,7 @@ class OperatorTrainer(Trainer):
         lr: float = 1e-2,
         **settings,
     ):
+        check_settings(settings, type(self), of="OperatorTrainer", taken=("adata", "model"))
         super().__init__(model, max_epochs=max_epochs, lr=lr, **settings)
         keys = {
             "use_rep": use_rep,

@@ -22,6 +22,7 @@ from ..data.batches import (
 from ..data.splits import rows_of
 from ..models.counts import SparseCounts
 from ..models.vae import NBVAE, elbo_loss, moment_dispersion
+from ..settings import check_settings
 from .loop import Trainer
 from .resume import digest
 
@@ -66,10 +67,11 @@ def new_vae(
     Raises
     ------
     LabelError
-        If a covariate, the column of totals or the split is missing.
+        If a covariate, the column of totals or the split is missing, or a size is not known.
     DataError
         If the layer is missing, or the totals are smaller than the counts.
     """
+    check_settings(sizes, NBVAE, of="new_vae", taken=("genes", "covariates", "total_key"))
     covariates = covariate_categories(adata, covariate_keys)
     fewer = genes is not None and TOTAL_KEY in adata.obs
     has_others = total_key != TOTAL_KEY or fewer or has_other_genes(adata, layer=layer)
@@ -121,7 +123,8 @@ class VAETrainer(Trainer):
     DataError
         If the counts are missing, are no raw counts, or are of other genes than the model's.
     LabelError
-        If ``obs[split_key]`` or a covariate is missing, or a category is unknown to the model.
+        If ``obs[split_key]`` or a covariate is missing, or a category is unknown to the model, or a setting is
+        not known.
     """
 
     unit = "VAE"
@@ -138,6 +141,7 @@ class VAETrainer(Trainer):
         warmup_epochs: int = 20,
         **settings,
     ):
+        check_settings(settings, type(self), of="VAETrainer", taken=("adata", "model"))
         super().__init__(model, **settings)
         self.weights = {"kl_weight": kl_weight}
         self.warmup_epochs = warmup_epochs

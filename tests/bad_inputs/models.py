@@ -1,0 +1,132 @@
+"""Models and training asked for what they cannot do."""
+
+from __future__ import annotations
+
+import numpy as np
+
+import cellop_nb as co
+
+from .cases import MODELS, case
+
+
+@case(MODELS, "genes of another data set")
+def _(place):
+    vae = place.vae
+    place.adata.var_names = [f"ENSG{k:011d}" for k in range(place.adata.n_vars)]
+    co.embed(place.adata, vae)
+
+
+@case(MODELS, "a saved model for other genes")
+def _(place):
+    co.load(place.saved, genes=[f"ENSG{k:011d}" for k in range(40)])
+
+
+@case(MODELS, "operators before the cells are embedded")
+def _(place):
+    co.new_operators(place.split)
+
+
+@case(MODELS, "latents that are not finite")
+def _(place):
+    place.embedded.obsm["X_nbvae"][3] = np.nan
+    co.new_operators(place.adata)
+
+
+@case(MODELS, "an unknown perturbation to predict")
+def _(place):
+    co.predict(place.embedded, place.vae, place.operators, context="type A", perturbation="drug1")
+
+
+@case(MODELS, "an unknown context to predict in")
+def _(place):
+    co.predict(place.embedded, place.vae, place.operators, context="typeA", perturbation="drug 1")
+
+
+@case(MODELS, "latents of another model")
+def _(place):
+    operators = place.operators
+    place.adata.obsm["X_nbvae"] = np.zeros((place.adata.n_obs, 3), dtype=np.float32)
+    co.predict(place.adata, place.vae, operators, context="type A", perturbation="drug 1")
+
+
+@case(MODELS, "features that lack a perturbation")
+def _(place):
+    import pandas as pd
+
+    features = pd.DataFrame(np.eye(1), index=["drug 1"])
+    co.new_operators(place.embedded, features=features)
+
+
+@case(MODELS, "NaN in training")
+def _(place):
+    place.vae.encoder.mean.weight.data[0, 0] = float("nan")
+    co.VAETrainer(place.adata, place.vae, max_epochs=1, progress=False).fit()
+
+
+@case(MODELS, "a negative learning rate")
+def _(place):
+    co.VAETrainer(place.split, place.vae, progress=False).learning_rate = -1.0
+
+
+@case(MODELS, "no epoch to train")
+def _(place):
+    co.VAETrainer(place.split, place.vae, max_epochs=0, progress=False)
+
+
+@case(MODELS, "an empty batch")
+def _(place):
+    co.VAETrainer(place.split, place.vae, batch_size=0, progress=False)
+
+
+@case(MODELS, "a setting of the VAE that is nearly right")
+def _(place):
+    co.new_vae(place.split, n_latents=8)
+
+
+@case(MODELS, "a setting of the operators that is nearly right")
+def _(place):
+    co.new_operators(place.embedded, ranks=2)
+
+
+@case(MODELS, "a trainer's setting by its name in other programs")
+def _(place):
+    co.VAETrainer(place.split, place.vae, learning_rate=1e-3)
+
+
+@case(MODELS, "the way back of a singular operator")
+def _(place):
+    import torch
+
+    from cellop_nb.models.affine import AffineOperator
+
+    AffineOperator(torch.zeros(2, 2), torch.zeros(2), "type A, drug 1").inverse()
+
+
+@case(MODELS, "half a dose of an operator that mirrors")
+def _(place):
+    import torch
+
+    from cellop_nb.models.affine import AffineOperator
+
+    AffineOperator(torch.diag(torch.tensor([-1.0, 1.0])), torch.zeros(2), "type A, drug 1").power(0.5)
+
+
+@case(MODELS, "an energy distance of one cell")
+def _(place):
+    import torch
+
+    co.energy_distance(torch.zeros(1, 2), torch.zeros(5, 2))
+
+
+@case(MODELS, "clouds of two different models")
+def _(place):
+    import torch
+
+    co.energy_distance(torch.zeros(5, 2), torch.zeros(5, 3))
+
+
+@case(MODELS, "negative counts in the likelihood")
+def _(place):
+    import torch
+
+    co.nb_log_likelihood(-torch.ones(2, 3), torch.ones(2, 3), torch.ones(3))
