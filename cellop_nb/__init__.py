@@ -16,6 +16,7 @@ _PUBLIC = {
     "check": "data.contract",
     "context_labels": "data.contract",
     "split": "data.splits",
+    "select_genes": "data.genes",
     "groups": "data.batches",
     "nb_log_likelihood": "models.likelihood",
     "NegativeBinomial": "models.likelihood",
@@ -91,6 +92,7 @@ if TYPE_CHECKING:  # the names below are found by `__getattr__` while running
     from .data.batches import groups as groups
     from .data.contract import check as check
     from .data.contract import context_labels as context_labels
+    from .data.genes import select_genes as select_genes
     from .data.splits import split as split
     from .models.conditions import Condition as Condition
     from .models.energy import energy_distance as energy_distance

@@ -25,7 +25,7 @@ from .fitted import LATENT_SHIFT, Fitted, check_vae_settings, fit_vae, pooled_sh
 from .formulas import Undefined
 from .metrics import score_split
 from .selection import CANDIDATES
-from .space import EvaluationSpace, variable_genes
+from .space import EvaluationSpace, evaluation_genes
 from .transfer import Complexity
 
 OPERATORS = "operators"
@@ -230,7 +230,7 @@ def _variable(work, n_genes: int, layer: str | None):
         return work
     train = work[rows_of(work, ("train", "val"))]
     work.obs[TOTAL_KEY] = library_size(work, layer)
-    return work[:, variable_genes(train, n_genes, layer=layer)].copy()
+    return work[:, evaluation_genes(train, n_genes, layer=layer)].copy()
 
 
 def _enough_cells(real, wanted: list[tuple[str, str]], keys: dict) -> None:

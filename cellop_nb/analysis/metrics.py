@@ -15,7 +15,7 @@ from ..tables import Scores
 from . import formulas
 from .baselines import BASELINES, Baseline, Prediction, Screen, Target, run
 from .scores import METRICS, PDS, Truth, known_metrics, noise, score, shared_shift
-from .space import EvaluationSpace, log1p_cp10k, variable_genes
+from .space import EvaluationSpace, evaluation_genes, log1p_cp10k
 
 __all__ = [
     "METRICS",
@@ -28,7 +28,6 @@ __all__ = [
     "score_contexts",
     "score_holdout",
     "score_split",
-    "variable_genes",
 ]
 
 logger = logging.getLogger("cellop_nb")
@@ -145,7 +144,7 @@ def score_split(
     _no_leak(training, real)
     keys = {"perturbation_key": perturbation_key, "context_key": context_key}
     if space is None:
-        genes = variable_genes(training, layer=layer) if genes is None else genes
+        genes = evaluation_genes(training, layer=layer) if genes is None else genes
         space = EvaluationSpace.fit(training, genes=genes, layer=layer, seed=seed)
     counts = space.select(training, layer)
     screen = Screen.of(training, space.transform(counts), control=control, **keys)

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
-import pandas as pd
 from anndata import AnnData
 from scipy import sparse
 
 from ..data.contract import counts as raw_counts
+from ..data.genes import TARGET_SUM, select_genes
 from ..errors import DataError, LabelError, did_you_mean, three_beats
-from ..threads import same_threads
 
-TARGET_SUM = 1e4
+evaluation_genes = partial(select_genes, flavor="seurat", min_cells=10, split=None)
+"""Variable genes of the training cells that are passed, by the rule with which published hold-outs are made."""
 
 
 def log1p_cp10k(counts, target_sum: float = TARGET_SUM) -> np.ndarray:
@@ -31,43 +32,6 @@ def log1p_cp10k(counts, target_sum: float = TARGET_SUM) -> np.ndarray:
     dense = counts.toarray() if sparse.issparse(counts) else np.asarray(counts)
     library = dense.sum(axis=1, dtype=np.float64, keepdims=True)
     return np.log1p(dense / np.where(library > 0, library, 1.0) * target_sum).astype(np.float32)
-
-
-@same_threads()
-def variable_genes(
-    adata: AnnData, n_genes: int = 1000, *, layer: str | None = None, min_cells: int = 10
-) -> list[str]:
-    """The most variable genes (scanpy, flavour ``seurat``) of log1p-CP10k over genes seen in `min_cells`
-    cells.
-
-    Pass training cells only: genes chosen with the held-out cells in view leak their response.
-
-    Parameters
-    ----------
-    adata : AnnData
-        Raw counts in `layer` or ``X``.
-    n_genes : int
-        How many; all that are left where there are fewer.
-
-    Returns
-    -------
-    list of gene names in the order of ``adata.var_names``
-
-    References
-    ----------
-    Satija et al. 2015, Nat Biotechnol 33:495.
-    """
-    import scanpy as sc
-
-    counts = sparse.csr_matrix(raw_counts(adata, layer), dtype=np.float32)
-    seen = np.flatnonzero(counts.getnnz(axis=0) >= min_cells)
-    if len(seen) <= n_genes:
-        return list(adata.var_names[seen])
-    work = AnnData(counts[:, seen], var=pd.DataFrame(index=adata.var_names[seen]))
-    sc.pp.normalize_total(work, target_sum=TARGET_SUM)
-    sc.pp.log1p(work)
-    sc.pp.highly_variable_genes(work, n_top_genes=n_genes, flavor="seurat")
-    return list(work.var_names[work.var["highly_variable"]])
 
 
 @dataclass(frozen=True, eq=False)

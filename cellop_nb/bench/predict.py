@@ -11,7 +11,7 @@ from pathlib import Path
 from anndata import AnnData
 
 from ..analysis.predict import embed, predict
-from ..analysis.space import variable_genes
+from ..analysis.space import evaluation_genes
 from ..data.catalogue import load
 from ..data.splits import split
 from ..training.callbacks import EarlyStopping
@@ -39,7 +39,7 @@ def screen(quick: bool) -> tuple[AnnData, str]:
     adata = load(path) if real else load()
     split(adata)
     train = adata[adata.obs["split"] != "test"]
-    adata = adata[:, variable_genes(train, 100 if quick else GENES)].copy()
+    adata = adata[:, evaluation_genes(train, 100 if quick else GENES)].copy()
     return adata, "Kang" if real else "synthetic example"
 
 

@@ -9,9 +9,7 @@ import pandas as pd
 from anndata import AnnData
 
 from ..errors import DataError, LabelError, three_beats
-from ..threads import same_threads
 from .checks import check_counts, check_labels
-from .on_disk import RowReader, is_on_disk
 from .slots import (
     context_labels,
     count_blocks,
@@ -31,12 +29,7 @@ __all__ = [
     "library_size",
     "obs_labels",
     "perturbation_parts",
-    "select_genes",
 ]
-
-
-MAX_CELLS = 20_000
-"""Cells on which genes are chosen where the counts lie on disk."""
 
 
 def check(
@@ -107,61 +100,3 @@ def _check_names(adata: AnnData) -> None:
             repeated = names[names.duplicated()]
             found = f"{len(repeated)} repeated in {what}_names, such as {repeated[0]!r}"
             raise DataError(three_beats("unique names", found, f"run adata.{what}_names_make_unique()"))
-
-
-@same_threads()
-def select_genes(
-    adata: AnnData,
-    n_genes: int,
-    *,
-    layer: str | None = None,
-    split: str | None = "train",
-    split_key: str = "split",
-) -> list[str]:
-    """Names of highly variable genes, chosen on training cells only.
-
-    Genes are ranked by the variance of their Pearson residuals (scanpy's `highly_variable_genes`), after
-    those that no chosen cell expresses are set aside. On interferon-treated PBMC, 1000 such genes hold 68 of
-    the 100 most changed genes; ranked by binned dispersion they hold 25.
-
-    Parameters
-    ----------
-    n_genes
-        How many; all genes where `adata` has no more. Counts that lie on disk are ranked on 20,000 random cells.
-    split
-        Use the cells of this split; None for all cells.
-
-    Returns
-    -------
-    list of str
-        In the order of `var_names`. Nothing is written to `adata`.
-
-    References
-    ----------
-    Lause, Berens & Kobak, Genome Biol. 22:258 (2021).
-    """
-    if n_genes < 1:
-        raise DataError(three_beats("at least 1 gene", str(n_genes), "ask for a positive number"))
-    if n_genes >= adata.n_vars:
-        return list(adata.var_names)
-    import scanpy as sc
-
-    chosen = (
-        np.arange(adata.n_obs) if split is None else np.flatnonzero(obs_labels(adata, split_key) == split)
-    )
-    if not len(chosen):
-        found = f"none of {split!r} in obs[{split_key!r}]"
-        raise LabelError(three_beats("cells to choose genes on", found, "run split(adata, ...) first"))
-    slot = count_slot(adata, layer)
-    if is_on_disk(slot):
-        chosen = np.sort(np.random.default_rng(0).permutation(chosen)[:MAX_CELLS])
-        found = RowReader(slot).read(chosen)
-    else:
-        found = counts(adata, layer)[chosen].astype(np.float32)
-    cells = AnnData(found, var=pd.DataFrame(index=adata.var_names))
-    cells = cells[
-        np.asarray(cells.X.sum(axis=1)).ravel() > 0, np.asarray(cells.X.sum(axis=0)).ravel() > 0
-    ].copy()
-    n_top = min(n_genes, cells.n_vars)
-    sc.experimental.pp.highly_variable_genes(cells, n_top_genes=n_top, flavor="pearson_residuals")
-    return list(cells.var_names[cells.var["highly_variable"]])

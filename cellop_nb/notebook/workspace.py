@@ -19,7 +19,8 @@ from ..analysis.predict import embed
 from ..data import catalogue
 from ..data.batches import TOTAL_KEY
 from ..data.contract import check as check_screen
-from ..data.contract import library_size, select_genes
+from ..data.contract import library_size
+from ..data.genes import select_genes
 from ..data.splits import split
 from ..errors import CellopError, CheckpointError, three_beats
 from ..files import inside, write_whole

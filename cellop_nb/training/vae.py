@@ -47,7 +47,7 @@ def new_vae(
     layer
         Layer that holds the counts; ``X`` where None.
     genes
-        Names of the genes to model (:func:`cellop_nb.data.contract.select_genes`), all where None: for data on disk,
+        Names of the genes to model (:func:`cellop_nb.select_genes`), all where None: for data on disk,
         whose columns cannot be cut.
     covariate_keys
         Columns of ``obs`` (batch, donor, tissue) that the decoder is told.

@@ -16,7 +16,7 @@ from cellop_nb.analysis.baselines import BASELINES, Prediction, Screen, run
 from cellop_nb.analysis.formulas import Undefined
 from cellop_nb.analysis.metrics import evaluate, score_contexts, score_holdout, score_split
 from cellop_nb.analysis.scores import CEILING, FLOOR, METRICS, Truth, differential, noise, score
-from cellop_nb.analysis.space import EvaluationSpace, log1p_cp10k, variable_genes
+from cellop_nb.analysis.space import EvaluationSpace, evaluation_genes, log1p_cp10k
 from cellop_nb.errors import DataError, HoldoutError, LabelError
 
 RNG = np.random.default_rng(0)
@@ -229,13 +229,6 @@ def test_space_refuses_other_genes():
         EvaluationSpace.fit(data[:2])
 
 
-def test_variable_genes_find_the_genes_that_vary():
-    data = screen(genes=60, contexts=("B",), n=200)
-    chosen = variable_genes(data, 20)
-    assert len(chosen) == 20 and set(chosen) < set(data.var_names)
-    assert variable_genes(data, 500) == list(data.var_names)
-
-
 # --- tables ---
 
 
@@ -403,7 +396,7 @@ PUBLISHED = {
 
 def test_known_scores_of_held_out_cell_types(kang_file):
     data = ad.read_h5ad(kang_file)
-    genes = variable_genes(
+    genes = evaluation_genes(
         data, 1000
     )  # over all cells, as those numbers were made; real use chooses on training cells
     data = data[data.obs["cell_type"] != "Mk"].copy()

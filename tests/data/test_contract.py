@@ -14,7 +14,6 @@ from cellop_nb.data.contract import (
     counts,
     library_size,
     perturbation_parts,
-    select_genes,
 )
 from cellop_nb.errors import DataError, LabelError
 
@@ -284,35 +283,5 @@ def _blocks(adata, layer, size):
     return count_blocks(adata, layer, size)
 
 
-def test_genes_are_chosen_on_training_cells_only(screen):
-    screen.obs["split"] = np.where(np.arange(screen.n_obs) % 3 == 0, "test", "train")
-    chosen = select_genes(screen, 20)
-    assert len(chosen) == 20 and chosen == [gene for gene in screen.var_names if gene in set(chosen)]
-    rng = np.random.default_rng(0)
-    x = screen.X.toarray()
-    x[(screen.obs["split"] == "test").to_numpy()] = rng.poisson(
-        5, x[(screen.obs["split"] == "test").to_numpy()].shape
-    )
-    screen.X = x
-    assert select_genes(screen, 20) == chosen
-    assert select_genes(screen, 20, split=None) != chosen
-    assert select_genes(screen, 1000) == list(screen.var_names)
-    with pytest.raises(LabelError, match="none of 'val'"):
-        select_genes(screen, 20, split="val")
-
-
-def test_silent_genes_are_not_chosen(screen):
-    x = screen.X.toarray()
-    x[:, :5] = 0
-    screen.X = x
-    assert not set(select_genes(screen, 58, split=None)) & set(screen.var_names[:5])
-
-
 def test_real_screens_pass(kang_file, norman_file, mcfaline_file):
     assert [len(check(read_h5ad(file))) for file in (kang_file, norman_file, mcfaline_file)] == [16, 34, 30]
-
-
-def test_interferon_genes_are_chosen(kang_file):
-    assert {"ISG15", "IFI6", "IFIT1", "IFIT3", "MX1"} <= set(
-        select_genes(read_h5ad(kang_file), 1000, split=None)
-    )

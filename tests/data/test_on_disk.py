@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from cellop_nb.data import contract, on_disk
+from cellop_nb.data import genes, on_disk
 from cellop_nb.data.batches import count_matrix
 from cellop_nb.data.catalogue import load
-from cellop_nb.data.contract import check, select_genes
+from cellop_nb.data.contract import check
+from cellop_nb.data.genes import select_genes
 from cellop_nb.data.splits import split
 from cellop_nb.errors import DataError
 from cellop_nb.training.vae import new_vae
@@ -149,7 +150,7 @@ def test_genes_are_chosen_from_a_file_as_in_memory(screen, tmp_path, monkeypatch
     screen.write_h5ad(tmp_path / "screen.h5ad")
     disk = load(tmp_path / "screen.h5ad", backed=True)
     assert select_genes(disk, 20) == select_genes(screen, 20)
-    monkeypatch.setattr(contract, "MAX_CELLS", 100)
+    monkeypatch.setattr(genes, "MAX_CELLS", 100)
     fewer = select_genes(disk, 20)
     assert len(set(fewer) & set(select_genes(screen, 20))) >= 10
     total = np.asarray(screen.X.sum(1)).ravel()
