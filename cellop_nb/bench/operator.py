@@ -33,9 +33,13 @@ BETWEEN = {
 
 
 def steps(variant: str, sizes: dict, repeats: int) -> Callable[[], None]:
-    """For the fresh process: some steps, after a small one (libraries allocate at their first call)."""
-    stepper(OURS if variant == WHOLE else variant, problem(**TINY))()
+    """For the fresh process: some steps, after one that warms up.
+
+    The first one reads the libraries' code for these sizes from disk, and makes the optimiser's moments: what a step
+    takes is what it takes beside them.
+    """
     call = whole_step(sizes) if variant == WHOLE else stepper(variant, problem(**sizes))
+    call()
 
     def several() -> None:
         for _ in range(repeats):

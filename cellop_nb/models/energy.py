@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .energy_batch import energies, mean_within
-from .energy_checks import as_sizes, check_cloud, check_estimator, check_pair
+from .energy_batch import Found, energies, is_small, joint, mean_within
+from .energy_checks import ESTIMATORS, as_sizes, check_cloud, check_estimator, check_pair
 from .energy_groups import batches
 from .memory import keep_freed_memory
+
+_PLAIN = (torch.float32, torch.float64)
 
 
 def energy_distance(
@@ -59,6 +61,9 @@ def energy_distance(
     Statistical Planning and Inference 143:1249.
     """
     known = None if y_self is None else torch.as_tensor(y_self, device=x.device).reshape(1)
+    found = _small_pair(x, y, estimator, known) if tile is None else None
+    if found is not None:
+        return _Found.apply(x, y, *found)
     options = {"estimator": estimator, "y_self": known, "validate": validate, "tile": tile}
     return grouped_energy_distance(x, y, [len(x)], [len(y)], **options).squeeze(0)
 
@@ -137,6 +142,37 @@ def self_distance(
             mean = mean_within(place.gather(y), place.pad, place.pairs(estimator), tile)
             out[batch.groups] = mean.to(y.dtype)
     return out.squeeze(0) if sizes is None else out
+
+
+def _small_pair(x: Tensor, y: Tensor, estimator: str, y_self: Tensor | None) -> Found | None:
+    """Energy distance and gradients of two small clouds, without the detours that many groups need.
+
+    None for all that is large, close, unusual or to be refused: the general way decides.
+    """
+    plain = x.dim() == y.dim() == 2 and x.dtype == y.dtype in _PLAIN and x.shape[1] == y.shape[1]
+    plain = plain and estimator in ESTIMATORS and min(len(x), len(y)) > 1
+    if not plain or not is_small(1, len(x), len(y), x.device) or (y_self is not None and y.requires_grad):
+        return None
+    keep_freed_memory()
+    (batch,) = batches((len(x),), (len(y),), x.device)
+    wanted = torch.is_grad_enabled() and x.requires_grad, torch.is_grad_enabled() and y.requires_grad
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        found = joint(x[None], y[None], batch, estimator, *wanted, y_self)
+    return None if found is None else tuple(part if part is None else part[0] for part in found)
+
+
+class _Found(torch.autograd.Function):
+    """A value that is known, with its gradients."""
+
+    @staticmethod
+    def forward(ctx, x, y, value, grad_x, grad_y):
+        ctx.save_for_backward(grad_x, grad_y)
+        return value.to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):
+        return *(None if grad is None else grad * upstream for grad in ctx.saved_tensors), None, None, None
 
 
 class _GroupedEnergy(torch.autograd.Function):

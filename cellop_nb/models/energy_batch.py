@@ -8,7 +8,7 @@ from torch import Tensor
 from . import energy_exact, energy_kernels, host
 from .energy_groups import Batch
 from .energy_joint import joint_energies
-from .energy_kernels import Exact, no_padding, scale_of
+from .energy_kernels import Exact, scale_of
 
 SMALL_PAIRS = 800_000  # distances of a batch up to which the number of calls counts, not that of pairs
 
@@ -33,29 +33,25 @@ def energies(
     """
     pairs = batch.x.pairs(estimator), batch.y.pairs(estimator)
     known = None if y_self is None else y_self[batch.groups]
-    small = len(x) * (x.shape[1] + y.shape[1]) * max(x.shape[1], y.shape[1]) <= SMALL_PAIRS
-    if tile is None and small and host.looks_are_free(x.device):
-        found = _joint(x, y, batch, pairs, want_x, want_y, known)
+    if tile is None and is_small(len(x), x.shape[1], y.shape[1], x.device):
+        found = joint(x, y, batch, estimator, want_x, want_y, known)
         if found is not None:
             return found
     return _tiled(x, y, batch, pairs, want_x, want_y, tile, known)
 
 
-def _joint(x, y, batch: Batch, pairs, want_x: bool, want_y: bool, y_self: Tensor | None) -> Found | None:
+def is_small(groups: int, n: int, m: int, device: torch.device) -> bool:
+    """Whether the distances of groups of n and m cells are computed as whole matrices."""
+    return groups * (n + m) * max(n, m) <= SMALL_PAIRS and host.looks_are_free(device)
+
+
+def joint(
+    x: Tensor, y: Tensor, batch: Batch, estimator: str, want_x: bool, want_y: bool, y_self: Tensor | None
+) -> Found | None:
     if want_y and not want_x:
-        found = _joint(y, x, Batch(batch.groups, batch.y, batch.x), pairs[::-1], True, False, None)
+        found = joint_energies(y, x, Batch(batch.groups, batch.y, batch.x), estimator)
         return None if found is None else (found[0], None, found[1])
-    pad_x, pad_y = _pads(x, y, batch)
-    options = {"want_y": want_y, "y_self": y_self, "pad_x": pad_x, "pad_y": pad_y}
-    columns = x.mT.contiguous()
-    found = joint_energies(columns, y, (batch.x.counts * batch.y.counts, *pairs), **options)
-    return None if found is None else (found[0], found[1].mT if want_x else None, found[2])
-
-
-def _pads(x: Tensor, y: Tensor, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
-    if batch.x.pad is None and batch.y.pad is None:
-        return None, None
-    return tuple(no_padding(z) if pad is None else pad for z, pad in ((x, batch.x.pad), (y, batch.y.pad)))
+    return joint_energies(x, y, batch, estimator, want_x=want_x, want_y=want_y, y_self=y_self)
 
 
 def _tiled(given_x, given_y, batch: Batch, pairs, want_x, want_y, tile, y_self) -> Found:

@@ -38,6 +38,15 @@ class Place:
         """Number of ordered pairs within each group: without a cell and itself for "U"."""
         return self.counts * (self.counts - int(estimator == "U"))
 
+    def mask(self) -> Tensor:
+        """(group, cell) mask of padding, where there is none too."""
+        return torch.zeros(self.shape, dtype=torch.bool) if self.pad is None else self.pad
+
+    def filled(self, value: Tensor | float) -> Tensor:
+        """The value of each group (group,), or of all, for each of its cells: (group, cell) float64, 0 for padding."""
+        values = torch.as_tensor(value, dtype=torch.float64).reshape(-1, 1).expand(self.shape)
+        return values.masked_fill(self.mask(), 0)
+
     def gather(self, x: Tensor) -> Tensor:
         """Padded groups (group, cell, d) of the rows (cell, d)."""
         if isinstance(self.rows, slice):
@@ -56,12 +65,57 @@ class Place:
 
 
 @dataclass(frozen=True)
+class Signs:
+    """Factors of the distances from the cells x, and from the cells y, to the stack of x and y of their group.
+
+    (cell,) where groups are alike, else (group, cell); zero for padding.
+
+    Attributes
+    ----------
+    sum_x, sum_y
+        In the energy distance: of the stack for x, of y alone for y.
+    pull_x, pull_y
+        In the gradients: of the stack for both.
+    own_x, own
+        One number, or (group,) float64: what undoes a 1 for the distance of each cell x, of each cell, to itself.
+    """
+
+    sum_x: Tensor
+    sum_y: Tensor
+    pull_x: Tensor
+    pull_y: Tensor
+    own_x: Tensor | float
+    own: Tensor | float
+
+
+@dataclass(frozen=True, eq=False)
 class Batch:
     """Groups that are computed together: their positions, and the places of their cells x and y."""
 
     groups: slice | Tensor
     x: Place
     y: Place
+
+    @functools.cached_property
+    def pad(self) -> Tensor | None:
+        """(group, cell) mask of padding in the stack of x and y; None where there is none."""
+        if self.x.pad is None and self.y.pad is None:
+            return None
+        return torch.cat([self.x.mask(), self.y.mask()], 1)
+
+    @functools.lru_cache(maxsize=8)  # noqa: B019 (batches are remembered anyway)
+    def signs(self, estimator: str, dtype: torch.dtype) -> Signs:
+        """The signs of an energy distance."""
+        across = 2 / (self.x.counts * self.y.counts)
+        in_x, in_y = -2 / self.x.pairs(estimator), -2 / self.y.pairs(estimator)
+        pull_x = torch.cat([self.x.filled(in_x), self.y.filled(across)], 1)
+        pull_y = torch.cat([self.x.filled(across), self.y.filled(in_y)], 1)
+        sum_x = torch.cat([self.x.filled(in_x / 2), self.y.filled(across)], 1)
+        parts = [part.to(dtype) for part in (sum_x, self.y.filled(in_y / 2), pull_x, pull_y)]
+        alike = not isinstance(across, Tensor)
+        own_x, own_y = -self.x.counts * in_x / 2, -self.y.counts * in_y / 2
+        sum_x, sum_y, pull_x, pull_y = (part[0] if alike else part for part in parts)
+        return Signs(sum_x, sum_y, pull_x, pull_y, own_x, own_x + own_y)
 
 
 @functools.lru_cache(maxsize=64)

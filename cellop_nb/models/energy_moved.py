@@ -76,14 +76,13 @@ class _MovedEnergy(torch.autograd.Function):
         with torch.autocast(z.device.type, enabled=False):
             for batch in batches(z_sizes, y_sizes, z.device):
                 cells, groups, pad = batch.x.gather(z), batch.groups, batch.x.pad
-                # Cells in columns, as the distances want them.
-                moved = torch.baddbmm(shifts[groups].unsqueeze(2), matrices[groups], cells.mT)
+                moved = torch.baddbmm(shifts[groups].unsqueeze(1), cells, matrices[groups].mT)
                 if pad is not None:
-                    moved.masked_fill_(pad.unsqueeze(1), 0)
-                value[groups], force, _ = energies(moved.mT, batch.y.gather(y), batch, **options)
-                force = force.mT if pad is None else force.mT.masked_fill(pad.unsqueeze(1), 0)
-                to_matrices[groups] = torch.bmm(force, cells)
-                to_shifts[groups] = force.sum(2)
+                    moved.masked_fill_(pad.unsqueeze(2), 0)
+                value[groups], force, _ = energies(moved, batch.y.gather(y), batch, **options)
+                force = force if pad is None else force.masked_fill(pad.unsqueeze(2), 0)
+                to_matrices[groups] = torch.bmm(force.mT, cells)
+                to_shifts[groups] = force.sum(1)
         ctx.save_for_backward(to_matrices, to_shifts)
         return value.to(z.dtype)
 

@@ -10,9 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cellop_nb.bench.count import counts
 from cellop_nb.errors import ModelError
 from cellop_nb.models import energy_batch, energy_joint
 from cellop_nb.models.energy import energy_distance, grouped_energy_distance, self_distance
+from cellop_nb.models.energy_groups import batches
 from cellop_nb.models.energy_moved import moved_energy_distance
 
 
@@ -373,8 +375,52 @@ def test_whole_matrices_and_tiles_agree(dtype, monkeypatch):
 
 def test_clouds_too_close_for_products_are_left_to_the_tiles():
     x, y = clouds(30, 20, 4, grad=False)
-    assert energy_joint.joint_energies(x.T[None], y[None], (600, 870, 380)) is not None
+    (batch,) = batches((30,), (20,), x.device)
+    assert energy_joint.joint_energies(x[None], y[None], batch, "U") is not None
     x[3] = x[5] + 1e-4
-    assert energy_joint.joint_energies(x.T[None], y[None], (600, 870, 380)) is None
-    assert energy_joint.joint_energies(x.T[None] * 1e-20, y[None] * 1e-20, (600, 870, 380)) is None
+    assert energy_joint.joint_energies(x[None], y[None], batch, "U") is None
+    assert energy_joint.joint_energies(x[None] * 1e-20, y[None] * 1e-20, batch, "U") is None
     assert float(energy_distance(x, y)) == pytest.approx(double_loop(x, y, "U"), rel=1e-10)
+
+
+@settings(max_examples=20, deadline=None)
+@given(n=st.integers(2, 60), m=st.integers(2, 60), estimator=st.sampled_from("UV"),
+       wanted=st.sampled_from([(True, True), (True, False), (False, True), (False, False)]))  # fmt: skip
+def test_the_short_way_of_one_pair_is_that_of_many_groups(n, m, estimator, wanted):
+    x, y = clouds(n, m, 5, seed=n * 61 + m)
+    x, y = x.requires_grad_(wanted[0]), y.requires_grad_(wanted[1])
+    leaves = [z for z in (x, y) if z.requires_grad]
+    ways = [energy_distance(x, y, estimator=estimator)]
+    ways += [
+        grouped_energy_distance(x, y, [n], [m], estimator=estimator)[0],
+        energy_distance(x, y, estimator=estimator, tile=16),
+    ]
+    if not y.requires_grad:
+        ways.append(energy_distance(x, y, estimator=estimator, y_self=self_distance(y, None, estimator)))
+    for other in ways[1:]:
+        torch.testing.assert_close(ways[0], other, rtol=1e-10, atol=1e-12)
+        assert other.requires_grad == bool(leaves)
+        grads = zip(*(torch.autograd.grad(3 * way, leaves, retain_graph=True) for way in (ways[0], other)),
+                    strict=True) if leaves else ()  # fmt: skip
+        for a, b in grads:
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_one_small_pair_takes_few_calls_and_makes_no_gradient_that_nobody_wants():
+    x, y = clouds(200, 200, 32, dtype=torch.float32)
+    y = y.detach()
+    known = self_distance(y)
+    made = {
+        "both": lambda: torch.autograd.grad(energy_distance(x, y), x),
+        "known": lambda: torch.autograd.grad(energy_distance(x, y, y_self=known), x),
+        "value": lambda: energy_distance(x.detach(), y),
+    }
+    found = {}
+    for name, call in made.items():
+        call()  # the factors of these sizes are kept
+        found[name] = counts(call)
+    assert found["both"].calls <= 36  # torch.cdist with autograd: 40
+    assert found["known"].calls < found["both"].calls and found["value"].calls < found["both"].calls
+    pairs = {"both": 3 + 2, "known": 2 + 2, "value": 3}  # distances, and the gradient
+    for name, number in pairs.items():
+        assert found[name].operations == 2 * 32 * 200 * 200 * number
