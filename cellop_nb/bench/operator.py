@@ -21,7 +21,7 @@ from ..training.operators import OperatorTrainer, new_operators
 from .count import counts
 from .limits import LATENT_COLUMNS, compared, product_rate
 from .measure import in_fresh_process, interleaved
-from .operator_forms import BEFORE, FIX, LATENT, LOSSES, OURS, QUICK, SIZES, TINY, WHOLE, problem, stepper
+from .operator_forms import BEFORE, FIX, LATENT, LOSSES, OURS, QUICK, SIZES, WHOLE, problem, stepper
 from .overhead import guard_share, live_share
 from .vae import screen
 
