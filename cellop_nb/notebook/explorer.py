@@ -1,6 +1,6 @@
 """The virtual-cell explorer: choose, move a slider, and see where the cells go.
 
-Each widget's callback is one plain method that can be called without a widget. The picture is drawn by
+What the widgets do are plain methods that can be called without a widget. The picture is drawn by
 :class:`ExplorerSheet`; what it shows comes from :class:`VirtualCells`.
 """
 
@@ -82,12 +82,11 @@ class Explorer:
         self.cells = VirtualCells(adata, vae, operators, **settings)
         self.folder, self.gene = Path(folder), gene or None
         self._sheet, self._lock = ExplorerSheet(), threading.RLock()
-        self.refusal, self.picture, self._following = "", b"", False
+        self._following = False
         first, place = perturbation or self.cells.perturbations[0], context or self.cells.contexts[0]
         together = combined(first, second, together) if second else {"perturbation": first}
-        self.question = Question(context=place, strength=float(strength), reverse=bool(reverse), **together)
-        self.answer: Answer = self.cells.ask(self.question, gene=self.gene)
-        self._draw()
+        asked = Question(context=place, strength=float(strength), reverse=bool(reverse), **together)
+        self._ask(asked, self.gene)
         self._build()
 
     # -- what the widgets do: plain methods
@@ -105,14 +104,11 @@ class Explorer:
         CellopError
             Where the question is refused; the picture then stays as it was.
         """
-        gene = changes.pop("gene", self.gene)
-        question = replace(self.question, **changes)
         with self._lock:
-            self.answer = self.cells.ask(question, gene=gene)
-            self.question, self.gene, self.refusal = question, gene, ""
-            self._draw()
-            self._tell()
-        return self.answer
+            gene = changes.pop("gene", self.gene)
+            self._ask(replace(self.question, **changes), gene)
+            self._follow()
+            return self.answer
 
     def choose(self, first: str, second: str = NOTHING, together: str = parameters.TOGETHER[0]) -> Answer:
         """Choose one perturbation, or two and how they are combined (a key of :data:`TOGETHER`)."""
@@ -142,57 +138,63 @@ class Explorer:
 
     # -- inside
 
-    def _draw(self) -> None:
+    def _ask(self, question: Question, gene: str | None) -> None:
+        self.answer: Answer = self.cells.ask(question, gene=gene)
+        self.question, self.gene, self.refusal = question, gene, ""
         self._sheet.update(self.answer)
         self.picture = self._sheet.png()
+        if hasattr(self, "panel"):
+            self.image.value = self.picture
+            self._say(self.answer.sentence)
 
-    def _tell(self) -> None:
-        """Bring the widgets that speak up to date."""
-        if not hasattr(self, "panel"):
-            return
-        self.image.value = self.picture
-        self._say(self.answer.sentence)
-        self._following = True
+    def _follow(self) -> None:
+        """Set the widgets to the question that a call has asked."""
+        asked, self._following = self.question, True
         try:
-            self._follow(self.question)
+            self.context.value, self.strength.value = asked.context, asked.strength
+            self.reverse.value, self.gene_box.value = asked.reverse, self.gene or ""
+            said = combined(*self._lists())
+            if said.get("perturbation") != asked.perturbation or said.get("rule", asked.rule) != asked.rule:
+                self.first.value, self.second.value, together = _parts(asked, self.cells.perturbations)
+                if self.second.value != NOTHING:
+                    self.together.value = together
+            self._listed = self._lists()
         finally:
             self._following = False
 
-    def _follow(self, asked: Question) -> None:
-        """Set the widgets to a question; lists that say it already, perhaps in another way, stay."""
-        self.context.value, self.strength.value, self.reverse.value = (
-            asked.context,
-            asked.strength,
-            asked.reverse,
-        )
-        self.gene_box.value = self.gene or ""
-        said = combined(self.first.value, self.second.value, self.together.value)
-        if said.get("perturbation") != asked.perturbation or said.get("rule", asked.rule) != asked.rule:
-            self.first.value, self.second.value, together = _parts(asked, self.cells.perturbations)
-            if self.second.value != NOTHING:
-                self.together.value = together
+    def _lists(self) -> tuple[str, str, str]:
+        return self.first.value, self.second.value, self.together.value
+
+    def _by_widget(self, _=None) -> None:
+        """Ask what the widgets say; a refusal is said below them, and the picture stays.
+
+        ipykernel 7.4 handles quick moves in two threads at once: each asks what all widgets say when its turn
+        comes, so the last one has seen every move.
+        """
+        with self._lock:
+            if self._following:  # the widget follows the question, not the other way round
+                return
+            try:
+                lists = self._lists()
+                # three perturbations that a call has asked for are more than the lists can say
+                named = {} if lists == self._listed else combined(*lists)
+                plain = {name: getattr(self, name).value for name in ("context", "strength", "reverse")}
+                wanted = replace(self.question, **plain, **named), self.gene_box.value or None
+                if wanted != (self.question, self.gene) or self.refusal:
+                    self._ask(*wanted)
+                self._listed = lists
+            except CellopError as problem:
+                self.refusal = str(problem)
+                self._say(f"refused: {problem}")
 
     def _say(self, text: str) -> None:
         self.status.value = status_line(text)
 
-    def _safely(self, action) -> None:
-        """Run a widget's action; a refusal is said below the controls, and the picture stays."""
-        if self._following:  # the widget follows the question, not the other way round
-            return
-        try:
-            action()
-        except CellopError as problem:
-            self.refusal = str(problem)
-            self._say(f"refused: {problem}")
-
-    def _choose_by_widget(self, _=None) -> None:
-        chosen = (self.first.value, self.second.value, self.together.value)
-        self._safely(lambda: self.choose(*chosen))
-
     def _export_by_button(self) -> None:
-        self._safely(
-            lambda: self._say(f"saved {self.export()}: {self.question.context}, {self.question.label}")
-        )
+        try:
+            self._say(f"saved {self.export()}: {self.question.context}, {self.question.label}")
+        except CellopError as problem:
+            self._say(f"refused: {problem}")
 
     def _build(self) -> None:
         import ipywidgets as w
@@ -232,26 +234,13 @@ class Explorer:
         )
         self.status = w.HTML()
         self._say(self.answer.sentence)
-        self._connect()
         row = w.Layout(flex_flow="row wrap", align_items="center")
         chosen = [self.context, self.first, self.second, self.together, self.strength, self.gene_box]
+        self._listed = self._lists()
+        for widget in (*chosen, self.reverse):
+            widget.observe(self._by_widget, "value")
         controls = w.HBox([*chosen, self.reverse, self.export_button], layout=row)
         self.panel = w.VBox([controls, self.status, self.image])
-
-    def _connect(self) -> None:
-        for box in (self.first, self.second, self.together):
-            box.observe(self._choose_by_widget, "value")
-        direct = {
-            "context": self.context,
-            "strength": self.strength,
-            "reverse": self.reverse,
-            "gene": self.gene_box,
-        }
-        for name, widget in direct.items():
-            widget.observe(
-                lambda change, name=name: self._safely(lambda: self.show(**{name: _given(change["new"])})),
-                "value",
-            )
 
     def _repr_mimebundle_(self, **kwargs):
         return spoken(self.panel, "Virtual-cell explorer (it needs a running kernel)", **kwargs)
@@ -269,11 +258,6 @@ def combined(first: str, second: str, together: str) -> dict[str, object]:
     if way in RULES:
         return {"perturbation": f"{first}+{second}", "rule": way}
     return {"perturbation": (first, second) if way == "sequence" else (second, first)}
-
-
-def _given(value):
-    """A widget's value; an empty text box gives None."""
-    return None if value == "" else value
 
 
 def _parts(question: Question, names: list[str]) -> tuple[str, str, str]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -207,9 +209,27 @@ class NotebookPage:
 
     def said(self, pattern: str, seconds: float = 60) -> str:
         """Wait for a status line with text of that pattern (a regular expression); the line."""
-        find = """pattern => [...document.querySelectorAll('[role=status]')].map(e => e.textContent)
-            .find(text => new RegExp(pattern).test(text))"""
-        return self.page.wait_for_function(find, arg=pattern, timeout=seconds * 1000).json_value()
+        wanted = re.compile(pattern)
+
+        def found() -> str | None:
+            return next(filter(wanted.search, self.status_lines()), None)
+
+        try:
+            return wait_for(found, seconds, f"a line like {pattern!r}")
+        except TimeoutError as late:
+            late.add_note(f"The lines were {self.status_lines()}; a picture is in {self.photograph()}")
+            raise
+
+    def status_lines(self) -> list[str]:
+        """The text of every status line."""
+        find = "() => [...document.querySelectorAll('[role=status]')].map(line => line.textContent)"
+        return self.page.evaluate(find)
+
+    def photograph(self) -> Path:
+        """What the page looks like just now."""
+        path = Path(tempfile.mkdtemp(prefix="page-")) / "page.png"
+        path.write_bytes(self.page.screenshot(timeout=20_000))
+        return path
 
     def pictures(self) -> list[str]:
         """The pictures in the outputs, as the page holds them."""

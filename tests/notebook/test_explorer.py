@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import anndata as ad
 import numpy as np
 import pytest
@@ -277,6 +279,53 @@ def test_the_widgets_follow_a_call(explorer):
     assert explorer.gene_box.value == explorer.answer.gene == "GENE0003"
     explorer.gene_box.value = ""
     assert explorer.answer.gene == explorer.answer.genes["gene"].iloc[0]
+
+
+def test_moves_that_two_threads_handle_at_once_are_all_asked(explorer, monkeypatch):
+    """ipykernel 7.4 does that with quick moves; the second comes while the first is being answered."""
+    ask, asked, go_on = explorer.cells.ask, threading.Event(), threading.Event()
+
+    def slowly(question, **given):
+        asked.set()
+        assert go_on.wait(10)
+        return ask(question, **given)
+
+    monkeypatch.setattr(explorer.cells, "ask", slowly)
+    hands = [
+        threading.Thread(target=setattr, args=(widget, "value", value))
+        for widget, value in ((explorer.second, "drug 2"), (explorer.reverse, True))
+    ]
+    hands[0].start()
+    assert asked.wait(10)
+    hands[1].start()
+    hands[1].join(0.2)  # it waits for its turn
+    assert explorer.reverse.value
+    go_on.set()
+    for hand in hands:
+        hand.join(10)
+    assert explorer.question == Question("drug 1+drug 2", "type A", reverse=True)
+    assert (explorer.second.value, explorer.reverse.value) == ("drug 2", True)
+    assert explorer.answer.question == explorer.question
+
+
+def test_a_refused_choice_is_asked_again_with_the_next_move(explorer):
+    explorer.gene_box.value = "no such gene"
+    explorer.strength.value = 0.5
+    assert "a gene of the model" in explorer.refusal
+    assert explorer.question.strength == 1.0, "nothing is shown that the widgets do not say"
+    explorer.gene_box.value = ""
+    assert explorer.question.strength == 0.5
+    assert "refused" not in explorer.status.value
+
+
+def test_three_perturbations_stay_while_the_strength_moves(explorer):
+    """The lists can say two."""
+    three = ("drug 1", "drug 2", "drug 3")
+    explorer.show(perturbation=three)
+    explorer.strength.value = 0.5
+    assert explorer.question == Question(three, "type A", 0.5)
+    explorer.first.value = "drug 3"
+    assert explorer.question.perturbation == ("drug 3", "drug 2")
 
 
 def test_export_writes_a_file_that_says_what_it_is(explorer, tmp_path):
