@@ -213,11 +213,13 @@ def _counts_in_raw(path: Path) -> str:
 
 def _execute(selected: list[Path], target: Path, values: dict[str, dict[str, Any]]) -> list[batch.Outcome]:
     """Run two lanes side by side: notebooks that read what others wrote, in their order, and the rest."""
+    from cellop_nb.notebook import kernels  # needs the environment
+
     lanes = [[p for p in selected if (p.stem in _ALONE) is alone] for alone in (False, True)]
     lanes = [lane for lane in lanes if lane]
     _share_cores(len(lanes))
     stages: dict[str, str] = {}
-    with Status("  running") as status, batch.kernel_surroundings(), ThreadPoolExecutor(len(lanes)) as pool:
+    with Status("  running") as status, kernels.surroundings(), ThreadPoolExecutor(len(lanes)) as pool:
 
         def progress(notebook: str, stage: str) -> None:
             stages[notebook] = stage

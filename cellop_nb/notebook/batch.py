@@ -9,12 +9,10 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -112,17 +110,18 @@ def _papermill(
     from jupyter_client.kernelspec import NoSuchKernel
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
 
+    from cellop_nb.notebook import kernels  # not at the top: refusals come before there is an environment
+
     # papermill infers parameters with a pattern that does not know `str | None`, and warns of them as unknown
     logging.getLogger("papermill").setLevel(logging.ERROR)
-    with tempfile.TemporaryDirectory(prefix="cellop-") as sockets, kernel_surroundings():
+    with tempfile.TemporaryDirectory(prefix="cellop-") as sockets, kernels.surroundings():
         try:
             papermill.execute_notebook(
                 str(notebook), str(folder / notebook.name), parameters=values,
                 # the kernel's folder alone: `cwd=` changes that of this process, which other lanes share
                 resources={"metadata": {"path": str(folder)}},
-                kernel_name="python3", progress_bar=False, store_widget_state=False,
-                execution_timeout=timeout,
-                config=transport(sockets), on_cell_start=_counter(notebook, on_cell),
+                progress_bar=False, execution_timeout=timeout, on_cell_start=_counter(notebook, on_cell),
+                **kernels.options(sockets),
             )  # fmt: skip
         except papermill.PapermillExecutionError as problem:
             return _ANSI.sub("", f"{problem.ename}: {problem.evalue}"), problem.exec_count
@@ -132,31 +131,6 @@ def _papermill(
         except (CellTimeoutError, DeadKernelError) as problem:
             return f"{type(problem).__name__}: {str(problem).strip().splitlines()[0]}", None
     return "", None
-
-
-@contextmanager
-def kernel_surroundings() -> Iterator[None]:
-    """Kernels import this very package, and are those of this environment, not of the user's home."""
-    package_home = str(Path(__file__).resolve().parents[2])
-    before = {name: os.environ.get(name) for name in ("PYTHONPATH", "JUPYTER_PREFER_ENV_PATH")}
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [package_home, before["PYTHONPATH"]]))
-    os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
-
-
-def transport(sockets: str):
-    """Sockets in a folder of the run's own: no two kernels ever race for a port, and the path stays short."""
-    from traitlets.config import Config
-
-    if os.name == "nt":
-        return Config()
-    return Config(
-        {"KernelManager": {"transport": "ipc", "connection_file": os.path.join(sockets, "kernel.json")}}
-    )
 
 
 def _counter(notebook: Path, on_cell: Callable[[int, int], None] | None) -> Callable | None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import nbformat
 
 from ..files import write_whole
-from . import batch, parameters
+from . import kernels, parameters
 
 logger = logging.getLogger("cellop_nb")
 
@@ -45,10 +45,9 @@ def refresh(path: str | Path, *, timeout: int | None = None) -> float:
     book = nbformat.read(path, 4)
     _set_parameters(book, path.stem)
     start = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="cellop-") as sockets, batch.kernel_surroundings():
-        options = {"timeout": timeout, "kernel_name": "python3", "store_widget_state": False}
+    with tempfile.TemporaryDirectory(prefix="cellop-") as sockets, kernels.surroundings():
         resources = {"metadata": {"path": str(path.parent.resolve())}}
-        NotebookClient(book, resources=resources, config=batch.transport(sockets), **options).execute()
+        NotebookClient(book, resources=resources, timeout=timeout, **kernels.options(sockets)).execute()
     seconds = time.monotonic() - start
     _write(clean(book), path)
     return seconds

@@ -173,6 +173,21 @@ class NotebookPage:
         """Wait for the kernel, not for its indicator."""
         self.page.wait_for_function(self._IDLE, timeout=seconds * 1000)
 
+    def ipykernel(self) -> tuple[int, ...]:
+        """Release of the kernel that answers, as (7, 4)."""
+        ask = """async code => {
+            const kernel = window.jupyterapp.shell.currentWidget.sessionContext.session.kernel;
+            const asked = {code: '', silent: true, store_history: false, user_expressions: {said: code}};
+            const reply = await kernel.requestExecute(asked).done;
+            return reply.content.user_expressions.said.data['text/plain'];
+        }"""
+        said = self.page.evaluate(ask, "__import__('ipykernel').__version__")
+        return tuple(map(int, said.strip("'").split(".")[:2]))
+
+    def interrupt(self) -> None:
+        """Press the stop square."""
+        self.page.evaluate("() => { window.jupyterapp.commands.execute('notebook:interrupt-kernel'); }")
+
     def run_all(self) -> None:
         """Start all cells, and do not wait for them."""
         self.page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells'); }")

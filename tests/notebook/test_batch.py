@@ -70,6 +70,34 @@ def test_a_dead_kernel_and_a_slow_cell_are_outcomes(tmp_path, write_notebook):
     assert "CellTimeoutError" in batch.execute(slow, tmp_path / "run", timeout=1).error
 
 
+LINGERS = """import inspect, time
+handlers = get_ipython().kernel.shell_handlers
+answer = handlers["kernel_info_request"]
+async def lingers(*request):
+    reply = answer(*request)
+    if inspect.isawaitable(reply): await reply
+    time.sleep(0.7)
+handlers["kernel_info_request"] = lingers"""
+
+
+def test_a_kernel_is_not_interrupted_while_it_ends_its_last_answer(tmp_path, write_notebook, capfd):
+    """As on a busy machine: it would report the interrupt on the terminal, where nothing went wrong."""
+    book = write_notebook(tmp_path / "90_mine.ipynb", "n = 1", LINGERS)
+    assert batch.execute(book, tmp_path / "run").error == ""
+    assert capfd.readouterr().err == ""
+
+
+def test_a_kernel_that_was_given_up_ends_with_what_its_cell_does_when_interrupted(tmp_path, write_notebook):
+    cell = """import pathlib, time
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    pathlib.Path("interrupted").touch()"""
+    book = write_notebook(tmp_path / "90_mine.ipynb", "n = 1", cell)
+    assert "CellTimeoutError" in batch.execute(book, tmp_path / "run", timeout=1).error
+    assert (tmp_path / "run" / "interrupted").exists()
+
+
 def test_wrong_values_stop_it_before_it_runs(book, tmp_path):
     with pytest.raises(LabelError, match="a parameter of 90_mine"):
         batch.execute(book, tmp_path / "run", {"m": 3})
