@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -85,6 +86,11 @@ class Design:
     contexts: Tensor
     pairs: Tensor
     strength: Tensor
+
+    @cached_property
+    def weight(self) -> Tensor:
+        """Weight of each context's own part, (condition, context)."""
+        return self.contexts * self.strength.unsqueeze(1)
 
 
 def first_embedding(n_rows: int, n_axes: int) -> Tensor:

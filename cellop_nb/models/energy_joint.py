@@ -92,7 +92,7 @@ def _stacked(x: Tensor, y: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor
 def _squares(rows: tuple[Tensor, Tensor], columns: tuple[Tensor, Tensor], widest: Tensor) -> Tensor | None:
     """Squared distances (group, row, column), the largest norm on the diagonal; None where some are too close."""
     (a, of_a), (b, of_b) = rows, columns
-    d2 = torch.baddbmm(of_b.unsqueeze(1), a, b.mT, alpha=-2).add_(of_a.unsqueeze(2))
+    d2 = (of_a.unsqueeze(2) + of_b.unsqueeze(1)).baddbmm_(a, b.mT, alpha=-2)
     d2.diagonal(dim1=1, dim2=2).copy_(widest.unsqueeze(1))
     # Python compares a few numbers faster than torch is called.
     nearest = zip(d2.amin((1, 2)).tolist(), widest.tolist(), strict=True)

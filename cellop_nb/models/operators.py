@@ -11,6 +11,7 @@ from ..errors import ModelError, three_beats
 from ..views import card
 from .affine import AffineOperator
 from .conditions import Condition, ConditionEncoder, Design, first_embedding
+from .spectral import identity_like
 
 
 def gaussian_map(control: Tensor, perturbed: Tensor, *, shrink: float = 0.1) -> Tensor:
@@ -127,14 +128,13 @@ class OperatorModel(nn.Module):
     def affine(self, design: Design) -> tuple[Tensor, Tensor]:
         """Matrices (condition, d, d) and shifts (condition, d), formed once per condition."""
         alpha, beta = self.conditions(design)
-        weight = design.contexts * design.strength.unsqueeze(1)
+        weight = design.weight
         departure = alpha @ self._axes().flatten(1)
         if self.context_left.shape[2]:
             departure = departure + weight @ (self.context_left @ self.context_right.mT).flatten(1)
         departure = departure.unflatten(1, (-1, len(self.center)))
         shift = torch.addmm(beta @ self.axis_shift, weight, self.context_shift)
-        identity = torch.eye(len(self.center), dtype=departure.dtype, device=departure.device)
-        return identity + departure, shift - departure @ self.center
+        return identity_like(departure) + departure, shift - departure @ self.center
 
     def _axes(self) -> Tensor:
         """Matrices of the shared axes, (axis, d, d)."""
@@ -176,16 +176,15 @@ class OperatorModel(nn.Module):
 
     def ridge(self, matrices: Tensor) -> Tensor:
         r"""Departure from the identity: mean over conditions of :math:`\|A_\theta - I\|_F^2`."""
-        identity = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
-        return (matrices - identity).square().sum() / len(matrices)
+        return (matrices - identity_like(matrices)).square().sum() / len(matrices)
 
     def context_ridge(self) -> Tensor:
         r"""Size of the contexts' own parts: mean over contexts of
         :math:`\|D_c\|_F^2 + \|b_c\|^2 + \|m_c\|^2`."""
         parts = [self.context_shift, self.conditions.modulation]
         if self.context_left.shape[2]:
-            parts.append(self.context_left @ self.context_right.mT)
-        return sum(part.square().sum() for part in parts) / len(self.context_shift)
+            parts.append((self.context_left @ self.context_right.mT).flatten(1))
+        return torch.cat(parts, 1).square().sum() / len(self.context_shift)
 
     # -- the start --------------------------------------------------------------------------------------------
 
@@ -218,9 +217,7 @@ class OperatorModel(nn.Module):
         self.axis_shift.copy_(_least_squares(alpha, wanted))
         if self.context_shift.requires_grad:
             left_over = wanted - alpha @ self.axis_shift
-            self.context_shift.copy_(
-                _least_squares(design.contexts * design.strength.unsqueeze(1), left_over)
-            )
+            self.context_shift.copy_(_least_squares(design.weight, left_over))
         return self
 
     def _forget(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -15,9 +17,12 @@ def spectral_excess(matrices: Tensor, max_norm: float) -> Tensor:
 
     It acts on the operators of the conditions themselves; bounding the norms of their parts apart would not
     bound their sum. The norm is the exact largest singular value; on a CPU the decomposition is left out where
-    :func:`norm_bound` already is below rho.
+    :math:`1 + \|A_\theta - I\|_F` or :func:`norm_bound` already is below rho.
     """
     if host.looks_are_free(matrices.device):
+        departure = matrices.detach() - identity_like(matrices)
+        if 1 + float(departure.flatten(1).norm(dim=1).amax()) <= max_norm:
+            return matrices.new_zeros(())
         bound = norm_bound(matrices.detach())
         if bool(bound.isnan().any()):
             return matrices.sum() * torch.nan  # the decomposition would raise; the guard names what it sees
@@ -27,6 +32,16 @@ def spectral_excess(matrices: Tensor, max_norm: float) -> Tensor:
         excess = (torch.linalg.matrix_norm(matrices[beyond], 2) - max_norm).clamp_min(0)
         return excess.square().sum() / len(matrices)
     return (_largest_singular_value(matrices) - max_norm).clamp_min(0).square().mean()
+
+
+@functools.lru_cache(maxsize=16)
+def _identity(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.eye(size, dtype=dtype, device=device)
+
+
+def identity_like(matrices: Tensor) -> Tensor:
+    """I (d, d) for matrices (..., d, d), made once; not to be written to."""
+    return _identity(matrices.shape[-1], matrices.dtype, matrices.device)
 
 
 def _largest_singular_value(matrices: Tensor, doublings: int = 12) -> Tensor:

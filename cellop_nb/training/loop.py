@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
+import operator
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -305,7 +307,7 @@ class Trainer(RemoteControl, Resumable):
             terms = self.loss_terms(batch)
             if not self.guard.before_backward(terms, self):
                 return None
-            self.fabric.backward(sum(terms.values()))
+            self.fabric.backward(functools.reduce(operator.add, terms.values()))
         self.processes.average_gradients(self.model.parameters())
         norm = clip_gradients(self.model.parameters(), self.clip_norm)
         if not self.guard.after_backward(self, norm):

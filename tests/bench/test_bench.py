@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cellop_nb.__main__ import main
-from cellop_nb.bench import energy, limits, operator, overhead, record, vae
+from cellop_nb.bench import energy, limits, operator, operator_forms, overhead, record, vae
 from cellop_nb.bench.count import Counts, counts
 from cellop_nb.commands import bench
 from cellop_nb.errors import DataError
@@ -19,7 +19,7 @@ from cellop_nb.models.energy import self_distance
 @pytest.fixture
 def problem():
     """The small problem in double precision, where the products in cdist lose nothing that matters."""
-    p = operator.problem(**operator.TINY)
+    p = operator.problem(**operator_forms.TINY)
     for name in ("x", "library", "latents", "target", "target_self"):
         setattr(p, name, getattr(p, name).double())
     p.vae.double()
@@ -60,7 +60,7 @@ def test_only_the_old_form_sends_gradients_to_the_frozen_encoder(problem):
 def test_steps_of_the_three_forms_lead_to_the_same_operators():
     models = {}
     for name in operator.LOSSES:
-        p = operator.problem(**operator.TINY)
+        p = operator.problem(**operator_forms.TINY)
         step = operator.stepper(name, p)
         losses = [float(step()) for _ in range(3)]
         assert losses[2] < losses[0]
@@ -83,7 +83,7 @@ def test_dense_and_grouped_energy_agree():
 
 
 def test_the_guard_is_back_after_timing():
-    trainer = operator._latent_trainer(operator.TINY, 4)
+    trainer = operator._latent_trainer(operator_forms.TINY, 4)
     guard = trainer.guard
     row = overhead.guard_share(trainer, 3)
     assert trainer.guard is guard
