@@ -8,14 +8,18 @@ runs to its end.
 from __future__ import annotations
 
 import html
+import logging
 import math
 import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from cellop_nb.errors import CellopError
 from cellop_nb.notebook.live import LivePlot, duration
 from cellop_nb.training.callbacks import Callback
+
+log = logging.getLogger("cellop_nb")
 
 _RESTING = {"idle", "paused", "finished", "stopped", "failed"}
 
@@ -52,7 +56,7 @@ class RunControls(Callback):
         self.trainer, self._live = trainer, live
         self.checkpoint = Path(checkpoint or Path(getattr(trainer, "folder", None) or ".") / "by_hand.pt")
         self._clock, self._said, self._start = clock, -math.inf, clock()
-        self._save = threading.Event()
+        self._save, self._unheard = threading.Event(), False
         self._build()
         if self not in trainer.callbacks:
             trainer.callbacks.append(self)
@@ -131,8 +135,11 @@ class RunControls(Callback):
     def _save_if_asked(self) -> None:
         if self._save.is_set():
             self._save.clear()
-            self.trainer.save_checkpoint(self.checkpoint)
-            self._say(self.note, f"saved {self.checkpoint} after step {self.trainer.step:,}")
+            try:
+                self.trainer.save_checkpoint(self.checkpoint)
+                self._say(self.note, f"saved {self.checkpoint} after step {self.trainer.step:,}")
+            except CellopError as problem:  # a full disk: the training need not end for it
+                self._say(self.note, f"not saved: {problem}")
 
     def _write_status(self, trainer) -> None:
         self._said = self._clock()
@@ -148,10 +155,14 @@ class RunControls(Callback):
         ]
         self._say(self.status, " | ".join(word for word in words if word))
 
-    @staticmethod
-    def _say(label, text: str) -> None:
+    def _say(self, label, text: str) -> None:
         """Write to a label that is no control: a control that speaks during the fit would go deaf."""
-        label.value = status_line(text)
+        try:
+            label.value = status_line(text)
+        except Exception:  # the page cannot be reached: no reason to end a training
+            if not self._unheard:
+                log.warning("RunControls cannot write to the page; the training goes on.", exc_info=True)
+            self._unheard = True
 
     def _label_pause(self, description: str, tooltip: str) -> None:
         self.pause_button.description, self.pause_button.tooltip = description, tooltip

@@ -6,9 +6,11 @@ nothing about a parameter is written here.
 
 from __future__ import annotations
 
+import contextvars
 import html
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -87,6 +89,7 @@ class TuningPanel:
         self.histories: list[pd.DataFrame] = []
         self.trainer: Trainer | None = None
         self._worker: threading.Thread | None = None
+        self._starting = threading.Lock()
         self._build(epochs)
 
     # -- what the widgets do: plain methods
@@ -143,12 +146,15 @@ class TuningPanel:
 
     def start(self) -> None:
         """Run :meth:`train` beside the page, one fit at a time; the button says what it does."""
-        if self._worker is not None and self._worker.is_alive():
-            self._say("a fit is running: wait for it, or stop it")
-            return
-        self._say(f"training {int(self.epochs.value)} epochs")
-        self._worker = threading.Thread(target=self._safely, args=(self.train,), daemon=True)
-        self._worker.start()
+        with self._starting:  # two quick clicks may be handled in two threads
+            if self._worker is not None and self._worker.is_alive():
+                self._say("a fit is running: wait for it, or stop it")
+                return
+            self._say(f"training {int(self.epochs.value)} epochs")
+            # with the click's context: without it ipykernel 7.0 publishes nothing from a thread
+            fit = partial(contextvars.copy_context().run, self._safely, self.train)
+            self._worker = threading.Thread(target=fit, daemon=True)
+            self._worker.start()
 
     def stop(self) -> None:
         """End the running fit after its step; what it has reached is kept."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import math
 import queue
 import threading
@@ -137,7 +138,9 @@ class RemoteControl:
     async def fit_async(self, max_epochs: int | None = None, *, resume: bool = False) -> pd.DataFrame:
         """Same as :meth:`fit` in a worker thread, so that a notebook's controls keep working meanwhile."""
         loop = asyncio.get_running_loop()
-        future = loop.run_in_executor(None, partial(self.fit, max_epochs, resume=resume))
+        # With the cell's context, as in asyncio.to_thread: ipykernel 7.0 publishes nothing from a thread without it.
+        fit = partial(contextvars.copy_context().run, self.fit, max_epochs, resume=resume)
+        future = loop.run_in_executor(None, fit)
         try:
             # Waking up often lets the kernel's interrupt reach this coroutine.
             while not future.done():

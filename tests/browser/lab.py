@@ -232,7 +232,8 @@ class NotebookPage:
         try:
             return wait_for(found, seconds, f"a line like {pattern!r}")
         except TimeoutError as late:
-            late.add_note(f"The lines were {self.status_lines()}; a picture is in {self.photograph()}")
+            late.add_note(f"The lines were {self.status_lines()}; errors: {self.errors_in_cells()}")
+            late.add_note(f"The page looked like {self.photograph()}")
             raise
 
     def status_lines(self) -> list[str]:

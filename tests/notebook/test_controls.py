@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from ipywidgets import Button, VBox
 
+from cellop_nb.errors import StorageError
 from cellop_nb.notebook import controls as module
 from cellop_nb.notebook.controls import RunControls, free_comms, kernel_note
 from cellop_nb.notebook.live import LivePlot
@@ -137,6 +138,35 @@ def test_save_is_done_at_once_while_paused(controls, trainer):
     controls.save_checkpoint()
     assert len(trainer.saved) == 1
     assert "now.pt" in controls.note.value
+
+
+def test_a_checkpoint_that_cannot_be_written_is_said_and_ends_nothing(fake_trainer, monkeypatch):
+    trainer = fake_trainer(epochs=2)
+
+    def full(path):
+        raise StorageError("Expected to write it. Found no space left. To fix it: make room.")
+
+    monkeypatch.setattr(trainer, "save_checkpoint", full)
+    controls = RunControls(trainer)
+    controls._save.set()
+    trainer.fit()
+    assert trainer.status == "finished"
+    assert "not saved: Expected to write it" in controls.note.value
+
+
+def test_a_page_that_cannot_be_reached_is_logged_once_and_ends_nothing(fake_trainer, monkeypatch, caplog):
+    trainer = fake_trainer(epochs=2)
+    controls = RunControls(trainer)
+
+    def gone(**_):
+        raise LookupError("no parent")
+
+    monkeypatch.setattr(controls.status.comm, "send", gone)
+    trainer.fit()
+    assert trainer.status == "finished"
+    assert [record.getMessage() for record in caplog.records] == [
+        "RunControls cannot write to the page; the training goes on."
+    ]
 
 
 def test_draw_now_asks_the_trainers_own_picture(fake_trainer):

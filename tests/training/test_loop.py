@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import math
 import threading
 import time
@@ -199,6 +200,15 @@ def test_fit_async_gives_the_history_and_the_same_numbers():
     plain.fit()
     assert len(history) == 6
     assert_same_run(trainer, plain)
+
+
+def test_fit_async_works_in_the_context_of_its_cell():
+    """ipykernel 7.0 knows the cell by a context variable alone, and publishes nothing without it."""
+    cell, seen = contextvars.ContextVar("cell"), []
+    cell.set("this one")
+    trainer = LineTrainer(max_epochs=1, callbacks=[Do(lambda _: seen.append(cell.get("none")), step=1)])
+    asyncio.run(trainer.fit_async())
+    assert seen == ["this one"]
 
 
 def test_cancelling_fit_async_stops_the_run():
