@@ -50,10 +50,11 @@ def embed(
     loader = counts.loader(batch_size=batch_size, shuffle=False, device=device)
     # A bar is for work that takes long enough to wonder about.
     loader = tqdm(loader, desc="embedding", disable=len(loader) < 20)
-    parts = [
-        vae.encode(SparseCounts.of(batch), batch.library, batch.covariates).loc.cpu() for batch in loader
-    ]
-    adata.obsm[key_added] = torch.cat(parts).numpy()
+    latents, start = np.empty((adata.n_obs, vae.n_latent), dtype=np.float32), 0
+    for batch in loader:
+        found = vae.encode(SparseCounts.of(batch), batch.library, batch.covariates).loc
+        latents[start : (start := start + len(found))] = found.float().cpu().numpy()
+    adata.obsm[key_added] = latents
 
 
 def operator_for(

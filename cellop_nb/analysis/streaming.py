@@ -32,7 +32,7 @@ def predict_to_file(
     context_key: str | Sequence[str] | None = "cell_type",
     control: str = "control",
     use_rep: str = "X_nbvae",
-    batch_size: int = 4096,
+    batch_size: int = 1024,
     seed: int = 0,
     **settings,
 ) -> Path:
@@ -84,20 +84,22 @@ def predict_to_file(
 
 
 def _write(path: Path, parts, use_rep: str) -> None:
-    obs, latents = [], []
+    obs = []  # a few labels per cell: all that is kept
     with h5py.File(path, "w") as file:
         for number, cells in enumerate(parts):
+            latents = np.asarray(cells.obsm[use_rep])
             if number == 0:
                 # Rows are appended below; all else is written with the first part.
-                first = ad.AnnData(X=cells.X, var=cells.var, uns=cells.uns)
-                _create(file, first)
+                ad.io.write_elem(file, "/", ad.AnnData(X=cells.X, var=cells.var, uns=cells.uns))
+                growing = {"maxshape": (None, latents.shape[1])}
+                ad.io.write_elem(file["obsm"], use_rep, latents, dataset_kwargs=growing)
             else:
                 ad.io.sparse_dataset(file["X"]).append(cells.X)
+                _append(file["obsm"][use_rep], latents)
             obs.append(cells.obs)
-            latents.append(np.asarray(cells.obsm[use_rep]))
         ad.io.write_elem(file, "obs", pd.concat(obs))
-        ad.io.write_elem(file, "obsm", {use_rep: np.concatenate(latents)})
 
 
-def _create(file: h5py.File, first: ad.AnnData) -> None:
-    ad.io.write_elem(file, "/", first)
+def _append(stored: h5py.Dataset, rows: np.ndarray) -> None:
+    stored.resize(len(stored) + len(rows), axis=0)
+    stored[-len(rows) :] = rows

@@ -61,7 +61,7 @@ class Groups(Sequence):
     dropped : DataFrame
         Groups that were left out because they have too few cells.
     pool : Tensor
-        All control and perturbed latents, (cell, d).
+        All control and perturbed latents, (cell, d). Those of `control` and `items` are views of it: there is one copy.
     """
 
     def __init__(
@@ -71,12 +71,17 @@ class Groups(Sequence):
         *,
         control_index: dict[str, np.ndarray] | None = None,
         dropped: pd.DataFrame | None = None,
+        pool: Tensor | None = None,
     ) -> None:
-        self.control, self.items = control, items
+        sizes = [*(len(z) for z in control.values()), *(len(group) for group in items)]
+        self.pool = (
+            torch.cat([*control.values(), *(group.cells for group in items)]) if pool is None else pool
+        )
+        cells = self.pool.split(sizes)
+        self.control = dict(zip(control, cells, strict=False))
+        self.items = [replace(g, cells=z) for g, z in zip(items, cells[len(control) :], strict=True)]
         self.control_index = control_index or {name: np.arange(len(z)) for name, z in control.items()}
         self.dropped = _dropped([]) if dropped is None else dropped
-        self.pool = torch.cat([*control.values(), *(group.cells for group in items)])
-        sizes = [*(len(z) for z in control.values()), *(len(group) for group in items)]
         starts = [0, *accumulate(sizes)]
         contexts = {name: place for place, name in enumerate(control)}
         sources = [contexts[group.context] for group in items]
@@ -128,10 +133,13 @@ class Groups(Sequence):
         return pd.DataFrame(rows, columns=columns)
 
     def to(self, device: torch.device | str) -> Groups:
-        """The same groups on another device."""
-        items = [replace(group, cells=group.cells.to(device)) for group in self.items]
-        control = {name: z.to(device) for name, z in self.control.items()}
-        return Groups(control, items, control_index=self.control_index, dropped=self.dropped)
+        """The same groups on another device; these where they are there already."""
+        pool = self.pool.to(device)
+        if pool is self.pool:
+            return self
+        return Groups(
+            self.control, self.items, control_index=self.control_index, dropped=self.dropped, pool=pool
+        )
 
     def sample(
         self,
@@ -231,14 +239,14 @@ def groups(
         here = is_control & (labels["context"] == context).to_numpy()
         control_index[context] = _controls(here & usable, here & reserve, context, min_cells)
     several = {key[:2] for key in kept if sum(other[:2] == key[:2] for other in kept) > 1}
+    pool = z[np.concatenate([*control_index.values(), *kept.values()])]
+    cells = pool.split([len(rows) for rows in (*control_index.values(), *kept.values())])
     items = [
-        Group(
-            context, name, dose, z[rows], rows, _group_label(context, name, dose, (context, name) in several)
-        )
-        for (context, name, dose), rows in kept.items()
+        Group(context, name, dose, part, rows, _group_label(context, name, dose, (context, name) in several))
+        for ((context, name, dose), rows), part in zip(kept.items(), cells[len(control_index) :], strict=True)
     ]
-    control_cells = {context: z[rows] for context, rows in control_index.items()}
-    return Groups(control_cells, items, control_index=control_index, dropped=_dropped(small))
+    control_cells = dict(zip(control_index, cells, strict=False))
+    return Groups(control_cells, items, control_index=control_index, dropped=_dropped(small), pool=pool)
 
 
 def _representation(adata: AnnData, use_rep: str | np.ndarray) -> Tensor:

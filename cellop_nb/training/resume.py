@@ -179,7 +179,7 @@ def _reason(error: Exception) -> str:
 def digest(values) -> str:
     """Short fingerprint of a tensor or array."""
     data = torch.as_tensor(values).detach().cpu().contiguous()
-    return hashlib.sha256(data.numpy().tobytes()).hexdigest()[:16]
+    return hashlib.sha256(data.numpy()).hexdigest()[:16]  # read where it lies
 
 
 def plain(value):
