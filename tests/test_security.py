@@ -160,7 +160,7 @@ def shown_table():
 
 
 def shown_setting():
-    from cellop_nb.notebook.controls import words
+    from cellop_nb.notebook.panel import words
 
     return words(EVIL)
 

@@ -50,7 +50,7 @@ def test_a_grid_shows_words_as_text():
 
 def test_a_trainer_tells_where_it_is(trainer):
     assert facts(trainer._repr_html_())["epochs"].startswith("0 of 2")
-    trainer.change("kl_weight", 0.5)
+    trainer.change("kl_weight", 0.5 + 1e-15)
     trainer.fit()
     said = facts(trainer._repr_html_())
     assert said["status"] == "finished"

@@ -7,7 +7,6 @@ runs to its end.
 
 from __future__ import annotations
 
-import html
 import logging
 import math
 import threading
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from cellop_nb.errors import CellopError
 from cellop_nb.notebook.live import LivePlot, duration
+from cellop_nb.notebook.panel import button, panel, spoken, status_line, words
 from cellop_nb.training.callbacks import Callback
 
 log = logging.getLogger("cellop_nb")
@@ -168,7 +168,7 @@ class RunControls(Callback):
         self.pause_button.description, self.pause_button.tooltip = description, tooltip
 
     def _build(self) -> None:
-        from ipywidgets import HTML, FloatLogSlider, FloatSlider, HBox, Layout, VBox
+        from ipywidgets import HTML, FloatLogSlider, FloatSlider, HBox, Layout
 
         wide = {"style": {"description_width": "140px"}, "layout": Layout(width="460px")}
         wide |= {"continuous_update": False}
@@ -189,37 +189,10 @@ class RunControls(Callback):
         self._say(self.status, "ready")
         buttons = [self.stop_button, self.pause_button, self.draw_button, self.save_button]
         row = HBox(buttons, layout=Layout(flex_flow="row wrap"))
-        self.panel = VBox([row, rate, *self.weight_sliders.values(), self.status, self.note])
+        self.panel = panel([row, rate, *self.weight_sliders.values(), self.status, self.note])
 
     def _repr_mimebundle_(self, **kwargs):
         return spoken(self.panel, "Run controls (they need a running kernel)", **kwargs)
-
-
-def spoken(widget, words: str, **kwargs) -> dict:
-    """MIME bundle of a widget whose text, all that a file or a printed page shows of it, is `words`."""
-    bundle = widget._repr_mimebundle_(**kwargs)
-    data, *rest = bundle if isinstance(bundle, tuple) else (bundle,)
-    data = {**data, "text/plain": words}
-    return (data, *rest) if rest else data
-
-
-def status_line(text: str) -> str:
-    """HTML of words that a screen reader reads out when they change."""
-    return f'<div role="status" style="line-height:1.4">{html.escape(text)}</div>'
-
-
-def button(description: str, tooltip: str, action: Callable[[], object]):
-    """A button with words, and more words for who points at it."""
-    from ipywidgets import Button, Layout
-
-    button = Button(description=description, tooltip=tooltip, layout=Layout(width="auto"))
-    button.on_click(lambda _: action())
-    return button
-
-
-def words(name: str) -> str:
-    """A setting's name for people; letters that HTML would read as markup are escaped."""
-    return html.escape(name.replace("_", " "))
 
 
 def rate_grid(trainer) -> dict[str, float]:

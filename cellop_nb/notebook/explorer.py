@@ -16,8 +16,8 @@ from ..errors import CellopError, LabelError, did_you_mean, three_beats
 from ..files import write_whole
 from ..settings import check_settings
 from . import parameters
-from .controls import button, spoken, status_line
 from .figures.explorer import ExplorerSheet
+from .panel import button, panel, spoken, status_line
 from .questions import Answer, Question
 from .virtual import VirtualCells
 
@@ -240,7 +240,7 @@ class Explorer:
         for widget in (*chosen, self.reverse):
             widget.observe(self._by_widget, "value")
         controls = w.HBox([*chosen, self.reverse, self.export_button], layout=row)
-        self.panel = w.VBox([controls, self.status, self.image])
+        self.panel = panel([controls, self.status, self.image])
 
     def _repr_mimebundle_(self, **kwargs):
         return spoken(self.panel, "Virtual-cell explorer (it needs a running kernel)", **kwargs)

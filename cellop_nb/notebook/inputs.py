@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .controls import words
+from .panel import words
 from .values import Parameter
 
 

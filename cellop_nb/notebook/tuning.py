@@ -23,9 +23,9 @@ from ..training.operators import OperatorTrainer, new_operators
 from ..training.vae import VAETrainer, new_vae
 from ..views import grid
 from . import parameters
-from .controls import button, spoken, status_line
 from .figures import style as s
 from .inputs import read_value, shown_value, widget_for
+from .panel import button, panel, spoken, status_line
 from .workspace import Workspace, vae_sizes
 
 _FIXED = {parameter.name for parameter in parameters.DATA} | {"seed", "run_dir", "max_epochs"}
@@ -275,10 +275,12 @@ class TuningPanel:
         hidden = {"display": "none"}
         self.status, self.compared = w.HTML(), w.HTML()
         self.curves = w.Image(format="png", layout=w.Layout(width="768px", max_width="100%", **hidden))
-        self.text = w.Textarea(rows=14, description="YAML", layout=w.Layout(width="768px", **hidden))
+        self.text = w.Textarea(
+            rows=14, description="YAML", layout=w.Layout(width="768px", max_width="98%", **hidden)
+        )
         self._say("ready")
         below = [self.status, self.compared, self.curves, self.text]
-        self.panel = w.VBox([*rows, self.epochs, w.HBox(actions), *below])
+        self.panel = panel([*rows, self.epochs, w.HBox(actions), *below])
 
     def _help(self, name: str):
         """What a parameter means, beside its widget."""

@@ -182,8 +182,7 @@ class Trainer(RemoteControl, Resumable):
             or None,
             "learning rate": self.learning_rate,
             "weights": [f"{name} {value:g}" for name, value in self.weights.items()] or None,
-            "changed by hand": [f"{c['name']} {c['value']} after step {c['step']}" for c in self.changes]
-            or None,
+            "changed by hand": self._words_of_changes(self.changes) or None,
             "folder": None if self.folder is None else str(self.folder),
             "seed": self.seed,
         }

@@ -102,8 +102,12 @@ class RemoteControl:
     def _changes_of_epoch(self) -> dict[str, str]:
         """The history's column of changes by hand; none where nothing was changed."""
         made = [c for c in self.changes if c["epoch"] == self.epoch and c["name"] != "stop"]
-        words = "; ".join(f"{c['name']} {c['value']:.4g} after step {c['step']}" for c in made)
-        return {"by_hand": words} if words else {}
+        return {"by_hand": "; ".join(self._words_of_changes(made))} if made else {}
+
+    @staticmethod
+    def _words_of_changes(made: list[dict]) -> list[str]:
+        values = [c["value"] if isinstance(c["value"], str) else f"{c['value']:.4g}" for c in made]
+        return [f"{c['name']} {value} after step {c['step']}" for c, value in zip(made, values, strict=True)]
 
     def stop(self, reason: str = BY_HAND[0]) -> None:
         """End after the current step; the model and the history stay usable."""
