@@ -83,7 +83,11 @@ def obs_labels(adata: AnnData, key: str) -> pd.Series:
         raise LabelError(
             three_beats(f"a label in obs[{key!r}] for every cell", found, "label or drop these cells")
         )
-    return column.astype(str)
+    if not isinstance(column.dtype, pd.CategoricalDtype):
+        return column.astype(str)
+    # One string per category: pandas would make one for every cell.
+    names = column.cat.categories.astype(str).to_numpy(dtype=object)
+    return pd.Series(names[column.cat.codes], index=column.index, name=key, dtype=str)
 
 
 def context_labels(adata: AnnData, context_key: str | Sequence[str] | None) -> pd.Series:
