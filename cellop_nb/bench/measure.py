@@ -62,13 +62,14 @@ def peak_mb(*, restart: bool = False) -> float:
 
 
 def child(module: str, function: str, arguments: dict) -> dict:
-    """In the fresh process: make the call to measure, then the peak memory that it adds and its time."""
+    """In the fresh process: make the call to measure; its time, the peak memory that it adds, and what it tells."""
     call = getattr(importlib.import_module(module), function)(**arguments)
     _give_back()
     before, wall, cpu = peak_mb(restart=True), time.perf_counter(), time.process_time()
-    call()
+    told = call()
     seconds, cpu_seconds = time.perf_counter() - wall, time.process_time() - cpu
-    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "extra_mb": peak_mb() - before}
+    taken = {"seconds": seconds, "cpu_seconds": cpu_seconds, "extra_mb": peak_mb() - before}
+    return taken | (told if isinstance(told, dict) else {})
 
 
 def _give_back() -> None:
@@ -80,7 +81,8 @@ def _give_back() -> None:
 def in_fresh_process(module: str, function: str, arguments: dict, timeout: float = 600) -> dict:
     """``{"extra_mb", "seconds", "cpu_seconds"}`` of the call that ``module.function(**arguments)`` returns, in a new one.
 
-    Extra memory is the peak above what importing and making the input took.
+    Extra memory is the peak above what importing and making the input took. A dictionary that the call returns is
+    added to these.
     """
     command = [sys.executable, "-c", _CHILD, json.dumps([module, function, arguments])]
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
