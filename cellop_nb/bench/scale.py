@@ -1,4 +1,7 @@
-"""Data larger than memory: memory and speed of training, encoding and predicting from a file, by number of cells."""
+"""Data larger than memory: memory and speed of training, encoding and predicting from a file, by number of cells.
+
+Bounds come from the same run: training in memory, and reading the file once in order.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,28 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from .measure import in_fresh_process
+from .limits import product_rate
+from .measure import in_fresh_process, missing
+from .scale_growth import growth
+from .vae import PEER
 
 CELLS, GENES = (10_000, 30_000, 100_000, 300_000), 2_000
 QUICK_CELLS, QUICK_GENES = (1_000, 2_000), 200
-IN_MEMORY, ZARR = 30_000, 30_000
-"""Cells at which the same training is measured in memory, and from a zarr store: for comparison."""
+ZARR = 30_000
+"""Cells at which the same training is measured from a zarr store too."""
 
+IN_MEMORY = 100_000
+"""Cells up to which the same training is measured in memory too, ours and the peer's."""
+
+OURS, WITHIN = "cellop_nb", "cellop_nb, all in memory"
+
+BETWEEN = {
+    "train": "{over:.2f} CPU s more than in memory, where a pass over the file takes {reading:.2f}: library sizes, "
+    "starting values and constants are a pass each, and every window of the shuffle is put together from blocks",
+    "encode": "{over:.2f} CPU s for the library sizes (a second pass of {reading:.2f} s) and the encoder's products",
+    "predict": "{over:.2f} CPU s more, for opening the file, fitting operators for an epoch, sampling counts and "
+    "writing them; reading takes {reading:.2f}",
+}
 HIDDEN, LATENT, BATCH = 128, 32, 256
 _CHUNK, _CONTEXTS, _PERTURBATIONS = 4_096, 4, 4
 _LIMIT = 7_200.0  # seconds for one measurement
@@ -74,6 +92,31 @@ def _labels(start: int, context: np.ndarray, perturbation: np.ndarray, rng) -> p
 
 
 # -- the measured calls, each made in a process of its own ---------------------------------------------------
+
+
+def read(path: str) -> Callable[[], object]:
+    """Every row of the counts once, in order: what any use of the file costs at least."""
+    from ..data.catalogue import load
+    from ..data.on_disk import RowReader
+
+    def call():
+        reader = RowReader(load(path, backed=True).X)
+        for start in range(0, reader.shape[0], _CHUNK):
+            reader.read(np.arange(start, min(start + _CHUNK, reader.shape[0])))
+
+    return call
+
+
+def peer(path: str) -> Callable[[], object]:
+    """One epoch of SCVI with the same sizes, the file read into memory."""
+    from ..data.catalogue import load
+    from .vae import _peer_model, _peer_train
+
+    def call():
+        adata = load(path)
+        _peer_train(_peer_model(adata, HIDDEN), adata, BATCH, 1, [])
+
+    return call
 
 
 def train(path: str, backed: bool = True) -> Callable[[], object]:
@@ -142,38 +185,48 @@ def _write(path: str, n_cells: int, n_genes: int) -> Callable[[], object]:
 # -- the rows --------------------------------------------------------------------------------------------------
 
 
-def run(quick: bool = False) -> list[dict]:
-    """One row per number of cells and stage; extra memory is the peak above importing, in a fresh process."""
+def run(quick: bool = False, peers: bool = True) -> list[dict]:
+    """Measure all sizes, each stage in a process of its own.
+
+    Returns
+    -------
+    One row per number of cells and stage: variant, stage, file, cells, genes, stage_seconds, cells_per_cpu_s, extra_mb
+    (peak above importing), and for ours from an h5ad file bound_seconds, bound, distance and between. "read" is one pass
+    over the file in order. The last rows tell how each stage grows: time_exponent (slope of CPU seconds against cells,
+    both as logarithms) and bytes_per_cell (slope of extra memory).
+    """
     sizes, n_genes = (QUICK_CELLS, QUICK_GENES) if quick else (CELLS, GENES)
     in_memory, zarr = (sizes[0], sizes[0]) if quick else (IN_MEMORY, ZARR)
     rows = []
     for n_cells in sizes:
-        rows += _measure(
-            n_cells, n_genes, "h5ad", ("train", "encode", "predict"), memory=n_cells == in_memory
-        )
+        stages: list[tuple[str, str, dict]] = [
+            (OURS, stage, {}) for stage in ("read", "train", "encode", "predict")
+        ]
+        if n_cells <= in_memory:
+            stages.append((WITHIN, "train", {"backed": False}))
+            stages.append((PEER, "peer", {}))
+        rows += _measure(n_cells, n_genes, "h5ad", stages, peers)
         if n_cells == zarr:
-            rows += _measure(n_cells, n_genes, "zarr", ("train",))
-    return rows
+            rows += _measure(n_cells, n_genes, "zarr", [(OURS, "train", {})], peers)
+    return _bounded(rows) + growth(rows)
 
 
-def _measure(n_cells: int, n_genes: int, form: str, stages, *, memory: bool = False) -> list[dict]:
+def _measure(n_cells: int, n_genes: int, form: str, stages: list, peers: bool) -> list[dict]:
     with tempfile.TemporaryDirectory(prefix="cellop-scale-") as folder:
         path = str(Path(folder) / f"screen.{form}")
-        done = in_fresh_process(
-            __name__, "_write", {"path": path, "n_cells": n_cells, "n_genes": n_genes}, _LIMIT
-        )
+        written = {"path": path, "n_cells": n_cells, "n_genes": n_genes}
+        done = in_fresh_process(__name__, "_write", written, _LIMIT)
         if done.get("note"):
-            return [_row("cellop_nb", "write", n_cells, n_genes, form, done)]
-        rows = [_stage("cellop_nb", stage, n_cells, n_genes, form, {"path": path}) for stage in stages]
-        if memory:
-            more = {"path": path, "backed": False}
-            rows.append(_stage("cellop_nb, all in memory", "train", n_cells, n_genes, form, more))
-    return rows
-
-
-def _stage(variant: str, stage: str, n_cells: int, n_genes: int, form: str, arguments: dict) -> dict:
-    done = in_fresh_process(__name__, stage, arguments, _LIMIT)
-    return _row(variant, stage, n_cells, n_genes, form, done)
+            return [_row(OURS, "write", n_cells, n_genes, form, done)]
+        rows = []
+        for variant, stage, more in stages:
+            note = missing("scvi", wanted=peers) if stage == "peer" else None
+            done = (
+                {"note": note} if note else in_fresh_process(__name__, stage, {"path": path} | more, _LIMIT)
+            )
+            name = "train" if stage == "peer" else stage
+            rows.append(_row(variant, name, n_cells, n_genes, form, done))
+        return rows
 
 
 def _row(variant: str, stage: str, n_cells: int, n_genes: int, form: str, done: dict) -> dict:
@@ -181,4 +234,40 @@ def _row(variant: str, stage: str, n_cells: int, n_genes: int, form: str, done: 
     if done.get("note"):
         return row | {"note": done["note"]}
     per_cell = {"stage_seconds": done["seconds"], "cells_per_cpu_s": n_cells / done["cpu_seconds"]}
-    return row | {"extra_mb": done["extra_mb"]} | per_cell
+    return row | {"note": None, "extra_mb": done["extra_mb"]} | per_cell
+
+
+def _bounded(rows: list[dict]) -> list[dict]:
+    """The rows, those of ours from a file with their bound; CPU seconds."""
+    found = {
+        (row["variant"], row["stage"], row["file"], row["cells"]): row for row in rows if "extra_mb" in row
+    }
+    most = max((row["cells"] for row in rows if row["variant"] == WITHIN and "extra_mb" in row), default=None)
+    memory = found.get((WITHIN, "train", "h5ad", most))
+    for row in found.values():
+        once = found.get((OURS, "read", row["file"], row["cells"]))
+        if row["variant"] != OURS or row["file"] != "h5ad" or once is None or row["stage"] == "read":
+            continue
+        reading = row["cells"] / once["cells_per_cpu_s"]
+        if row["stage"] == "train" and memory is not None:
+            bound = {"bound": "training in memory", "bound_seconds": row["cells"] / memory["cells_per_cpu_s"]}
+        elif row["stage"] == "encode":
+            bound = {"bound": "reading the file once", "bound_seconds": reading}
+        elif (
+            row["stage"] == "predict"
+        ):  # every 16th cell is a control of the context: its neighbours are read too
+            seconds = reading + _decoding(row["cells"], row["genes"])
+            bound = {"bound": "reading the file once, decoder's products", "bound_seconds": seconds}
+        else:
+            continue
+        cpu = row["cells"] / row["cells_per_cpu_s"]
+        row |= bound | {"distance": cpu / bound["bound_seconds"]}
+        if row["distance"] > 2:
+            row["between"] = BETWEEN[row["stage"]].format(reading=reading, over=cpu - bound["bound_seconds"])
+    return rows
+
+
+def _decoding(cells: int, genes: int) -> float:
+    """CPU seconds of the products that decode the predicted cells, before and after their move."""
+    moved = cells / (_CONTEXTS * _PERTURBATIONS)
+    return 2 * moved * 2.0 * genes * (HIDDEN + LATENT) / product_rate(1024, HIDDEN, genes)

@@ -40,6 +40,8 @@ _UNITS = {  # column: (title, factor, format)
     "cpu_ratio": ("CPU ratio", 1, "{:.2f}"),
     "cells_per_s": ("cells/s", 1, "{:,.0f}"),
     "cells_per_cpu_s": ("cells/CPU-s", 1, "{:,.0f}"),
+    "time_exponent": ("time grows as cells to the", 1, "{:.2f}"),
+    "bytes_per_cell": ("bytes more per cell", 1, "{:,.0f}"),
     "negative_elbo": ("negative ELBO", 1, "{:,.2f}"),
 }
 
@@ -93,7 +95,9 @@ def _measure(section: str, call: Callable[[], list[dict]]) -> list[dict]:
     for row in rows:
         if row.get("between"):
             named = ", ".join(
-                str(row[key]) for key in ("variant", "what", "n", "hidden", "batch") if key in row
+                str(row[key])
+                for key in ("variant", "what", "stage", "n", "cells", "hidden", "batch")
+                if key in row
             )
             say(
                 f"{named}: {row['distance']:.1f} times the bound ({row['bound']}). Between: {row['between']}."

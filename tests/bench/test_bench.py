@@ -9,7 +9,17 @@ import pytest
 import torch
 
 from cellop_nb.__main__ import main
-from cellop_nb.bench import energy, limits, operator, operator_forms, overhead, record, vae
+from cellop_nb.bench import (
+    energy,
+    limits,
+    operator,
+    operator_forms,
+    overhead,
+    record,
+    scale,
+    scale_growth,
+    vae,
+)
 from cellop_nb.bench.count import Counts, counts
 from cellop_nb.commands import bench
 from cellop_nb.errors import DataError
@@ -111,6 +121,7 @@ def test_the_command_measures_and_writes(section, tmp_path, capsys):
             "cells_per_cpu_s",
             "negative_elbo",
             "share",
+            "time_exponent",
         } & known
         assert measured or row["note"].startswith("not installed"), row
     out = capsys.readouterr().out
@@ -176,3 +187,28 @@ def test_bench_refuses_what_it_could_not_do(capsys, tmp_path):
     for arguments in (["--threads", "0"], ["--out", str(tmp_path / "none" / "x.json")]):
         assert main(["bench", "energy", "--quick", *arguments]) == 2
         assert "To fix it" in capsys.readouterr().err
+
+
+def test_growth_is_told_as_exponent_and_bytes_per_cell():
+    common = {"variant": "cellop_nb", "stage": "train", "file": "h5ad"}
+    rows = [common | {"cells": n, "cells_per_cpu_s": n / (1e-6 * n**1.5), "extra_mb": 50 + 2e-4 * n}
+            for n in (10_000, 30_000, 100_000)]  # fmt: skip
+    (row,) = scale_growth.growth([*rows, common | {"file": "zarr", "cells": 1, "note": "left out"}])
+    assert row["time_exponent"] == pytest.approx(1.5) and row["bytes_per_cell"] == pytest.approx(200)
+    assert "10,000 to 100,000" in row["what"]
+
+
+def test_bounds_of_scale_come_from_the_same_run(monkeypatch):
+    monkeypatch.setattr(scale, "product_rate", lambda *shape: 2.0 * 2_000 * 160)
+    rate = {(scale.OURS, "read"): 100, (scale.OURS, "train"): 10, (scale.WITHIN, "train"): 40,
+            (scale.OURS, "encode"): 60, (scale.OURS, "predict"): 20}  # fmt: skip
+    rows = [scale._row(variant, stage, 800, 2_000, "h5ad", {"seconds": 1.0, "cpu_seconds": 800 / r, "extra_mb": 1.0})
+            for (variant, stage), r in rate.items()]  # fmt: skip
+    found = {(row["variant"], row["stage"]): row for row in scale._bounded(rows)}
+    train, encode = found[scale.OURS, "train"], found[scale.OURS, "encode"]
+    assert (train["bound_seconds"], train["distance"]) == (20, 4) and "60.00 CPU s more" in train["between"]
+    assert encode["bound_seconds"] == 8 and "between" not in encode
+    assert (
+        found[scale.OURS, "predict"]["bound_seconds"] == 8 + 2 * 800 / 16
+    )  # the decoder: one cell per second
+    assert "bound" not in found[scale.WITHIN, "train"] and "bound" not in found[scale.OURS, "read"]
