@@ -1,5 +1,7 @@
 """The documentation site; `python3 -m cellop_nb docs` prepares the generated pages and builds it."""
 
+from importlib.resources import files
+
 from docutils import nodes
 from latex2mathml.converter import convert
 
@@ -37,6 +39,9 @@ html_math_renderer = "mathml"
 html_theme = "furo"
 html_title = "cellop_nb"
 html_copy_source = False
+html_static_path = ["_static", str(files("ziamath") / "fonts")]  # the font of the equations
+html_css_files = ["site.css"]
+smartquotes = False  # messages and code as they are typed
 html_theme_options = {"source_repository": "", "navigation_with_keys": True}
 
 

@@ -60,6 +60,18 @@ def test_the_model_page_names_what_the_code_has():
         assert hasattr(getattr(cellop_nb, name[0]), name[1]), name
 
 
+def test_progress_bars_are_left_out_and_nothing_else():
+    bar = {
+        "output_type": "display_data",
+        "data": {"text/plain": ["VAE:   0%|          | 0/40 [00:00<?, ?epoch/s]"]},
+    }
+    shown = {"output_type": "execute_result", "data": {"text/plain": "100% | of 3 cells"}}
+    picture = {"output_type": "display_data", "data": {"image/png": "iVBOR", "text/plain": "<IPython Image>"}}
+    cells = [{"outputs": [bar, shown, picture, bar]}, {"outputs": [bar]}, {"source": "# text"}]
+    kept = docs.without_bars({"cells": cells})["cells"]
+    assert [cell.get("outputs") for cell in kept] == [[shown, picture], [], None]
+
+
 @pytest.mark.slow
 def test_the_site_builds_without_a_warning(tmp_path, call):
     """`python3 -m cellop_nb docs`, in which Sphinx takes a warning for an error."""
@@ -70,5 +82,9 @@ def test_the_site_builds_without_a_warning(tmp_path, call):
     wanted = {"index.html", "model.html", "errors.html", "guides/extend.html", "api/data.html"}
     wanted |= {f"notebooks/{path.stem}.html" for path in (environment.ROOT / "notebooks").glob("*.ipynb")}
     assert wanted <= pages
+    style = (tmp_path / "site" / "_static" / "site.css").read_text(encoding="utf-8")
+    font = re.search(r'url\("(.+?)"\)', style)[1]
+    assert (tmp_path / "site" / "_static" / font).is_file()
+    assert "0%|" not in (tmp_path / "site" / "notebooks" / "06_predict.html").read_text(encoding="utf-8")
     reference = (tmp_path / "site" / "api" / "training.html").read_text(encoding="utf-8")
     assert 'id="cellop_nb.VAETrainer"' in reference

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -89,11 +91,25 @@ def prepare(source: Path) -> None:
         shutil.rmtree(source / name, ignore_errors=True)
         (source / name).mkdir()
     for path in environment.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"):
-        shutil.copy(path, source / "notebooks")
+        book = without_bars(json.loads(path.read_text(encoding="utf-8")))
+        (source / "notebooks" / path.name).write_text(json.dumps(book), encoding="utf-8")
     for name, text in reference().items():
         (source / "api" / f"{name}.md").write_text(text, encoding="utf-8")
     errors = [sys.executable, "-m", "tests.bad_inputs", str(source / "errors.md")]
     subprocess.run(errors, cwd=environment.ROOT, check=True, capture_output=True, env=_surroundings())
+
+
+def without_bars(book: dict) -> dict:
+    """A notebook without its progress bars: outside a kernel they stand at zero for ever."""
+    for cell in book["cells"]:
+        shown = cell.get("outputs", [])
+        cell |= {"outputs": [output for output in shown if not _is_bar(output)]} if shown else {}
+    return book
+
+
+def _is_bar(output: dict) -> bool:
+    text = "".join(output.get("data", {}).get("text/plain", ""))
+    return re.search(r"\d%\|.*\|.*\[\d\d:\d\d<", text) is not None
 
 
 def _surroundings() -> dict[str, str]:

@@ -212,7 +212,7 @@ def palette_of(picture: Pixels.Image, colours: int) -> Pixels.Image:
     common = picture.quantize(
         colours - len(fixed), method=Pixels.Quantize.MEDIANCUT, dither=Pixels.Dither.NONE
     )
-    found = np.asarray(common.getpalette(), dtype=np.uint8).reshape(-1, 3)
+    found: np.ndarray = np.asarray(common.getpalette(), dtype=np.uint8).reshape(-1, 3)
     found = found[~((found > 245).all(axis=1) & (found < 255).any(axis=1))]
     palette = Pixels.new("P", (1, 1))
     palette.putpalette(np.concatenate([fixed, found]).ravel().tolist())

@@ -199,7 +199,7 @@ def trends(
 
 def _spearman(x: np.ndarray, y: np.ndarray) -> float:
     x, y = stats.rankdata(x), stats.rankdata(y)
-    spread = x.std() * y.std()
+    spread = float(x.std() * y.std())
     return float(((x - x.mean()) * (y - y.mean())).mean() / spread) if spread > 0 else np.nan
 
 
