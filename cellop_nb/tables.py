@@ -134,3 +134,26 @@ class Scores(Table):
     def _shown(self) -> pd.DataFrame:
         wide = pd.DataFrame(self).pivot_table(index="method", columns="metric", values="value", sort=False)
         return wide.round(3)
+
+
+class Distances(Table):
+    """Energy distances of moved cells to real ones, a row per group and method; shown are means over groups."""
+
+    _OWN = ("group", "method", "energy", "floor")
+
+    def _title(self) -> str:
+        return "Energy distances to the real cells, means over groups"
+
+    def _facts(self) -> Mapping[str, object]:
+        return {
+            "groups": [str(name) for name in self["group"].unique()],
+            "energy": "Euclidean, U-statistic, per group, in the latent space",
+            "floor": "the same distance between cells of the very same kind: what noise alone gives",
+        }
+
+    def _shown(self) -> pd.DataFrame:
+        known = pd.DataFrame(self).dropna(subset=["energy"])
+        by_method = known.groupby("method", sort=False)
+        within = known["energy"].le(known["floor"]).groupby(known["method"], sort=False)
+        counts = within.sum().astype(str) + " of " + within.size().astype(str)
+        return by_method[["energy", "floor"]].mean().round(3).assign(**{"groups within the floor": counts})

@@ -11,7 +11,7 @@ import torch
 from bs4 import BeautifulSoup
 
 import cellop_nb as co
-from cellop_nb.tables import History, Scores
+from cellop_nb.tables import Distances, History, Scores
 from cellop_nb.views import card, grid
 
 
@@ -131,6 +131,25 @@ def test_scores_show_means_over_groups_in_their_order():
     assert said["groups"] == "g, h"
     assert said["without a value"] == "1 of 4; too few cells"
     assert shown == [["metric", "mae"], ["method", ""], ["no change", "5.0"], ["a model", "1.5"]]
+
+
+def test_distances_show_means_and_how_many_groups_reach_the_floor():
+    values = {"no change": (0.5, 0.7), "operator": (0.1, 0.3), "inverse": (float("nan"), 0.2)}
+    rows = [
+        {"group": group, "method": method, "energy": value, "floor": floor}
+        for method, pair in values.items()
+        for group, value, floor in zip(("g", "h"), pair, (0.1, 0.2), strict=True)
+    ]
+    html = Distances(rows)._repr_html_()
+    said, shown = facts(html), cells(html)
+    assert said["groups"] == "g, h"
+    assert said["energy"].startswith("Euclidean, U-statistic")
+    assert shown[0] == ["", "energy", "floor", "groups within the floor"]
+    assert shown[2:] == [
+        ["no change", "0.6", "0.15", "0 of 2"],
+        ["operator", "0.2", "0.15", "1 of 2"],
+        ["inverse", "0.2", "0.20", "1 of 1"],
+    ]
 
 
 @pytest.mark.parametrize("kind", ["history", "split", "scores"])

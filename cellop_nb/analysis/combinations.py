@@ -16,6 +16,7 @@ from ..models.affine import AffineOperator
 from ..models.algebra import check_strength, commutator, compose, sum_generators
 from ..models.energy import energy_distance
 from ..models.operators import OperatorModel
+from ..tables import Distances
 from .formulas import Undefined
 from .predict import latents, operator_for, source_cells
 from .transfer import Response
@@ -261,7 +262,7 @@ def reversal(
             labels = (group.context, group.perturbation, group.label, len(group))
             rows.append((*labels, method, energy, floor, reason))
     columns = ["context", "perturbation", "group", "cells", "method", "energy", "floor", "reason"]
-    return pd.DataFrame(rows, columns=columns)
+    return Distances(rows, columns=columns)
 
 
 def _led_back(group, operator: AffineOperator, shift: torch.Tensor | None):

@@ -12,6 +12,7 @@ from ..data.batches import Group, Groups, groups
 from ..models.conditions import Condition
 from ..models.energy import energy_distance
 from ..models.operators import OperatorModel
+from ..tables import Distances
 
 NO_CHANGE, MEAN_SHIFT, OPERATOR = "no change", "mean shift", "operator"
 
@@ -126,7 +127,7 @@ def transport_scores(
             energy = float(energy_distance(moved, group.cells))
             rows.append((group.context, group.perturbation, group.label, len(group), method, energy, floor))
     columns = ["context", "perturbation", "group", "cells", "method", "energy", "floor"]
-    return pd.DataFrame(rows, columns=columns)
+    return Distances(rows, columns=columns)
 
 
 def _moved(source: Tensor, seen: Tensor, group: Group, operators: OperatorModel, control: str):
