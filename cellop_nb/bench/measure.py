@@ -92,6 +92,22 @@ def in_fresh_process(module: str, function: str, arguments: dict, timeout: float
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+def no_compiler(*, quick: bool) -> str | None:
+    """Why ``compile=True`` is not measured; None where it is."""
+    if quick:
+        return "left out: compiling takes longer than all else that is quick"
+    import torch
+
+    from ..errors import ModelError
+    from ..training.compiled import check_compiler
+
+    try:
+        check_compiler(torch.device("cpu"))
+    except ModelError as error:
+        return f"left out: {error}"
+    return None
+
+
 def missing(*modules: str, wanted: bool = True) -> str | None:
     """'not installed: a, b' of the optional peers that are absent, or that none is wanted; else None."""
     if modules and not wanted:

@@ -20,11 +20,13 @@ from ..models.vae import NBVAE
 from ..training.operators import OperatorTrainer, new_operators
 from .count import counts
 from .limits import LATENT_COLUMNS, compared, product_rate
-from .measure import in_fresh_process, interleaved
+from .measure import in_fresh_process, interleaved, no_compiler
 from .operator_forms import BEFORE, FIX, LATENT, LOSSES, OURS, QUICK, SIZES, WHOLE, problem, stepper
 from .overhead import guard_share, live_share
 from .vae import screen
 
+COMPILED = "compiled"
+RATIOS = {"ratio": "seconds", "cpu_ratio": "cpu_seconds"}
 BETWEEN = {
     "cellop_nb": "an inverse root per pair, the pairs within the moved cells computed twice, and Python "
     "between the calls",
@@ -91,8 +93,8 @@ def fit_ours(adata: AnnData, vae: NBVAE, steps: int, callbacks: tuple = ()) -> O
     return _trainer(adata, steps, callbacks)
 
 
-def _trainer(adata: AnnData, steps: int, callbacks: tuple = ()) -> OperatorTrainer:
-    settings = {"progress": False, "accelerator": "cpu", "callbacks": callbacks}
+def _trainer(adata: AnnData, steps: int, callbacks: tuple = (), **options) -> OperatorTrainer:
+    settings = {"progress": False, "accelerator": "cpu", "callbacks": callbacks, **options}
     per_epoch = min(20, steps)
     return OperatorTrainer(
         adata,
@@ -135,6 +137,24 @@ def fit_rows(sizes: dict, steps: int, counted: int) -> list[dict]:
     ]
 
 
+def compiled_row(sizes: dict, quick: bool) -> dict:
+    """The trainer's whole step with ``compile=True``, against the same without, in turn in this process."""
+    note = no_compiler(quick=quick)
+    row = {"variant": f"{WHOLE}, compiled", "what": "step", "note": note}
+    if note is not None:
+        return row
+    trainer = _latent_trainer(sizes, 200, compile=True)
+    calls = {WHOLE: whole_step(sizes), COMPILED: _step_of(trainer)}
+    with trainer.compiled():
+        times = interleaved(calls, 40)
+    row["note"] = "against the same step without, in one process"
+    return row | times[COMPILED] | _ratios(times[COMPILED], times[WHOLE])
+
+
+def _ratios(taken: dict, other: dict) -> dict:
+    return {kind: taken[name] / other[name] for kind, name in RATIOS.items()}
+
+
 def step_products(groups: int, cells: int) -> float:
     """CPU seconds that the products of the distances of one step take alone: d^2 and gradient, cross and within.
 
@@ -173,8 +193,7 @@ def run(quick: bool = False, memory: bool = True) -> list[dict]:
     rows = []
     for name, taken in times.items():
         row = {"variant": name, "what": "step", "extra_mb": peaks.get(name), "note": None} | taken
-        row["ratio"] = taken["seconds"] / times[OURS]["seconds"]
-        row["cpu_ratio"] = taken["cpu_seconds"] / times[OURS]["cpu_seconds"]
+        row |= _ratios(taken, times[OURS])
         if name in (OURS, WHOLE):
             products = step_products(sizes["groups"], sizes["cells"])
             made = counts(calls[name])
@@ -185,26 +204,30 @@ def run(quick: bool = False, memory: bool = True) -> list[dict]:
     rows += fit_rows(sizes, 40 if quick else 200, 2 if quick else 20)
     trainer = _latent_trainer(sizes, 4 if quick else 200)
     rows.append({"variant": "guard", "what": "step"} | guard_share(trainer, 4 if quick else 400))
+    rows.append(compiled_row(sizes, quick))
     steps = 4 if quick else 1000
     live = live_share(_latent_trainer, sizes, steps)
     return [*rows, {"variant": "live picture", "what": f"fit of {steps} steps"} | live]
 
 
-def _latent_trainer(sizes: dict, steps: int, callbacks: tuple = ()) -> OperatorTrainer:
+def _latent_trainer(sizes: dict, steps: int, callbacks: tuple = (), **options) -> OperatorTrainer:
     """On random latents: what the operators see of a screen."""
     adata = fit_screen(sizes["groups"], 2 * sizes["cells"], 50)
     latents = np.random.default_rng(0).normal(size=(adata.n_obs, LATENT)) + 1.0 * (
         adata.obs[["perturbation"]].to_numpy() != "control"
     )
     adata.obsm["X_nbvae"] = latents.astype(np.float32)
-    trainer = _trainer(adata, steps, callbacks)
+    trainer = _trainer(adata, steps, callbacks, **options)
     trainer.cells_per_group = sizes["cells"]
     return trainer
 
 
 def whole_step(sizes: dict) -> Callable[[], object]:
     """The trainer's own step, from the draw of its cells to the guard's last look."""
-    trainer = _latent_trainer(sizes, 200)
+    return _step_of(_latent_trainer(sizes, 200))
+
+
+def _step_of(trainer: OperatorTrainer) -> Callable[[], object]:
     trainer.model.train()
 
     def call() -> None:

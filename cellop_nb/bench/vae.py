@@ -16,12 +16,12 @@ from ..training.loop import Trainer
 from ..training.vae import VAETrainer, new_vae
 from .count import counts
 from .limits import bandwidth, compared, product_rate
-from .measure import in_fresh_process, missing
+from .measure import in_fresh_process, missing, no_compiler
 from .overhead import guard_share, live_share
 
 LATENT = 32
 SIZES = ((128, 128), (128, 512), (512, 512))  # hidden, batch
-PEER, BFLOAT = "scvi-tools SCVI", "cellop_nb, bf16-mixed"
+PEER, BFLOAT, COMPILED = "scvi-tools SCVI", "cellop_nb, bf16-mixed", "cellop_nb, compiled"
 BETWEEN = (
     "the sparse first layer, a dozen passes over (cell, gene) for softmax, likelihood and gradient, and Python "
     "between the calls, which weighs more the smaller the batch"
@@ -69,13 +69,11 @@ class _Clock(Callback):
         self._cpu = time.process_time()
 
 
-def ours(
-    adata: AnnData, hidden: int, batch: int, precision: str = "32-true"
-) -> Callable[[], tuple[float, float]]:
+def ours(adata: AnnData, hidden: int, batch: int, **options) -> Callable[[], tuple[float, float]]:
     """One more epoch at each call; returns its wall and CPU seconds."""
     clock = _Clock()
     model = new_vae(adata, n_latent=LATENT, n_hidden=hidden)
-    settings = {"progress": False, "callbacks": [clock], "accelerator": "cpu", "precision": precision}
+    settings = {"progress": False, "callbacks": [clock], "accelerator": "cpu", **options}
     trainer = VAETrainer(adata, model, batch_size=batch, **settings)
 
     def epoch() -> tuple[float, float]:
@@ -151,6 +149,7 @@ def peer(adata: AnnData, hidden: int, batch: int) -> Callable[[], tuple[float, f
 VARIANTS: dict[str, tuple[Callable, tuple[str, ...]]] = {
     "cellop_nb": (ours, ()),
     BFLOAT: (partial(ours, precision="bf16-mixed"), ()),
+    COMPILED: (partial(ours, compile=True), ()),
     PEER: (peer, ("scvi",)),
 }
 
@@ -225,6 +224,7 @@ def run(quick: bool = False, memory: bool = True, peers: bool = True) -> list[di
 
 def _speed(adata: AnnData, hidden: int, batch: int, *, rounds: int, memory: bool, peers: bool) -> list[dict]:
     absent = {name: missing(*needs, wanted=peers) for name, (_, needs) in VARIANTS.items()}
+    absent[COMPILED] = no_compiler(quick=rounds == 1)
     calls = {name: VARIANTS[name][0](adata, hidden, batch) for name, note in absent.items() if note is None}
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     for turn in range(rounds + 1):  # the first one warms up
@@ -240,7 +240,7 @@ def _speed(adata: AnnData, hidden: int, batch: int, *, rounds: int, memory: bool
         row = {"variant": name, "hidden": hidden, "batch": batch, "note": note}
         if note is None:
             row |= rate[name]
-            if memory:
+            if memory and name != COMPILED:
                 given = {"variant": name, "hidden": hidden, "batch": batch, "n_cells": adata.n_obs}
                 row["extra_mb"] = in_fresh_process(__name__, "epoch", given)["extra_mb"]
             if name == "cellop_nb":

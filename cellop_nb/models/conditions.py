@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -87,7 +86,7 @@ class Design:
     pairs: Tensor
     strength: Tensor
 
-    @cached_property
+    @property
     def weight(self) -> Tensor:
         """Weight of each context's own part, (condition, context)."""
         return self.contexts * self.strength.unsqueeze(1)

@@ -99,11 +99,16 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor | SparseCounts, library: Tensor, covariates: Tensor | None = None) -> Normal:
         """Posterior of shape (cell, latent) for counts (cell, gene) and library sizes (cell,)."""
         scaled = LogNormalised(x, library, covariates)
-        hidden = self.body(scaled)
+        mean, deviation = self.after_genes(self.body[0](scaled), self.linear(scaled))
+        return Normal(mean, deviation, validate_args=False)
+
+    def after_genes(self, first: Tensor, linear: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation (cell, latent) from the first layer (cell, hidden) and the linear path."""
+        hidden = first
+        for layer in list(self.body)[1:]:
+            hidden = layer(hidden)
         log_variance = bounded(self.log_variance(hidden), -LOGVAR_BOUND, LOGVAR_BOUND)
-        return Normal(
-            self.linear(scaled) + self.mean(hidden), torch.exp(0.5 * log_variance), validate_args=False
-        )
+        return linear + self.mean(hidden), torch.exp(0.5 * log_variance)
 
 
 class DecoderNB(nn.Module):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -34,14 +32,9 @@ def spectral_excess(matrices: Tensor, max_norm: float) -> Tensor:
     return (_largest_singular_value(matrices) - max_norm).clamp_min(0).square().mean()
 
 
-@functools.lru_cache(maxsize=16)
-def _identity(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.eye(size, dtype=dtype, device=device)
-
-
 def identity_like(matrices: Tensor) -> Tensor:
-    """I (d, d) for matrices (..., d, d), made once; not to be written to."""
-    return _identity(matrices.shape[-1], matrices.dtype, matrices.device)
+    """I (d, d) for matrices (..., d, d)."""
+    return torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
 
 
 def _largest_singular_value(matrices: Tensor, doublings: int = 12) -> Tensor:

@@ -21,6 +21,7 @@ from ..tables import History
 from ..views import card
 from .callbacks import Callback, HistoryCSV, ProgressBar, SaveCheckpoints
 from .clip import clip_gradients
+from .compiled import check_compiler, compiled
 from .guard import NonFiniteGuard
 from .parallel import Processes
 from .remote import BY_HAND, RemoteControl
@@ -56,6 +57,10 @@ class Trainer(RemoteControl, Resumable):
         Whether to show a progress bar.
     seed
         Seeds every draw of the trainer (batches, latent samples).
+    compile
+        Whether the dense parts of the model run through ``torch.compile`` while it trains. What it brings is a row of
+        `python3 -m cellop_nb bench vae` and `operator`: nothing on a CPU, whose small parts are not what takes the
+        time. Refused where there is no compiler; a part that cannot be compiled whole is an error.
     accelerator, devices, num_nodes, strategy, precision
         Passed to ``lightning_fabric.Fabric``. With several processes (``devices=2, strategy="ddp"``, started by
         torchrun or SLURM) each takes its share of every batch, and the numbers are those of one process with the
@@ -64,6 +69,8 @@ class Trainer(RemoteControl, Resumable):
 
     monitor = "val_loss"
     unit = "training"
+    compilable: tuple[str, ...] = ()
+    """Methods of the model, by their dotted names, that ``compile=True`` compiles."""
 
     def __init__(
         self,
@@ -78,6 +85,7 @@ class Trainer(RemoteControl, Resumable):
         on_nonfinite: str = "stop",
         progress: bool = True,
         seed: int = 0,
+        compile: bool = False,  # noqa: A002 (its name in the field)
         accelerator: str = "auto",
         devices: int | str = 1,
         num_nodes: int = 1,
@@ -101,6 +109,9 @@ class Trainer(RemoteControl, Resumable):
             precision=precision,
         )
         self.fabric.launch()
+        if compile:
+            check_compiler(self.fabric.device)
+        self._compiled_parts = self.compilable if compile else ()
         self.processes = Processes(self.fabric)
         self.model, self.max_epochs, self.clip_norm, self.seed = model, max_epochs, clip_norm, seed
         self.folder = None if folder is None else Path(folder)
@@ -220,7 +231,7 @@ class Trainer(RemoteControl, Resumable):
         try:
             self._call("on_fit_start")
             while self.epoch < self.max_epochs and not self._stop.is_set():
-                with self._own_randomness():
+                with self._own_randomness(), self.compiled():
                     self._run_epoch()
             self.status = "stopped" if self._stop.is_set() else "finished"
         except KeyboardInterrupt:
@@ -238,6 +249,10 @@ class Trainer(RemoteControl, Resumable):
             self._call("on_fit_end")
             self._stop.clear()  # last, so that a request made before the first step is not lost
         return self.history
+
+    def compiled(self) -> contextlib.AbstractContextManager:
+        """Where the parts of the model that were asked to be are compiled."""
+        return compiled(self.model, self._compiled_parts)
 
     @contextlib.contextmanager
     def _own_randomness(self):

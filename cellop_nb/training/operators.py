@@ -159,6 +159,7 @@ class OperatorTrainer(Trainer):
     """
 
     unit = "operators"
+    compilable = ("affine",)
 
     def __init__(
         self,

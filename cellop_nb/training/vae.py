@@ -128,6 +128,7 @@ class VAETrainer(Trainer):
     """
 
     unit = "VAE"
+    compilable = ("encoder.after_genes", "decoder.features")
 
     def __init__(
         self,
