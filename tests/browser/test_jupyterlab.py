@@ -43,7 +43,9 @@ def test_watch_steer_pause_resume_and_stop_a_training(desk, root):
         held = number("step", notebook.said(r"^paused"))
         notebook.press("Save checkpoint")
         notebook.said(r"^saved .*by_hand\.pt")
-        notebook.page.wait_for_timeout(500)
+        before = set(notebook.pictures())
+        notebook.press("Draw now")
+        wait_for(lambda: set(notebook.pictures()) - before, 30, "the picture that was asked for")
         assert number("step", notebook.said(r"^paused")) == held, "nothing moves while paused"
         notebook.press("Resume")
         wait_for(lambda: number("step", notebook.said(r"^running")) > held, 30, "training to go on")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import time
+
 import ipywidgets
 import pytest
 import yaml
@@ -102,6 +105,30 @@ def test_the_button_trains_beside_the_page_one_fit_at_a_time(panel):
     panel._worker.join(30)
     assert 1 <= len(panel.histories[0]) < 100
     assert len(panel.results) == 1
+
+
+def test_two_clicks_that_two_threads_handle_at_once_start_one_fit(panel, monkeypatch):
+    """As ipykernel 7.4 does; the first is between looking and starting when the second comes."""
+    say, runs, done = panel._say, [], threading.Event()
+
+    def slowly(text):
+        time.sleep(0.2)
+        say(text)
+
+    def train():
+        runs.append(1)
+        done.wait(10)
+
+    monkeypatch.setattr(panel, "_say", slowly)
+    monkeypatch.setattr(panel, "train", train)
+    clicks = [threading.Thread(target=panel.start) for _ in range(2)]
+    for click in clicks:
+        click.start()
+    for click in clicks:
+        click.join(10)
+    done.set()
+    panel._worker.join(10)
+    assert runs == [1]
 
 
 def test_a_notebook_without_training_is_refused(screen, tmp_path):
