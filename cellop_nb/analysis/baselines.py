@@ -15,7 +15,7 @@ import numpy as np
 from anndata import AnnData
 
 from ..data.contract import context_labels, obs_labels, perturbation_parts
-from ..errors import DataError, LabelError, did_you_mean, three_beats
+from ..errors import DataError, LabelError, ModelError, did_you_mean, three_beats
 from .formulas import Undefined
 from .space import EvaluationSpace
 
@@ -268,9 +268,25 @@ BASELINES: Mapping[str, Baseline] = {
 
 
 def run(method: str, rule: Baseline, training: Screen, target: Target) -> Prediction:
-    """Apply `rule`; where it is undefined the prediction is empty and carries the reason."""
+    """Apply `rule`; where it is undefined the prediction is empty and carries the reason.
+
+    Raises
+    ------
+    ModelError
+        Where it gives back something else than a prediction of the target's genes.
+    """
     try:
         found = rule(training, target)
     except Undefined as refusal:
         return Prediction(method, reason=str(refusal))
+    if not isinstance(found, Prediction):
+        fix = "return Prediction.of_cells(name, cells) or Prediction.of_counts(name, counts, target.space)"
+        raise ModelError(three_beats(f"a Prediction from {method!r}", type(found).__name__, fix))
+    n_genes = target.control.shape[1]
+    for value in (found.mean, found.cells, found.counts):
+        if value is not None and value.shape[-1] != n_genes:
+            fix = "predict all genes of target.space.genes, in this order"
+            raise ModelError(
+                three_beats(f"{n_genes} genes predicted by {method!r}", str(value.shape[-1]), fix)
+            )
     return Prediction(method, found.mean, found.cells, found.counts, found.reason)

@@ -14,7 +14,7 @@ import pandas as pd
 from ..data.batches import TOTAL_KEY
 from ..data.contract import context_labels, library_size
 from ..data.splits import rows_of, split
-from ..errors import DataError, HoldoutError, three_beats
+from ..errors import DataError, HoldoutError, LabelError, three_beats
 from ..tables import Scores
 from .abstain import group_support
 from .baselines import BASELINES, Baseline, Prediction, Screen, Target
@@ -161,6 +161,7 @@ def holdout(
     settings = settings_of(vae)
     for sizes in settings:
         check_vae_settings(sizes, training or {})
+    _own_names(methods or {})
     keys = {"perturbation_key": perturbation_key, "context_key": context_key, "control": control}
     if n_seeds < 1:
         raise HoldoutError(three_beats("n_seeds of at least 1", str(n_seeds), "pass a positive number"))
@@ -215,6 +216,14 @@ def holdout(
         sizes=dict(sizes),
         measured=plan.groups,
     )
+
+
+def _own_names(methods: Mapping[str, Baseline]) -> None:
+    """A method by the name of another one would silently take its place, or lose its own."""
+    shared = [name for name in methods if name in (*BASELINES, LATENT_SHIFT, OPERATORS, *RULES)]
+    if shared:
+        fix = "give it another name"
+        raise LabelError(three_beats("a name that no other method of the table has", repr(shared[0]), fix))
 
 
 def settings_of(vae: Mapping | Sequence[Mapping] | None) -> list[Mapping]:

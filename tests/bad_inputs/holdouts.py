@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import cellop_nb as co
+from cellop_nb.analysis.baselines import Prediction
+from cellop_nb.analysis.metrics import score_holdout
 
 from .cases import HOLDOUTS, SPLIT, case, command
 
@@ -65,6 +67,27 @@ def _(place):
 @case(SPLIT, "no setting of the VAE to choose from")
 def _(place):
     co.holdout(place.adata, heldout={"cell_type": "type A", "perturbation": "drug 1"}, vae=[])
+
+
+@case(SPLIT, "a method by the name of a baseline")
+def _(place):
+    own = {"mean shift": lambda training, target: None}
+    co.holdout(place.adata, heldout={"cell_type": "type A", "perturbation": "drug 1"}, methods=own)
+
+
+@case(SPLIT, "a method that gives back an array")
+def _(place):
+    scored(place, lambda training, target: target.control)
+
+
+@case(SPLIT, "a method that predicts some of the genes")
+def _(place):
+    scored(place, lambda training, target: Prediction.of_cells("mine", target.control[:, :5]))
+
+
+def scored(place, rule):
+    where = {"context": "type A", "perturbation": "drug 1"}
+    return score_holdout(place.adata, {"mine": rule}, **where)
 
 
 @case(HOLDOUTS, "a condition without its label", code=2)
