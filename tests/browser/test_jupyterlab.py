@@ -12,7 +12,7 @@ import pytest
 from .lab import NotebookPage, wait_for
 
 # the second limit, should the first (`desk`) not wake the test: it ends the whole process
-pytestmark = [pytest.mark.browser, pytest.mark.timeout(240, method="thread")]
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(360, method="thread")]
 
 
 def number(name: str, line: str) -> float:

@@ -7,7 +7,7 @@ import pytest
 
 from .lab import NotebookPage
 
-pytestmark = [pytest.mark.browser, pytest.mark.timeout(240, method="thread")]
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(360, method="thread")]
 
 EVIL = "<script>window.ran = 'script'</script><img src=x onerror=\"window.ran = 'image'\">"
 
