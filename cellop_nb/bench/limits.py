@@ -84,8 +84,8 @@ def compared(cpu: float, *, products: float = 0.0, memory: float = 0.0, made: Co
     Returns
     -------
     ``bound_seconds`` (CPU seconds), ``bound`` (which one it is), ``distance`` (their ratio), ``calls``, ``gflop`` in
-    products and ``mbyte`` of all inputs and results (counted), ``calls_share`` (their least cost over `cpu`), and
-    ``between``.
+    products and ``mbyte`` of all inputs and results (counted), ``calls_share`` (their least cost over `cpu`),
+    ``products_share``, ``bytes_share`` (as if all came from memory), and ``between``.
     """
     bound = max(products, memory)
     row = {
@@ -96,9 +96,16 @@ def compared(cpu: float, *, products: float = 0.0, memory: float = 0.0, made: Co
         "gflop": made.operations / 1e9,
         "mbyte": made.bytes / 1e6,
         "calls_share": made.calls * call_seconds() / cpu,
+        "products_share": products / cpu,
+        "bytes_share": made.bytes / bandwidth() / cpu,
     }
-    return row | ({"between": f"{_calls(row)}; {between}"} if row["distance"] > 2 else {})
+    return row | ({"between": f"{_parts(row)}; {between}"} if row["distance"] > 2 else {})
 
 
-def _calls(row: dict) -> str:
-    return f"{row['calls']:,} torch calls, at least {row['calls_share']:.0%} of the time"
+def _parts(row: dict) -> str:
+    """What was counted, as shares of the time: they overlap, since a call multiplies or passes over bytes."""
+    return (
+        f"{row['calls']:,} torch calls, at least {row['calls_share']:.0%} of the time; the unavoidable products, "
+        f"{row['products_share']:.0%}; {row['mbyte']:,.0f} MB of inputs and results, {row['bytes_share']:.0%} if all "
+        "came from memory and none from the cache"
+    )

@@ -15,6 +15,9 @@ from pathlib import Path
 from ..errors import DataError, three_beats
 from ..files import write_whole
 
+SHIPPED = Path(__file__).with_name("record.json")
+"""A full run on an idle machine. To make it anew: ``python3 -m cellop_nb bench all --threads 1 --out <this file>``."""
+
 SECTIONS = ("vae", "energy", "operator", "predict", "explorer", "scale")
 PACKAGES = (
     "cellop_nb", "torch", "numpy", "scipy", "anndata", "scvi-tools", "geomloss", "pykeops", "dcor",
@@ -92,6 +95,15 @@ def read(path: str | Path) -> dict:
     if not isinstance(made, dict) or not {"results", "machine", "limits"} <= set(made):
         raise DataError(three_beats("a record of a benchmark", f"{path} without results or limits", fix))
     return made
+
+
+def told(made: dict) -> dict:
+    """What a record was measured on, by its plain names: machine, limits, threads, sizes, date, versions."""
+    limits = {name: round(value, 1) for name, value in made["limits"].items()}
+    sizes = "quick" if made["quick"] else "full"
+    versions = ", ".join(f"{name} {found}" for name, found in made["versions"].items() if found)
+    return {**made["machine"], "threads": made["threads"], **limits, "sizes": sizes, "date": made["date"],
+            "versions": versions}  # fmt: skip
 
 
 def _surroundings(threads: int, quick: bool) -> dict:

@@ -33,6 +33,8 @@ _UNITS = {  # column: (title, factor, format)
     "gflop": ("GFLOP", 1, "{:,.3f}"),
     "mbyte": ("MB passed", 1, "{:,.0f}"),
     "calls_share": ("calls' share", 100, "{:.0f} %"),
+    "products_share": ("products' share", 100, "{:.0f} %"),
+    "bytes_share": ("bytes' share", 100, "{:.0f} %"),
     "extra_mb": ("extra MB", 1, "{:,.1f}"),
     "extra_share": ("of before's", 100, "{:.1f} %"),
     "share": ("share", 100, "{:.2f} %"),

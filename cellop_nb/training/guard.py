@@ -115,11 +115,13 @@ class NonFiniteGuard:
 
     def before_backward(self, terms: dict[str, Tensor], trainer) -> bool:
         """Check the loss terms."""
+        # Without their graph: it would stay in memory until the next step.
+        terms = {name: term.detach() for name, term in terms.items()}
         self._terms = terms
         if self._random is None:
             self.begin_step(trainer)
         if self.deferred:
-            self._loss_flag = torch.isfinite(torch.stack([term.detach() for term in terms.values()])).all()
+            self._loss_flag = torch.isfinite(torch.stack(list(terms.values()))).all()
             return True
         return all(math.isfinite(term.item()) for term in terms.values()) or self._loss_fault(trainer)
 
@@ -271,7 +273,7 @@ class NonFiniteGuard:
         error = explain(
             self.model, loss_terms, batch, told=told, described=described, optimizer=self.optimizer
         )
-        error.values["terms"] = {name: float(term.detach()) for name, term in self._terms.items()}
+        error.values["terms"] = {name: float(term) for name, term in self._terms.items()}
         set_random_state(now, trainer)
         error.reproducer = self._save(told, error, batch, random)
         return error

@@ -141,6 +141,30 @@ FIGURES = {
             for name, time in (("before", 0.2), ("$ours", 0.003))
         ]
     ),
+    "cells_scaling": lambda: figures.cells_scaling(
+        [
+            {
+                "variant": name,
+                "stage": "train",
+                "file": "h5ad",
+                "cells": n,
+                "cells_per_cpu_s": 5e3,
+                "extra_mb": 90 + n / 1e4,
+            }
+            | ({"bound_seconds": n / 9e3} if name == "ours" else {})
+            for name in ("ours", "$peer")
+            for n in (10_000, 100_000)
+        ]
+        + [
+            {
+                "variant": "ours",
+                "stage": "train",
+                "file": "h5ad",
+                "time_exponent": 0.98,
+                "bytes_per_cell": 300.0,
+            }
+        ]
+    ),
     "stage_times": lambda: figures.stage_times(
         [{"what": "VAE", "stage_seconds": 20.0, "data": "$kang"}, {"what": "predict", "stage_seconds": 1.5}]
     ),

@@ -16,7 +16,13 @@ from cellop_nb.notebook.figures.latent import embedding, predictive_checks, tran
 from cellop_nb.notebook.figures.operators import gradient_map, planted_vs_learned, response_axes, spectra
 from cellop_nb.notebook.figures.results import coverage, energy_bars, error_budget, predicted_vs_true
 from cellop_nb.notebook.figures.similarity import condition_similarity
-from cellop_nb.notebook.figures.speed import energy_scaling, stage_times, step_times, training_rates
+from cellop_nb.notebook.figures.speed import (
+    cells_scaling,
+    energy_scaling,
+    stage_times,
+    step_times,
+    training_rates,
+)
 from cellop_nb.notebook.figures.style import (
     DIVERGING,
     OKABE_ITO,
@@ -37,6 +43,7 @@ __all__ = [
     "OKABE_ITO",
     "RANGE",
     "canvas",
+    "cells_scaling",
     "condition_similarity",
     "coverage",
     "embedding",

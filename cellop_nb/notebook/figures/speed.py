@@ -116,3 +116,33 @@ def stage_times(rows: Rows) -> Figure:
     long_names(ax, [row["what"] for row in rows], "y")
     label(ax, f"The whole job: {safe(rows[0].get('data', ''), 60)}", "seconds (dotted: products alone)")
     return fig
+
+
+def cells_scaling(rows: Rows) -> Figure:
+    """CPU seconds and memory of one pass of training against the number of cells, with each slope and the bound."""
+    rows = [row for row in rows if row.get("stage") == "train"]
+    points = [row for row in rows if row.get("cells_per_cpu_s")]
+    slopes = {(row["variant"], row["file"]): row for row in rows if row.get("time_exponent") is not None}
+    fig, axes = canvas(1, 2, height=3.0)
+    for index, (name, file) in enumerate(dict.fromkeys((row["variant"], row["file"]) for row in points)):
+        own = [row for row in points if (row["variant"], row["file"]) == (name, file)]
+        cells, slope = [row["cells"] for row in own], slopes.get((name, file))
+        title = safe(name if file == "h5ad" else f"{name}, {file}")
+        if slope is not None:
+            title += f"\nslope {slope['time_exponent']:.2f}, {slope['bytes_per_cell']:,.0f} B/cell"
+        style = mark(index) | {"label": title, "markersize": 5, "linewidth": 1.5}
+        axes[0].plot(cells, [row["cells"] / row["cells_per_cpu_s"] for row in own], **style)
+        axes[1].plot(cells, [row["extra_mb"] for row in own], **style)
+    bound = [(row["cells"], row["bound_seconds"]) for row in points if row.get("bound_seconds")]
+    if bound:
+        axes[0].plot(
+            *zip(*bound, strict=True), color=QUIET, linestyle=":", label="our rate in memory (bound)"
+        )
+    for ax, what in zip(axes, ("CPU seconds", "extra memory, MB"), strict=True):
+        ax.set(xscale="log", yscale="log")
+        ax.set_xticks(sorted({row["cells"] for row in points}))
+        for axis in "xy":
+            log_ticks(ax, axis)
+        label(ax, "One epoch of the VAE, from the file" if ax is axes[0] else "", "cells", what)
+    legend(axes[0], outside=True)
+    return fig
