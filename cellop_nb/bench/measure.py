@@ -6,6 +6,7 @@ import ctypes
 import importlib
 import importlib.util
 import json
+import math
 import resource
 import statistics
 import subprocess
@@ -25,19 +26,22 @@ def interleaved(calls: dict[str, Callable[[], object]], repeats: int) -> dict[st
     """Median wall and CPU seconds of each call, one repetition of each in turn.
 
     Turns spread a disturbance of the machine over all variants, so that their ratios hold. The first turn
-    warms up and is dropped.
+    warms up and is dropped. A turn of a short call makes it several times, as training does, until it takes 20 ms:
+    what another variant left in the caches, and the clock's own grain, would else be a part of it.
 
     Returns
     -------
-    Name to ``{"seconds", "cpu_seconds"}``.
+    Name to ``{"seconds", "cpu_seconds"}`` of one call.
     """
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
-    for turn in range(repeats + 1):
+    times = {name: _times(call) for name, call in calls.items()}
+    for _ in range(repeats):
         for name, call in calls.items():
             wall, cpu = time.perf_counter(), time.process_time()
-            call()
-            if turn:
-                seconds[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+            for _ in range(times[name]):
+                call()
+            taken = time.perf_counter() - wall, time.process_time() - cpu
+            seconds[name].append((taken[0] / times[name], taken[1] / times[name]))
     return {
         name: {
             "seconds": statistics.median(a for a, _ in taken),
@@ -45,6 +49,14 @@ def interleaved(calls: dict[str, Callable[[], object]], repeats: int) -> dict[st
         }
         for name, taken in seconds.items()
     }
+
+
+def _times(call: Callable[[], object], least: float = 0.02) -> int:
+    """How often a turn makes the call; it is made twice here, to warm up and to be timed."""
+    call()
+    start = time.process_time()
+    call()
+    return max(1, math.ceil(least / max(time.process_time() - start, 1e-6)))
 
 
 def peak_mb(*, restart: bool = False) -> float:

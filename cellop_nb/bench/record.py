@@ -102,8 +102,8 @@ def told(made: dict) -> dict:
     limits = {name: round(value, 1) for name, value in made["limits"].items()}
     sizes = "quick" if made["quick"] else "full"
     versions = ", ".join(f"{name} {found}" for name, found in made["versions"].items() if found)
-    return {**made["machine"], "threads": made["threads"], **limits, "sizes": sizes, "date": made["date"],
-            "versions": versions}  # fmt: skip
+    last = {"sizes": sizes, "date": made["date"], "versions": versions, "note": made.get("note", "")}
+    return made["machine"] | {"threads": made["threads"]} | limits | last
 
 
 def _surroundings(threads: int, quick: bool) -> dict:

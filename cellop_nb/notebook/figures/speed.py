@@ -138,11 +138,15 @@ def cells_scaling(rows: Rows) -> Figure:
         axes[0].plot(
             *zip(*bound, strict=True), color=QUIET, linestyle=":", label="our rate in memory (bound)"
         )
+    axes[0].set_yscale("log")
+    log_ticks(axes[0], "y")
+    axes[1].set_ylim(bottom=0)
     for ax, what in zip(axes, ("CPU seconds", "extra memory, MB"), strict=True):
-        ax.set(xscale="log", yscale="log")
+        ax.set_xscale("log")
         ax.set_xticks(sorted({row["cells"] for row in points}))
-        for axis in "xy":
-            log_ticks(ax, axis)
+        log_ticks(ax, "x")
         label(ax, "One epoch of the VAE, from the file" if ax is axes[0] else "", "cells", what)
-    legend(axes[0], outside=True)
+    if bound:
+        axes[1].plot([], [], color=QUIET, linestyle=":", label="our rate in memory (bound)")
+    legend(axes[1], outside=True)
     return fig
