@@ -92,8 +92,13 @@ class Fits:
 
     def _error(self, group: Group, complexity: Complexity) -> np.ndarray:
         here = frozenset(other for other in self.view.groups if other[0] == group[0])
-        _, cells = self.predict(self.response(here, complexity, asked=[group]), *group)
-        return self.view.expression(self.view.cells(self.view.rows(*group))) - self.view.expression(cells)
+        return self.error(self.response(here, complexity, asked=[group]), *group)
+
+    def error(self, response: Response, context: str, perturbation: str) -> np.ndarray:
+        """(gene,) real less predicted mean expression of a measured group."""
+        _, cells = self.predict(response, context, perturbation)
+        real = self.view.cells(self.view.rows(context, perturbation))
+        return self.view.expression(real) - self.view.expression(cells)
 
     def _missing(self, left_out: frozenset[Group], group: Group, complexity: Complexity) -> np.ndarray:
         """Real less predicted mean level of a group, (gene,)."""
@@ -172,6 +177,7 @@ def fit_response(
     split_key: str = "split",
     features: pd.DataFrame | None = None,
     asked: Iterable[Group] | None = None,
+    errors: Mapping[str, np.ndarray] | None = None,
     seed: int = 0,
     **training,
 ) -> Response:
@@ -187,6 +193,8 @@ def fit_response(
     asked
         (context, perturbation) groups that will be asked for, any of the measured ones where None; combinations
         take over what their parts' own predictions miss.
+    errors
+        ``errors`` of the response where they are known (:class:`NestedFits`); found here where None.
     **training
         Settings of :class:`OperatorTrainer`.
 
@@ -206,9 +214,9 @@ def fit_response(
     keys |= {"split_key": split_key}
     fits = Fits(cells, view, keys=keys, features=features, seed=seed, training={"max_epochs": 5} | training)
     response = fits.response(frozenset(), complexity, asked=asked)
-    if asked is not None:
-        found = {perturbation: fits.errors(perturbation, complexity) for _, perturbation in asked}
-        response.errors.update({perturbation: rows for perturbation, rows in found.items() if len(rows)})
+    if errors is None:
+        errors = {p: fits.errors(p, complexity) for p in sorted({p for _, p in asked or ()})}
+    response.errors.update({perturbation: rows for perturbation, rows in errors.items() if len(rows)})
     return response
 
 

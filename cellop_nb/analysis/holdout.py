@@ -8,7 +8,6 @@ from functools import partial
 from html import escape
 
 import anndata as ad
-import numpy as np
 import pandas as pd
 
 from ..data.batches import TOTAL_KEY
@@ -56,7 +55,7 @@ class Holdout:
     support : DataFrame
         A row per group: how far its context is from those that its perturbation was measured in (:func:`support`).
     latent_choice : DataFrame
-        The same for each setting of the VAE (:func:`compare_latents`); empty where one was given.
+        The same for each setting of the VAE; empty where one was given.
     sizes : dict
         The setting of the VAE that was taken.
     fits : list of Fitted
@@ -111,6 +110,7 @@ def holdout(
     methods: Mapping[str, Baseline] | None = None,
     metrics: Sequence[str] | None = None,
     n_seeds: int = 1,
+    nested: bool = True,
     seed: int = 0,
     progress: bool = True,
 ) -> Holdout:
@@ -130,7 +130,7 @@ def holdout(
     vae
         Settings of :func:`new_vae` that differ from the defaults; of several, such as
         ``[{"n_latent": n} for n in (8, 16, 32)]``, the one whose operators predict left-out training groups best is
-        taken (:func:`compare_latents`: three further VAEs for each).
+        taken (three further VAEs for each).
     training
         Settings of :class:`VAETrainer` that differ from the defaults.
     candidates
@@ -145,6 +145,11 @@ def holdout(
         Names in :data:`cellop_nb.analysis.scores.METRICS`; all where None.
     n_seeds
         Fits whose predicted cells are pooled.
+    nested
+        Choose the complexity with VAEs that have not seen the training groups left out either
+        (:class:`~cellop_nb.analysis.nested.NestedFits`): three further VAEs, two to three times the time. False judges
+        the candidates in the latent space of the final VAE, which has seen those groups and flatters flexible
+        operators; the genes' intervals then are somewhat narrow, too.
 
     Returns
     -------
@@ -174,15 +179,16 @@ def holdout(
     wanted = groups_of(real, keys)
     _enough_cells(real, wanted, keys)
     space = EvaluationSpace.fit(train, genes=list(train.var_names), layer=layer, seed=seed)
-    plan = Choice(train, wanted, list(candidates), space, keys, layer, features, seed, progress)
-    latent_choice, sizes = plan.latent(settings, training or {})
-    options = {"sizes": sizes, "training": training or {}, "layer": layer, "progress": progress}
+    options = {"training": training or {}, "layer": layer, "progress": progress}
+    given = {"candidates": list(candidates), "space": space, "keys": keys, "features": features}
+    plan = Choice(train, wanted, settings, nested=nested, seed=seed, **given, **options)
+    options["sizes"] = settings[plan.setting]
     models = [fit_vae(train, seed=seed + k, **options) for k in range(n_seeds)]
     choice, complexity = plan.complexity(view_of(train, *models[0], space, layer=layer, keys=keys))
-    fits = []
+    errors, fits = plan.errors(complexity), []
     for k, (model, z) in enumerate(models):
         view = view_of(train, model, z, space, layer=layer, keys=keys)
-        asked = {"view": view, "features": features, "asked": wanted}
+        asked = {"view": view, "features": features, "asked": wanted, "errors": errors}
         response = fit_response(train, complexity, seed=seed + k, **asked, **keys)
         fits.append(Fitted(model, response, z, seed + k))
     ask = partial(virtual_cells, train, fits, layer=layer, keys=keys)
@@ -212,8 +218,8 @@ def holdout(
         fits=fits,
         space=space,
         support=inside,
-        latent_choice=latent_choice,
-        sizes=dict(sizes),
+        latent_choice=plan.compared if len(settings) > 1 else pd.DataFrame(),
+        sizes=dict(settings[plan.setting]),
         measured=plan.groups,
     )
 
@@ -281,37 +287,3 @@ def _ready(virtual: Mapping, context: str, perturbation: str) -> ad.AnnData:
 
 def _from_operators(_: Screen, target: Target, *, method: str, ask) -> Prediction:
     return Prediction.of_counts(method, ask(target.context, target.perturbation).X, target.space)
-
-
-def strongest_group(
-    adata,
-    *,
-    layer: str | None = None,
-    perturbation_key: str = "perturbation",
-    context_key: str | Sequence[str] | None = "cell_type",
-    control: str = "control",
-) -> tuple[str, str]:
-    """The (context, perturbation) group with the largest mean shift in log1p-CP10k, among those that can be
-    predicted: the same perturbation was measured in another context.
-
-    Raises
-    ------
-    HoldoutError
-        Where no perturbation was measured in two contexts.
-    """
-    space = EvaluationSpace(np.asarray(adata.var_names), np.zeros(0), np.zeros(0), adata.n_obs)
-    cells = space.transform(space.select(adata, layer))
-    screen = Screen.of(
-        adata, cells, perturbation_key=perturbation_key, context_key=context_key, control=control
-    )
-    groups = screen.measured()
-    repeated = [(c, p) for c, p in groups if any(q == p and d != c for d, q in groups)]
-    if not repeated:
-        raise HoldoutError(
-            three_beats(
-                "a perturbation measured in two contexts",
-                "none",
-                "hold out cells or combinations instead, or name another context_key",
-            )
-        )
-    return max(repeated, key=lambda group: float(np.linalg.norm(screen.shift(*group))))

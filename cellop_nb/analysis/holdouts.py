@@ -19,7 +19,7 @@ from ..settings import check_settings
 from .combinations import RULES
 from .fitted import check_vae_settings
 from .holdout import OPERATORS, holdout, settings_of
-from .latent_choice import sizes_in_words
+from .nested import sizes_in_words
 from .selection import combinations_of
 
 FEWEST_CELLS = 10

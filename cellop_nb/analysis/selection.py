@@ -96,9 +96,15 @@ def leave_out(
     return pd.DataFrame(rows)
 
 
-def left_out(fits: Fits, fold: list[Group], candidate: Complexity) -> list[dict]:
-    """One row per group of the fold: how far the candidate's prediction is from its cells."""
-    response, view, rows = fits.response(frozenset(fold), candidate, asked=fold), fits.view, []
+def left_out(
+    fits: Fits, fold: list[Group], candidate: Complexity, without: list[Group] | None = None
+) -> list[dict]:
+    """One row per group of the fold: how far the candidate's prediction is from its cells.
+
+    The fit lacks the groups `without`, the fold itself where None.
+    """
+    out = frozenset(fold if without is None else without)
+    response, view, rows = fits.response(out, candidate, asked=fold), fits.view, []
     known = set(response.operators.conditions.perturbations)
     for context, perturbation in fold:
         if not set(perturbation.split("+")) <= known:

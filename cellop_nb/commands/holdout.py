@@ -43,6 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--seeds", type=int, default=1, help="runs of each hold-out (default: 1)")
     how.add_argument("--pooled", type=int, default=1, help="fits pooled in each run (default: 1)")
     how.add_argument("--seed", type=int, default=0, help="every random choice follows from it (default: 0)")
+    how.add_argument(
+        "--quick", action="store_true",
+        help="choose in the latent space of the final VAE, which has seen the groups left out: two to three times "
+        "faster, but flexible operators are flattered",
+    )  # fmt: skip
     how.add_argument("--workers", type=int, help="processes side by side (default: one after the other)")
     parser.add_argument("--out", metavar="FILE.csv", type=Path, help="file for the whole table")
 
@@ -79,6 +84,7 @@ def main(args: argparse.Namespace) -> int:
         training={"max_epochs": args.epochs},
         n_seeds=args.seeds,
         n_pooled=args.pooled,
+        nested=not args.quick,
         seed=args.seed,
         cluster=args.workers,
     )

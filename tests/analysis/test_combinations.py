@@ -1,5 +1,7 @@
 """Combinations, sequences and reversal on planted operators, where the answer is known."""
 
+from functools import partial
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -198,16 +200,17 @@ def test_the_rule_is_chosen_by_the_doubles_left_out():
     )
 
 
-def test_a_holdout_takes_the_rule_that_was_chosen():
-    from cellop_nb.analysis.choices import Choice
+def test_a_holdout_takes_the_rule_that_was_chosen(monkeypatch):
+    from cellop_nb.analysis import choices
 
+    adata, found = composed(), Complexity(ridge=1e-3)
+    monkeypatch.setattr(choices, "leave_out", partial(leave_out, max_epochs=15))
     keys = {"perturbation_key": "perturbation", "context_key": None, "control": "control"}
-    adata = composed()
-    options = {"view": LatentView(adata, context_key=None), "progress": False, "max_epochs": 15}
-    plan = Choice(adata, [("all", "A+D")], [], None, keys, None, None, 0, False)
-    found = Complexity(ridge=1e-3)
+    given = {"settings": [{}], "candidates": [found, Complexity(rank=0)], "training": {}, "space": None}
+    given |= {"layer": None, "features": None, "nested": False, "seed": 0, "progress": False}
+    plan = choices.Choice(adata, [("all", "A+D")], keys=keys, **given)
     first = leave_out(adata, [found], over="combination", context_key=None, progress=False)
-    choice, taken = plan._with_rule(first, found, options)
+    choice, taken = plan._with_rule(first, found, LatentView(adata, context_key=None))
     assert taken == Complexity(ridge=1e-3, rule="composition")
     assert choice["candidate"].tolist() == [0, 0, 1, 2, 1, 2] and choice["complexity"].nunique() == 3
 

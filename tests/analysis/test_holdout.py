@@ -7,8 +7,9 @@ import torch
 
 from cellop_nb import datasets, energy_distance, split
 from cellop_nb.analysis.budget import STAGES, advice, error_budget
+from cellop_nb.analysis.choices import strongest_group
 from cellop_nb.analysis.fits import Fits, fit_response, latents_only
-from cellop_nb.analysis.holdout import OPERATORS, holdout, strongest_group
+from cellop_nb.analysis.holdout import OPERATORS, holdout
 from cellop_nb.analysis.selection import CANDIDATES as DEFAULTS
 from cellop_nb.analysis.selection import choose, leave_contexts_out, leave_out, what_to_leave_out
 from cellop_nb.analysis.transfer import Complexity, borrowing

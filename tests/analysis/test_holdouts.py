@@ -1,5 +1,7 @@
 """Many hold-outs: what is held out, what is refused with its numbers, and the same tables on Dask."""
 
+from functools import wraps
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -134,6 +136,7 @@ def test_one_refused_run_does_not_sink_the_others(screen, monkeypatch):
 
     real = holdouts.holdout
 
+    @wraps(real)
     def sometimes(adata, *, heldout, **options):
         if heldout.get("cell_type") == "type B":
             raise HoldoutError("Expected luck. Found none. To fix it: try again.")
