@@ -52,11 +52,15 @@ def interleaved(calls: dict[str, Callable[[], object]], repeats: int) -> dict[st
 
 
 def _times(call: Callable[[], object], least: float = 0.02) -> int:
-    """How often a turn makes the call; it is made twice here, to warm up and to be timed."""
-    call()
-    start = time.process_time()
-    call()
-    return max(1, math.ceil(least / max(time.process_time() - start, 1e-6)))
+    """How often a turn makes the call; it is made here to warm up, and again to be timed where it is short."""
+    taken = 0.0
+    for _ in range(2):
+        start = time.process_time()
+        call()
+        taken = time.process_time() - start
+        if taken > 10 * least:
+            return 1
+    return max(1, math.ceil(least / max(taken, 1e-6)))
 
 
 def peak_mb(*, restart: bool = False) -> float:

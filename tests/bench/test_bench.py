@@ -21,6 +21,7 @@ from cellop_nb.bench import (
     vae,
 )
 from cellop_nb.bench.count import Counts, counts
+from cellop_nb.bench.measure import interleaved
 from cellop_nb.commands import bench
 from cellop_nb.errors import DataError
 from cellop_nb.models.energy import self_distance
@@ -212,3 +213,33 @@ def test_bounds_of_scale_come_from_the_same_run(monkeypatch):
         found[scale.OURS, "predict"]["bound_seconds"] == 8 + 2 * 800 / 16
     )  # the decoder: one cell per second
     assert "bound" not in found[scale.WITHIN, "train"] and "bound" not in found[scale.OURS, "read"]
+
+
+def test_short_calls_are_made_several_times_in_a_turn_and_long_ones_once(monkeypatch):
+    clock, made = [0.0], {"short": 0, "long": 0}
+
+    def call(name: str, seconds: float) -> None:
+        made[name] += 1
+        clock[0] += seconds
+
+    for kind in ("process_time", "perf_counter"):
+        monkeypatch.setattr(f"cellop_nb.bench.measure.time.{kind}", lambda: clock[0])
+    found = interleaved(
+        {"short": lambda: call("short", 0.0045), "long": lambda: call("long", 1.0)}, repeats=3
+    )
+    assert made == {"short": 2 + 3 * 5, "long": 1 + 3}
+    assert found["short"] == pytest.approx({"seconds": 0.0045, "cpu_seconds": 0.0045})
+    assert found["long"]["cpu_seconds"] == pytest.approx(1.0)
+
+
+def test_the_record_that_is_shipped_is_a_full_one():
+    made = record.read(record.SHIPPED)
+    assert not made["quick"] and made["threads"] == 1 and made["versions"]["torch"]
+    for section in ("energy", "operator", "vae", "predict", "scale"):
+        variants = {row["variant"] for row in made["results"][section] if not row.get("note")}
+        assert any(name.startswith("cellop_nb") for name in variants)
+    assert {vae.PEER, "torch.cdist", operator.BEFORE} <= {
+        row["variant"] for rows in made["results"].values() for row in rows if row.get("cpu_ratio")
+    }
+    assert any(row.get("time_exponent") for row in made["results"]["scale"])
+    assert record.told(made)["sizes"] == "full"
