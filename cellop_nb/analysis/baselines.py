@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from anndata import AnnData
@@ -36,7 +37,7 @@ class Prediction:
     method: str
     mean: np.ndarray | None = field(default=None, repr=False)
     cells: np.ndarray | None = field(default=None, repr=False)
-    counts: object = field(default=None, repr=False)
+    counts: Any = field(default=None, repr=False)
     reason: str = ""
 
     def __post_init__(self) -> None:

@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import FrameType
 
 import pandas as pd
 import torch
@@ -208,7 +209,7 @@ class _Flow(TorchDispatchMode):
 
 def _in_function() -> bool:
     """Whether this runs in the forward of an `autograd.Function`, which has a backward of its own."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "forward" and isinstance(frame.f_locals.get("ctx"), FunctionCtx):
             return True

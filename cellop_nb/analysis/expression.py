@@ -62,7 +62,7 @@ def predicted_expression(
     both.layers["counts"] = both.X.copy()
     sc.pp.normalize_total(both, target_sum=TARGET_SUM)
     sc.pp.log1p(both)
-    options = {"reference": "control", "method": method, "key_added": "rank_genes_groups"}
+    options: dict[str, object] = {"reference": "control", "method": method, "key_added": "rank_genes_groups"}
     if method == "wilcoxon":
         options["tie_correct"] = True
     sc.tl.rank_genes_groups(both, key, groups=["predicted"], **options)

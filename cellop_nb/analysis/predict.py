@@ -59,7 +59,7 @@ def embed(
 
 def operator_for(
     operators: OperatorModel, perturbation: str, context: str | None, *, control: str = "control"
-):
+) -> tuple[AffineOperator, bool]:
     """The operator of a perturbation in a context, and whether the context is one that it was fitted with.
 
     A context never seen gets the shared response: this is a prediction, and callers say so.
@@ -132,15 +132,17 @@ def predict(
         source = np.sort(np.random.default_rng(seed).choice(source, max_cells, replace=False))
     known = True
     if isinstance(operators, OperatorModel):
-        operators, known = operator_for(operators, perturbation, context, control=control)
+        operator, known = operator_for(operators, perturbation, context, control=control)
+    else:
+        operator = operators
     start = latents(adata[source], use_rep)
-    moved = operators.power(strength)(start.to(operators.matrix))
+    moved = operator.power(strength)(start.to(operator.matrix))
     options = {"layer": layer, "key_added": use_rep, "seed": seed}
     predicted = decode_cells(adata[source], vae, moved, start=start if carry else None, **options)
     predicted.obs[perturbation_key] = perturbation
     predicted.uns["cellop_nb"] = {
         "prediction": {
-            "operator": operators.label,
+            "operator": operator.label,
             "perturbation": perturbation,
             "context": "" if context is None else context,
             "strength": float(strength),

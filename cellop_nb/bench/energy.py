@@ -39,7 +39,7 @@ VARIANTS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], tuple[str, ...]]] 
 }
 
 
-def step(variant: str, n: int) -> Callable[[], None]:
+def step(variant: str, n: int) -> Callable[[], object]:
     """Value and gradient at n = m cells of two Gaussian clouds."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(n, DIMENSIONS, generator=generator).requires_grad_()
@@ -103,13 +103,13 @@ def run(quick: bool = False, memory: bool = True, peers: bool = True) -> list[di
     extra_mb (peak above the input, fresh process), ratio and cpu_ratio (seconds over those of cellop_nb),
     bound_seconds and distance (CPU seconds of the products alone, and ours over them), note.
     """
-    rows = []
+    rows: list[dict] = []
     for n in (200, 1000) if quick else (200, 1000, 2000, 5000, 10_000):
         absent = {name: missing(*needs, wanted=peers) for name, (_, needs) in VARIANTS.items()}
         calls = {name: step(name, n) for name, note in absent.items() if note is None}
         times = interleaved(calls, 3 if quick or n > 2000 else 15)
         for name, note in absent.items():
-            row = {"variant": name, "n": n, "note": note}
+            row: dict[str, object] = {"variant": name, "n": n, "note": note}
             if note is None:
                 row |= times[name] | _ratios(times[name], times["cellop_nb"])
                 if memory:

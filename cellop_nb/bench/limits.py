@@ -99,7 +99,7 @@ def compared(cpu: float, *, products: float = 0.0, memory: float = 0.0, made: Co
         "products_share": products / cpu,
         "bytes_share": made.bytes / bandwidth() / cpu,
     }
-    return row | ({"between": f"{_parts(row)}; {between}"} if row["distance"] > 2 else {})
+    return row | ({"between": f"{_parts(row)}; {between}"} if cpu > 2 * bound else {})
 
 
 def _parts(row: dict) -> str:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import cast
 
 from ..notebook.live import LivePlot
+from ..training.guard import NonFiniteGuard
 from ..training.loop import Trainer
 
 
@@ -40,7 +42,7 @@ def guard_share(trainer: Trainer, steps: int = 200) -> dict[str, float | None]:
     """
     trainer.model.train()
     _steps(trainer, min(5, steps))
-    own, trainer.guard = trainer.guard, _Timed(trainer.guard)
+    own, trainer.guard = trainer.guard, cast(NonFiniteGuard, _Timed(trainer.guard))
     start = time.process_time()
     _steps(trainer, steps)
     total, inside = time.process_time() - start, trainer.guard.seconds  # type: ignore[attr-defined]

@@ -245,8 +245,8 @@ def _speed(adata: AnnData, hidden: int, batch: int, *, rounds: int, memory: bool
                 row["extra_mb"] = in_fresh_process(__name__, "epoch", given)["extra_mb"]
             if name == "cellop_nb":
                 made = counts(step(adata, hidden, batch))
-                row |= compared(batch / rate[name]["cells_per_cpu_s"], made=made, between=BETWEEN, **limits)
-                row["bound_cells_per_cpu_s"] = batch / row.pop("bound_seconds")
+                near = compared(batch / rate[name]["cells_per_cpu_s"], made=made, between=BETWEEN, **limits)
+                row |= {"bound_cells_per_cpu_s": batch / near.pop("bound_seconds")} | near
             row["ratio"] = rate["cellop_nb"]["cells_per_s"] / rate[name]["cells_per_s"]
             row["cpu_ratio"] = rate["cellop_nb"]["cells_per_cpu_s"] / rate[name]["cells_per_cpu_s"]
         rows.append(row)

@@ -6,6 +6,7 @@ import argparse
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from cellop_nb.commands.terminal import Status, say, table
 from cellop_nb.errors import DataError, three_beats
@@ -130,7 +131,7 @@ def _text(rows: list[dict]) -> str:
     return table([*titles, ""], cells, right=numbers)
 
 
-def _cell(column: str, value: object) -> str:
+def _cell(column: str, value: Any) -> str:
     if value is None:
         return ""
     if column not in _UNITS:

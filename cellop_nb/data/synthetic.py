@@ -119,9 +119,8 @@ def synthetic(
     depth = rng.lognormal(np.log(library or 0.35 * n_genes), 0.35, len(z))
     # Single precision keeps the draws equal where another machine's sums differ in the last bits.
     mean = (depth[:, None] * decoder.proportions(z, offset)).astype(np.float32)
-    counts: np.ndarray = rng.poisson(
-        rng.gamma(dispersion, size=mean.shape).astype(np.float32) * mean / dispersion
-    )
+    rate = rng.gamma(dispersion, size=mean.shape).astype(np.float32) * mean / dispersion
+    counts = np.asarray(rng.poisson(rate))
     order = rng.permutation(len(z))
     obs = obs.iloc[order].set_index(pd.Index([f"cell_{k:05d}" for k in range(len(z))]))
     adata = AnnData(sparse.csr_matrix(counts[order].astype(np.float32)), obs=obs)

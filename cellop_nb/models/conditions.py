@@ -140,6 +140,7 @@ class ConditionEncoder(nn.Module):
             fix = "give one row of features per perturbation, in the same order"
             expected = f"features of {len(self.perturbations)} perturbations"
             raise ModelError(three_beats(expected, f"{len(features)} rows", fix))
+        self.features: Tensor | None
         self.register_buffer("features", features)
         n_rows = len(self.perturbations) if features is None else features.shape[1]
         self.embedding = nn.Parameter(first_embedding(n_rows, n_axes))

@@ -98,7 +98,8 @@ class _ClosePairs:
         self.norms_x, self.norms_y = norms_x, norms_y
         self.limit = CLOSE * float(norms_x.amax() + norms_y.amax())
         self.total: Tensor | float = 0.0
-        self.pull_x = self.pull_y = None
+        self.pull_x: Tensor | None = None
+        self.pull_y: Tensor | None = None
 
     def take_out(
         self, d2: Tensor, rows: slice, columns: slice, *, weight: int, want_x: bool, want_y: bool
@@ -114,10 +115,10 @@ class _ClosePairs:
             unit = self._add(group, i, j, weight)
             if want_x:
                 self.pull_x = torch.zeros_like(self.x) if self.pull_x is None else self.pull_x
-                self.pull_x.index_put_((group, i), unit, accumulate=True)  # type: ignore[attr-defined]
+                self.pull_x.index_put_((group, i), unit, accumulate=True)
             if want_y:
                 self.pull_y = torch.zeros_like(self.y) if self.pull_y is None else self.pull_y
-                self.pull_y.index_put_((group, j), unit, accumulate=True)  # type: ignore[attr-defined]
+                self.pull_y.index_put_((group, j), unit, accumulate=True)
 
     def _add(self, group: Tensor, i: Tensor, j: Tensor, weight: int) -> Tensor:
         difference = self.x[group, i].double() - self.y[group, j].double()
@@ -184,9 +185,9 @@ def cross_sums(
         total -= pad_y.sum(-1) * (~pad_x).sum(-1)
     grad_x = _force(x, to_x) if want_x else None
     grad_y = _force(y, to_y) if to_y is not None else None
-    if close.pull_x is not None:
+    if grad_x is not None and close.pull_x is not None:
         grad_x += close.pull_x
-    if close.pull_y is not None:
+    if grad_y is not None and close.pull_y is not None:
         grad_y -= close.pull_y
     return total, grad_x, grad_y
 

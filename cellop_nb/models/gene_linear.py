@@ -98,6 +98,7 @@ class GeneLinear(nn.Module):
         """(cell, out)."""
         out = x.dense @ self.weight if x.counts is None else _Product.apply(self.weight, x.values, x.counts)
         if self.covariates is not None:
+            assert x.covariates is not None
             out = out + x.covariates @ self.covariates
         return out if self.bias is None else out + self.bias
 

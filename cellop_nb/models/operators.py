@@ -121,6 +121,7 @@ class OperatorModel(nn.Module):
         if context_rank is None:
             self.context_shift.requires_grad_(False)
             self.conditions.modulation.requires_grad_(False)
+        self.center: Tensor
         self.register_buffer("center", torch.zeros(n_latent))
 
     # -- operators ----------------------------------------------------------------------------------------

@@ -84,8 +84,8 @@ class Explorer:
         self._sheet, self._lock = ExplorerSheet(), threading.RLock()
         self._following = False
         first, place = perturbation or self.cells.perturbations[0], context or self.cells.contexts[0]
-        together = combined(first, second, together) if second else {"perturbation": first}
-        asked = Question(context=place, strength=float(strength), reverse=bool(reverse), **together)
+        given = combined(first, second, together) if second else {"perturbation": first}
+        asked = Question(context=place, strength=float(strength), reverse=bool(reverse), **given)
         self._ask(asked, self.gene)
         self._build()
 

@@ -226,7 +226,7 @@ class LivePlot(Callback):
 
     def _time_words(self, done: float, total: int | None, last: bool) -> str:
         if last:
-            return duration(self._end - self._start)
+            return duration((self._end or self._clock()) - self._start)
         if not total or not self._durations:
             return ""
         return f"{duration(float(np.median(self._durations[-10:])) * max(total - done, 0))} left"

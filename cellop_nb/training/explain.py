@@ -126,12 +126,12 @@ def search(
     if loss_terms is None:
         return _standing_gradient(model)
     with unchanged_buffers(model), contextlib.suppress(ArithmeticError, RuntimeError, ValueError):
-        tensor, origin = find_in_loss(model, loss_terms, batch)
-        if tensor is None:
+        found, origin = find_in_loss(model, loss_terms, batch)
+        if found is None:
             bad, origin = find_in_gradient(model, loss_terms, batch)
-            tensor = bad[0] if bad else None
-        if tensor is not None:
-            return tensor, origin
+            found = bad[0] if bad else None
+        if found is not None:
+            return found, origin
     return _standing_gradient(model)
 
 

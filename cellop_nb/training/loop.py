@@ -245,7 +245,7 @@ class Trainer(RemoteControl, Resumable):
             if self.stop_reason in BY_HAND:
                 self._record("stop", self.stop_reason)
             self.restore_best()
-            self.model.trained = self.summary()
+            vars(self.model)["trained"] = self.summary()
             self._call("on_fit_end")
             self._stop.clear()  # last, so that a request made before the first step is not lost
         return self.history

@@ -159,6 +159,7 @@ class OperatorTrainer(Trainer):
     """
 
     unit = "operators"
+    model: OperatorModel
     compilable = ("affine",)
 
     def __init__(

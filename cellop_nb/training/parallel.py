@@ -60,4 +60,5 @@ class Processes:
         if self.size == 1:
             return flag
         told = torch.tensor(float(flag), device=self.fabric.device)
-        return bool(self.fabric.all_reduce(told, reduce_op="sum") > 0)
+        total = self.fabric.all_reduce(told, reduce_op="sum")
+        return bool(torch.as_tensor(total) > 0)

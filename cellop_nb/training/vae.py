@@ -81,11 +81,11 @@ def new_vae(
         names = list(adata.var_names) if genes is None else [str(gene) for gene in genes]
         vae = NBVAE(names, covariates=covariates, total_key=total, **sizes)
     matrix, rows = model_counts(adata, vae, layer=layer), rows_of(adata, "train", split_key=split_key)
-    total, gene_mean, variance = _moments(matrix, rows)
+    totals, gene_mean, variance = _moments(matrix, rows)
     # Differences in library size are the model's own, not over-dispersion.
-    explained = gene_mean**2 * (total.var() / total.mean() ** 2)
+    explained = gene_mean**2 * (totals.var() / totals.mean() ** 2)
     dispersion = moment_dispersion(torch.as_tensor(gene_mean), torch.as_tensor(variance - explained))
-    return vae.start_from(torch.as_tensor(gene_mean / total.mean()).float(), dispersion.float())
+    return vae.start_from(torch.as_tensor(gene_mean / totals.mean()).float(), dispersion.float())
 
 
 def _moments(matrix: CountMatrix, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -128,6 +128,7 @@ class VAETrainer(Trainer):
     """
 
     unit = "VAE"
+    model: NBVAE
     compilable = ("encoder.after_genes", "decoder.features")
 
     def __init__(

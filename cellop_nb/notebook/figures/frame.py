@@ -42,7 +42,7 @@ class Frame:
     def _write(self, axis: str, place, texts) -> None:
         left, top, _, height = self.box
         low, high = self._limits[:2] if axis == "x" else self._limits[2:]
-        ticks: np.ndarray = MaxNLocator(4).tick_values(low, high) if axis in self._ticks else np.array([])
+        ticks = np.asarray(MaxNLocator(4).tick_values(low, high) if axis in self._ticks else [])
         ticks = ticks[(ticks >= low) & (ticks <= high)][: self._TICKS]
         at = place(ticks)
         fixed = np.full(len(ticks), top + height if axis == "x" else left)

@@ -169,8 +169,8 @@ def gradient_map(table: pd.DataFrame, *, max_rows: int = 40) -> Figure:
         )
     norms.set_xscale("log")
     s.log_ticks(norms, "x")
-    for row in range(0, len(names), 2):
-        norms.axhspan(row - 0.5, row + 0.5, color=s.FAINT, alpha=0.4, linewidth=0, zorder=0)
+    for stripe in range(0, len(names), 2):
+        norms.axhspan(stripe - 0.5, stripe + 0.5, color=s.FAINT, alpha=0.4, linewidth=0, zorder=0)
     s.long_names(reach, names, "y")
     norms.tick_params(axis="y", length=0)
     reach.set(xlim=(0, 1), ylim=(len(names) - 0.5, -0.5))
