@@ -48,6 +48,7 @@ def is_small(groups: int, n: int, m: int, device: torch.device) -> bool:
 def joint(
     x: Tensor, y: Tensor, batch: Batch, estimator: str, want_x: bool, want_y: bool, y_self: Tensor | None
 ) -> Found | None:
+    """Energies and gradients of small groups as one stack (:func:`joint_energies`); None where they are not small."""
     if want_y and not want_x:
         found = joint_energies(y, x, Batch(batch.groups, batch.y, batch.x), estimator)
         return None if found is None else (found[0], None, found[1])
