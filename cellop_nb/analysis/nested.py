@@ -141,7 +141,7 @@ def _dealt(folds: list[list[Group]], n_folds: int, seed: int) -> np.ndarray:
     """Fold of each part, at random; groups of one perturbation go to different folds, where others can tell of it."""
     chance = np.random.default_rng(seed).permutation(len(folds))
     alike = [part[0][1] if len(part) == 1 else "" for part in folds]
-    dealt = np.empty(len(folds), dtype=int)
+    dealt: np.ndarray = np.empty(len(folds), dtype=int)
     dealt[sorted(range(len(folds)), key=lambda k: (alike[k], chance[k]))] = np.arange(len(folds)) % n_folds
     return dealt
 
