@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from ..errors import DataError, ModelError, three_beats
 from ..tables import History
-from ..views import card
 from .callbacks import Callback, HistoryCSV, ProgressBar, SaveCheckpoints
+from .card import trainer_card
 from .clip import clip_gradients
 from .compiled import check_compiler, compiled
 from .guard import NonFiniteGuard
@@ -180,26 +180,7 @@ class Trainer(RemoteControl, Resumable):
         return History.of(self.rows, self.monitor)
 
     def _repr_html_(self) -> str:
-        last = self.rows[-1] if self.rows else {}
-        facts = {
-            "status": f"{self.status} {self.stop_reason}".strip(),
-            "epochs": f"{self.epoch} of {self.max_epochs} ({self.step:,} steps)",
-            f"best {self.monitor}": f"{self.best_value:.4g} in epoch {self.best_epoch + 1}"
-            if self.rows
-            else None,
-            "last epoch": [
-                f"{name} {last[name]:.4g}" for name in last if name.startswith(("train_", "val_loss"))
-            ]
-            or None,
-            "learning rate": self.learning_rate,
-            "weights": [f"{name} {value:g}" for name, value in self.weights.items()] or None,
-            "changed by hand": self._words_of_changes(self.changes) or None,
-            "folder": None if self.folder is None else str(self.folder),
-            "seed": self.seed,
-        }
-        return card(
-            f"{type(self).__name__} for {type(self.model).__name__}", facts, note="history: trainer.history"
-        )
+        return trainer_card(self)
 
     def fit(self, max_epochs: int | None = None, *, resume: bool = False) -> pd.DataFrame:
         """Train up to `max_epochs` (in total), and leave the model in its best state.
