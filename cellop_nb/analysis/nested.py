@@ -12,7 +12,7 @@ from ..data.contract import context_labels, obs_labels
 from ..errors import ModelError, three_beats
 from .fits import Fits, latents_only
 from .fitted import fit_vae, view_of
-from .selection import QUICK, folds_over, left_out, share_left
+from .selection import QUICK, enough, folds_over, left_out, share_left
 from .space import EvaluationSpace
 from .transfer import Complexity, Group
 
@@ -65,11 +65,11 @@ class NestedFits:
         progress: bool = True,
     ):
         groups = [group for group in _labels(train, keys).unique() if group[1] != keys["control"]]
-        folds = list(folds_over(over, groups).values())
-        n_folds = min(n_folds, len(folds))
-        if n_folds < 2:
+        parts = folds_over(over, groups)
+        if not enough(over, parts):
             expected = f"two or more {over}s to leave out in turn"
-            raise ModelError(three_beats(expected, f"{len(folds)}", "name one setting and one complexity"))
+            raise ModelError(three_beats(expected, f"{len(parts)}", "name one setting and one complexity"))
+        folds, n_folds = list(parts.values()), min(n_folds, len(parts))  # one, of a single combination
         dealt = _dealt(folds, n_folds, seed)
         self.out: list[list[Group]] = [
             [group for k, part in enumerate(folds) if dealt[k] == fold for group in part]
@@ -90,6 +90,11 @@ class NestedFits:
         DataFrame
             ``setting, vae, fold, candidate, complexity, group, e_distance, no_change``: energy distances Euclidean,
             U-statistic, one per group.
+
+        Raises
+        ------
+        ModelError
+            Where no fold leaves anything to learn the left-out perturbations from.
         """
         places = range(len(self.settings)) if settings is None else settings
         tries = [(place, fold) for place in places for fold in range(len(self.out))]
@@ -100,6 +105,12 @@ class NestedFits:
             for number, candidate in enumerate(candidates):
                 named = labels | {"candidate": number, "complexity": str(candidate)}
                 rows += [named | row for row in left_out(fits, judged, candidate, without=self.out[fold])]
+        if not rows:
+            expected = "folds that leave some group of each perturbation to learn from"
+            found = f"perturbations that are left out whole ({len(self.out)} folds)"
+            raise ModelError(
+                three_beats(expected, found, "pass nested=False, one complexity, or another seed")
+            )
         return pd.DataFrame(rows)
 
     def errors(self, perturbation: str, complexity: Complexity, setting: int = 0) -> np.ndarray:

@@ -82,7 +82,7 @@ def leave_out(
     cells = latents_only(adata, use_rep, split_key)
     view = LatentView(cells, **keys) if view is None else view
     folds = _some(folds_over(over, view.groups), max_folds, seed)
-    if not _enough(over, folds):
+    if not enough(over, folds):
         found = f"{len(folds)} {over}s that the other groups could predict"
         expected = f"two or more {over}s to leave out in turn"
         raise ModelError(three_beats(expected, found, "name the complexity"))
@@ -200,14 +200,14 @@ def what_to_leave_out(
         order = ["combination", *order]
     if described and any(not set(label.split("+")) <= parts for label in unmeasured):
         order = ["perturbation", *order]
-    return next((over for over in order if _enough(over, folds_over(over, groups))), None)
+    return next((over for over in order if enough(over, folds_over(over, groups))), None)
 
 
 SMALL_EFFECT = 0.1
 """Energy distance without a change, below which a group says little about what is left of its effect."""
 
 
-def _enough(over: str, folds: dict[str, list[Group]]) -> bool:
+def enough(over: str, folds: dict[str, list[Group]]) -> bool:
     """Whether two can be left out: of one combination, the contexts where it was measured count too."""
     return (sum(map(len, folds.values())) if over == "combination" else len(folds)) > 1
 

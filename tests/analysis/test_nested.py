@@ -117,3 +117,33 @@ def test_a_perturbation_is_never_left_out_whole_where_it_can_be_helped():
         assert np.bincount(dealt).tolist() == [4, 4, 4]
         for p in "xyzw":
             assert {fold for part, fold in zip(parts, dealt, strict=True) if part[0][1] == p} == {0, 1, 2}
+
+
+def test_one_combination_measured_in_several_contexts_is_enough():
+    """Hold out one of two doubles: the other one, left out of the VAE everywhere, is what there is to choose by."""
+    screen = datasets.synthetic(
+        n_contexts=2, n_perturbations=3, combinations=2, n_cells=40, n_genes=60, seed=1
+    )
+    doubles = sorted(label for label in screen.obs["perturbation"].unique() if "+" in label)
+    options = {
+        "vae": {"n_latent": 4, "n_hidden": 16},
+        "training": {"max_epochs": 2},
+        "metrics": ["e_distance"],
+    }
+    two = [Complexity(rank=0), Complexity(rank=0, locality=2.0)]
+    result = holdout(screen, heldout={"perturbation": doubles[0]}, candidates=two, progress=False, **options)
+    assert set(result.choice["group"].str.partition(", ")[2]) == {doubles[1]}
+    assert set(result.choice["fold"]) == {0} and result.choice["group"].nunique() == 2
+
+
+def test_folds_that_can_tell_nothing_are_refused(screen, monkeypatch):
+    """Each perturbation was measured in two contexts alone, which fall into one fold."""
+    context, perturbation = screen.obs["cell_type"].astype(str), screen.obs["perturbation"].astype(str)
+    first = context.isin(["type A", "type B"])
+    pairs = screen[((perturbation != "drug 2") & first) | ((perturbation != "drug 1") & ~first)].copy()
+    pairs.obs["split"] = np.where(np.arange(pairs.n_obs) % 5 == 0, "val", "train")
+    monkeypatch.setattr(nested, "_dealt", lambda folds, n_folds, seed: np.array([0, 0, 1, 1]))
+    space = EvaluationSpace.fit(pairs, genes=list(pairs.var_names))
+    options = {"over": "context", "space": space, "keys": KEYS, "training": TRAINING | {"max_epochs": 1}}
+    with pytest.raises(ModelError, match="left out whole"):
+        NestedFits(pairs, [WIDE], n_folds=2, progress=False, **options).compare(SHIFT)
