@@ -13,7 +13,6 @@ import pytest
 
 from cellop_nb.__main__ import COMMANDS, build_parser, main
 from cellop_nb.commands import environment, test
-from cellop_nb.commands.terminal import Status, clock, table
 from cellop_nb.notebook import batch
 
 BOOKS = {
@@ -23,6 +22,8 @@ BOOKS = {
     'context_key: str | list[str] | None = "cell_type"\ncontrol: str = "control"\nseed: int = 0',
     "02_train_vae": "latent_dim: int = 32\nshuffle: bool = True\nmax_epochs: int = 60\nseed: int = 0",
 }
+
+
 WORK = """from cellop_nb.notebook import batch
 numbers = {{name: value for name, value in list(globals().items()) if name in batch_names}}
 batch.write_metrics(run_dir, "{name}", numbers)"""
@@ -297,68 +298,6 @@ def test_lab_opens_the_notebooks_of_the_project(run, monkeypatch, root):
     assert calls[0][-1] == "--no-browser"
     assert "--ServerApp.ip=127.0.0.1" in calls[0]
     assert not [word for word in calls[0] if "token" in word or "password" in word]
-
-
-@pytest.fixture
-def installed(monkeypatch, tmp_path):
-    """As an installed package sees itself: no checkout, two shipped folders, an empty current folder."""
-    shipped = tmp_path / "shipped"
-    for name, file in (("notebooks", "00_quickstart.ipynb"), ("data", "README.md")):
-        (shipped / name).mkdir(parents=True)
-        (shipped / name / file).write_text("{}")
-    for name, value in {
-        "SHARE": shipped, "NOTEBOOKS": shipped / "notebooks", "IS_CHECKOUT": False,
-    }.items():  # fmt: skip
-        monkeypatch.setattr(environment, name, value)
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
-    return shipped
-
-
-def test_an_installed_package_gives_out_copies_of_its_notebooks(installed):
-    from cellop_nb.commands import lab
-
-    home = lab.workplace()
-    (home / "notebooks" / "00_quickstart.ipynb").write_text("changed")
-    assert (lab.workplace() / "notebooks" / "00_quickstart.ipynb").read_text() == "changed"
-    assert (installed / "notebooks" / "00_quickstart.ipynb").read_text() == "{}"
-
-
-def test_copied_notebooks_are_those_that_are_used(installed, tmp_path, monkeypatch, capsys):
-    from cellop_nb.commands import lab
-
-    assert environment.notebooks() == installed / "notebooks"
-    assert main(["notebooks", "mine"]) == 0
-    assert "cd mine" in capsys.readouterr().out
-    assert sorted(path.name for path in Path("mine").iterdir()) == ["data", "notebooks"]
-    monkeypatch.chdir("mine")
-    assert environment.notebooks() == tmp_path / "work" / "mine" / "notebooks"
-    assert lab.workplace() == tmp_path / "work" / "mine"
-
-
-def test_notebooks_never_overwrites(installed, capsys):
-    Path("mine/data").mkdir(parents=True)
-    assert main(["notebooks", "mine"]) == 2
-    assert "To fix it: name another folder" in capsys.readouterr().err
-    assert not Path("mine/notebooks").exists()
-
-
-def test_tables_and_times():
-    text = table(["name", "s"], [["a", "1.5"], ["longer", "12.0"]], right=(1,))
-    assert text.splitlines() == ["name       s", "------  ----", "a        1.5", "longer  12.0"]
-    assert (clock(12.3), clock(125)) == ("12 s", "2 min 05 s")
-
-
-def test_a_log_file_gets_whole_lines(capsys):
-    import time
-
-    with Status("working", every=0.05) as status:
-        status.update("half way")
-        time.sleep(0.3)
-    lines = capsys.readouterr().out.splitlines()
-    assert lines
-    assert all(line.startswith("working") for line in lines)
-    assert lines[-1].endswith("half way")
 
 
 def test_the_real_screen_passes_the_first_look(run, kang_file, monkeypatch, tmp_path):

@@ -109,6 +109,12 @@ def operator_rows():
     return lambda n, groups: [operator_row(epoch, groups) for epoch in range(n)]
 
 
+@pytest.fixture
+def pictures() -> list[bytes]:
+    """Where a live plot puts its pictures."""
+    return []
+
+
 class Clock:
     """Seconds that pass only when told."""
 
@@ -123,3 +129,44 @@ class Clock:
 def clock() -> Clock:
     """A clock that stands still."""
     return Clock()
+
+
+@pytest.fixture(scope="session")
+def trained():
+    """`adata, vae, operators`: two contexts, three drugs, one measured pair; type B's drug 2 is held out."""
+    from cellop_nb.analysis.predict import embed
+    from cellop_nb.data.splits import split
+    from cellop_nb.data.synthetic import synthetic
+    from cellop_nb.training.operators import new_operators
+    from cellop_nb.training.vae import new_vae
+
+    adata = synthetic(
+        n_contexts=2, n_perturbations=3, combinations=["drug 1+drug 2"], n_cells=70, n_genes=40, n_latent=4,
+        library=400.0, seed=0,
+    )  # fmt: skip
+    split(adata, seed=0)
+    held_out = (adata.obs["cell_type"] == "type B") & (adata.obs["perturbation"] == "drug 2")
+    adata.obs.loc[held_out, "split"] = "test"
+    vae = new_vae(adata, n_latent=4, n_hidden=16)
+    embed(adata, vae)
+    return adata, vae, new_operators(adata)
+
+
+@pytest.fixture(scope="session")
+def cells(trained):
+    """Answers about the trained screen."""
+    from cellop_nb.notebook.virtual import VirtualCells
+
+    return VirtualCells(*trained, n_replicates=20)
+
+
+@pytest.fixture(scope="session")
+def controls():
+    """`controls(adata, context)`: latents of the control cells of a context, (cell, d)."""
+    import torch
+
+    from cellop_nb.analysis.predict import source_cells
+
+    return lambda adata, context="type A": torch.from_numpy(
+        adata.obsm["X_nbvae"][source_cells(adata, context)]
+    )

@@ -1,0 +1,97 @@
+"""The state of a run, in memory and in files: written whole, taken up exactly, refused where it is damaged."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from toy import Do, Line, LineTrainer, assert_same_run, comparable, weights_of
+
+from cellop_nb.errors import CheckpointError
+from cellop_nb.training.callbacks import SaveCheckpoints
+
+
+@pytest.mark.parametrize("where", ["memory", "file"])
+def test_a_resumed_run_equals_one_that_was_never_interrupted(tmp_path, where):
+    plain = LineTrainer(seed=1)
+    plain.fit()
+    kept = []
+    LineTrainer(
+        seed=1,
+        callbacks=[
+            Do(lambda t: kept.append(t.state()), epoch=2),
+            Do(lambda t: t.save_checkpoint(tmp_path / "three.pt"), epoch=2),
+        ],
+    ).fit()
+    resumed = LineTrainer(Line(seed=5), seed=8, lr=9.0)
+    if where == "file":
+        resumed.load_checkpoint(tmp_path / "three.pt")
+    else:
+        resumed.load_state(kept[0])
+    assert resumed.epoch == 3
+    resumed.fit()
+    assert_same_run(plain, resumed)
+
+
+def test_last_and_best_checkpoints_are_kept(tmp_path):
+    script = [3.0, 1.0, 2.0, 2.0, 2.0, 2.0]
+    seen = []
+    LineTrainer(
+        scripted=script, folder=tmp_path, callbacks=[Do(lambda t: seen.append(weights_of(t)), epoch=1)]
+    ).fit()
+    best, last = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("best", "last"))
+    assert (best["epoch"], last["epoch"]) == (2, 6)
+    assert torch.equal(best["model"]["slope"], seen[0]["slope"])
+    assert torch.equal(last["best_model"]["slope"], seen[0]["slope"])
+
+
+def test_a_last_checkpoint_is_written_when_the_run_ends_between_two(tmp_path):
+    LineTrainer(max_epochs=4, callbacks=[SaveCheckpoints(tmp_path, every=3)]).fit()
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["epoch"] == 4
+
+
+def test_numbers_of_numpy_do_not_break_a_checkpoint(tmp_path):
+    trainer = LineTrainer(lr=np.float64(0.1), weight_decay=np.float64(0.1))
+    trainer.weights["ridge"] = np.float64(0.5)
+    trainer.fit(1)
+    LineTrainer().load_checkpoint(trainer.save_checkpoint(tmp_path / "one.pt"))
+
+
+def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    trainer = LineTrainer()
+    path = trainer.save_checkpoint(tmp_path / "last.pt")
+    before = path.read_bytes()
+
+    def half(state, where):
+        where.write_bytes(b"half a file")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(OSError, match="disk full"):
+        trainer.save_checkpoint(path)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [None, b"", b"half a file", "cut"])
+def test_a_damaged_or_missing_checkpoint_is_refused(tmp_path, content):
+    path = LineTrainer().save_checkpoint(tmp_path / "last.pt")
+    if content is None:
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-200] if content == "cut" else content)
+    with pytest.raises(CheckpointError, match="a checkpoint of this Line.*last.pt.*To fix it"):
+        LineTrainer().load_checkpoint(path)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    path = tmp_path / "other.pt"
+    torch.save({"model": {"weight": torch.ones(2)}}, path)
+    with pytest.raises(CheckpointError, match="names and sizes of the run"):
+        LineTrainer().load_checkpoint(path)
+
+
+def test_a_second_fit_goes_on_where_the_first_ended():
+    trainer = LineTrainer()
+    trainer.fit(2)
+    assert comparable(trainer)["epoch"].tolist() == [0, 1]
+    assert trainer.fit(4)["epoch"].tolist() == [0, 1, 2, 3]
