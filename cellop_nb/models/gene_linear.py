@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -43,20 +45,26 @@ class LogNormalised:
         else:  # there the dense product is the faster one
             self.dense = x.spread(values)
 
+    @cached_property
+    def by_gene(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Starts, cells and values at the non-zeros, gene by gene: the gradients of all weights need them."""
+        assert self.counts is not None
+        return self.counts.by_gene(self.values)
+
 
 class _Product(torch.autograd.Function):
-    """values (cell, gene) at the non-zeros, times weight (gene, out): sums of weighted rows."""
+    """Inputs (cell, gene) at the non-zeros, times weight (gene, out): sums of weighted rows."""
 
     @staticmethod
-    def forward(ctx, weight: Tensor, values: Tensor, counts: SparseCounts) -> Tensor:
-        ctx.counts, ctx.values = counts, values
-        return _weighted_sums(weight, counts.columns, counts.indptr, values)
+    def forward(ctx, weight: Tensor, x: LogNormalised) -> Tensor:
+        ctx.x, counts = x, x.counts
+        return _weighted_sums(weight, counts.columns, counts.indptr, x.values)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream: Tensor):
-        starts, cells, order = ctx.counts.by_gene
-        return _weighted_sums(upstream, cells, starts, ctx.values.index_select(0, order)), None, None
+        starts, cells, values = ctx.x.by_gene
+        return _weighted_sums(upstream, cells, starts, values), None
 
 
 def _weighted_sums(rows: Tensor, chosen: Tensor, starts: Tensor, values: Tensor) -> Tensor:
@@ -66,12 +74,9 @@ def _weighted_sums(rows: Tensor, chosen: Tensor, starts: Tensor, values: Tensor)
     """
     rows = rows.detach()  # else the gradient's bookkeeping is made too
     options = {"mode": "sum", "per_sample_weights": values, "include_last_offset": True}
-    if rows.shape[1] <= 2 * _STRIP:
-        return embedding_bag(chosen, rows.contiguous(), starts, **options)
-    sums = rows.new_empty(len(starts) - 1, rows.shape[1])
-    for into, strip in zip(sums.split(_STRIP, 1), rows.split(_STRIP, 1), strict=True):
-        into.copy_(embedding_bag(chosen, strip.contiguous(), starts, **options))
-    return sums
+    strips = rows.split(_STRIP, 1) if rows.shape[1] > 2 * _STRIP else (rows,)
+    sums = [embedding_bag(chosen, strip.contiguous(), starts, **options) for strip in strips]
+    return sums[0] if len(sums) == 1 else torch.cat(sums, 1)
 
 
 class GeneLinear(nn.Module):
@@ -96,7 +101,7 @@ class GeneLinear(nn.Module):
 
     def forward(self, x: LogNormalised) -> Tensor:
         """(cell, out)."""
-        out = x.dense @ self.weight if x.counts is None else _Product.apply(self.weight, x.values, x.counts)
+        out = x.dense @ self.weight if x.counts is None else _Product.apply(self.weight, x)
         if self.covariates is not None:
             assert x.covariates is not None
             out = out + x.covariates @ self.covariates

@@ -18,7 +18,9 @@ class _Head(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, counts, library, r, bias, first, first_weight, second, second_weight):
-        logits = torch.addmm(bias, first, first_weight.t()).addmm_(second, second_weight.t())
+        # The bias is the weight of one more input, 1: no pass over the logits of its own, nor over their gradient.
+        with_bias = torch.cat([first_weight, bias.unsqueeze(1)], 1)
+        logits = torch.mm(_with_one(first), with_bias.t()).addmm_(second, second_weight.t())
         value, ctx.found = softmax_nb(logits, counts, library, r.clamp_min(MIN_INVERSE_DISPERSION))
         ctx.counts = counts
         ctx.save_for_backward(first, first_weight, second, second_weight)
@@ -32,17 +34,22 @@ class _Head(torch.autograd.Function):
         slope, scale, want = found.by_logits, upstream.unsqueeze(1), ctx.needs_input_grad
         # The small arrays are scaled by the upstream gradient, not the large one.
         inputs = [(slope @ weight).mul_(scale) for weight in (first_weight, second_weight)]
-        weights = [slope.t() @ (given * scale) for given in (first, second)]
+        of_first, of_second = (slope.t() @ (given * scale) for given in (_with_one(first), second))
         return (
             None,
             upstream * found.by_library if want[1] else None,
             found.by_r(upstream, ctx.counts.rows) if want[2] else None,
-            upstream @ slope,
+            of_first[:, -1].contiguous(),
             inputs[0],
-            weights[0],
+            of_first[:, :-1].contiguous(),
             inputs[1],
-            weights[1],
+            of_second,
         )
+
+
+def _with_one(given: Tensor) -> Tensor:
+    """(cell, feature + 1): the inputs with a last one that is 1."""
+    return torch.cat([given, given.new_ones(len(given), 1)], 1)
 
 
 def nb_log_likelihood_head(
