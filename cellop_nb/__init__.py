@@ -17,7 +17,7 @@ _PUBLIC = {
     "context_labels": "data.contract",
     "split": "data.splits",
     "select_genes": "data.genes",
-    "groups": "data.batches",
+    "groups": "data.grouping",
     "nb_log_likelihood": "models.likelihood",
     "NegativeBinomial": "models.likelihood",
     "energy_distance": "models.energy",
@@ -31,7 +31,7 @@ _PUBLIC = {
     "VAETrainer": "training.vae",
     "new_vae": "training.vae",
     "OperatorTrainer": "training.operators",
-    "new_operators": "training.operators",
+    "new_operators": "training.operator_start",
     "Callback": "training.callbacks",
     "EarlyStopping": "training.callbacks",
     "Replay": "training.callbacks",
@@ -89,10 +89,10 @@ if TYPE_CHECKING:  # the names below are found by `__getattr__` while running
     from .analysis.streaming import predict_to_file as predict_to_file
     from .analysis.uncertainty import metric_intervals as metric_intervals
     from .data import catalogue as datasets  # noqa: F401
-    from .data.batches import groups as groups
     from .data.contract import check as check
     from .data.contract import context_labels as context_labels
     from .data.genes import select_genes as select_genes
+    from .data.grouping import groups as groups
     from .data.splits import split as split
     from .models.conditions import Condition as Condition
     from .models.energy import energy_distance as energy_distance
@@ -114,8 +114,8 @@ if TYPE_CHECKING:  # the names below are found by `__getattr__` while running
     from .training.checkpoint import load as load
     from .training.checkpoint import save as save
     from .training.guard import NonFiniteError as NonFiniteError
+    from .training.operator_start import new_operators as new_operators
     from .training.operators import OperatorTrainer as OperatorTrainer
-    from .training.operators import new_operators as new_operators
     from .training.vae import VAETrainer as VAETrainer
     from .training.vae import new_vae as new_vae
 

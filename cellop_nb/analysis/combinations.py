@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 
 from ..data.contract import perturbation_parts
-from ..data.groups import groups
+from ..data.grouping import groups
 from ..errors import LabelError, ModelError, did_you_mean, three_beats
 from ..models.affine import AffineOperator
 from ..models.algebra import check_strength, commutator, compose, sum_generators

@@ -6,6 +6,8 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from types import FrameType
 
 import pandas as pd
@@ -99,7 +101,7 @@ def _watched(loss: Callable, flow: _Flow) -> Tensor:
     flow.watched = True
     with torch.random.fork_rng(devices=[]), flow.scopes, flow:
         value = loss()
-        return sum(value.values()) if isinstance(value, dict) else value
+        return reduce(add, value.values()) if isinstance(value, dict) else value
 
 
 def _gradients(model: nn.Module, loss: Tensor, retain_graph: bool) -> dict[str, Tensor]:

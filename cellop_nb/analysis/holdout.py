@@ -12,6 +12,7 @@ import pandas as pd
 
 from ..data.batches import TOTAL_KEY
 from ..data.contract import context_labels, library_size
+from ..data.on_disk import require_in_memory
 from ..data.splits import rows_of, split
 from ..errors import DataError, HoldoutError, LabelError, three_beats
 from ..tables import Scores
@@ -162,6 +163,8 @@ def holdout(
         Where the hold-out matches nothing, leaks, or leaves nothing to learn from.
     LabelError
         For a key, label or setting that is not known.
+    DataError
+        Where the counts lie on disk.
     """
     settings = settings_of(vae)
     for sizes in settings:
@@ -170,6 +173,7 @@ def holdout(
     keys = {"perturbation_key": perturbation_key, "context_key": context_key, "control": control}
     if n_seeds < 1:
         raise HoldoutError(three_beats("n_seeds of at least 1", str(n_seeds), "pass a positive number"))
+    require_in_memory(adata, layer)
     work = adata.copy()
     split(work, holdout=dict(heldout), seed=seed, **keys)
     work = _variable(work, n_genes, layer)

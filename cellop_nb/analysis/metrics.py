@@ -9,12 +9,12 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
-from ..data.contract import context_labels, obs_labels, perturbation_parts
+from ..data.contract import context_labels, obs_labels
 from ..errors import DataError, HoldoutError, did_you_mean, three_beats
 from ..tables import Scores
-from . import formulas
 from .baselines import BASELINES, Baseline, Prediction, Screen, Target, run
-from .scores import METRICS, PDS, Truth, known_metrics, noise, score, shared_shift
+from .score_table import table_of
+from .scores import METRICS, Truth, noise, score, shared_shift
 from .space import EvaluationSpace, evaluation_genes, log1p_cp10k
 
 __all__ = [
@@ -31,9 +31,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger("cellop_nb")
-
-COLUMNS = ["context", "perturbation", "group", "method", "metric", "value", "reason"]
-MIN_DISCRIMINATION = 20  # PDS moves in steps of 1/N: with fewer perturbations it says little
 
 
 def evaluate(
@@ -99,7 +96,7 @@ def evaluate(
             cells = predicted[guess_rows[context, perturbation]]
             guess = Prediction.of_counts(method, space.select(cells, predicted_layer), space)
         guesses[context, perturbation] = guess
-    return _table(truths, {method: guesses}, metrics)
+    return table_of(truths, {method: guesses}, metrics)
 
 
 def score_split(
@@ -169,7 +166,7 @@ def score_split(
         found = "; ".join(f"{', '.join(group)}: {reason}" for group, reason in unscored.items()) or "no group"
         fix = "hold out a larger group, and keep its controls in training"
         raise HoldoutError(three_beats("held-out cells and controls to start from", found, fix))
-    return _table(truths, guesses, metrics, unscored)
+    return table_of(truths, guesses, metrics, unscored)
 
 
 def score_holdout(
@@ -247,56 +244,3 @@ def _no_leak(training: AnnData, real: AnnData) -> None:
         )
     if real.n_obs == 0:
         raise DataError(three_beats("held-out cells", "none", "check the hold-out"))
-
-
-def _table(
-    truths: Mapping,
-    guesses: Mapping[str, Mapping],
-    metrics: Iterable[str] | None,
-    unscored: Mapping | None = None,
-) -> pd.DataFrame:
-    """All rows of the table; `guesses` is method -> group -> Prediction, `unscored` group -> reason."""
-    names, rows = known_metrics(metrics), []
-    for group, truth in truths.items():
-        for found in guesses.values():
-            rows += _labelled(score(found[group], truth, names), group)
-        rows += _labelled(noise(truth, names), group)
-    if metrics is None or PDS in ([metrics] if isinstance(metrics, str) else list(metrics)):
-        for method, found in guesses.items():
-            rows += _discrimination(truths, found, method)
-    for group, reason in (unscored or {}).items():
-        bare = {"value": np.nan, "reason": reason}
-        rows += _labelled([bare | {"method": m, "metric": name} for m in guesses for name in names], group)
-    return Scores(rows, columns=COLUMNS)
-
-
-def _labelled(rows: list[dict], group: tuple[str, str]) -> list[dict]:
-    labels = {"context": group[0], "perturbation": group[1], "group": ", ".join(group)}
-    return [labels | row for row in rows]
-
-
-def _discrimination(truths: Mapping, guesses: Mapping, method: str) -> list[dict]:
-    """PDS rows of one method, among the perturbations of each context."""
-    rows = []
-    for context in sorted({group[0] for group in truths}):
-        groups = [group for group in truths if group[0] == context]
-        predicted = [group for group in groups if guesses[group].mean is not None]
-        values, reason = _pds(predicted, truths, guesses)
-        known = dict(zip(predicted, values, strict=True))
-        for group in groups:
-            why = reason if group in known else guesses[group].reason
-            row = {"method": method, "metric": PDS, "value": known.get(group, np.nan), "reason": why}
-            rows += _labelled([row], group)
-    return rows
-
-
-def _pds(groups: Sequence, truths: Mapping, guesses: Mapping) -> tuple[np.ndarray, str]:
-    if len(groups) < MIN_DISCRIMINATION:
-        reason = f"{len(groups)} perturbations; below {MIN_DISCRIMINATION} it says little"
-        return np.full(len(groups), np.nan), reason
-    start = [truths[g].control_mean for g in groups]
-    predicted = np.stack([guesses[g].mean for g in groups]) - start
-    real = np.stack([truths[g].mean for g in groups]) - start
-    genes = pd.Index(truths[groups[0]].space.genes)
-    left_out = [np.flatnonzero(genes.isin(perturbation_parts(g[1]))) for g in groups]
-    return formulas.perturbation_discrimination(predicted, real, left_out), ""

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from ..data.batches import count_matrix, model_counts
 from ..data.contract import context_labels, obs_labels
+from ..data.matrices import CountMatrix
+from ..data.on_disk import DiskCounts
 from ..models.conditions import Condition
 from ..models.gene_linear import COUNTS_PER_CELL
 from ..models.operators import OperatorModel
@@ -69,6 +71,14 @@ def response_genes(
     return pd.concat(tables, ignore_index=True)
 
 
+def _mean_shares(matrix: CountMatrix | DiskCounts, rows: np.ndarray) -> np.ndarray:
+    """Each gene's share of a cell's counts, mean over the cells `rows`, (gene,); read in parts."""
+    total, library = np.zeros(matrix.shape[1]), matrix.library.double().numpy()
+    for part, counts in matrix.blocks(rows):
+        total += np.asarray(counts.multiply(1.0 / library[part, None]).sum(0)).ravel()
+    return total / len(rows)
+
+
 def measured_genes(
     adata,
     *,
@@ -88,14 +98,13 @@ def measured_genes(
     """
     keys = {"perturbation_key": perturbation_key, "context_key": context_key, "control": control}
     matrix = count_matrix(adata, layer=layer)
-    scaled = matrix.csr.multiply(1.0 / matrix.library.numpy()[:, None]).tocsr()
     inside = np.ones(len(adata), bool) if split is None else (adata.obs[split_key] == split).to_numpy()
     tables = []
     for context, perturbation, cells in _groups(adata, **keys):
         rows = np.flatnonzero(cells & inside)
         if len(rows):
             both = (source_cells(adata, context, **keys), rows)
-            before, after = (np.asarray(scaled[chosen].mean(0)).ravel() for chosen in both)
+            before, after = (_mean_shares(matrix, chosen) for chosen in both)
             tables.append(_table(adata.var_names, before, after, pseudocount, context, perturbation, n_top))
     return pd.concat(tables, ignore_index=True)
 

@@ -135,6 +135,7 @@ class _Scored:
 
     @property
     def mean(self) -> np.ndarray:
+        assert self.prediction.mean is not None, "only what was predicted is scored"
         return self.prediction.mean
 
     @property

@@ -166,11 +166,11 @@ class Response:
     def _departure(self, perturbation: str, context: str) -> Tensor | None:
         shares = self.shares(perturbation, context)
         if shares:
-            return sum(share * self.departures[c, perturbation] for c, share in shares.items())
+            return reduce(add, (share * self.departures[c, perturbation] for c, share in shares.items()))
         parts = perturbation_parts(perturbation)
-        found = [self._departure(part, context) for part in parts] if len(parts) > 1 else []
-        found = [departure for departure in found if departure is not None]
-        return sum(found) if found else None
+        each = [self._departure(part, context) for part in parts] if len(parts) > 1 else []
+        found = [departure for departure in each if departure is not None]
+        return reduce(add, found) if found else None
 
 
 def own_condition(operators: OperatorModel, perturbation: str, context: str, control: str) -> Condition:

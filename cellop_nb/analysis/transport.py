@@ -8,7 +8,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ..data.batches import Group, Groups, groups
+from ..data.grouping import groups
+from ..data.groups import Group, Groups
 from ..models.conditions import Condition
 from ..models.energy import energy_distance
 from ..models.operators import OperatorModel

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..data.batches import model_counts
 from ..data.contract import context_labels, obs_labels
+from ..data.matrices import CountMatrix
 from ..models.coupling import Remainder, carried_mean, carry_counts, levels
 from ..models.energy import energy_distance
 from ..models.vae import NBVAE
@@ -127,6 +128,7 @@ class CountView(LatentView):
     def __init__(self, adata, vae: NBVAE, space: EvaluationSpace, *, layer: str | None = None, **keys):
         super().__init__(adata, **keys)
         matrix = model_counts(adata, vae, layer=layer)
+        assert isinstance(matrix, CountMatrix), "hold-outs refuse counts on disk"
         self.vae, self.space = vae.eval(), space
         self.counts, self.library = matrix.csr[:, : vae.n_genes], matrix.library
         self.covariates: Mapping[str, Tensor] = matrix.covariates

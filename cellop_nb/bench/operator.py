@@ -17,7 +17,8 @@ from anndata import AnnData
 from ..analysis.predict import embed
 from ..data.batches import count_matrix
 from ..models.vae import NBVAE
-from ..training.operators import OperatorTrainer, new_operators
+from ..training.operator_start import new_operators
+from ..training.operators import OperatorTrainer
 from .count import counts
 from .limits import LATENT_COLUMNS, compared, product_rate
 from .measure import in_fresh_process, interleaved, no_compiler

@@ -154,7 +154,8 @@ def predict(path: str) -> Callable[[], object]:
     from ..analysis.streaming import predict_to_file
     from ..data.catalogue import load
     from ..training.checkpoint import load as load_model
-    from ..training.operators import OperatorTrainer, new_operators
+    from ..training.operator_start import new_operators
+    from ..training.operators import OperatorTrainer
 
     def call():
         adata = load(path, backed=True)

@@ -141,7 +141,8 @@ def _entry(name: str) -> str:
     value = getattr(cellop_nb, name)
     if inspect.ismodule(value):
         parts = [_directive("autofunction", f"{value.__name__}.{each}") for each in value.__all__]
-        return "\n\n".join([f"## datasets\n\n`co.{name}`: {inspect.getdoc(value).splitlines()[0]}", *parts])
+        about = (inspect.getdoc(value) or "").partition("\n")[0]
+        return "\n\n".join([f"## datasets\n\n`co.{name}`: {about}", *parts])
     if inspect.isclass(value):
         return _directive("autoclass", f"cellop_nb.{name}", ":members:")
     return _directive("autofunction", f"cellop_nb.{name}")

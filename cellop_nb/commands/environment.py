@@ -167,6 +167,7 @@ def _follow(command: list[str], log, status: Status) -> None:
 
 
 def _log_lines(process: subprocess.Popen, log) -> Iterator[str]:
+    assert process.stdout is not None, "started with a pipe"
     for line in process.stdout:
         log.write(line)
         log.flush()

@@ -104,6 +104,7 @@ def find(args: argparse.Namespace) -> Path:
 
 
 def _located(axis: plan.Axis) -> plan.Axis:
+    assert isinstance(axis.values, tuple), "only numbers are drawn from an interval"
     return replace(axis, values=tuple(single.locate(value) for value in axis.values))
 
 

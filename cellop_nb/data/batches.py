@@ -1,4 +1,4 @@
-"""From AnnData to counts that give minibatches, in memory or on disk (groups of latents come from `groups`)."""
+"""From AnnData to counts that give minibatches, in memory or on disk."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from scipy import sparse
 from ..errors import DataError, LabelError, did_you_mean, three_beats
 from .checks import check_values
 from .contract import count_slot, counts, library_size, obs_labels
-from .groups import Group, Groups, GroupSample, groups
 from .matrices import CountBatch, CountLoader, CountMatrix
 from .on_disk import DiskCounts, is_on_disk
 
@@ -20,14 +19,10 @@ __all__ = [
     "CountBatch",
     "CountLoader",
     "CountMatrix",
-    "Group",
-    "GroupSample",
-    "Groups",
     "category_codes",
     "count_matrix",
     "covariate_categories",
     "gene_positions",
-    "groups",
 ]
 
 
@@ -43,7 +38,7 @@ def count_matrix(
     covariate_keys: Sequence[str] = (),
     categories: Mapping[str, Sequence[str]] | None = None,
     total_key: str | None = None,
-) -> CountMatrix:
+) -> CountMatrix | DiskCounts:
     """Counts of `adata` ready for minibatches.
 
     Parameters
@@ -80,7 +75,7 @@ def count_matrix(
     return CountMatrix(matrix, covariates=codes)
 
 
-def model_counts(adata: AnnData, model, *, layer: str | None = None) -> CountMatrix:
+def model_counts(adata: AnnData, model, *, layer: str | None = None) -> CountMatrix | DiskCounts:
     """Counts of the genes and covariates that `model` (``.genes``, ``.covariates``) was made for, of all cells.
 
     Raises

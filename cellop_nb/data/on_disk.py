@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..errors import DataError, three_beats
 from .matrices import PART, CountBatch, CountLoader, CountMatrix, Order
+from .slots import count_slot
 
 BLOCK = 64
 """Neighbouring cells that stay together on the way to a window."""
@@ -92,6 +93,19 @@ def chunked_order(block: int = BLOCK, window: int = PART) -> Order:
         return torch.cat([part[torch.randperm(len(part), generator=generator)] for part in parts])
 
     return order
+
+
+def require_in_memory(adata: AnnData, layer: str | None = None) -> None:
+    """Refuse counts on disk where many fits share them.
+
+    Raises
+    ------
+    DataError
+        With what to do instead.
+    """
+    if is_on_disk(count_slot(adata, layer)):
+        fix = "pass adata.to_memory(), or fewer cells: adata[chosen].to_memory()"
+        raise DataError(three_beats("counts in memory, for all fits", "counts that lie on disk", fix))
 
 
 class RowReader:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -135,7 +136,7 @@ class NBVAE(nn.Module):
         self.covariates = {
             name: [str(c) for c in categories] for name, categories in (covariates or {}).items()
         }
-        self.config = {
+        self.config: dict[str, Any] = {
             "genes": names,
             "n_latent": n_latent,
             "n_hidden": n_hidden,

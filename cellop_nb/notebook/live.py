@@ -191,11 +191,12 @@ class LivePlot(Callback):
         monitor = self.monitor or getattr(source, "monitor", None) or default_monitor(self.columns)
         panels = pick_panels(self.columns.names(), self.columns.constant())
         key = (monitor, *panels)
-        built = key != self._board_key
-        if built:
-            self._board, self._board_key = Dashboard(panels, monitor=monitor), key
-        self._board.update(self.columns, self._marks(source, monitor, last))
-        self._publish(self._board.png(small=last))
+        board, built = self._board, key != self._board_key
+        if board is None or built:
+            board = Dashboard(panels, monitor=monitor)
+            self._board, self._board_key = board, key
+        board.update(self.columns, self._marks(source, monitor, last))
+        self._publish(board.png(small=last))
         return built
 
     def _marks(self, source, monitor: str, last: bool) -> Marks:
@@ -241,7 +242,7 @@ class LivePlot(Callback):
 
     def _publish(self, picture: bytes) -> None:
         self.picture = picture
-        for outlet in self._outlets:
+        for outlet in self._outlets or ():
             outlet(picture)
 
     def _write_file(self, picture: bytes) -> None:

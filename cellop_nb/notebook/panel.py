@@ -26,7 +26,7 @@ def panel(children: Sequence):
     return box
 
 
-def spoken(widget, words: str, **kwargs) -> dict:
+def spoken(widget, words: str, **kwargs) -> dict | tuple:
     """MIME bundle of a widget whose text, all that a file or a printed page shows of it, is `words`."""
     bundle = widget._repr_mimebundle_(**kwargs)
     data, *rest = bundle if isinstance(bundle, tuple) else (bundle,)

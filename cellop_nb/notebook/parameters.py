@@ -211,15 +211,15 @@ def assign(notebooks: Iterable[str | Path], name: str, value: Any, *, text: bool
     ParameterError
         When the value does not fit.
     """
-    notebooks = [Path(notebook) for notebook in notebooks]
+    books = [Path(notebook) for notebook in notebooks]
     where, _, plain = name.rpartition(".")
-    chosen = [book for book in notebooks if not where or where in (book.stem, book.stem.partition("_")[0])]
+    chosen = [book for book in books if not where or where in (book.stem, book.stem.partition("_")[0])]
     homes = {book.stem: p for book in chosen for p in for_notebook(book) if p.name == plain}
     if not homes:
-        options = [p.name for book in chosen or notebooks for p in for_notebook(book)]
-        books = ", ".join(book.stem for book in notebooks)
+        options = [p.name for book in chosen or books for p in for_notebook(book)]
+        named = ", ".join(book.stem for book in books)
         fix = did_you_mean(plain, dict.fromkeys(options))
-        raise LabelError(three_beats(f"a parameter of {books}", repr(name), fix))
+        raise LabelError(three_beats(f"a parameter of {named}", repr(name), fix))
     return {stem: _typed(p, value, text) for stem, p in homes.items()}
 
 

@@ -19,7 +19,8 @@ from matplotlib.ticker import MaxNLocator
 from ..errors import CellopError, LabelError, did_you_mean, three_beats
 from ..files import write_whole
 from ..training.loop import Trainer
-from ..training.operators import OperatorTrainer, new_operators
+from ..training.operator_start import new_operators
+from ..training.operators import OperatorTrainer
 from ..training.vae import VAETrainer, new_vae
 from ..views import grid
 from . import parameters
@@ -200,12 +201,12 @@ class TuningPanel:
         if self.results.empty:
             return self.results
         shown = self.results[[*self._varied(), "best", "best_epoch", "epochs", "seconds"]].sort_values("best")
-        return shown.rename(columns={"best": f"best {self.trainer.monitor}"})
+        return shown.rename(columns={"best": f"best {self.monitor}"})
 
     def figure(self):
         """The monitored value of every fit over its epochs."""
         fig, (ax,) = s.canvas(height=2.8, width=s.WIDTH)
-        monitor = self.trainer.monitor if self.trainer is not None else "val_loss"
+        monitor = self.monitor
         for i, history in enumerate(self.histories):
             look = s.mark(i) | s.line(i)
             ax.plot(history["epoch"] + 1, history[monitor], label=self._name(i), markersize=4, **look)
@@ -218,6 +219,11 @@ class TuningPanel:
 
     # -- inside
 
+    @property
+    def monitor(self) -> str:
+        """Column of the histories that fits are compared by."""
+        return Trainer.monitor if self.trainer is None else self.trainer.monitor
+
     def _varied(self) -> list[str]:
         """Parameters that differ between fits."""
         return [name for name in self.parameters if self.results[name].astype(str).nunique() > 1]
@@ -229,7 +235,7 @@ class TuningPanel:
         return s.safe(f"fit {fit + 1}: {said}" if said else f"fit {fit + 1}", 40)
 
     def _collect(self, values: dict, history: pd.DataFrame) -> None:
-        monitored = history[self.trainer.monitor]
+        monitored = history[self.monitor]
         row = {
             **values,
             "best": float(monitored.min()),
@@ -244,7 +250,7 @@ class TuningPanel:
         self.curves.layout.display = None
         shown = self.table().reset_index()
         self.compared.value = grid(list(shown.columns), shown.itertuples(index=False, name=None))
-        self._say(f"fit {len(self.results)}: best {self.trainer.monitor} {row['best']:.4g}")
+        self._say(f"fit {len(self.results)}: best {self.monitor} {row['best']:.4g}")
 
     def _safely(self, action) -> None:
         """Run a widget's action; what goes wrong is said below the controls."""

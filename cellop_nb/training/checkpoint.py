@@ -235,9 +235,9 @@ def _from_schema_1(state: dict[str, Tensor], model: torch.nn.Module) -> dict[str
     first, path = "encoder.body.0.weight", "encoder.linear.weight"
     if first not in state:  # operators
         return state
-    n_genes = len(model.encoder.linear.weight)
-    genes, covariates = state[first].t().split([n_genes, state[first].shape[1] - n_genes])
-    state = state | {first: genes.contiguous(), path: torch.zeros_like(model.encoder.linear.weight)}
+    linear = model.get_parameter(path)
+    genes, covariates = state[first].t().split([len(linear), state[first].shape[1] - len(linear)])
+    state = state | {first: genes.contiguous(), path: torch.zeros_like(linear)}
     return state | {"encoder.body.0.covariates": covariates.contiguous()} if covariates.numel() else state
 
 

@@ -141,7 +141,8 @@ class NonFiniteGuard:
     def after_step(self, trainer) -> bool:
         """Check the parameters, and copy the state from time to time."""
         self._since += 1
-        if self._window is not None and len(self._window) >= self.check_every and not self._look(trainer):
+        window = self._window
+        if window is not None and len(window) >= self.check_every and not self._look(trainer, window):
             return False
         if self._since % self.check_every == 0:
             if self.deferred:
@@ -153,7 +154,7 @@ class NonFiniteGuard:
 
     def end_of_epoch(self, trainer) -> bool:
         """Check the parameters, and keep the state if the last copy is old."""
-        if self._window is not None and not self._look(trainer):
+        if self._window is not None and not self._look(trainer, self._window):
             return False
         self._parameter_flag = None
         if not self._parameters_are_finite():
@@ -187,10 +188,10 @@ class NonFiniteGuard:
 
     # -- faults ------------------------------------------------------------------------------------
 
-    def _look(self, trainer) -> bool:
+    def _look(self, trainer, window: Window) -> bool:
         """Read what the device found in the last steps; the faulty one is made again with every check at once."""
-        steps = self._window.look(trainer)
-        window, self._window, deferred, self.deferred = self._window, None, self.deferred, False
+        steps = window.look(trainer)
+        self._window, deferred, self.deferred = None, self.deferred, False
         try:
             return not steps or Window.make_again(steps, trainer)
         finally:
@@ -235,22 +236,21 @@ class NonFiniteGuard:
     def _fault(self, stage: str, trainer, late: int = 0) -> bool:
         error = self._describe(stage, trainer, late)
         self.errors.append(error)
-        hopeless = self.last_finite is None or (error.origin is not None and error.origin.kind == "batch")
-        if self.on_nonfinite == "rollback" and self.rollbacks < self.max_rollbacks and not hopeless:
-            return self._roll_back(trainer, error)
+        in_data = error.origin is not None and error.origin.kind == "batch"
+        kept = None if in_data else self.last_finite
+        if self.on_nonfinite == "rollback" and self.rollbacks < self.max_rollbacks and kept is not None:
+            return self._roll_back(trainer, error, kept.step)
         self._leave_finite(trainer)
         raise error
 
-    def _roll_back(self, trainer, error: NonFiniteError) -> bool:
+    def _roll_back(self, trainer, error: NonFiniteError, step: int) -> bool:
         rate = trainer.learning_rate / 2
         self.restore()
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         trainer.learning_rate = rate
         self.rollbacks += 1
-        _LOG.warning(
-            "%s Back to step %s with learning rate %g.", error, self.last_finite.step, trainer.learning_rate
-        )
+        _LOG.warning("%s Back to step %s with learning rate %g.", error, step, rate)
         self._drop_gradients()
         return False
 

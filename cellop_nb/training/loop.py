@@ -7,7 +7,7 @@ import functools
 import math
 import operator
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from .guard import NonFiniteGuard
 from .parallel import Processes
 from .remote import BY_HAND, RemoteControl
 from .resume import Resumable
+from .task import Task
 
 
 def half_cosine(step: int, total: int, *, floor: float = 0.02) -> float:
@@ -34,11 +35,10 @@ def half_cosine(step: int, total: int, *, floor: float = 0.02) -> float:
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * share))
 
 
-class Trainer(RemoteControl, Resumable):
+class Trainer(Task, RemoteControl, Resumable):
     """Runs epochs, keeps history and the best state, and obeys requests made while it runs.
 
-    A subclass gives the data and the mathematics: :meth:`batches`, :meth:`loss_terms`, :meth:`validate`,
-    :meth:`describe_batch`. The loss is the sum of the named terms.
+    A subclass gives the data and the mathematics of its :class:`~cellop_nb.training.task.Task`.
 
     Parameters
     ----------
@@ -66,11 +66,6 @@ class Trainer(RemoteControl, Resumable):
         torchrun or SLURM) each takes its share of every batch, and the numbers are those of one process with the
         joint batch; the first one writes the files.
     """
-
-    monitor = "val_loss"
-    unit = "training"
-    compilable: tuple[str, ...] = ()
-    """Methods of the model, by their dotted names, that ``compile=True`` compiles."""
 
     def __init__(
         self,
@@ -142,37 +137,6 @@ class Trainer(RemoteControl, Resumable):
         if self.folder is not None:
             callbacks += [HistoryCSV(self.folder / "history.csv"), SaveCheckpoints(self.folder)]
         return callbacks
-
-    # -- what a subclass gives ------------------------------------------------------------------------------
-
-    def batches(self) -> Iterable:
-        """Training batches of one epoch."""
-        raise NotImplementedError
-
-    def loss_terms(self, batch) -> dict[str, Tensor]:
-        """Named, weighted loss terms of one batch (0-d tensors); the loss is their sum."""
-        raise NotImplementedError
-
-    def validate(self) -> dict[str, float]:
-        """Columns of the history from held-out cells; contains the monitored one."""
-        raise NotImplementedError
-
-    def describe_batch(self, batch) -> dict[str, list[str]]:
-        """Names of the cells, genes or groups of a batch, for messages."""
-        return {}
-
-    def batch_size_of(self, batch) -> int:
-        """Number of cells in a batch."""
-        raise NotImplementedError
-
-    def steps_per_epoch(self) -> int:
-        """Number of batches of one epoch."""
-        raise NotImplementedError
-
-    def before_epoch(self) -> None:
-        """Set what changes by epoch (warm-ups)."""
-
-    # -- the loop ----------------------------------------------------------------------------------------------
 
     @property
     def history(self) -> pd.DataFrame:

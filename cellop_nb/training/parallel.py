@@ -7,6 +7,7 @@ gradient is that of one process with the joint batch, and all processes make the
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import cast
 
 import torch
 from lightning_fabric import Fabric
@@ -53,7 +54,7 @@ class Processes:
 
     def average(self, value: Tensor) -> Tensor:
         """The mean over processes."""
-        return value if self.size == 1 else self.fabric.all_reduce(value, reduce_op="mean")
+        return value if self.size == 1 else cast("Tensor", self.fabric.all_reduce(value, reduce_op="mean"))
 
     def any(self, flag: bool) -> bool:
         """Whether it holds in one of the processes at least; all hear the same answer."""

@@ -191,13 +191,19 @@ def plain(value):
     return value.item() if isinstance(value, np.generic) else value
 
 
+def _equal(old, new) -> bool:
+    if isinstance(old, torch.Tensor):
+        return isinstance(new, torch.Tensor) and torch.equal(old.cpu(), new.cpu())
+    return not isinstance(new, torch.Tensor) and old == new
+
+
 def _refuse_other(then: dict, now: dict, path: str = "") -> None:
     """Name the first entry in which a run and its checkpoint differ; later versions may know more entries."""
     for name in then:
         old, new, here = then.get(name), now.get(name), f"{path}{name}"
         if isinstance(old, dict) and isinstance(new, dict):
             _refuse_other(old, new, f"{here}.")
-        elif not (torch.equal(old.cpu(), new.cpu()) if isinstance(old, torch.Tensor) else old == new):
+        elif not _equal(old, new):
             fix = "build model and trainer as for that run, or start anew in another folder"
             found = f"{here} {_short(new)}, not {_short(old)}"
             raise CheckpointError(three_beats("the run that the checkpoint is of", found, fix))

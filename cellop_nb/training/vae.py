@@ -90,7 +90,7 @@ def new_vae(
 
 def _moments(matrix: CountMatrix, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Totals (cell,) of the cells `rows`, and mean and variance (gene,) of their counts, in float64."""
-    totals, sums, squares = [], 0.0, 0.0
+    totals, sums, squares = [], np.zeros(()), np.zeros(())
     for _, part in matrix.blocks(rows):
         part = part.astype(np.float64)
         totals.append(np.asarray(part.sum(1)).ravel())

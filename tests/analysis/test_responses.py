@@ -9,6 +9,7 @@ import torch
 from anndata import AnnData
 
 from cellop_nb.analysis.responses import axis_genes, measured_genes, response_genes
+from cellop_nb.data.catalogue import load
 from cellop_nb.models.operators import OperatorModel
 from cellop_nb.models.vae import NBVAE
 
@@ -112,6 +113,13 @@ def test_the_measured_change_is_that_of_the_mean_proportions(screen):
     wanted = dict(zip(screen.var_names, np.log2(mean["up"] / mean["control"]), strict=True))
     rows = table[(table["context"] == "b") & (table["perturbation"] == "up")]
     np.testing.assert_allclose(rows["lfc"], rows["gene"].map(wanted), rtol=1e-4)
+
+
+def test_the_measured_change_is_read_from_a_file_in_parts(screen, tmp_path, monkeypatch):
+    monkeypatch.setattr("cellop_nb.data.on_disk.PART", 7)
+    screen.write_h5ad(tmp_path / "screen.h5ad")
+    on_disk = measured_genes(load(str(tmp_path / "screen.h5ad"), backed=True))
+    pd.testing.assert_frame_equal(on_disk, measured_genes(screen), rtol=1e-6)
 
 
 def test_groups_without_cells_in_the_split_are_left_out(screen):

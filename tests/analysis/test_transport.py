@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cellop_nb.analysis.transport import group_energies, noise_floor, transport_scores
-from cellop_nb.data.batches import groups
+from cellop_nb.data.grouping import groups
 from cellop_nb.data.splits import split
 from cellop_nb.data.synthetic import planted_operator, synthetic
 from cellop_nb.models.affine import AffineOperator

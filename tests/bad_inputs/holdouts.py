@@ -14,6 +14,12 @@ def _(place):
     co.holdout_all(place.adata, over="celltypes", progress=False)
 
 
+@case(SPLIT, "a hold-out of counts that lie on disk")
+def _(place):
+    backed = co.datasets.load(str(place.h5ad), backed=True)
+    co.holdout(backed, heldout={"cell_type": "type A", "perturbation": "drug 1"}, progress=False)
+
+
 @case(SPLIT, "combinations in turn where none was measured")
 def _(place):
     co.holdout_all(place.adata, over="combination", progress=False)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cellop_nb.data.draws import Draws, prime_from
-from cellop_nb.data.groups import groups
+from cellop_nb.data.grouping import groups
 from cellop_nb.errors import DataError, LabelError
 
 

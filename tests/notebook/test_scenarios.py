@@ -8,14 +8,14 @@ import torch
 from scipy import linalg
 
 from cellop_nb.analysis.predict import source_cells
-from cellop_nb.data.groups import groups
+from cellop_nb.data.grouping import groups
 from cellop_nb.data.synthetic import planted_operator, planted_proportions
 from cellop_nb.models.energy import energy_distance
 from cellop_nb.notebook import scenarios
 from cellop_nb.notebook.questions import Question
 from cellop_nb.notebook.scenarios import dose_response, ways_to_combine
 from cellop_nb.notebook.virtual import VirtualCells
-from cellop_nb.training.operators import new_operators
+from cellop_nb.training.operator_start import new_operators
 
 
 def test_every_way_to_build_a_pair_is_compared_with_the_cells_that_got_both(cells):

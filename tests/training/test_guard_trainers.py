@@ -11,7 +11,8 @@ import scipy.sparse
 import torch
 
 from cellop_nb.training.guard import NonFiniteError, replay
-from cellop_nb.training.operators import OperatorTrainer, new_operators
+from cellop_nb.training.operator_start import new_operators
+from cellop_nb.training.operators import OperatorTrainer
 from cellop_nb.training.vae import VAETrainer, new_vae
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from matplotlib.collections import PolyCollection
 
 from cellop_nb.notebook.figures import style as s
 from cellop_nb.notebook.figures.changes import Change
@@ -119,10 +120,10 @@ class _Curves:
         _, top, _, height = self.plot.box
         at = [] if best is None else [float(self.plot.x(best))] * 2
         self.best.set_data(at, [top, top + height][: len(at)])
-        if self.monitored:
+        if self.band is not None:
             here: list[int] = list(np.flatnonzero(epochs == best)) if best is not None else []
             self.star.set_data(self.plot.x(epochs[here]), self.plot.y(columns[self.monitor][here]))
-            self._shade(best, marks.patience)
+            self._shade(self.band, best, marks.patience)
         self._mark_changes(marks.changes)
 
     def _mark_changes(self, changes: Sequence[Change]) -> None:
@@ -137,13 +138,13 @@ class _Curves:
                 side = "right" if shown[i][0] > left + width / 2 else "left"
                 text.set(x=shown[i][0], y=top + 4 + 12 * i, ha=side)
 
-    def _shade(self, best: float | None, patience: int | None) -> None:
+    def _shade(self, band: PolyCollection, best: float | None, patience: int | None) -> None:
         if best is None or not patience:
-            self.band.set_verts([])
+            band.set_verts([])
             return
         _, top, _, height = self.plot.box
         left, right = self.plot.x([best, min(best + patience, self.plot.last_epoch)])
-        self.band.set_verts([[(left, top), (right, top), (right, top + height), (left, top + height)]])
+        band.set_verts([[(left, top), (right, top), (right, top + height), (left, top + height)]])
 
 
 class _Groups:

@@ -33,7 +33,7 @@ def library_sizes(sizes, groups, *, unit: str = "counts per cell", max_groups: i
     s.long_names(ax, [f"{name} (n = {len(v):,})" for name, v in zip(names, logs, strict=True)], "y")
     ax.invert_yaxis()
     _decades(ax, np.concatenate(logs) if logs else np.zeros(1))
-    return s.label(ax, "Library size per group", f"library size ({unit}, log scale)").get_figure()
+    return s.figure_of(s.label(ax, "Library size per group", f"library size ({unit}, log scale)"))
 
 
 def _violin(ax, values: np.ndarray, row: int) -> None:
@@ -90,7 +90,7 @@ def group_counts(table: pd.DataFrame, *, min_cells: int = 10) -> Figure:
     _count_bar(bar, values.max(initial=1.0))
     few = int((values < min_cells).sum())
     warning = f"\nframed: {few} with fewer than {min_cells}" if few else ""
-    return s.label(ax, f"Cells per context and perturbation{warning}").get_figure()
+    return s.figure_of(s.label(ax, f"Cells per context and perturbation{warning}"))
 
 
 def _write_counts(ax, values: np.ndarray) -> None:
@@ -145,4 +145,4 @@ def noise_floor(table: pd.DataFrame, *, max_groups: int = 40) -> Figure:
     ax.invert_yaxis()
     # above the panel: no corner is free of groups in every screen
     s.legend(ax, loc="lower right", bbox_to_anchor=(1.0, 1.0), columns=2, handlelength=0.8)
-    return s.label(ax, "Effect against noise floor", "energy distance (Euclidean, U-statistic)").get_figure()
+    return s.figure_of(s.label(ax, "Effect against noise floor", "energy distance (Euclidean, U-statistic)"))

@@ -147,7 +147,7 @@ def _by_number(ax, coords: np.ndarray, values: pd.Series, size: float) -> None:
     dots = ax.scatter(
         *coords.T, c=numbers, s=size, cmap=s.RANGE, vmin=low, vmax=high, linewidths=0, rasterized=True
     )
-    bar = ax.get_figure().colorbar(dots, ax=ax, fraction=0.045, pad=0.02, extend="both")
+    bar = s.figure_of(ax).colorbar(dots, ax=ax, fraction=0.045, pad=0.02, extend="both")
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=s.SMALL, labelcolor=s.INK, colors=s.QUIET)
 

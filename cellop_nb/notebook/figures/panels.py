@@ -39,7 +39,7 @@ def pick_panels(columns: Iterable[str], constant: Container[str] = ()) -> list[P
     (loss weights) only once they change, so `constant` ones are left out.
     """
     names = [str(column) for column in columns]
-    groups = tuple((name, _ENERGY.match(name).group(1)) for name in names if _ENERGY.match(name))
+    groups = tuple((name, found.group(1)) for name in names if (found := _ENERGY.match(name)))
     known = {name for name, _ in groups} | _SKIPPED
     rest = [name for name in names if name not in known]
     terms = list(dict.fromkeys(_term(name) for name in rest if _term(name)))

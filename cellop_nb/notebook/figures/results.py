@@ -58,7 +58,7 @@ def energy_bars(
     s.long_names(ax, groups, "y")
     ax.set_ylim(len(groups) - 0.45, -0.55)
     s.legend(ax, *handles, outside=True)
-    return s.label(ax, f"Distance to {target} (shorter is better)", unit).get_figure()
+    return s.figure_of(s.label(ax, f"Distance to {target} (shorter is better)", unit))
 
 
 def _method_bars(
@@ -124,7 +124,7 @@ def error_budget(table: pd.DataFrame, *, stages: Sequence[str] | None = None) ->
     s.long_names(ax, wide.index, "y")
     ax.set_ylim(len(wide) - 0.4, -0.6)
     s.legend(ax, outside=True, handlelength=0.8)
-    return s.label(ax, "Where the error sits", _ENERGY).get_figure()
+    return s.figure_of(s.label(ax, "Where the error sits", _ENERGY))
 
 
 def predicted_vs_true(
@@ -190,7 +190,7 @@ def _changes(ax, rows: pd.DataFrame, n_names: int) -> None:
 def names_beside(ax, x: np.ndarray, y: np.ndarray, names: Sequence[str], edge: float) -> None:
     """Names in a column at `edge`, in the order of their points, far enough apart to be read."""
     low, high = ax.get_ylim()
-    lines = ax.get_position().height * ax.get_figure().get_figheight() * 72 / (s.SMALL * 1.15)
+    lines = ax.get_position().height * s.figure_of(ax).get_figheight() * 72 / (s.SMALL * 1.15)
     order = np.argsort(y)
     places = _apart(y[order], (high - low) / lines, low, high)
     for i, place in zip(order, places, strict=True):
@@ -230,4 +230,4 @@ def coverage(table: pd.DataFrame, *, names: Sequence[str] | None = None) -> Figu
     ax.set_xticks(sorted(table["level"].unique()))
     s.few_ticks(ax, "y", 5)
     s.legend(ax, outside=True)
-    return s.label(ax, "Do the intervals hold?", "claimed coverage", "genes inside").get_figure()
+    return s.figure_of(s.label(ax, "Do the intervals hold?", "claimed coverage", "genes inside"))

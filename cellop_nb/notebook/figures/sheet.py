@@ -220,7 +220,7 @@ class Plot:
 
 def _candidates(scale: str, linear: float, low: float, high: float) -> np.ndarray:
     if scale == "linear":
-        return MaxNLocator(3, min_n_ticks=2).tick_values(low, high)
+        return np.asarray(MaxNLocator(3, min_n_ticks=2).tick_values(low, high))
     start = linear if scale == "symlog" else low
     powers = 10.0 ** np.arange(np.ceil(np.log10(start) - 1e-9), np.floor(np.log10(high) + 1e-9) + 1)
     return powers if scale == "log" else np.concatenate([-powers[::-1], [0.0], powers])
@@ -255,8 +255,8 @@ def round_up(last: float) -> float:
 def scale_for(low: float, high: float, energy: bool) -> tuple[str, float, float]:
     """Scale and rounded limits: log over a factor of 20, symlog for energies that reach zero, else linear."""
     if low > 0 and high > 20 * low:
-        ends = np.floor(np.log10(low) * 4 - 0.5) / 4, np.ceil(np.log10(high) * 4 + 0.5) / 4
-        return "log", *(float(10**end) for end in ends)
+        first, last = np.floor(np.log10(low) * 4 - 0.5) / 4, np.ceil(np.log10(high) * 4 + 0.5) / 4
+        return "log", float(10**first), float(10**last)
     if energy and high > 0 and low < 0.05 * high:
         bottom = -float(10 ** np.ceil(np.log10(-low))) if low < 0 else 0.0
         return "symlog", bottom, float(10 ** (np.ceil(np.log10(high) * 4) / 4))

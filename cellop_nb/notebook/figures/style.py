@@ -86,6 +86,13 @@ def label(ax: Axes, title: str = "", x: str = "", y: str = "") -> Axes:
     return ax
 
 
+def figure_of(ax: Axes) -> Figure:
+    """The whole figure that the axes stand in."""
+    figure = ax.get_figure(root=True)
+    assert figure is not None, "axes that were taken out of their figure"
+    return figure
+
+
 def safe(text: object, limit: int = 32) -> str:
     """A label from data: no mathtext, no line break, no hidden legend entry, at most `limit` letters."""
     words = " ".join(str(text).split())
@@ -133,7 +140,9 @@ def long_names(ax: Axes, names: Sequence[object], axis: str = "x") -> None:
     shown = [safe(name, 40) for name in names]
     (ax.set_xticks if axis == "x" else ax.set_yticks)(range(len(shown)), shown)
     if axis == "x":
-        room = ax.get_figure().get_figwidth() * ax.get_subplotspec().get_position(ax.get_figure()).width * 12
+        figure, place = figure_of(ax), ax.get_subplotspec()
+        width = (ax.get_position() if place is None else place.get_position(figure)).width
+        room = figure.get_figwidth() * width * 12
         if sum(len(name) + 2 for name in shown) > room:
             ax.tick_params(axis="x", labelrotation=40)
             for tick in ax.get_xticklabels():

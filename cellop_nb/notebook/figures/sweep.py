@@ -49,7 +49,7 @@ def _points(done: pd.DataFrame, name: str, metric: str) -> Figure:
         s.log_ticks(ax, "x")
     s.few_ticks(ax, "y")
     s.legend(ax, outside=True)
-    return s.label(ax, f"{s.safe(metric)} of each run", s.safe(name), s.safe(metric)).get_figure()
+    return s.figure_of(s.label(ax, f"{s.safe(metric)} of each run", s.safe(name), s.safe(metric)))
 
 
 def _heat_map(done: pd.DataFrame, names: Sequence[str], metric: str, best: str) -> Figure:
@@ -70,7 +70,7 @@ def _heat_map(done: pd.DataFrame, names: Sequence[str], metric: str, best: str) 
     bar = fig.colorbar(image, ax=ax)
     bar.ax.tick_params(labelsize=s.SMALL)
     title = f"{s.safe(metric)}, mean over runs; best in the frame"
-    return s.label(ax, title, s.safe(names[0]), s.safe(names[1])).get_figure()
+    return s.figure_of(s.label(ax, title, s.safe(names[0]), s.safe(names[1])))
 
 
 def parallel_coordinates(
@@ -106,7 +106,7 @@ def parallel_coordinates(
     ax.spines[["left", "bottom"]].set_visible(False)
     bar = fig.colorbar(ScalarMappable(norm, s.RANGE), ax=ax, label=s.safe(metric))
     bar.ax.tick_params(labelsize=s.SMALL)
-    return s.label(ax, "Each line is a run; the three best are thick").get_figure()
+    return s.figure_of(s.label(ax, "Each line is a run; the three best are thick"))
 
 
 def sweep_effects(effects: pd.DataFrame, metric: str) -> Figure:

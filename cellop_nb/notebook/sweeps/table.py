@@ -87,7 +87,7 @@ def metric_of(table: pd.DataFrame, names: Sequence[str], metric: str | None = No
     known = [name for name in table.columns if name not in (*HEAD, *names, *TAIL)]
     if metric is None and known:
         return known[0]
-    if metric not in known:
+    if metric is None or metric not in known:
         fix = f"name one with --metric ({did_you_mean(metric or '', known)})"
         raise LabelError(three_beats("a number in the runs' metrics.json", repr(metric or "none"), fix))
     return metric
