@@ -141,15 +141,31 @@ def test_bad_input_is_refused_before_anything_runs(words, message, run, tmp_path
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["taken"]
 
 
-def test_counts_in_raw_are_pointed_to(run, tmp_path, nothing_runs):
+@pytest.fixture
+def normalised():
+    """A screen as an analysis leaves it: X normalised, the counts in raw."""
     from cellop_nb import datasets
 
     screen = datasets.synthetic(n_cells=20, n_genes=20, n_latent=4, library=50.0)
     screen.raw = screen.copy()
     screen.X = screen.X.log1p()
-    screen.write_h5ad(tmp_path / "screen.h5ad")
+    return screen
+
+
+def test_counts_in_raw_are_pointed_to_by_a_command_that_takes_them_out(run, normalised, tmp_path):
+    normalised.write_h5ad(tmp_path / "my screen.h5ad")
+    code, _, err = run("run", "--only", "01", "--data", "my screen.h5ad")
+    assert code == 2 and "looks log-normalised" in err
+    subprocess.run(err.strip().splitlines()[-1], shell=True, check=True, timeout=120)
+    code, _, err = run("run", "--only", "01", "--data", "my screen_counts.h5ad")
+    assert code == 0, err
+
+
+def test_a_raw_slot_without_counts_is_not_pointed_to(run, normalised, tmp_path, nothing_runs):
+    normalised.raw = normalised.copy()
+    normalised.write_h5ad(tmp_path / "screen.h5ad")
     code, _, err = run("run", "--only", "01", "--data", "screen.h5ad")
-    assert code == 2 and "looks log-normalised" in err and ".raw.to_adata()" in err
+    assert code == 2 and "looks log-normalised" in err and "raw slot" not in err
 
 
 def test_run_leaves_notebooks_metrics_and_a_closing_table(run, tmp_path):

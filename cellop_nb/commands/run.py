@@ -13,17 +13,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cellop_nb.commands import environment
+from cellop_nb.commands import environment, users_file
 from cellop_nb.commands.terminal import Status, clock, complain, say, table
 from cellop_nb.errors import DataError, LabelError, did_you_mean, three_beats
 from cellop_nb.files import storing
 from cellop_nb.notebook import batch, parameters
 
 SUMMARY = "run the numbered notebooks, on the embedded data or on yours"
+
+
 EXTRAS: tuple[str, ...] = ()
 
+
 _ALONE = ("00_quickstart", "06_predict")  # they make all they need themselves
-_KEYS = ("perturbation_key", "context_key", "control", "layer")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,7 +77,7 @@ def main(args: argparse.Namespace) -> int:
     """Run the selected notebooks; 0 when all ran to their end, 1 when one failed."""
     selected = select(args)
     values = settings(args, selected, with_file=True)
-    check_data(values)
+    users_file.check_data(values)
     target = folder(args)
     with storing(target):
         target.mkdir(parents=True, exist_ok=True)
@@ -126,7 +128,9 @@ def settings(
     given = [(name, value, False) for name, value in content.items()]
     given += [(name, value, True) for name, value in args.values]
     given += [
-        (name, getattr(args, name), True) for name in ("data", *_KEYS) if getattr(args, name) is not None
+        (name, getattr(args, name), True)
+        for name in ("data", *users_file.KEYS)
+        if getattr(args, name) is not None
     ]
     values: dict[str, dict[str, Any]] = {path.stem: {} for path in selected}
     for name, value, text in given:
@@ -135,7 +139,7 @@ def settings(
             fix = "use --runs and --name"
             raise LabelError(three_beats("a parameter that is free", "'run_dir', set by the run", fix))
         for stem, typed in parameters.assign(selected, name, value, text=text).items():
-            values[stem][plain] = locate(typed) if plain == "data" else typed
+            values[stem][plain] = users_file.locate(typed) if plain == "data" else typed
     return values
 
 
@@ -157,18 +161,6 @@ def _from_file(name: str) -> dict[str, Any]:
     return {str(key): value for key, value in content.items()}
 
 
-def locate(data: str) -> str:
-    """The absolute path where `data` is one: kernels work in the run folder, the caller elsewhere."""
-    path = Path(data).expanduser()
-    if path.exists():
-        return str(path.resolve())
-    if path.suffix in {".h5ad", ".h5", ".zarr"} or os.sep in data:
-        near = [other.name for other in path.parent.glob("*") if other.suffix in {".h5ad", ".zarr"}]
-        fix = did_you_mean(path.name, near) if near else "a relative path starts in the current folder"
-        raise DataError(three_beats("an AnnData file", f"no file {path}", fix))
-    return data
-
-
 def folder(args: argparse.Namespace) -> Path:
     """Run folder; one that has results is used again only for chosen notebooks."""
     parent = Path(args.runs).resolve() if args.runs else environment.home() / "runs"
@@ -185,30 +177,6 @@ def folder_name(name: str) -> str:
         fix = "use letters, digits, - and _; --runs sets the parent folder"
         raise LabelError(three_beats("a folder name after --name", repr(name), fix))
     return name
-
-
-def check_data(values: dict[str, dict[str, Any]]) -> None:
-    """Look at the user's file before the first kernel starts: a wrong key shows now, not a minute later."""
-    asked = next((v for v in values.values() if Path(v.get("data", "")).suffix == ".h5ad"), None)
-    if asked is None:
-        return
-    import cellop_nb
-
-    adata = cellop_nb.datasets.load(asked["data"], backed=True)
-    try:
-        cellop_nb.check(adata, **{key: asked[key] for key in _KEYS if key in asked})
-    except DataError as refusal:
-        raise DataError(f"{refusal}{_counts_in_raw(Path(asked['data']))}") from None
-
-
-def _counts_in_raw(path: Path) -> str:
-    """Where the file has a slot that no option reaches, how to reach it: counts often lie there."""
-    import h5py
-
-    with h5py.File(path) as file:
-        has_raw = "raw" in file
-    lines = "scanpy.read_h5ad(FILE).raw.to_adata().write_h5ad(NEW)"
-    return f" (the file has a raw slot too; to take the counts from there: {lines})." if has_raw else ""
 
 
 def _execute(selected: list[Path], target: Path, values: dict[str, dict[str, Any]]) -> list[batch.Outcome]:

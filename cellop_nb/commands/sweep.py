@@ -6,7 +6,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from cellop_nb.commands import environment
+from cellop_nb.commands import environment, users_file
 from cellop_nb.commands import run as single
 from cellop_nb.commands.terminal import clock, complain, say, table
 from cellop_nb.errors import DataError, three_beats
@@ -81,7 +81,7 @@ def main(args: argparse.Namespace) -> int:
         _list(runs, todo)
         return 0
     cluster.check_queue(args.cluster)
-    single.check_data({notebook.stem: runs[0].values})
+    users_file.check_data({notebook.stem: runs[0].values})
     _run(args, notebook, folder, runs, n_done=done)
     return _report(args, notebook, folder, runs)
 
@@ -105,7 +105,7 @@ def find(args: argparse.Namespace) -> Path:
 
 def _located(axis: plan.Axis) -> plan.Axis:
     assert isinstance(axis.values, tuple), "only numbers are drawn from an interval"
-    return replace(axis, values=tuple(single.locate(value) for value in axis.values))
+    return replace(axis, values=tuple(users_file.locate(value) for value in axis.values))
 
 
 def place(args: argparse.Namespace, notebook: Path) -> Path:

@@ -151,13 +151,18 @@ def _elsewhere(adata: AnnData, layer: str | None) -> str:
         if name == layer or (name is None and adata.X is None):
             continue
         _, block = next(count_blocks(adata, name, size=64))
-        values = block.data if sparse.issparse(block) else block
-        if (
-            values.size
-            and values.dtype.kind in "biuf"
-            and (values >= 0).all()
-            and (values == np.rint(values)).all()
-        ):
+        if _looks_raw(block):
             return f", layer={name!r} seems to hold them"
-    raw = "; adata.raw exists: try adata.raw.to_adata()" if adata.raw is not None else ""
+    raw = "; adata.raw has whole numbers: try adata.raw.to_adata()" if _raw_has_counts(adata) else ""
     return f" with layer=...{raw}"
+
+
+def _raw_has_counts(adata: AnnData) -> bool:
+    return adata.raw is not None and _looks_raw(adata.raw.X[:64])
+
+
+def _looks_raw(block) -> bool:
+    """Whether all values of a block are whole and none is negative."""
+    values = block.data if sparse.issparse(block) else np.asarray(block)
+    known = values.size and values.dtype.kind in "biuf"
+    return bool(known and (values >= 0).all() and (values == np.rint(values)).all())
