@@ -9,7 +9,7 @@ latent space.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from anndata import AnnData
 from ..data.contract import context_labels, obs_labels, perturbation_parts
 from ..errors import DataError, LabelError, ModelError, did_you_mean, three_beats
 from .formulas import Undefined
+from .library import measured_totals
 from .space import EvaluationSpace
 
 
@@ -31,6 +32,7 @@ class Prediction:
     mean : (gene,) predicted mean in log1p-CP10k, or None where nothing could be predicted
     cells : (cell, gene) predicted cells in log1p-CP10k, or None for a method that predicts a mean only
     counts : (cell, gene) predicted counts, or None for a method that predicts no counts
+    library : (cell,) predicted counts over all measured genes, where the table holds only some of them
     reason : why there is no prediction
     """
 
@@ -38,6 +40,7 @@ class Prediction:
     mean: np.ndarray | None = field(default=None, repr=False)
     cells: np.ndarray | None = field(default=None, repr=False)
     counts: Any = field(default=None, repr=False)
+    library: np.ndarray | None = field(default=None, repr=False)
     reason: str = ""
 
     def __post_init__(self) -> None:
@@ -54,14 +57,14 @@ class Prediction:
         return self.mean is not None and self.cells is None
 
     @classmethod
-    def of_cells(cls, method: str, cells: np.ndarray, counts=None) -> Prediction:
+    def of_cells(cls, method: str, cells: np.ndarray, counts=None, library=None) -> Prediction:
         """From predicted cells (cell, gene) in log1p-CP10k."""
-        return cls(method, np.asarray(cells).mean(axis=0, dtype=np.float64), cells, counts)
+        return cls(method, np.asarray(cells).mean(axis=0, dtype=np.float64), cells, counts, library)
 
     @classmethod
-    def of_counts(cls, method: str, counts, space: EvaluationSpace) -> Prediction:
+    def of_counts(cls, method: str, counts, space: EvaluationSpace, library=None) -> Prediction:
         """From predicted counts (cell, gene) over the genes of `space`."""
-        return cls.of_cells(method, space.transform(counts), counts)
+        return cls.of_cells(method, space.transform(counts), counts, library)
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,13 +162,18 @@ class Target:
         if len(self.control) == 0:
             raise Undefined(f"there are no control cells in {self.context!r} to start from")
 
+    @property
+    def library(self) -> np.ndarray | None:
+        """(cell,) counts of the control cells over all measured genes; None where no gene was left out."""
+        return None if self.adata is None else measured_totals(self.adata)
+
 
 Baseline = Callable[[Screen, Target], Prediction]
 
 
 def no_change(training: Screen, target: Target) -> Prediction:
     """The control cells themselves."""
-    return Prediction.of_cells("no change", target.control, target.counts)
+    return Prediction.of_cells("no change", target.control, target.counts, target.library)
 
 
 def control_mean(training: Screen, target: Target) -> Prediction:
@@ -290,4 +298,4 @@ def run(method: str, rule: Baseline, training: Screen, target: Target) -> Predic
             raise ModelError(
                 three_beats(f"{n_genes} genes predicted by {method!r}", str(value.shape[-1]), fix)
             )
-    return Prediction(method, found.mean, found.cells, found.counts, found.reason)
+    return replace(found, method=method)

@@ -10,12 +10,14 @@ import numpy as np
 import torch
 from scipy import sparse
 
+from ..data.batches import TOTAL_KEY
 from ..models.vae import NBVAE
 from ..settings import check_settings
 from ..training.callbacks import EarlyStopping
 from ..training.vae import VAETrainer, new_vae
 from .baselines import Prediction, Screen, Target, latent_shift
 from .combinations import response_operator
+from .library import library_growth
 from .predict import decode_cells, embed, source_cells
 from .space import EvaluationSpace
 from .transfer import Response
@@ -112,6 +114,8 @@ def virtual_cells(
         parts.append(cells)
     pooled = ad.concat(parts)
     pooled.obs[keys["perturbation_key"]] = perturbation
+    if TOTAL_KEY in pooled.obs:
+        pooled.obs[TOTAL_KEY] *= np.exp(library_growth(train, context, perturbation, **keys))
     return pooled
 
 
@@ -129,4 +133,5 @@ def pooled_shift(
 
         known = {"latents": fitted.latents, "start": fitted.latents[rows]}
         counts.append(latent_shift(training, target, decode=decode, **known).counts)
-    return Prediction.of_counts(LATENT_SHIFT, sparse.vstack(counts).tocsr(), target.space)
+    library = None if target.library is None else np.tile(target.library, len(fits))
+    return Prediction.of_counts(LATENT_SHIFT, sparse.vstack(counts).tocsr(), target.space, library)

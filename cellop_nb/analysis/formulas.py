@@ -217,12 +217,11 @@ def spearman_brown(half: float) -> float:
     return 2.0 * half / (1.0 + half)
 
 
-def library_ratio(predicted_counts, real_counts) -> float:
-    """Mean library size of the predicted over that of the real cells; counts are (cell, gene), 1 is right."""
-    real = real_counts.sum() / real_counts.shape[0]
-    if real == 0:
+def ratio_of_means(predicted: np.ndarray, real: np.ndarray) -> float:
+    """Mean counts of the predicted over those of the real cells, both (cell,); 1 is right."""
+    if not real.any():
         raise Undefined("the real cells hold no counts")
-    return float(predicted_counts.sum() / predicted_counts.shape[0] / real)
+    return float(np.mean(predicted, dtype=np.float64) / np.mean(real, dtype=np.float64))
 
 
 def zero_fraction_difference(predicted_counts, real_counts) -> float:

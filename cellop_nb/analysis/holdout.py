@@ -23,6 +23,7 @@ from .combinations import RULES
 from .fits import fit_response
 from .fitted import LATENT_SHIFT, Fitted, check_vae_settings, fit_vae, pooled_shift, view_of, virtual_cells
 from .formulas import Undefined
+from .library import measured_totals
 from .metrics import score_split
 from .selection import CANDIDATES
 from .space import EvaluationSpace, evaluation_genes
@@ -44,7 +45,8 @@ class Holdout:
         ``context, perturbation, group, method, metric, value, reason, outlier``; every method beside the noise
         floor. Outliers are groups outside the support of the training contexts.
     predictions : AnnData
-        Sampled counts of the virtual cells, pooled over seeds; ``layers["mean"]``, ``obsm``, the source cells' ``obs``.
+        Sampled counts of the virtual cells, pooled over seeds; ``layers["mean"]``, ``obsm``, the source cells' ``obs``,
+        of which ``total_counts`` (counts over all measured genes) is predicted.
     real : AnnData
         The held-out cells, over the same genes.
     control : AnnData
@@ -290,4 +292,5 @@ def _ready(virtual: Mapping, context: str, perturbation: str) -> ad.AnnData:
 
 
 def _from_operators(_: Screen, target: Target, *, method: str, ask) -> Prediction:
-    return Prediction.of_counts(method, ask(target.context, target.perturbation).X, target.space)
+    cells = ask(target.context, target.perturbation)
+    return Prediction.of_counts(method, cells.X, target.space, measured_totals(cells))

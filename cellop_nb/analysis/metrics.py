@@ -13,6 +13,7 @@ from ..data.contract import context_labels, obs_labels
 from ..errors import DataError, HoldoutError, did_you_mean, three_beats
 from ..tables import Scores
 from .baselines import BASELINES, Baseline, Prediction, Screen, Target, run
+from .library import measured_totals
 from .score_table import table_of
 from .scores import METRICS, Truth, noise, score, shared_shift
 from .space import EvaluationSpace, evaluation_genes, log1p_cp10k
@@ -89,12 +90,14 @@ def evaluate(
     for (context, perturbation), rows in truth_rows.items():
         start = space.transform(space.select(control[contexts == context], layer))
         counts = space.select(real[rows], layer)
-        options = {"counts": counts, "shared_shift": shift, "max_cells": max_cells, "seed": seed}
+        options = {"shared_shift": shift, "max_cells": max_cells, "seed": seed}
+        options |= {"counts": counts, "library": measured_totals(real[rows])}
         truths[context, perturbation] = Truth(space.transform(counts), start, space, **options)
         guess = Prediction(method, reason="no predicted cells of this group")
         if (context, perturbation) in guess_rows:
             cells = predicted[guess_rows[context, perturbation]]
-            guess = Prediction.of_counts(method, space.select(cells, predicted_layer), space)
+            chosen = space.select(cells, predicted_layer)
+            guess = Prediction.of_counts(method, chosen, space, measured_totals(cells))
         guesses[context, perturbation] = guess
     return table_of(truths, {method: guesses}, metrics)
 
@@ -157,7 +160,8 @@ def score_split(
             unscored[group] = f"{found}; 2 of each are needed"
             continue
         held = space.select(real[rows], layer)
-        options = {"counts": held, "shared_shift": shift, "max_cells": max_cells, "seed": seed}
+        options = {"shared_shift": shift, "max_cells": max_cells, "seed": seed}
+        options |= {"counts": held, "library": measured_totals(real[rows])}
         truths[group] = Truth(space.transform(held), screen.cells[start], space, **options)
         target = Target(*group, screen.cells[start], counts[start], training[start], space)
         for name, rule in methods.items():

@@ -70,6 +70,8 @@ class Truth:
         Real perturbed cells, and the control cells of the same context, log1p-CP10k.
     counts : (cell, gene), optional
         Counts of the real cells.
+    library : (cell,), optional
+        Their counts over all measured genes, where `counts` holds only some of them.
     shared_shift : (gene,), optional
         Mean shift of the training groups; control mean + shared shift is the reference of Systema's
         correlation.
@@ -84,6 +86,7 @@ class Truth:
         space: EvaluationSpace,
         *,
         counts=None,
+        library=None,
         shared_shift=None,
         max_cells: int = 500,
         seed: int = 0,
@@ -93,7 +96,7 @@ class Truth:
             raise HoldoutError(
                 three_beats("at least 2 real and 2 control cells", found, "leave this group out")
             )
-        self.real, self.control, self.space, self.counts = real, control, space, counts
+        self.real, self.control, self.space, self.counts, self.library = real, control, space, counts, library
         self.shared_shift, self.max_cells, self.seed = shared_shift, max_cells, seed
         self.mean = real.mean(axis=0, dtype=np.float64)
         self.control_mean = control.mean(axis=0, dtype=np.float64)
@@ -153,6 +156,20 @@ class _Scored:
             )
         return self.prediction.counts, self.truth.counts
 
+    def sums(self) -> tuple[np.ndarray, np.ndarray]:
+        """Counts of each predicted and each real cell over the genes of the table."""
+        predicted, real = (np.asarray(counts.sum(axis=1)).ravel() for counts in self.counts())
+        return predicted, real
+
+    def libraries(self) -> tuple[np.ndarray, np.ndarray]:
+        """Counts of each predicted and each real cell over all measured genes."""
+        predicted, real = self.prediction.library, self.truth.library
+        if real is None:
+            return self.sums()
+        if predicted is None:
+            raise Undefined("needs counts over all measured genes; this method predicts none")
+        return predicted, real
+
     @cached_property
     def de(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Arguments of the gene-set metrics: predicted and real (lfc, significant)."""
@@ -188,7 +205,8 @@ METRICS: dict[str, Callable[[_Scored], float]] = {
     "lfc_spearman": lambda s: formulas.lfc_spearman(*s.lfc),
     "precision_at_50": lambda s: formulas.precision_at_k(*s.de, k=50),
     "de_score": lambda s: formulas.de_score(*s.de),
-    "library_ratio": lambda s: formulas.library_ratio(*s.counts()),
+    "library_ratio": lambda s: formulas.ratio_of_means(*s.libraries()),
+    "counts_ratio": lambda s: formulas.ratio_of_means(*s.sums()),
     "zero_fraction_difference": lambda s: formulas.zero_fraction_difference(*s.counts()),
 }
 PDS = "discrimination"  # over all perturbations of a context, so it stands beside the table of single groups

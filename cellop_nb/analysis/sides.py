@@ -10,11 +10,13 @@ import numpy as np
 
 from ..data.contract import context_labels, obs_labels
 from .holdout import Holdout
+from .library import measured_totals
 
 
 @dataclass(frozen=True, eq=False)
 class Sides:
-    """One held-out group in the space of its metrics: cells (cell, gene) in log1p-CP10k, and their counts."""
+    """One held-out group in the space of its metrics: cells (cell, gene) in log1p-CP10k, their counts, and their
+    libraries (cell,) where genes were left out."""
 
     context: str
     perturbation: str
@@ -23,6 +25,8 @@ class Sides:
     real: np.ndarray = field(repr=False)
     real_counts: Any = field(repr=False)
     control: np.ndarray = field(repr=False)
+    fit_libraries: list[np.ndarray] | None = field(default=None, repr=False)
+    real_library: np.ndarray | None = field(default=None, repr=False)
 
     @property
     def group(self) -> str:
@@ -44,11 +48,13 @@ def sides_of(result: Holdout, layer, perturbation_key: str, context_key) -> Iter
         predicted = result.predictions[rows(result.predictions, context, perturbation)]
         if not predicted.n_obs:
             continue  # its reason stands in the table
-        parts = [
-            space.select(predicted[predicted.obs["fit"] == fit]) for fit in predicted.obs["fit"].unique()
-        ]
-        real = space.select(result.real[rows(result.real, context, perturbation)], layer)
+        members = [predicted[predicted.obs["fit"] == fit] for fit in predicted.obs["fit"].unique()]
+        parts = [space.select(member) for member in members]
+        libraries = [measured_totals(member) for member in members]
+        here = result.real[rows(result.real, context, perturbation)]
+        real = space.select(here, layer)
         control = space.select(result.control[rows(result.control, context)], layer)
         cells = [space.transform(part) for part in parts]
         sides = (cells, parts, space.transform(real), real, space.transform(control))
-        yield Sides(context, perturbation, *sides)
+        totals = (None if libraries[0] is None else libraries, measured_totals(here))
+        yield Sides(context, perturbation, *sides, *totals)

@@ -91,9 +91,9 @@ def metric_intervals(
 class _Redrawn(Truth):
     """Resampled real and control cells that keep the gene ranking of the whole."""
 
-    def __init__(self, whole: Truth, real, control, counts, shift) -> None:
-        options = {"shared_shift": shift, "max_cells": whole.max_cells, "seed": whole.seed}
-        super().__init__(real, control, whole.space, counts=counts, **options)
+    def __init__(self, whole: Truth, real, control, counts, library) -> None:
+        options = {"shared_shift": whole.shared_shift, "max_cells": whole.max_cells, "seed": whole.seed}
+        super().__init__(real, control, whole.space, counts=counts, library=library, **options)
         self.whole = whole
 
     @property
@@ -110,8 +110,11 @@ def _redrawn(sides: Sides, truth: Truth, names: list[str], rng: np.random.Genera
     real = rng.integers(len(sides.real), size=len(sides.real))
     control = rng.integers(len(sides.control), size=len(sides.control))
     sample = (sides.real[real], sides.control[control], _dense(sides.real_counts[real]))
-    again = _Redrawn(truth, *sample, truth.shared_shift)
-    scored = score(Prediction.of_cells(OPERATORS, cells, counts), again, names)
+    library, measured = None, None if sides.real_library is None else sides.real_library[real]
+    if sides.fit_libraries is not None:
+        library = np.concatenate([sides.fit_libraries[fit][rows] for fit, rows in chosen])
+    again = _Redrawn(truth, *sample, measured)
+    scored = score(Prediction.of_cells(OPERATORS, cells, counts, library), again, names)
     return {row["metric"]: row["value"] for row in scored}
 
 

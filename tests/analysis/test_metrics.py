@@ -49,7 +49,7 @@ def test_methods_stand_in_the_order_that_they_must(table):
 def test_what_cannot_be_known_has_a_reason(table):
     assert "mean only" in rows(table, "e_distance", "control mean")["reason"].item()
     assert "not a combination" in rows(table, "mae", "additive")["reason"].item()
-    assert "predicts none" in rows(table, "library_ratio", "mean shift")["reason"].item()
+    assert "predicts none" in rows(table, "counts_ratio", "mean shift")["reason"].item()
     assert "below 20" in rows(table, "discrimination", "mean shift")["reason"].item()
 
 
