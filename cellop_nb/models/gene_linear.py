@@ -58,6 +58,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight: Tensor, x: LogNormalised) -> Tensor:
         ctx.x, counts = x, x.counts
+        assert counts is not None
         return _weighted_sums(weight, counts.columns, counts.indptr, x.values)
 
     @staticmethod
