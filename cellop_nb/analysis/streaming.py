@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import anndata as ad
@@ -11,6 +11,9 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
+from ..data.checks import block_check
+from ..data.contract import count_slot
+from ..data.on_disk import RowReader, is_on_disk
 from ..errors import DataError, three_beats
 from ..files import write_whole
 from ..models.affine import AffineOperator
@@ -73,14 +76,31 @@ def predict_to_file(
     check_settings(settings, predict, of="predict", taken=(*ours, *keys))
     source = source_cells(adata, context, **keys)
     starts = range(0, len(source), batch_size)
+    part_of = _reader(adata, use_rep, settings.get("layer"))
 
     def parts():
         for start in tqdm(starts, desc=f"predicting {perturbation}", disable=len(starts) < 20):
-            cells = adata[source[start : start + batch_size]].to_memory()
+            cells = part_of(source[start : start + batch_size])
             asked = {"perturbation": perturbation, "context": context, "use_rep": use_rep, **keys, **settings}
             yield predict(cells, vae, operators, seed=seed + start, **asked)
 
     return write_whole(path, lambda part: _write(part, parts(), use_rep))
+
+
+def _reader(adata, use_rep: str, layer: str | None) -> Callable[[np.ndarray], ad.AnnData]:
+    """What gives chosen cells in memory: their counts, labels and latents, and nothing else that is on disk."""
+    slot, latents = count_slot(adata, layer), adata.obsm.get(use_rep)
+    if not is_on_disk(slot):
+        return lambda rows: adata[rows].to_memory()
+    counts = RowReader(slot, check=block_check(adata, layer))
+
+    def cells(rows: np.ndarray) -> ad.AnnData:
+        x = counts.read(rows)
+        slots = {"X": x} if layer is None else {"layers": {layer: x}}
+        kept = {} if latents is None else {use_rep: latents[rows]}
+        return ad.AnnData(obs=adata.obs.iloc[rows], var=adata.var, obsm=kept, **slots)
+
+    return cells
 
 
 def _write(path: Path, parts, use_rep: str) -> None:

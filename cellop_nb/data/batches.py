@@ -10,7 +10,7 @@ from anndata import AnnData
 from scipy import sparse
 
 from ..errors import DataError, LabelError, did_you_mean, three_beats
-from .checks import check_values
+from .checks import block_check, check_values
 from .contract import count_slot, counts, library_size, obs_labels
 from .matrices import CountBatch, CountLoader, CountMatrix
 from .on_disk import DiskCounts, is_on_disk
@@ -38,6 +38,7 @@ def count_matrix(
     covariate_keys: Sequence[str] = (),
     categories: Mapping[str, Sequence[str]] | None = None,
     total_key: str | None = None,
+    checked: bool = False,
 ) -> CountMatrix | DiskCounts:
     """Counts of `adata` ready for minibatches.
 
@@ -54,18 +55,23 @@ def count_matrix(
     total_key
         Column of `obs` with each cell's counts over all measured genes. What the chosen genes leave of it becomes
         the last column of the counts.
+    checked
+        Refuse values that are no raw counts: at once in memory, those on disk whenever they are read.
 
     Raises
     ------
     DataError, LabelError
         If genes, columns or categories are unknown, or totals are smaller than the counts of the chosen genes.
     """
+    if checked and not is_on_disk(count_slot(adata, layer)):
+        check_values(adata, layer)
     known = categories or covariate_categories(adata, covariate_keys)
     codes = {key: category_codes(adata, key, known[key]) for key in covariate_keys}
     positions = None if genes is None else gene_positions(adata, genes)
     slot = count_slot(adata, layer)
     if is_on_disk(slot):
-        disk = DiskCounts(slot, genes=positions, covariates=codes)
+        check = block_check(adata, layer) if checked else None
+        disk = DiskCounts(slot, genes=positions, covariates=codes, check=check)
         return disk if total_key is None else disk.with_rest(_other_genes(adata, disk.sums, total_key))
     matrix = counts(adata, layer)
     matrix = matrix if positions is None else matrix[:, positions]
@@ -85,7 +91,6 @@ def model_counts(adata: AnnData, model, *, layer: str | None = None) -> CountMat
         counts.
     """
     known = model.covariates
-    check_values(adata, layer)
     return count_matrix(
         adata,
         layer=layer,
@@ -93,6 +98,7 @@ def model_counts(adata: AnnData, model, *, layer: str | None = None) -> CountMat
         covariate_keys=list(known),
         categories=known,
         total_key=model.total_key,
+        checked=True,
     )
 
 

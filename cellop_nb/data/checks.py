@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from anndata import AnnData
@@ -21,7 +25,7 @@ def check_counts(adata: AnnData, layer: str | None = None) -> np.ndarray:
     DataError
         For values that are not numbers, not finite, negative or not whole, and for cells without any count.
     """
-    where = "X" if layer is None else f"layers[{layer!r}]"
+    where = _where(layer)
     totals = check_values(adata, layer)
     empty = np.flatnonzero(totals == 0)
     if len(empty):
@@ -39,15 +43,31 @@ def check_values(adata: AnnData, layer: str | None = None) -> np.ndarray:
     DataError
         For values that are not numbers, not finite, negative or not whole.
     """
-    where = "X" if layer is None else f"layers[{layer!r}]"
-    totals = np.zeros(adata.n_obs)
+    totals, check = np.zeros(adata.n_obs), block_check(adata, layer)
+    for start, block in count_blocks(adata, layer):
+        rows = np.arange(start, start + block.shape[0])
+        check(block, rows)
+        totals[rows] = np.asarray(block.sum(axis=1), dtype=float).ravel()
+    return totals
+
+
+def block_check(adata: AnnData, layer: str | None = None) -> Callable[[Any, np.ndarray], None]:
+    """What refuses a block of counts (cell, gene), as stored, of the rows (cell,), as :func:`check_values` does.
+
+    Raises
+    ------
+    DataError
+        At once, if the values are not numbers.
+    """
     if np.dtype(count_slot(adata, layer).dtype).kind not in "biuf":
         found = f"values of type {count_slot(adata, layer).dtype}"
-        raise DataError(three_beats(f"numbers in {where}", found, "store counts as integers or floats"))
-    for start, block in count_blocks(adata, layer):
-        _check_block(adata, block, start, where, layer)
-        totals[start : start + block.shape[0]] = np.asarray(block.sum(axis=1), dtype=float).ravel()
-    return totals
+        fix = "store counts as integers or floats"
+        raise DataError(three_beats(f"numbers in {_where(layer)}", found, fix))
+    return partial(_check_block, adata, layer)
+
+
+def _where(layer: str | None) -> str:
+    return "X" if layer is None else f"layers[{layer!r}]"
 
 
 def check_labels(labels: pd.DataFrame, perturbation_key: str, control: str) -> None:
@@ -102,26 +122,25 @@ def _check_combinations(treated: list[str], control: str) -> None:
             raise LabelError(three_beats("one label per combination", f"{twin!r} and {label!r}", fix))
 
 
-def _check_block(adata: AnnData, block, start: int, where: str, layer: str | None) -> None:
+def _check_block(adata: AnnData, layer: str | None, block, rows: np.ndarray) -> None:
+    where = _where(layer)
     values = block.data if sparse.issparse(block) else block
     if values.dtype.kind in "bu":
         return
     if not np.isfinite(values).all():
-        found = _describe(adata, block, start, lambda v: ~np.isfinite(v))
+        found = _describe(adata, block, rows, lambda v: ~np.isfinite(v))
         raise DataError(three_beats(f"finite counts in {where}", found, "drop or repair these cells"))
     if (values < 0).any():
-        found = (
-            f"negative values: {_describe(adata, block, start, lambda v: v < 0)}; scaled or corrected data"
-        )
+        found = f"negative values: {_describe(adata, block, rows, lambda v: v < 0)}; scaled or corrected data"
         fix = f"pass the raw counts{_elsewhere(adata, layer)}"
         raise DataError(three_beats(f"counts of at least 0 in {where}", found, fix))
     if values.dtype.kind == "f" and (values != np.rint(values)).any():
-        found = f"{_describe(adata, block, start, lambda v: v != np.rint(v))}; {_guess(block, values)}"
+        found = f"{_describe(adata, block, rows, lambda v: v != np.rint(v))}; {_guess(block, values)}"
         fix = f"pass the raw counts{_elsewhere(adata, layer)}"
         raise DataError(three_beats(f"whole numbers in {where}", found, fix))
 
 
-def _describe(adata: AnnData, block, start: int, bad) -> str:
+def _describe(adata: AnnData, block, rows: np.ndarray, bad) -> str:
     """How many values are bad, and the first one with its cell and gene."""
     coo = block.tocoo() if sparse.issparse(block) else None
     mask = bad(coo.data if coo is not None else block)
@@ -131,7 +150,7 @@ def _describe(adata: AnnData, block, start: int, bad) -> str:
     else:
         row, column = np.argwhere(mask)[0]
         value = block[row, column]
-    cell, gene = adata.obs_names[start + row], adata.var_names[column]
+    cell, gene = adata.obs_names[rows[row]], adata.var_names[column]
     return f"{value:g} in cell {cell!r}, gene {gene!r} ({int(mask.sum())} such values)"
 
 

@@ -14,7 +14,10 @@ from torch import Tensor
 from ..errors import DataError, three_beats
 
 PART = 16_384
-"""Cells that a pass over all counts, or a window of a file, holds at a time: about 30 MB at 200 genes a cell."""
+"""Cells that a shuffled window of a file holds at a time: about 30 MB at 200 genes a cell."""
+
+PASS = 4_096
+"""Cells that a pass over counts in their order holds at a time."""
 
 Order = Callable[[int, torch.Generator], Tensor]
 """(number of rows, generator) to a permutation (row,)."""
@@ -114,8 +117,8 @@ class CountMatrix:
 
     def blocks(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, sparse.csr_matrix]]:
         """Cut `rows` (cell,) into parts, each with its counts in memory (cell, gene)."""
-        for start in range(0, len(rows), PART):
-            part = rows[start : start + PART]
+        for start in range(0, len(rows), PASS):
+            part = rows[start : start + PASS]
             yield part, self.csr[part]
 
     def loader(self, rows: np.ndarray | None = None, **settings) -> CountLoader:

@@ -7,8 +7,9 @@ had by shuffling short blocks of rows, reading a window of many blocks at a time
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import anndata
@@ -20,11 +21,14 @@ from scipy import sparse
 from torch import Tensor
 
 from ..errors import DataError, three_beats
-from .matrices import PART, CountBatch, CountLoader, CountMatrix, Order
+from .matrices import PART, PASS, CountBatch, CountLoader, CountMatrix, Order
 from .slots import count_slot
+from .stored import StoredRows
 
 BLOCK = 64
 """Neighbouring cells that stay together on the way to a window."""
+
+Check = Callable[[sparse.csr_matrix, np.ndarray], None]
 
 _GAP = 32  # rows that are read and thrown away rather than starting another read
 
@@ -119,6 +123,8 @@ class RowReader:
         Columns to keep, in this order; all where None.
     rest
         (cell,) a further last column: the counts of genes that the matrix does not hold.
+    check
+        Gets what was read, (cell, gene) as stored, and its rows (cell,), before it is used: to refuse values.
 
     Raises
     ------
@@ -126,33 +132,52 @@ class RowReader:
         If the matrix is stored by genes (CSC): every cell would cost a pass through the file.
     """
 
-    def __init__(self, slot, *, genes: np.ndarray | None = None, rest: np.ndarray | None = None) -> None:
+    def __init__(
+        self,
+        slot,
+        *,
+        genes: np.ndarray | None = None,
+        rest: np.ndarray | None = None,
+        check: Check | None = None,
+    ) -> None:
         if getattr(slot, "format", "csr") == "csc":
             fix = "store it by cells once: adata.X = adata.X.tocsr(); adata.write_h5ad(...)"
             raise DataError(
                 three_beats("counts stored by cells (CSR)", "a matrix stored by genes (CSC)", fix)
             )
         whole = genes is None or np.array_equal(genes, np.arange(slot.shape[1]))
-        self.slot, self.genes, self.rest = slot, None if whole else genes, rest
+        self.stored, self.genes, self.rest, self.check = (
+            StoredRows(slot),
+            None if whole else genes,
+            rest,
+            check,
+        )
         columns = slot.shape[1] if whole else len(genes)
         self.shape = (slot.shape[0], columns + (rest is not None))
 
     def read(self, rows: np.ndarray) -> sparse.csr_matrix:
         """Rows (cell,) in the order asked for, (cell, gene) float32."""
-        sorted_rows, back = np.unique(rows, return_inverse=True)
-        cuts: np.ndarray = np.flatnonzero(np.diff(sorted_rows) > _GAP) + 1
-        parts = [self._span(run) for run in np.split(sorted_rows, cuts)]
+        wanted, back = np.unique(rows, return_inverse=True)
+        cuts: np.ndarray = np.flatnonzero(np.diff(wanted) > _GAP) + 1
+        firsts, lasts = wanted[np.r_[0, cuts]], wanted[np.r_[cuts, len(wanted)] - 1] + 1
+        # In turns: the rows between, which nobody asked for, are gone before the next ones come.
+        turn = np.cumsum(lasts - firsts) // (2 * PASS)
+        parts = [self._runs(firsts[turn == k], lasts[turn == k], wanted) for k in np.unique(turn)]
         found = parts[0] if len(parts) == 1 else sparse.vstack(parts, "csr")
-        return found if np.array_equal(back, np.arange(len(back))) else found[back]
-
-    def _span(self, run: np.ndarray) -> sparse.csr_matrix:
-        first, last = int(run[0]), int(run[-1]) + 1
-        part = sparse.csr_matrix(self.slot[first:last])
-        part = part if len(run) == last - first else part[run - first]
-        part = part if self.genes is None else part[:, self.genes]
+        found = found if np.array_equal(wanted, rows) else found[back]
+        found = found if self.genes is None else found[:, self.genes]
         if self.rest is not None:
-            part = sparse.hstack([part, sparse.csr_matrix(self.rest[run, None])], "csr")
-        return part.astype(np.float32, copy=False)
+            found = sparse.hstack([found, sparse.csr_matrix(self.rest[rows, None])], "csr")
+        return found.astype(np.float32, copy=False)
+
+    def _runs(self, firsts: np.ndarray, lasts: np.ndarray, wanted: np.ndarray) -> sparse.csr_matrix:
+        """The wanted rows of some runs, in the order of the file and as stored."""
+        found = self.stored.read(firsts, lasts)
+        held = np.concatenate([np.arange(a, b) for a, b in zip(firsts, lasts, strict=True)])
+        if self.check is not None:
+            self.check(found, held)
+        kept = np.isin(held, wanted, assume_unique=True)
+        return found if kept.all() else found[np.flatnonzero(kept)]
 
 
 class DiskCounts:
@@ -160,26 +185,36 @@ class DiskCounts:
 
     Parameters
     ----------
-    slot, genes
+    slot, genes, check
         As in :class:`RowReader`.
     covariates
         Category codes per covariate, (cell,) each.
-
-    Attributes
-    ----------
-    library : Tensor
-        (cell,) float32, at least 1; one pass through the file computes it.
     """
 
-    def __init__(self, slot, *, genes: np.ndarray | None = None, covariates: Mapping | None = None) -> None:
-        self.reader = RowReader(slot, genes=genes)
+    def __init__(
+        self,
+        slot,
+        *,
+        genes: np.ndarray | None = None,
+        covariates: Mapping | None = None,
+        check: Check | None = None,
+    ) -> None:
+        self.slot, self.reader = slot, RowReader(slot, genes=genes, check=check)
         self.shape = self.reader.shape
-        parts = [part.sum(axis=1) for _, part in self.blocks(np.arange(len(self)))]
-        self.sums = np.concatenate([np.asarray(part, dtype=np.float64).ravel() for part in parts])
-        self.library = torch.from_numpy(np.maximum(self.sums.astype(np.float32), 1.0))
         self.covariates = {
             key: torch.as_tensor(code, dtype=torch.int64) for key, code in (covariates or {}).items()
         }
+
+    @cached_property
+    def sums(self) -> np.ndarray:
+        """(cell,) float64 counts of each cell; a pass through the file, made when they are first asked for."""
+        parts = [part.sum(axis=1) for _, part in self.blocks(np.arange(len(self)))]
+        return np.concatenate([np.asarray(part, dtype=np.float64).ravel() for part in parts])
+
+    @cached_property
+    def library(self) -> Tensor:
+        """(cell,) float32 library sizes, at least 1; from :attr:`sums`."""
+        return torch.from_numpy(np.maximum(self.sums.astype(np.float32), 1.0))
 
     def __len__(self) -> int:
         return self.reader.shape[0]
@@ -187,15 +222,16 @@ class DiskCounts:
     def with_rest(self, rest: np.ndarray) -> DiskCounts:
         """The same counts with a last column `rest` (cell,): what the genes kept leave of each cell's total."""
         more = copy.copy(self)
-        more.reader = RowReader(self.reader.slot, genes=self.reader.genes, rest=rest)
+        given = {"genes": self.reader.genes, "rest": rest, "check": self.reader.check}
+        more.reader = RowReader(self.slot, **given)
         more.shape, more.sums = more.reader.shape, self.sums + rest
-        more.library = torch.from_numpy(np.maximum(more.sums.astype(np.float32), 1.0))
+        vars(more).pop("library", None)  # of the sums before
         return more
 
     def blocks(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, sparse.csr_matrix]]:
         """Cut `rows` (cell,) into parts, each with its counts in memory (cell, gene)."""
-        for start in range(0, len(rows), PART):
-            part = rows[start : start + PART]
+        for start in range(0, len(rows), PASS):
+            part = rows[start : start + PASS]
             yield part, self.reader.read(part)
 
     def held(self, rows: np.ndarray) -> CountMatrix:
@@ -218,7 +254,7 @@ class DiskLoader(CountLoader):
 
     def __iter__(self) -> Iterator[CountBatch]:
         shares = list(self.shares())
-        per_window = max(1, PART // self.batch_size)
+        per_window = max(1, (PART if self.shuffle else PASS) // self.batch_size)
         for start in range(0, len(shares), per_window):
             window = shares[start : start + per_window]
             held = self.matrix.held(np.concatenate([rows for _, rows in window]))  # type: ignore[attr-defined]

@@ -11,6 +11,7 @@ from anndata import AnnData
 from scipy import sparse
 
 from ..errors import DataError, LabelError, did_you_mean, three_beats
+from .stored import StoredRows, is_stored_by_cells
 
 JOINER = " | "
 EVERYWHERE = "all"
@@ -51,8 +52,10 @@ def count_blocks(adata: AnnData, layer: str | None = None, size: int = 4096) -> 
     slot = count_slot(adata, layer)
     if sparse.issparse(slot):
         slot = slot.tocsr()
+    stored = StoredRows(slot) if is_stored_by_cells(slot) else None
     for start in range(0, adata.n_obs, size):
-        block = slot[start : start + size]
+        end = min(start + size, adata.n_obs)
+        block = slot[start:end] if stored is None else stored.read(np.array([start]), np.array([end]))
         yield start, block.tocsr() if sparse.issparse(block) else np.asarray(block)
 
 

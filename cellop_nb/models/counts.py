@@ -9,6 +9,7 @@ from scipy import sparse
 from torch import Tensor
 
 from ..errors import ModelError, three_beats
+from .host import looks_are_free
 from .stirling import count_constant
 
 
@@ -58,7 +59,7 @@ class SparseCounts:
     @cached_property
     def constant(self) -> Tensor:
         """(cell,) part of each cell's log-likelihood that no parameter enters, with its sign turned."""
-        return self.values.new_zeros(self.shape[0]).index_add_(0, self.rows, count_constant(self.values))
+        return self.values.new_zeros(self.shape[0]).index_add_(0, self.rows, _constants(self.values))
 
     @cached_property
     def rows(self) -> Tensor:
@@ -107,6 +108,20 @@ class SparseCounts:
 
     def __repr__(self) -> str:
         return f"SparseCounts({self.shape[0]} cells, {self.shape[1]} genes, {len(self.values)} non-zeros)"
+
+
+_TABLE = 255
+
+
+def _constants(values: Tensor) -> Tensor:
+    """:func:`count_constant` of each value; small whole counts, nearly all of them, are looked up on a CPU."""
+    if not looks_are_free(values.device):
+        return count_constant(values)
+    places = values.clamp_max(_TABLE).int()
+    table = count_constant(torch.arange(_TABLE + 1, dtype=values.dtype).clamp_min_(1))
+    found, other = table.index_select(0, places), (places != values).nonzero().view(-1)
+    found[other] = count_constant(values[other])
+    return found
 
 
 def refuse_negative(x: Tensor) -> None:

@@ -92,10 +92,10 @@ def _moments(matrix: CountMatrix, rows: np.ndarray) -> tuple[np.ndarray, np.ndar
     """Totals (cell,) of the cells `rows`, and mean and variance (gene,) of their counts, in float64."""
     totals, sums, squares = [], np.zeros(()), np.zeros(())
     for _, part in matrix.blocks(rows):
-        part = part.astype(np.float64)
-        totals.append(np.asarray(part.sum(1)).ravel())
-        sums = sums + np.asarray(part.sum(0)).ravel()
-        squares = squares + np.asarray(part.multiply(part).sum(0)).ravel()
+        values = part.data.astype(np.float64)
+        totals.append(np.asarray(part.sum(1, dtype=np.float64)).ravel())
+        sums = sums + np.bincount(part.indices, values, part.shape[1])
+        squares = squares + np.bincount(part.indices, np.square(values, out=values), part.shape[1])
     mean = sums / len(rows)
     return np.concatenate(totals), mean, squares / len(rows) - mean**2
 

@@ -12,6 +12,7 @@ from cellop_nb.models.counts import SparseCounts
 from cellop_nb.models.gene_linear import GeneLinear, LogNormalised
 from cellop_nb.models.likelihood import nb_log_likelihood, nb_log_likelihood_logits
 from cellop_nb.models.nb_head import nb_log_likelihood_head
+from cellop_nb.models.stirling import count_constant
 from cellop_nb.models.vae import NBVAE, elbo_loss
 
 some = settings(deadline=None, max_examples=25)
@@ -54,6 +55,15 @@ def test_counts_by_gene_are_the_transpose():
     turned[torch.arange(13).repeat_interleave(starts.diff()), cells] = values
     assert torch.equal(turned, counts.dense().T)
     assert torch.equal(counts.totals(), counts.dense().sum(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_constants_that_are_looked_up_are_those_of_the_formula(dtype):
+    x = torch.tensor(
+        [[1, 0, 2, 7], [255, 256, 40_000, 0], [0.5, 254.5, 300.25, 1], [0, 0, 0, 0]], dtype=dtype
+    )
+    expected = torch.stack([count_constant(row[row > 0]).sum() for row in x])
+    torch.testing.assert_close(SparseCounts.from_dense(x).constant, expected, rtol=1e-6, atol=0)
 
 
 def head_inputs(x, seed=1):
