@@ -50,7 +50,6 @@ def _counts_in_raw(path: Path) -> str:
         return ""
     new = path.with_name(f"{path.stem}_counts.h5ad")
     lines = f"import anndata; anndata.read_h5ad({str(path)!r}).raw.to_adata().write_h5ad({str(new)!r})"
-    return (
-        f"\nThe raw slot has whole numbers. This writes them to a file of their own, which --data then names:\n"
-        f"{sys.executable} -c {shlex.quote(lines)}"
-    )
+    quoted = shlex.quote(lines) if set(lines) & set('"$`\\!') else f'"{lines}"'  # the latter reads better
+    said = "The raw slot has whole numbers. This writes them to a file of their own, which --data then names:"
+    return f"\n{said}\n{shlex.quote(sys.executable)} -c {quoted}"
