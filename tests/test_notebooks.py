@@ -35,11 +35,17 @@ def complaints(path: Path) -> list[str]:
         found.append("an error among the outputs")
     if any(output.get("name") == "stderr" for cell in code for output in cell.outputs):
         found.append("text on stderr (warnings, progress bars)")
+    found += ["a picture without words for those who cannot see it"] * any(map(wordless, code))
     if not code or "parameters" not in code[0].metadata.get("tags", []):
         found.append("the first code cell is not tagged 'parameters'")
     # the parameters cell is as long as the notebook has parameters; its text is compared below
     found += [f"a cell of {n} lines: {start}" for n, start in long_cells(book.cells[:], code[:1])]
     return found + [f"a function of {n} lines: {name}" for n, name in long_functions(code)]
+
+
+def wordless(cell) -> bool:
+    pictures = [output for output in cell.outputs if "image/png" in output.get("data", {})]
+    return any(not output.metadata.get("image/png", {}).get("alt") for output in pictures)
 
 
 def long_cells(cells, exempt):
@@ -151,12 +157,17 @@ def heavy(book):
     book.cells[0].source = "# What?\n" + "x" * 1_000_001
 
 
+def mute(book):
+    picture = nbformat.v4.new_output("display_data", data={"image/png": "iVBO"})
+    book.cells[-1].outputs.append(picture)
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
         (stripped, "not executed"), (stripped, "no outputs"), (swapped, "not executed"), (failed, "an error"),
         (noisy, "stderr"), (untagged, "'parameters'"), (long, "13 lines"), (wordy, "function of 11 lines"),
-        (crowded, "28 cells"), (widgets, "widget state"), (heavy, "bytes"),
+        (crowded, "28 cells"), (widgets, "widget state"), (heavy, "bytes"), (mute, "without words"),
     ],
 )  # fmt: skip
 def test_a_spoilt_notebook_is_noticed(spoil, message, tmp_path):

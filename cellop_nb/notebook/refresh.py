@@ -63,10 +63,21 @@ def clean(book: nbformat.NotebookNode) -> nbformat.NotebookNode:
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
             for output in cell.outputs:
-                output.get("metadata", {}).clear()
+                _keep_words(output.get("metadata", {}))
                 # without its kernel a widget is an error message; the words beside it stay
                 output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
     return book
+
+
+def _keep_words(metadata: dict) -> None:
+    """Of an output's metadata, only what pictures say to those who cannot see them."""
+    words = {
+        kind: {"alt": told["alt"]}
+        for kind, told in metadata.items()
+        if isinstance(told, dict) and "alt" in told
+    }
+    metadata.clear()
+    metadata.update(words)
 
 
 def _set_parameters(book: nbformat.NotebookNode, name: str) -> None:

@@ -228,6 +228,17 @@ def test_show_writes_and_returns_the_picture(tmp_path):
     assert image._repr_mimebundle_()[1]["image/png"]["alt"] == "effect against floor"
 
 
+def test_a_picture_says_in_words_what_stands_in_it():
+    fig = Figure()
+    left, right = fig.subplots(1, 2)
+    style.label(left, "Energy by group", x="distance", y="group\nof cells")
+    right.plot([0, 1], label="operators")
+    right.legend()
+    fig.suptitle("Held out")
+    words = figures.show(fig)._repr_mimebundle_()[1]["image/png"]["alt"]
+    assert words == "Held out | Energy by group; x: distance; y: group of cells | operators"
+
+
 def test_a_missing_column_is_named():
     with pytest.raises(LabelError, match=r"no column 'energy'.*did you mean 'Energy'"):
         figures.noise_floor(pd.DataFrame({"Energy": [1.0], "floor": [0.1]}))

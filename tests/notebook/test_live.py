@@ -252,6 +252,23 @@ def test_pictures_land_in_the_cell_that_trains(request):
     assert int(book.cells[3].outputs[0].data["text/plain"]) >= 3
 
 
+def test_nbconvert_runs_the_cells_and_keeps_one_picture_with_words_for_each_training(request, tmp_path):
+    text = _CELLS.format(folder=str(request.path.parent))
+    cells = [nbformat.v4.new_code_cell(part.strip()) for part in text.split("---")]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "live.ipynb")
+    command = [sys.executable, "-m", "nbconvert", "--execute", "--to", "notebook", "live.ipynb"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    outputs = [
+        output
+        for cell in nbformat.read(tmp_path / "live.nbconvert.ipynb", 4).cells
+        for output in cell.outputs
+    ]
+    pictures = [output.metadata["image/png"] for output in outputs if "image/png" in output.get("data", {})]
+    assert len(pictures) == 2 and all("training curves" in picture["alt"] for picture in pictures)
+    assert {output.output_type for output in outputs} == {"display_data", "execute_result"}
+
+
 def test_on_a_busy_machine_a_short_run_gets_one_picture(fake_trainer, clock, pictures, monkeypatch):
     """What the line before the first epoch took tells how long a picture will take just now."""
     text = module.Sheet.png

@@ -53,3 +53,13 @@ def test_a_widget_leaves_its_words_only():
     cell = nbformat.v4.new_code_cell("controls", outputs=[output])
     kept = clean(nbformat.v4.new_notebook(cells=[cell])).cells[0].outputs[0]
     assert dict(kept.data) == {"text/plain": "Run controls"}
+
+
+def test_words_for_a_picture_stay():
+    shown = nbformat.v4.new_output(
+        "display_data",
+        data={"image/png": "iVBO"},
+        metadata={"image/png": {"alt": "two clouds", "width": 300}, "transient": {"display_id": "a"}},
+    )
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("show()", outputs=[shown])])
+    assert clean(book).cells[0].outputs[0].metadata == {"image/png": {"alt": "two clouds"}}

@@ -240,7 +240,7 @@ def show(
     path
         PNG file; missing folders are made.
     alt
-        Words for those who cannot see the picture.
+        Words for those who cannot see the picture; those that stand in it (:func:`described`) where None.
     dpi
         Pixels per inch; the figure's own by default.
 
@@ -253,4 +253,18 @@ def show(
     data = png(fig, dpi=dpi)
     if path is not None:
         write_whole(path, lambda part: part.write_bytes(data))
-    return Image(data, format="png", alt=alt)
+    return Image(data, format="png", alt=alt or described(fig))
+
+
+def described(fig: Figure) -> str:
+    """What stands in a figure in words: its title, and each panel's title, axes and legend."""
+    parts = [fig.get_suptitle(), *map(_panel, fig.axes)]
+    return " | ".join(" ".join(part.split()) for part in parts if part)
+
+
+def _panel(ax: Axes) -> str:
+    titles = [ax.get_title(loc) for loc in ("left", "center", "right")]
+    named = [f"{axis}: {label}" for axis, label in (("x", ax.get_xlabel()), ("y", ax.get_ylabel())) if label]
+    legend = ax.get_legend()
+    entries = [text.get_text() for text in legend.get_texts()] if legend else []
+    return "; ".join([title for title in titles if title] + named + [", ".join(entries)] * bool(entries))
