@@ -1,11 +1,12 @@
-"""How long a move of the explorer takes from key to picture, in JupyterLab in a Chromium: `python -m tests.browser.moves`.
+"""How long a move of the explorer takes in a browser, from key to picture: `python -m tests.browser.moves`.
 
-Three clouds of 5,000 cells and 1,000 genes, untrained models, as in `bench explorer`, which times the kernel's part alone.
+Three clouds of 5,000 cells and 1,000 genes, untrained models, as in `bench explorer`, which times the kernel alone.
 """
 
 from __future__ import annotations
 
 import statistics
+import sys
 import tempfile
 from pathlib import Path
 
@@ -34,7 +35,11 @@ _UNTIL_PAINTED = """press => new Promise(done => {
 def main(n_moves: int = 20) -> None:
     from playwright.sync_api import sync_playwright
 
-    with tempfile.TemporaryDirectory() as folder, Lab(Path(folder) / "lab") as lab, sync_playwright() as playwright:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Lab(Path(folder) / "lab") as lab,
+        sync_playwright() as playwright,
+    ):
         kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
         book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(_CELL.strip())], metadata=kernel)
         nbformat.write(book, lab.root / "moves.ipynb")
@@ -44,7 +49,10 @@ def main(n_moves: int = 20) -> None:
             notebook.wait_until_run(240)
             keys = ["ArrowLeft", "ArrowRight"] * (n_moves // 2)
             spent = [_move(notebook, key) for key in keys]
-    print(f"strength by one step, {n_moves} times: median {statistics.median(spent):.0f} ms, {min(spent):.0f} to {max(spent):.0f} ms")
+    middle, few, many = statistics.median(spent), min(spent), max(spent)
+    sys.stdout.write(
+        f"strength by one step, {n_moves} times: {middle:.0f} ms (median), {few:.0f} to {many:.0f} ms\n"
+    )
 
 
 def _move(notebook: NotebookPage, key: str) -> float:
