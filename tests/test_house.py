@@ -23,6 +23,14 @@ def test_types_are_checked_clean(root, tmp_path):
     assert done.returncode == 0, done.stdout[-3000:]
 
 
+@pytest.mark.parametrize("command", [["check"], ["format", "--check"]], ids=" ".join)
+def test_the_form_of_the_code_is_clean(command, root):
+    """ruff with the configuration of pyproject.toml."""
+    command = [sys.executable, "-m", "ruff", *command, "--no-cache", "."]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
 def test_the_change_log_keeps_its_form(root):
     text = (root / "CHANGELOG.md").read_text(encoding="utf-8")
     releases = re.findall(r"^## \[(.+?)\](?: - (\d{4}-\d{2}-\d{2}))?$", text, re.MULTILINE)
