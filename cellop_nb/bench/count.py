@@ -36,6 +36,18 @@ class Counts:
         """That of `number` such computations."""
         return Counts(number * self.calls, number * self.operations, number * self.bytes, number * self.reads)
 
+    def __add__(self, other: Counts) -> Counts:
+        """Of one computation and another."""
+        calls, operations = self.calls + other.calls, self.operations + other.operations
+        return Counts(calls, operations, self.bytes + other.bytes, self.reads + other.reads)
+
+    def per(self, number: int) -> Counts:
+        """That of one of `number` computations, rounded; reads are told of all."""
+        calls, operations, passed = (
+            round(total / number) for total in (self.calls, self.operations, self.bytes)
+        )
+        return Counts(calls, operations, passed, self.reads)
+
 
 class _Counter(TorchDispatchMode):
     def __init__(self, counts: Counts) -> None:

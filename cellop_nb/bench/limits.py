@@ -67,7 +67,15 @@ def machine() -> dict[str, float]:
     }
 
 
-def compared(cpu: float, *, products: float = 0.0, memory: float = 0.0, made: Counts, between: str) -> dict:
+def compared(
+    cpu: float,
+    *,
+    products: float = 0.0,
+    memory: float = 0.0,
+    drawing: float = 0.0,
+    made: Counts,
+    between: str,
+) -> dict:
     """Bound and distance of a figure.
 
     Parameters
@@ -76,6 +84,8 @@ def compared(cpu: float, *, products: float = 0.0, memory: float = 0.0, made: Co
         CPU seconds that were measured.
     products, memory
         CPU seconds that the unavoidable products, and the unavoidable traffic with memory, take by themselves.
+    drawing
+        CPU seconds that drawing the same picture once more takes: it comes on top.
     made
         What was counted while it ran.
     between
@@ -85,12 +95,13 @@ def compared(cpu: float, *, products: float = 0.0, memory: float = 0.0, made: Co
     -------
     ``bound_seconds`` (CPU seconds), ``bound`` (which one it is), ``distance`` (their ratio), ``calls``, ``gflop`` in
     products and ``mbyte`` of all inputs and results (counted), ``calls_share`` (their least cost over `cpu`),
-    ``products_share``, ``bytes_share`` (as if all came from memory), and ``between``.
+    ``products_share``, ``bytes_share`` (as if all came from memory), ``drawing_share`` of a picture, and ``between``.
     """
-    bound = max(products, memory)
+    bound = max(products, memory) + drawing
+    larger = "products" if products >= memory else "memory"
     row = {
         "bound_seconds": bound,
-        "bound": "products" if products >= memory else "memory",
+        "bound": f"drawing, {larger}" if drawing else larger,
         "distance": cpu / bound,
         "calls": made.calls,
         "gflop": made.operations / 1e9,
@@ -99,13 +110,16 @@ def compared(cpu: float, *, products: float = 0.0, memory: float = 0.0, made: Co
         "products_share": products / cpu,
         "bytes_share": made.bytes / bandwidth() / cpu,
     }
+    row |= {"drawing_share": drawing / cpu} if drawing else {}
     return row | ({"between": f"{_parts(row)}; {between}"} if cpu > 2 * bound else {})
 
 
 def _parts(row: dict) -> str:
     """What was counted, as shares of the time: they overlap, since a call multiplies or passes over bytes."""
-    return (
-        f"{row['calls']:,} torch calls, at least {row['calls_share']:.0%} of the time; the unavoidable products, "
-        f"{row['products_share']:.0%}; {row['mbyte']:,.0f} MB of inputs and results, {row['bytes_share']:.0%} if all "
-        "came from memory and none from the cache"
-    )
+    needed = {"drawing": "drawing", "products": "the unavoidable products"}
+    return "; ".join([
+        f"{row['calls']:,} torch calls, at least {row['calls_share']:.0%} of the time",
+        *(f"{words}, {row[f'{kind}_share']:.0%}" for kind, words in needed.items() if row.get(f"{kind}_share")),
+        f"{row['mbyte']:,.3g} MB of inputs and results, {row['bytes_share']:.0%} if all came from memory and none "
+        "from the cache",
+    ])  # fmt: skip

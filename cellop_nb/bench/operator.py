@@ -33,6 +33,7 @@ BETWEEN = {
     "between the calls",
     "cellop_nb, OperatorTrainer": "besides, the draw of the cells, penalties, clipping and guard",
 }
+FIT = "counts checked and encoded once, operators started from moments, validation, and what the row of a step tells"
 
 
 def steps(variant: str, sizes: dict, repeats: int) -> Callable[[], None]:
@@ -130,12 +131,15 @@ def fit_rows(sizes: dict, steps: int, counted: int) -> list[dict]:
         scale = steps / counted
         taken[name] = scale * (time.perf_counter() - start), scale * (time.process_time() - cpu)
     note = f"{counted} of {steps} steps made, scaled up"
-    return [
+    rows = [
         {"variant": name, "what": f"fit of {steps} steps", "seconds": wall, "cpu_seconds": cpu}
         | {"ratio": wall / taken[OURS][0], "cpu_ratio": cpu / taken[OURS][1]}
         | {"note": None if name == OURS else note}
         for name, (wall, cpu) in taken.items()
     ]
+    bound = steps * step_products(sizes["groups"], sizes["cells"])
+    rows[0] |= {"bound_seconds": bound, "bound": "products", "distance": taken[OURS][1] / bound}
+    return [rows[0] | {"between": FIT}, *rows[1:]]
 
 
 def compiled_row(sizes: dict, quick: bool) -> dict:

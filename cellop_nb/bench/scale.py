@@ -1,6 +1,6 @@
 """Data larger than memory: memory and speed of training, encoding and predicting from a file, by number of cells.
 
-Bounds come from the same run: training in memory, and reading the file once in order.
+Bounds come from the same run: training in memory, reading the file once in order, products, and the file's bytes.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from .limits import product_rate
 from .measure import in_fresh_process, missing
+from .scale_bounds import BATCH, CONTEXTS, HIDDEN, LATENT, OURS, PERTURBATIONS, WITHIN, bounded
 from .scale_growth import growth
 from .vae import PEER
 
-CELLS, GENES = (10_000, 30_000, 100_000, 300_000), 2_000
+CELLS, GENES = (10_000, 30_000, 100_000, 300_000, 1_000_000), 2_000
 QUICK_CELLS, QUICK_GENES = (1_000, 2_000), 200
 ZARR = 30_000
 """Cells at which the same training is measured from a zarr store too."""
@@ -26,17 +26,7 @@ ZARR = 30_000
 IN_MEMORY = 100_000
 """Cells up to which the same training is measured in memory too, ours and the peer's."""
 
-OURS, WITHIN = "cellop_nb", "cellop_nb, all in memory"
-
-BETWEEN = {
-    "train": "{over:.2f} CPU s more than in memory, where a pass over the file takes {reading:.2f}: library sizes, "
-    "starting values and constants are a pass each, and every window of the shuffle is put together from blocks",
-    "encode": "{over:.2f} CPU s for the library sizes (a second pass of {reading:.2f} s) and the encoder's products",
-    "predict": "{over:.2f} CPU s more, for opening the file, fitting operators for an epoch, sampling counts and "
-    "writing them; reading takes {reading:.2f}",
-}
-HIDDEN, LATENT, BATCH = 128, 32, 256
-_CHUNK, _CONTEXTS, _PERTURBATIONS = 4_096, 4, 4
+_CHUNK = 4_096
 _LIMIT = 7_200.0  # seconds for one measurement
 
 
@@ -55,13 +45,13 @@ def write_screen(path: Path, n_cells: int, n_genes: int, *, nonzero: float = 0.1
     rng = np.random.default_rng(seed)
     level = rng.gamma(0.5, 1.0, n_genes) + 0.01
     level *= nonzero / (1 - np.exp(-level)).mean()
-    shifts = np.exp(rng.normal(0, 0.5, (_CONTEXTS, n_genes)))
-    effects = np.exp(rng.normal(0, 0.3, (_PERTURBATIONS, n_genes)) * (rng.uniform(size=n_genes) < 0.1))
+    shifts = np.exp(rng.normal(0, 0.5, (CONTEXTS, n_genes)))
+    effects = np.exp(rng.normal(0, 0.3, (PERTURBATIONS, n_genes)) * (rng.uniform(size=n_genes) < 0.1))
     effects[0] = 1.0
     store, tables = _store(path), []
     for start in range(0, n_cells, _CHUNK):
         n = min(_CHUNK, n_cells - start)
-        context, perturbation = rng.integers(_CONTEXTS, size=n), rng.integers(_PERTURBATIONS, size=n)
+        context, perturbation = rng.integers(CONTEXTS, size=n), rng.integers(PERTURBATIONS, size=n)
         mean = rng.gamma(4.0, 0.25, (n, 1)) * level * shifts[context] * effects[perturbation]
         x = sparse.csr_matrix(rng.poisson(mean).astype(np.float32))  # type: ignore[attr-defined]
         if start:
@@ -82,10 +72,10 @@ def _store(path: Path):
 
 
 def _labels(start: int, context: np.ndarray, perturbation: np.ndarray, rng) -> pd.DataFrame:
-    names = np.array(["control", *(f"drug {k}" for k in range(1, _PERTURBATIONS))])
+    names = np.array(["control", *(f"drug {k}" for k in range(1, PERTURBATIONS))])
     columns = {
         "perturbation": names[perturbation],
-        "cell_type": np.array([f"type {k}" for k in range(_CONTEXTS)])[context],
+        "cell_type": np.array([f"type {k}" for k in range(CONTEXTS)])[context],
         "split": np.where(rng.uniform(size=len(context)) < 0.05, "val", "train"),
     }
     return pd.DataFrame(columns, index=[f"cell {start + k}" for k in range(len(context))])
@@ -105,6 +95,14 @@ def read(path: str) -> Callable[[], object]:
             reader.read(np.arange(start, min(start + _CHUNK, reader.shape[0])))
 
     return call
+
+
+def names(path: str) -> Callable[[], object]:
+    """The file opened: names and labels of all cells, which are held, and no counts."""
+    from ..data.catalogue import load
+
+    kept = []
+    return lambda: kept.append(load(path, backed=True))
 
 
 def peer(path: str) -> Callable[[], object]:
@@ -192,8 +190,8 @@ def run(quick: bool = False, peers: bool = True) -> list[dict]:
     Returns
     -------
     One row per number of cells and stage: variant, stage, file, cells, genes, stage_seconds, cells_per_cpu_s, extra_mb
-    (peak above importing), and for ours from an h5ad file bound_seconds, bound, distance and between. "read" is one pass
-    over the file in order. The last rows tell how each stage grows: time_exponent (slope of CPU seconds against cells,
+    (peak above importing), and for ours bound_seconds, bound, distance and between. "names" opens the file, "read" is
+    one pass over it in order. The last rows tell how each stage grows: time_exponent (slope of CPU seconds against cells,
     both as logarithms) and bytes_per_cell (slope of extra memory).
     """
     sizes, n_genes = (QUICK_CELLS, QUICK_GENES) if quick else (CELLS, GENES)
@@ -201,15 +199,15 @@ def run(quick: bool = False, peers: bool = True) -> list[dict]:
     rows = []
     for n_cells in sizes:
         stages: list[tuple[str, str, dict]] = [
-            (OURS, stage, {}) for stage in ("read", "train", "encode", "predict")
+            (OURS, stage, {}) for stage in ("names", "read", "train", "encode", "predict")
         ]
         if n_cells <= in_memory:
             stages.append((WITHIN, "train", {"backed": False}))
             stages.append((PEER, "peer", {}))
         rows += _measure(n_cells, n_genes, "h5ad", stages, peers)
         if n_cells == zarr:
-            rows += _measure(n_cells, n_genes, "zarr", [(OURS, "train", {})], peers)
-    return _bounded(rows) + growth(rows)
+            rows += _measure(n_cells, n_genes, "zarr", [(OURS, "read", {}), (OURS, "train", {})], peers)
+    return bounded(rows) + growth(rows)
 
 
 def _measure(n_cells: int, n_genes: int, form: str, stages: list, peers: bool) -> list[dict]:
@@ -219,7 +217,7 @@ def _measure(n_cells: int, n_genes: int, form: str, stages: list, peers: bool) -
         done = in_fresh_process(__name__, "_write", written, _LIMIT)
         if done.get("note"):
             return [_row(OURS, "write", n_cells, n_genes, form, done)]
-        rows = []
+        rows, size = [], sum(part.stat().st_size for part in _files(Path(path))) / 1e6
         for variant, stage, more in stages:
             note = missing("scvi", wanted=peers) if stage == "peer" else None
             done = (
@@ -227,7 +225,12 @@ def _measure(n_cells: int, n_genes: int, form: str, stages: list, peers: bool) -
             )
             name = "train" if stage == "peer" else stage
             rows.append(_row(variant, name, n_cells, n_genes, form, done))
+            rows[-1]["file_mb"] = size
         return rows
+
+
+def _files(path: Path) -> list[Path]:
+    return [part for part in path.rglob("*") if part.is_file()] if path.is_dir() else [path]
 
 
 def _row(variant: str, stage: str, n_cells: int, n_genes: int, form: str, done: dict) -> dict:
@@ -236,39 +239,3 @@ def _row(variant: str, stage: str, n_cells: int, n_genes: int, form: str, done: 
         return row | {"note": done["note"]}
     per_cell = {"stage_seconds": done["seconds"], "cells_per_cpu_s": n_cells / done["cpu_seconds"]}
     return row | {"note": None, "extra_mb": done["extra_mb"]} | per_cell
-
-
-def _bounded(rows: list[dict]) -> list[dict]:
-    """The rows, those of ours from a file with their bound; CPU seconds."""
-    found = {
-        (row["variant"], row["stage"], row["file"], row["cells"]): row for row in rows if "extra_mb" in row
-    }
-    most = max((row["cells"] for row in rows if row["variant"] == WITHIN and "extra_mb" in row), default=None)
-    memory = found.get((WITHIN, "train", "h5ad", most))
-    for row in found.values():
-        once = found.get((OURS, "read", row["file"], row["cells"]))
-        if row["variant"] != OURS or row["file"] != "h5ad" or once is None or row["stage"] == "read":
-            continue
-        reading = row["cells"] / once["cells_per_cpu_s"]
-        if row["stage"] == "train" and memory is not None:
-            bound = {"bound": "training in memory", "bound_seconds": row["cells"] / memory["cells_per_cpu_s"]}
-        elif row["stage"] == "encode":
-            bound = {"bound": "reading the file once", "bound_seconds": reading}
-        elif (
-            row["stage"] == "predict"
-        ):  # every 16th cell is a control of the context: its neighbours are read too
-            seconds = reading + _decoding(row["cells"], row["genes"])
-            bound = {"bound": "reading the file once, decoder's products", "bound_seconds": seconds}
-        else:
-            continue
-        cpu = row["cells"] / row["cells_per_cpu_s"]
-        row |= bound | {"distance": cpu / bound["bound_seconds"]}
-        if row["distance"] > 2:
-            row["between"] = BETWEEN[row["stage"]].format(reading=reading, over=cpu - bound["bound_seconds"])
-    return rows
-
-
-def _decoding(cells: int, genes: int) -> float:
-    """CPU seconds of the products that decode the predicted cells, before and after their move."""
-    moved = cells / (_CONTEXTS * _PERTURBATIONS)
-    return 2 * moved * 2.0 * genes * (HIDDEN + LATENT) / product_rate(1024, HIDDEN, genes)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from .scale_bounds import LATENT, OURS
+
 
 def growth(rows: list[dict]) -> list[dict]:
     """One row per variant, stage and file measured at several numbers of cells.
@@ -11,13 +13,24 @@ def growth(rows: list[dict]) -> list[dict]:
     Returns
     -------
     Rows with ``time_exponent``, the slope of the logarithm of CPU seconds against that of cells (1: linear), and
-    ``bytes_per_cell``, the slope of extra memory; both over all sizes, by least squares.
+    ``bytes_per_cell``, the slope of extra memory; both over all sizes, by least squares. The note says what of that
+    are names and labels of the cells, and latents, which are held whole.
     """
     series: dict[tuple, list[dict]] = {}
     for row in rows:
         if row.get("cells_per_cpu_s"):
             series.setdefault((row["variant"], row["stage"], row["file"]), []).append(row)
-    return [_slopes(key, points) for key, points in series.items() if len(points) > 1]
+    rows = [_slopes(key, points) for key, points in series.items() if len(points) > 1]
+    names = next((row["bytes_per_cell"] for row in rows if row["stage"] == "names"), None)
+    return [row | {"note": _held(row, names)} for row in rows]
+
+
+def _held(row: dict, names: float | None) -> str | None:
+    """What a stage of ours that reads from the file holds of every cell."""
+    if row["variant"] != OURS or row["stage"] == "names" or names is None:
+        return None
+    latents = f", {4 * LATENT} latents" if row["stage"] in ("encode", "predict") else ""
+    return f"of these bytes {names:.0f} names and labels{latents}"
 
 
 def _slopes(key: tuple, points: list[dict]) -> dict:

@@ -11,12 +11,14 @@ import torch
 from cellop_nb.__main__ import main
 from cellop_nb.bench import (
     energy,
+    explorer,
     limits,
     operator,
     operator_forms,
     overhead,
     record,
     scale,
+    scale_bounds,
     scale_growth,
     vae,
 )
@@ -93,13 +95,47 @@ def test_dense_and_grouped_energy_agree():
     torch.testing.assert_close(energy.dense(x, y), energy.energy_distance(x, y))
 
 
-def test_the_guard_is_back_after_timing():
+def test_the_guard_is_back_after_timing_and_its_bound_is_its_traffic(monkeypatch):
+    monkeypatch.setattr(overhead, "bandwidth", lambda: 1.0)
     trainer = operator._latent_trainer(operator_forms.TINY, 4)
     guard = trainer.guard
     row = overhead.guard_share(trainer, 3)
     assert trainer.guard is guard
-    assert trainer.step == 6
+    assert trainer.step == 9
     assert row["share"] == pytest.approx(row["guard_seconds"] / row["cpu_seconds"])
+    size = 4 * sum(parameter.numel() for parameter in trainer.model.parameters())
+    assert row["bound"] == "memory" and row["bound_seconds"] == pytest.approx(size / 10 + 9 * size / 200)
+    assert row["distance"] == pytest.approx(row["guard_seconds"] / row["bound_seconds"])
+    assert row["calls"] > 0 and row["mbyte"] > 0, "its calls are counted apart from the step's"
+    assert row["calls"] < counts(lambda: trainer._run_step(trainer.batch)).calls
+
+
+def test_the_live_picture_is_compared_with_drawing_it_again():
+    row = overhead.live_share(operator._latent_trainer, operator_forms.TINY, 4)
+    assert row["bound"] == "drawing" and row["bound_seconds"] > 0
+    assert row["distance"] == pytest.approx(row["seconds"] / row["bound_seconds"])
+    assert ("between" in row) == (row["distance"] > 2)
+
+
+def test_a_move_of_the_explorer_is_compared_with_products_and_drawing(monkeypatch):
+    monkeypatch.setattr(explorer, "product_rate", lambda *shape: 1e12)
+    monkeypatch.setattr(explorer, "cpu_seconds", lambda call: call() or 0.25)
+    cells, sheet = explorer._cells(40, 20), explorer.ExplorerSheet()
+    name = "a perturbation for the first time"
+    row = explorer._compared(cells, sheet, name, explorer.MOVES[name], 10.0)
+    assert row["bound"] == "drawing, products" and row["between"].endswith(explorer.FIRST)
+    assert row["bound_seconds"] == pytest.approx(0.25 + row["gflop"] / 1e3, abs=1e-9) and row["gflop"] > 0
+    assert row["drawing_share"] == pytest.approx(0.025)
+
+
+def test_what_is_counted_at_fewer_cells_grows_with_the_pairs(monkeypatch):
+    taken = {"seconds": 9.0, "cpu_seconds": 9.0, "extra_mb": 1.0}
+    monkeypatch.setattr(energy, "in_fresh_process", lambda *a, **k: dict(taken))
+    monkeypatch.setattr(energy, "product_seconds", lambda n: {1_000: 3.0}[n])
+    row = energy._large(1_000, 100, Counts(calls=7, bytes=10**6))
+    assert (row["calls"], row["mbyte"], row["distance"]) == (700, 100.0, 3.0)
+    taken["note"] = "out of memory"
+    assert "bound_seconds" not in energy._large(1_000, 100, Counts())
 
 
 @pytest.mark.slow
@@ -135,6 +171,13 @@ def test_the_bound_is_the_larger_of_products_and_memory_and_far_figures_are_expl
     assert (near["bound_seconds"], near["bound"], near["distance"]) == (1.0, "products", 1.5)
     assert (near["calls"], near["gflop"], near["mbyte"]) == (2_000, 3.0, 1.0)
     assert "between" not in near
+    drawn = limits.compared(9.0, products=1.0, drawing=4.0, made=made, between="little")
+    assert (drawn["bound_seconds"], drawn["bound"]) == (
+        5.0,
+        "drawing, products",
+    ) and "drawing_share" not in near
+    assert Counts(3, 5, 7, ("item",)) + Counts(1, 1, 1) == Counts(4, 6, 8, ("item",))
+    assert Counts(300, 500, 700).per(100) == Counts(3, 5, 7)
     far = limits.compared(9.0, products=1.0, memory=3.0, made=made, between="much")
     assert far["bound"] == "memory" and far["distance"] == 3
     assert far["between"].startswith("2,000 torch calls") and far["between"].endswith("; much")
@@ -199,20 +242,42 @@ def test_growth_is_told_as_exponent_and_bytes_per_cell():
     assert "10,000 to 100,000" in row["what"]
 
 
+def test_growth_says_what_is_held_of_every_cell():
+    given = [("names", 100), ("read", 130), ("encode", 400)]
+    common = {"variant": scale.OURS, "file": "h5ad", "cells_per_cpu_s": 1e3}
+    rows = [common | {"stage": stage, "cells": n, "extra_mb": slope * n / 1e6}
+            for stage, slope in given for n in (1_000, 9_000)]  # fmt: skip
+    notes = {row["stage"]: row["note"] for row in scale_growth.growth(rows)}
+    assert notes == {
+        "names": None,
+        "read": "of these bytes 100 names and labels",
+        "encode": "of these bytes 100 names and labels, 128 latents",
+    }
+    assert scale_growth.growth(rows[2:4])[0]["note"] is None, "nothing is said where names were not measured"
+
+
 def test_bounds_of_scale_come_from_the_same_run(monkeypatch):
-    monkeypatch.setattr(scale, "product_rate", lambda *shape: 2.0 * 2_000 * 160)
-    rate = {(scale.OURS, "read"): 100, (scale.OURS, "train"): 10, (scale.WITHIN, "train"): 40,
-            (scale.OURS, "encode"): 60, (scale.OURS, "predict"): 20}  # fmt: skip
+    monkeypatch.setattr(scale_bounds, "product_rate", lambda *shape: 2.0 * 2_000 * 160)
+    monkeypatch.setattr(scale_bounds, "step_bounds", lambda *sizes: {"products": 0.64})
+    monkeypatch.setattr(scale_bounds, "bandwidth", lambda: 4e6)
+    rate = {(scale.OURS, "names"): 900, (scale.OURS, "read"): 100, (scale.OURS, "train"): 10,
+            (scale.WITHIN, "train"): 40, (scale.OURS, "encode"): 60, (scale.OURS, "predict"): 20,
+            (scale.PEER, "train"): 4}  # fmt: skip
     rows = [scale._row(variant, stage, 800, 2_000, "h5ad", {"seconds": 1.0, "cpu_seconds": 800 / r, "extra_mb": 1.0})
-            for (variant, stage), r in rate.items()]  # fmt: skip
-    found = {(row["variant"], row["stage"]): row for row in scale._bounded(rows)}
+            | {"file_mb": 16.0} for (variant, stage), r in rate.items()]  # fmt: skip
+    found = {(row["variant"], row["stage"]): row for row in scale_bounds.bounded(rows)}
     train, encode = found[scale.OURS, "train"], found[scale.OURS, "encode"]
     assert (train["bound_seconds"], train["distance"]) == (20, 4) and "60.00 CPU s more" in train["between"]
-    assert encode["bound_seconds"] == 8 and "between" not in encode
+    assert encode["bound_seconds"] == 8 + 1_000 and "between" not in encode  # two million non-zeros
+    decoding = 2 * 800 / 16  # one cell per second
+    assert found[scale.OURS, "predict"]["bound_seconds"] == 8 + decoding
+    assert found[scale.OURS, "read"]["bound_seconds"] == 8  # read and written
     assert (
-        found[scale.OURS, "predict"]["bound_seconds"] == 8 + 2 * 800 / 16
-    )  # the decoder: one cell per second
-    assert "bound" not in found[scale.WITHIN, "train"] and "bound" not in found[scale.OURS, "read"]
+        found[scale.WITHIN, "train"]["bound_seconds"] == 2
+        and "18.00" in found[scale.WITHIN, "train"]["between"]
+    )
+    for free in ((scale.OURS, "names"), (scale.PEER, "train")):
+        assert "bound" not in found[free]
 
 
 def test_short_calls_are_made_several_times_in_a_turn_and_long_ones_once(monkeypatch):

@@ -133,7 +133,9 @@ def cells_scaling(rows: Rows) -> Figure:
         style = mark(index) | {"label": title, "markersize": 5, "linewidth": 1.5}
         axes[0].plot(cells, [row["cells"] / row["cells_per_cpu_s"] for row in own], **style)
         axes[1].plot(cells, [row["extra_mb"] for row in own], **style)
-    bound = [(row["cells"], row["bound_seconds"]) for row in points if row.get("bound_seconds")]
+    bound = [
+        (row["cells"], row["bound_seconds"]) for row in points if row.get("bound") == "training in memory"
+    ]
     if bound:
         axes[0].plot(
             *zip(*bound, strict=True), color=QUIET, linestyle=":", label="our rate in memory (bound)"
