@@ -29,7 +29,8 @@ def _held(row: dict, names: float | None) -> str | None:
     """What a stage of ours that reads from the file holds of every cell."""
     if row["variant"] != OURS or row["stage"] == "names" or names is None:
         return None
-    latents = f", {4 * LATENT} latents" if row["stage"] in ("encode", "predict") else ""
+    copies = {"encode": 1, "predict": 2}.get(row["stage"], 0)  # the operators' groups hold them once more
+    latents = f", {4 * LATENT * copies} latents" if copies else ""
     return f"of these bytes {names:.0f} names and labels{latents}"
 
 

@@ -164,6 +164,7 @@ class RowReader:
         turn = np.cumsum(lasts - firsts) // (2 * PASS)
         parts = [self._runs(firsts[turn == k], lasts[turn == k], wanted) for k in np.unique(turn)]
         found = parts[0] if len(parts) == 1 else sparse.vstack(parts, "csr")
+        del parts
         found = found if np.array_equal(wanted, rows) else found[back]
         found = found if self.genes is None else found[:, self.genes]
         if self.rest is not None:
@@ -256,10 +257,12 @@ class DiskLoader(CountLoader):
         shares = list(self.shares())
         per_window = max(1, (PART if self.shuffle else PASS) // self.batch_size)
         for start in range(0, len(shares), per_window):
-            window = shares[start : start + per_window]
-            held = self.matrix.held(np.concatenate([rows for _, rows in window]))  # type: ignore[attr-defined]
-            at = 0
-            for joint_size, rows in window:
-                self.joint_size = joint_size
-                batch = held.batch(np.arange(at, at := at + len(rows)), self.device)
-                yield replace(batch, index=torch.from_numpy(rows.astype(np.int64)).to(self.device))
+            yield from self._window(shares[start : start + per_window])
+
+    def _window(self, shares: list[tuple[int, np.ndarray]]) -> Iterator[CountBatch]:
+        """Some batches, whose cells are read together; nothing of them is held when the next ones are read."""
+        held, at = self.matrix.held(np.concatenate([rows for _, rows in shares])), 0  # type: ignore[attr-defined]
+        for joint_size, rows in shares:
+            self.joint_size = joint_size
+            batch = held.batch(np.arange(at, at := at + len(rows)), self.device)
+            yield replace(batch, index=torch.from_numpy(rows.astype(np.int64)).to(self.device))

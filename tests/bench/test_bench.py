@@ -243,7 +243,7 @@ def test_growth_is_told_as_exponent_and_bytes_per_cell():
 
 
 def test_growth_says_what_is_held_of_every_cell():
-    given = [("names", 100), ("read", 130), ("encode", 400)]
+    given = [("names", 100), ("read", 130), ("encode", 400), ("predict", 600)]
     common = {"variant": scale.OURS, "file": "h5ad", "cells_per_cpu_s": 1e3}
     rows = [common | {"stage": stage, "cells": n, "extra_mb": slope * n / 1e6}
             for stage, slope in given for n in (1_000, 9_000)]  # fmt: skip
@@ -252,6 +252,7 @@ def test_growth_says_what_is_held_of_every_cell():
         "names": None,
         "read": "of these bytes 100 names and labels",
         "encode": "of these bytes 100 names and labels, 128 latents",
+        "predict": "of these bytes 100 names and labels, 256 latents",
     }
     assert scale_growth.growth(rows[2:4])[0]["note"] is None, "nothing is said where names were not measured"
 
