@@ -21,7 +21,7 @@ from scipy import sparse
 from torch import Tensor
 
 from ..errors import DataError, three_beats
-from .matrices import PART, PASS, CountBatch, CountLoader, CountMatrix, Order
+from .matrices import PART, PASS, CountBatch, CountLoader, CountMatrix, Order, sent
 from .slots import count_slot
 from .stored import StoredRows
 
@@ -243,7 +243,7 @@ class DiskCounts:
     def batch(self, rows: np.ndarray, device: torch.device | str = "cpu") -> CountBatch:
         """Cells `rows` (cell,) as tensors on `device`."""
         batch = self.held(np.asarray(rows)).batch(np.arange(len(rows)), device)
-        return replace(batch, index=torch.from_numpy(np.asarray(rows, dtype=np.int64)).to(device))
+        return replace(batch, index=sent(torch.from_numpy(np.asarray(rows, dtype=np.int64)), device))
 
     def loader(self, rows: np.ndarray | None = None, **settings) -> DiskLoader:
         """Minibatches, shuffled by chunks; settings as in :class:`CountLoader`."""
@@ -265,4 +265,4 @@ class DiskLoader(CountLoader):
         for joint_size, rows in shares:
             self.joint_size = joint_size
             batch = held.batch(np.arange(at, at := at + len(rows)), self.device)
-            yield replace(batch, index=torch.from_numpy(rows.astype(np.int64)).to(self.device))
+            yield replace(batch, index=sent(torch.from_numpy(rows.astype(np.int64)), self.device))

@@ -146,6 +146,26 @@ def test_values_on_disk_are_checked_as_they_are_read(screen, tmp_path):
         counts.batch(np.array([230, 190, 210]))
 
 
+def test_batches_go_to_a_gpu_from_pinned_memory_without_waiting(pair, monkeypatch):
+    """On a machine without one: what is asked of torch. Each of the six parts of a batch, from memory and from disk."""
+    pinned, moves = [], []
+
+    def to(tensor, device, non_blocking=False):
+        moves.append((str(device), non_blocking, id(tensor) in pinned))
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(id(tensor)) or tensor)
+    for adata in pair:
+        counts = count_matrix(adata, covariate_keys=["batch"])
+        loader = counts.loader(np.arange(30), batch_size=10, device="cuda")
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "to", to)
+            list(loader)
+            counts.batch(np.arange(5), "cuda")
+        assert len(moves) >= 4 * 6 and set(moves) == {("cuda", True, True)}
+        moves.clear()
+
+
 def test_a_matrix_stored_by_genes_is_refused(screen, tmp_path):
     screen.X = sparse.csc_matrix(screen.X)
     screen.write_h5ad(tmp_path / "screen.h5ad")
