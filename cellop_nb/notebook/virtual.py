@@ -18,6 +18,7 @@ from ..analysis.predict import decode_cells, latents
 from ..analysis.stability import affine_health
 from ..data.batches import model_counts
 from ..data.contract import context_labels, obs_labels, perturbation_parts
+from ..data.on_disk import DiskCounts
 from ..errors import DataError, LabelError, did_you_mean, three_beats
 from ..models.affine import AffineOperator
 from ..models.algebra import check_strength
@@ -88,6 +89,8 @@ class VirtualCells:
             fix = f"give cells with obs[{perturbation_key!r}] == {control!r}"
             raise DataError(three_beats("control cells to start from", "none", fix))
         counts = model_counts(adata, vae, layer=layer)
+        if isinstance(counts, DiskCounts):  # every move reads them: the model's genes are held in memory
+            counts = counts.held(np.arange(len(counts)))
         self.expression = Expression(vae, counts, self.clouds, n_replicates=n_replicates)
 
     # -- what is asked

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from cellop_nb.analysis.predict import source_cells
+from cellop_nb.data.catalogue import load
 from cellop_nb.errors import DataError, LabelError, ModelError
 from cellop_nb.models.conditions import Condition
 from cellop_nb.models.energy import energy_distance
@@ -182,3 +183,16 @@ def test_moved_cells_become_anndata(trained, cells):
     assert set(made.obs["perturbation"]) == {"drug 1 at strength 0.5"}
     said = made.uns["cellop_nb"]["prediction"]
     assert (said["standing"], said["strength"], said["reverse"]) == ("prediction", 0.5, False)
+
+
+def test_counts_on_disk_give_the_same_answer(trained, cells, tmp_path):
+    adata, vae, operators = trained
+    adata.write_h5ad(tmp_path / "screen.h5ad")
+    on_disk = load(str(tmp_path / "screen.h5ad"), backed=True)
+    question = Question("drug 1", "type A")
+    expected, found = (
+        cells.ask(question),
+        VirtualCells(on_disk, vae, operators, n_replicates=20).ask(question),
+    )
+    assert found.energy == pytest.approx(expected.energy, rel=1e-6)
+    assert list(found.genes) == list(expected.genes)
