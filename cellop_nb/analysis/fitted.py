@@ -11,6 +11,7 @@ import torch
 from scipy import sparse
 
 from ..data.batches import TOTAL_KEY
+from ..errors import HoldoutError, three_beats
 from ..models.vae import NBVAE
 from ..settings import check_settings
 from ..training.callbacks import EarlyStopping
@@ -24,6 +25,10 @@ from .transfer import Response
 from .views import CountView
 
 LATENT_SHIFT = "latent shift"
+
+SIZES = ({"n_latent": 32, "n_hidden": 256}, {"n_latent": 16, "n_hidden": 128})
+"""Settings of the VAE that hold-outs choose from by default: the first for screens of thousands of cells, the second
+for those too small for it."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ def fit_vae(
     train
         Raw counts with ``obs["split"]``; only cells of train and val are read.
     sizes, training
-        Settings of :func:`new_vae` and :class:`VAETrainer` that differ from the defaults of hold-outs.
+        Settings of :func:`new_vae` and :class:`VAETrainer`, those of :data:`SIZES` first where nothing is said.
 
     Raises
     ------
@@ -60,13 +65,23 @@ def fit_vae(
         For a setting that neither knows.
     """
     check_vae_settings(sizes, training)
-    sizes = {"n_latent": 32, "n_hidden": 256} | dict(sizes)
+    sizes = SIZES[0] | dict(sizes)
     training = {"max_epochs": 120, "lr": 1e-3, "patience": 40} | dict(training)
     model = new_vae(train, layer=layer, seed=seed, **sizes)
     stop = EarlyStopping(patience=training.pop("patience"))
     VAETrainer(train, model, layer=layer, seed=seed, progress=progress, callbacks=[stop], **training).fit()
     embed(train, model, layer=layer)
     return model, train.obsm["X_nbvae"].copy()
+
+
+def settings_of(vae: Mapping | Sequence[Mapping] | None, nested: bool = True) -> list[Mapping]:
+    """The settings of the VAE to choose from."""
+    if vae is None:
+        return list(SIZES if nested else SIZES[:1])
+    found = [vae] if isinstance(vae, Mapping) else list(vae)
+    if not found:
+        raise HoldoutError(three_beats("settings of the VAE", "vae=[]", "leave vae out for the defaults"))
+    return found
 
 
 def check_vae_settings(sizes: Mapping, training: Mapping) -> None:

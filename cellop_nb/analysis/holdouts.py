@@ -17,8 +17,8 @@ from ..data.splits import split
 from ..errors import CellopError, HoldoutError, three_beats
 from ..settings import check_settings
 from .combinations import RULES
-from .fitted import check_vae_settings
-from .holdout import OPERATORS, holdout, settings_of
+from .fitted import check_vae_settings, settings_of
+from .holdout import OPERATORS, holdout
 from .nested import sizes_in_words
 from .selection import combinations_of
 

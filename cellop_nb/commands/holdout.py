@@ -38,14 +38,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--epochs", type=int, default=120, help="passes of the VAE at most (default: 120)")
     how.add_argument(
         "--latent", type=_sizes, default=[], metavar="N[,N]",
-        help="latent dimensions; of several, the one that predicts left-out training groups best (default: 32)",
+        help="latent dimensions; of several, the one that predicts left-out training groups best (default: 32,16)",
     )  # fmt: skip
     how.add_argument("--seeds", type=int, default=1, help="runs of each hold-out (default: 1)")
     how.add_argument("--pooled", type=int, default=1, help="fits pooled in each run (default: 1)")
     how.add_argument("--seed", type=int, default=0, help="every random choice follows from it (default: 0)")
     how.add_argument(
         "--quick", action="store_true",
-        help="choose in the latent space of the final VAE, which has seen the groups left out: two to three times "
+        help="choose in the latent space of the final VAE, which has seen the groups left out: three to four times "
         "faster, but flexible operators are flattered",
     )  # fmt: skip
     how.add_argument("--workers", type=int, help="processes side by side (default: one after the other)")
@@ -97,9 +97,7 @@ def main(args: argparse.Namespace) -> int:
             _show(found.summary(metric, by=by))
     chosen = found.choices[found.choices["chosen"]]
     say("\nchosen: " + ", ".join(f"{n} x {name}" for name, n in chosen["complexity"].value_counts().items()))
-    if args.latent:
-        taken = chosen["vae"].value_counts().items()
-        say("latent dimensions: " + ", ".join(f"{n} x {name}" for name, n in taken))
+    say("VAE: " + ", ".join(f"{n} x {name}" for name, n in chosen["vae"].value_counts().items()))
     for row in found.left_out.itertuples():
         say(f"left out: {row.heldout}: {row.reason}")
     for row in found.behind().itertuples():

@@ -195,4 +195,4 @@ def test_the_latent_sizes_are_given_on_the_command_line(screen, tmp_path, capsys
     what = ["holdout", str(tmp_path / "screen.h5ad"), "--over", "combination", "--context-key", "none"]
     assert main([*what, "--epochs", "1", "--genes", "0", "--latent", "3,4"]) == 0
     assert asked["vae"] == [{"n_latent": 3}, {"n_latent": 4}]
-    assert "latent dimensions: 1 x n_latent 3" in capsys.readouterr().out
+    assert "VAE: 1 x n_latent 3" in capsys.readouterr().out

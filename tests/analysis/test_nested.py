@@ -6,6 +6,7 @@ import pytest
 
 from cellop_nb import datasets
 from cellop_nb.analysis import nested
+from cellop_nb.analysis.fitted import SIZES
 from cellop_nb.analysis.holdout import holdout
 from cellop_nb.analysis.nested import NestedFits, choose_latent
 from cellop_nb.analysis.space import EvaluationSpace
@@ -41,6 +42,26 @@ def test_a_latent_space_that_is_too_narrow_is_not_taken(screen):
     assert result.sizes == WIDE and result.fits[0].vae.config["n_latent"] == 8
     mean = result.latent_choice.groupby("vae", sort=False)["e_distance"].mean()
     assert mean.index[0] == "n_latent 1, n_hidden 4" and mean.iloc[1] < 0.85 * mean.iloc[0]
+
+
+def test_by_default_two_sizes_are_compared_and_without_folds_the_first_is_taken(screen):
+    held = {"cell_type": "type B", "perturbation": "drug 1"}
+    options = {
+        "candidates": SHIFT,
+        "metrics": ["e_distance"],
+        "training": {"max_epochs": 1},
+        "progress": False,
+    }
+    result = holdout(screen, heldout=held, **options)
+    assert list(result.latent_choice["vae"].unique()) == [
+        "n_latent 32, n_hidden 256",
+        "n_latent 16, n_hidden 128",
+    ]
+    best = result.latent_choice.groupby("vae", sort=False)["e_distance"].mean()
+    assert result.sizes in SIZES and result.fits[0].vae.config["n_latent"] == result.sizes["n_latent"]
+    assert set(best.index) == {nested.sizes_in_words(sizes) for sizes in SIZES}
+    quick = holdout(screen, heldout=held, nested=False, **options)
+    assert quick.sizes == SIZES[0] and not len(quick.latent_choice)
 
 
 def test_every_group_is_asked_once_of_models_that_did_not_see_it(screen, monkeypatch):
