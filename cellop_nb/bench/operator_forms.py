@@ -106,7 +106,8 @@ def stepper(variant: str, p: SimpleNamespace) -> Callable[[], Tensor]:
 
     def step() -> Tensor:
         optimizer.zero_grad()
-        p.vae.zero_grad()
+        if variant == BEFORE:  # the others send it no gradient
+            p.vae.zero_grad()
         loss = LOSSES[variant](p)
         loss.backward()
         optimizer.step()
