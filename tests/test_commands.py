@@ -157,7 +157,7 @@ def test_counts_in_raw_are_pointed_to_by_a_command_that_takes_them_out(name, run
     normalised.write_h5ad(tmp_path / f"{name}.h5ad")
     code, _, err = run("run", "--only", "01", "--data", f"{name}.h5ad")
     assert code == 2 and "looks log-normalised" in err
-    subprocess.run(err.strip().splitlines()[-1], shell=True, check=True, timeout=120)
+    subprocess.run(err.split("`")[1], shell=True, check=True, timeout=120)
     code, _, err = run("run", "--only", "01", "--data", f"{name}_counts.h5ad")
     assert code == 0, err
 

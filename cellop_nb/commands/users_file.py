@@ -51,5 +51,5 @@ def _counts_in_raw(path: Path) -> str:
     new = path.with_name(f"{path.stem}_counts.h5ad")
     lines = f"import anndata; anndata.read_h5ad({str(path)!r}).raw.to_adata().write_h5ad({str(new)!r})"
     quoted = shlex.quote(lines) if set(lines) & set('"$`\\!') else f'"{lines}"'  # the latter reads better
-    said = "The raw slot has whole numbers. This writes them to a file of their own, which --data then names:"
-    return f"\n{said}\n{shlex.quote(sys.executable)} -c {quoted}"
+    command = f"{shlex.quote(sys.executable)} -c {quoted}"
+    return f" The raw slot has whole numbers; this writes them to a file of their own, for --data: `{command}`."

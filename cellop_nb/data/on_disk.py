@@ -161,7 +161,7 @@ class RowReader:
         cuts: np.ndarray = np.flatnonzero(np.diff(wanted) > _GAP) + 1
         firsts, lasts = wanted[np.r_[0, cuts]], wanted[np.r_[cuts, len(wanted)] - 1] + 1
         # In turns: the rows between, which nobody asked for, are gone before the next ones come.
-        turn = np.cumsum(lasts - firsts) // (2 * PASS)
+        turn: np.ndarray = np.cumsum(lasts - firsts) // (2 * PASS)
         parts = [self._runs(firsts[turn == k], lasts[turn == k], wanted) for k in np.unique(turn)]
         found = parts[0] if len(parts) == 1 else sparse.vstack(parts, "csr")
         del parts
