@@ -52,4 +52,6 @@ def _counts_in_raw(path: Path) -> str:
     lines = f"import anndata; anndata.read_h5ad({str(path)!r}).raw.to_adata().write_h5ad({str(new)!r})"
     quoted = shlex.quote(lines) if set(lines) & set('"$`\\!') else f'"{lines}"'  # the latter reads better
     command = f"{shlex.quote(sys.executable)} -c {quoted}"
-    return f" The raw slot has whole numbers; this writes them to a file of their own, for --data: `{command}`."
+    return (
+        f" The raw slot has whole numbers; this writes them to a file of their own, for --data: `{command}`."
+    )

@@ -117,7 +117,7 @@ def _constants(values: Tensor) -> Tensor:
     """:func:`count_constant` of each value; small whole counts, nearly all of them, are looked up on a CPU."""
     if not looks_are_free(values.device):
         return count_constant(values)
-    places = values.clamp_max(_TABLE).int()
+    places = values.int().clamp_(0, _TABLE)  # NaN and whatever else is not in the table find a place, too
     table = count_constant(torch.arange(_TABLE + 1, dtype=values.dtype).clamp_min_(1))
     found, other = table.index_select(0, places), (places != values).nonzero().view(-1)
     found[other] = count_constant(values[other])

@@ -162,3 +162,14 @@ def test_the_whole_bound_dense_and_sparse(encode_covariates):
         results.append((loss, *torch.autograd.grad(loss, list(vae.parameters()))))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -2.0])
+def test_a_count_that_is_none_reaches_the_loss_for_the_guard_to_name(value):
+    x = counts_of()
+    broken = x.clone()
+    broken[1, 0] = value
+    constant = SparseCounts.from_dense(broken, validate=False).constant
+    assert not constant[1].isfinite()
+    others = torch.arange(len(x)) != 1
+    torch.testing.assert_close(constant[others], SparseCounts.from_dense(x).constant[others])
