@@ -140,6 +140,7 @@ FIGURES = {
             {"variant": name, "what": "step", "cpu_seconds": time, "bound_seconds": time / 3}
             for name, time in (("before", 0.2), ("$ours", 0.003))
         ]
+        + [{"variant": "$ours, apart", "what": "step", "cpu_seconds": 0.004, "note": "in a run of its own"}]
     ),
     "cells_scaling": lambda: figures.cells_scaling(
         [
@@ -151,7 +152,7 @@ FIGURES = {
                 "cells_per_cpu_s": 5e3,
                 "extra_mb": 90 + n / 1e4,
             }
-            | ({"bound_seconds": n / 9e3} if name == "ours" else {})
+            | ({"bound_seconds": n / 9e3, "bound": "training in memory"} if name == "ours" else {})
             for name in ("ours", "$peer")
             for n in (10_000, 100_000)
         ]
@@ -226,6 +227,14 @@ def test_show_writes_and_returns_the_picture(tmp_path):
     image = figures.show(fig, tmp_path / "figures" / "floor.png", alt="effect against floor")
     assert (tmp_path / "figures" / "floor.png").read_bytes() == image.data
     assert image._repr_mimebundle_()[1]["image/png"]["alt"] == "effect against floor"
+
+
+def test_figures_of_speed_name_their_bound_and_compare_what_took_turns():
+    for name in ("energy_scaling", "cells_scaling", "training_rates"):
+        legends = [ax.get_legend() for ax in FIGURES[name]().axes if ax.get_legend()]
+        assert any("bound" in text.get_text() for found in legends for text in found.get_texts()), name
+    shown = [tick.get_text() for tick in FIGURES["step_times"]().axes[0].get_yticklabels()]
+    assert len(shown) == 2 and not any("apart" in name for name in shown)
 
 
 def test_a_picture_says_in_words_what_stands_in_it():

@@ -48,7 +48,7 @@ def energy_scaling(rows: Rows) -> Figure:
         label(
             ax, "Energy distance, value and gradient" if ax is axes[0] else "", "cells per cloud", kinds[kind]
         )
-    legend(axes[-1], outside=True)
+    _legend_of_the_first(axes)
     return fig
 
 
@@ -83,8 +83,11 @@ def training_rates(rows: Rows) -> Figure:
 
 
 def step_times(rows: Rows, what: str = "step") -> Figure:
-    """CPU milliseconds of one step of the operators in each form, with the bound of ours."""
-    rows = [row for row in rows if row.get("what") == what and row.get("cpu_seconds") and "share" not in row]
+    """CPU milliseconds of one step of the operators in each form that took turns, with the bound of ours."""
+    # a note tells that a row was measured apart; beside the others its time would mislead
+    apart = {"share", "note"}
+    rows = [row for row in rows if row.get("what") == what and row.get("cpu_seconds")]
+    rows = [row for row in rows if not any(row.get(key) for key in apart)]
     fig, (ax,) = canvas(height=0.5 * len(rows) + 1.0, width=7.0)
     times = np.array([1e3 * row["cpu_seconds"] for row in rows])
     for place, (row, time) in enumerate(zip(rows, times, strict=True)):
@@ -114,7 +117,7 @@ def stage_times(rows: Rows) -> Figure:
     ax.set_xlim(0, 1.2 * max(seconds))
     ax.invert_yaxis()
     long_names(ax, [row["what"] for row in rows], "y")
-    label(ax, f"The whole job: {safe(rows[0].get('data', ''), 60)}", "seconds (dotted: products alone)")
+    label(ax, f"The whole job: {safe(rows[0].get('data', ''), 60)}", "seconds (dotted: bound)")
     return fig
 
 
@@ -148,7 +151,10 @@ def cells_scaling(rows: Rows) -> Figure:
         ax.set_xticks(sorted({row["cells"] for row in points}))
         log_ticks(ax, "x")
         label(ax, "One epoch of the VAE, from the file" if ax is axes[0] else "", "cells", what)
-    if bound:
-        axes[1].plot([], [], color=QUIET, linestyle=":", label="our rate in memory (bound)")
-    legend(axes[1], outside=True)
+    _legend_of_the_first(axes)
     return fig
+
+
+def _legend_of_the_first(axes) -> None:
+    """Beside the last panel what the first one shows: the bound of the time is drawn there alone."""
+    legend(axes[-1], *axes[0].get_legend_handles_labels()[0], outside=True)
