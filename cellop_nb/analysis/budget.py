@@ -9,8 +9,8 @@ import torch
 from ..data.contract import context_labels
 from .formulas import e_distance
 from .holdout import OPERATORS, Holdout
+from .noise import FLOOR
 from .predict import decode_cells, embed
-from .scores import FLOOR
 
 STAGES = ("noise floor", "decoder, control cells", "decoder, true perturbed cells", "operators", "no change")
 

@@ -13,11 +13,11 @@ import pandas as pd
 
 from ..data.contract import context_labels
 from ..errors import HoldoutError, three_beats
-from .baselines import Screen
 from .combinations import RULES
 from .nested import NestedFits, choose_latent
 from .selection import choose, leave_out, what_to_leave_out
 from .space import EvaluationSpace
+from .targets import Screen
 from .transfer import Complexity
 from .views import CountView
 

@@ -16,11 +16,12 @@ from ..models.vae import NBVAE
 from ..settings import check_settings
 from ..training.callbacks import EarlyStopping
 from ..training.vae import VAETrainer, new_vae
-from .baselines import Prediction, Screen, Target, latent_shift
+from .baselines import latent_shift
 from .combinations import response_operator
 from .library import library_growth
 from .predict import decode_cells, embed, source_cells
 from .space import EvaluationSpace
+from .targets import Prediction, Screen, Target
 from .transfer import Response
 from .views import CountView
 

@@ -17,7 +17,7 @@ from ..data.splits import rows_of, split
 from ..errors import DataError, HoldoutError, LabelError, three_beats
 from ..tables import Scores
 from .abstain import group_support
-from .baselines import BASELINES, Baseline, Prediction, Screen, Target
+from .baselines import BASELINES
 from .choices import Choice, groups_of
 from .combinations import RULES
 from .fits import fit_response
@@ -36,6 +36,7 @@ from .library import measured_totals
 from .metrics import score_split
 from .selection import CANDIDATES
 from .space import EvaluationSpace, evaluation_genes
+from .targets import Baseline, Prediction, Screen, Target
 from .transfer import Complexity
 
 OPERATORS = "operators"

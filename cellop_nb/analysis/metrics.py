@@ -12,11 +12,13 @@ from anndata import AnnData
 from ..data.contract import context_labels, obs_labels
 from ..errors import DataError, HoldoutError, did_you_mean, three_beats
 from ..tables import Scores
-from .baselines import BASELINES, Baseline, Prediction, Screen, Target, run
+from .baselines import BASELINES, run
 from .library import measured_totals
+from .noise import noise
 from .score_table import table_of
-from .scores import METRICS, Truth, noise, score, shared_shift
+from .scores import METRICS, Truth, score, shared_shift
 from .space import EvaluationSpace, evaluation_genes, log1p_cp10k
+from .targets import Baseline, Prediction, Screen, Target
 
 __all__ = [
     "METRICS",

@@ -10,7 +10,8 @@ import pandas as pd
 from ..data.contract import perturbation_parts
 from ..tables import Scores
 from . import formulas
-from .scores import PDS, known_metrics, noise, score
+from .noise import noise
+from .scores import PDS, known_metrics, score
 
 COLUMNS = ["context", "perturbation", "group", "method", "metric", "value", "reason"]
 MIN_DISCRIMINATION = 20  # PDS moves in steps of 1/N: with fewer perturbations it says little

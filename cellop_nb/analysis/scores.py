@@ -1,4 +1,4 @@
-"""Score one prediction of one group: all metrics, noise floor and ceiling; NaN and a reason if undefined."""
+"""Score one prediction of one group: all metrics; NaN and a reason where undefined."""
 
 from __future__ import annotations
 
@@ -12,12 +12,10 @@ from anndata import AnnData
 from ..errors import HoldoutError, LabelError, did_you_mean, three_beats
 from ..threads import same_threads
 from . import formulas
-from .baselines import Prediction, Screen
 from .formulas import Undefined
 from .space import EvaluationSpace
+from .targets import Prediction, Screen
 
-FLOOR = "noise floor (split half)"
-CEILING = "noise ceiling (Spearman-Brown)"
 FDR = 0.05
 
 
@@ -130,7 +128,7 @@ class Truth:
         return self.control_mean + self.shared_shift
 
 
-class _Scored:
+class Scored:
     """A prediction with its differential expression, computed once for the metrics that share it."""
 
     def __init__(self, prediction: Prediction, truth: Truth) -> None:
@@ -186,11 +184,11 @@ class _Scored:
         return _log_fold_change(self.mean, truth.control_mean), truth.de["lfc"].to_numpy(), truth.significant
 
 
-def _delta(s: _Scored, genes=None) -> float:
+def _delta(s: Scored, genes=None) -> float:
     return formulas.pearson_delta(s.mean, s.truth.mean, s.truth.control_mean, genes)
 
 
-METRICS: dict[str, Callable[[_Scored], float]] = {
+METRICS: dict[str, Callable[[Scored], float]] = {
     "e_distance": lambda s: formulas.e_distance(s.truth.points(s.cells), s.truth.real_points),
     "pearson_delta": _delta,
     "pearson_delta_de20": lambda s: _delta(s, s.truth.top_genes[:20]),
@@ -215,16 +213,17 @@ QUICK = ("e_distance", "pearson_delta", "mae", "rmse")
 
 def score(prediction: Prediction, truth: Truth, metrics: Iterable[str] | None = None) -> list[dict]:
     """Score one prediction: rows ``method, metric, value, reason``; NaN and a reason where undefined."""
-    scored, rows = _Scored(prediction, truth), []
+    scored, rows = Scored(prediction, truth), []
     for name in known_metrics(metrics):
         value, reason = np.nan, prediction.reason or "nothing was predicted"
         if prediction.mean is not None:
-            value, reason = _value(METRICS[name], scored)
+            value, reason = value_of(METRICS[name], scored)
         rows.append({"method": prediction.method, "metric": name, "value": value, "reason": reason})
     return rows
 
 
-def _value(metric: Callable, *arguments) -> tuple[float, str]:
+def value_of(metric: Callable, *arguments) -> tuple[float, str]:
+    """The metric and no reason; NaN and the reason where it is undefined."""
     try:
         return float(metric(*arguments)), ""
     except Undefined as refusal:
@@ -239,61 +238,6 @@ def known_metrics(metrics: Iterable[str] | None) -> list[str]:
             hint = did_you_mean(name, [*METRICS, PDS])
             raise LabelError(three_beats("names of metrics", repr(name), hint))
     return [name for name in names if name != PDS]
-
-
-def noise(truth: Truth, metrics: Iterable[str] | None = None, *, n_splits: int = 10) -> list[dict]:
-    r"""What a perfect prediction would score, from random halves of the real cells (mean over the splits).
-
-    E-distance: between the halves (about 0). Errors of means (mae, rmse, l2): half of the error between the
-    halves, which is the error that the truth's own sampling leaves. Correlations of changes: Spearman-Brown
-    :math:`2r/(1+r)`; the halves share the control cells, as prediction and truth do. Other metrics have no
-    row.
-
-    Returns
-    -------
-    rows ``method, metric, value, reason``, method being :data:`FLOOR` or :data:`CEILING`.
-    """
-    rows = []
-    for name in known_metrics(metrics):
-        if name not in _BOUNDS:
-            continue
-        method, bound = _BOUNDS[name]
-        value, reason = _value(lambda n=name, b=bound: b(_halves(truth, n, n_splits)))
-        rows.append({"method": method, "metric": name, "value": value, "reason": reason})
-    return rows
-
-
-# what the score of one half against the other says about a perfect prediction
-_BOUNDS: dict[str, tuple[str, Callable[[float], float]]] = {
-    "e_distance": (FLOOR, float),
-    **{name: (FLOOR, lambda half: half / 2) for name in ("mae", "rmse", "l2_top1000")},
-    **{name: (CEILING, formulas.spearman_brown) for name in METRICS if name.startswith("pearson_")},
-}
-
-
-def _halves(truth: Truth, metric: str, n_splits: int) -> float:
-    """Mean over splits of the metric with one half of the real cells as the prediction of the other."""
-    if len(truth.real) < 4:
-        raise Undefined(f"{len(truth.real)} real cells cannot be split in two clouds")
-    rng, values = np.random.default_rng([truth.seed, 2]), []
-    for _ in range(n_splits):
-        first, second = np.array_split(rng.permutation(len(truth.real)), 2)
-        half = _Half(truth, second)
-        values.append(METRICS[metric](_Scored(Prediction.of_cells("half", truth.real[first]), half)))
-    return float(np.mean(values))
-
-
-class _Half(Truth):
-    """A truth of half the real cells that keeps the gene ranking of the whole."""
-
-    def __init__(self, whole: Truth, rows: np.ndarray) -> None:
-        options = {"shared_shift": whole.shared_shift, "max_cells": whole.max_cells, "seed": whole.seed}
-        super().__init__(whole.real[rows], whole.control, whole.space, **options)
-        self.whole = whole
-
-    @property
-    def top_genes(self) -> np.ndarray:
-        return self.whole.top_genes
 
 
 def shared_shift(training: Screen) -> np.ndarray | None:

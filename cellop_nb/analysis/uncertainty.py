@@ -9,11 +9,11 @@ import pandas as pd
 from scipy.spatial.distance import cdist
 from tqdm.auto import tqdm
 
-from .baselines import Prediction
 from .holdout import OPERATORS, Holdout
 from .intervals import Interval
 from .scores import Truth, known_metrics, score
 from .sides import Sides, sides_of
+from .targets import Prediction
 
 
 def metric_intervals(

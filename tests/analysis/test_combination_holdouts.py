@@ -131,11 +131,11 @@ def test_norman_doubles_beside_additive_single_and_ceiling(norman_file):
     """
     import anndata as ad
 
-    from cellop_nb.analysis.holdouts import _plan
+    from cellop_nb.analysis.holdout_plan import plan_of
 
     screen = ad.read_h5ad(norman_file)
     keys = {"perturbation_key": "perturbation", "context_key": None, "control": "control"}
-    plan, _ = _plan(screen, "combination", {}, 10, keys)
+    plan, _ = plan_of(screen, "combination", {}, 10, keys)
     doubles = ["KLF1+MAP2K6", "KLF1+TGFBR2", "MAP2K3+MAP2K6", "MAP2K3+SLC38A2", "MAPK1+TGFBR2"]
     assert sorted(plan) == doubles
     options = QUICK | {"training": {"max_epochs": 8}, "vae": {"n_latent": 16, "n_hidden": 64}}

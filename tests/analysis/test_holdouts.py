@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 
 from cellop_nb import datasets, holdout, holdout_all
-from cellop_nb.analysis.holdouts import Holdouts, _plan
+from cellop_nb.analysis.holdout_plan import plan_of
+from cellop_nb.analysis.holdouts import Holdouts
 from cellop_nb.analysis.selection import Complexity
 from cellop_nb.errors import HoldoutError, LabelError
 
@@ -82,17 +83,17 @@ def test_the_same_tables_on_dask(screen):
     ],
 )
 def test_what_is_held_out(screen, over, names):
-    plan, refused = _plan(screen, over, {}, 5, KEYS)
+    plan, refused = plan_of(screen, over, {}, 5, KEYS)
     assert set(plan) == names and not refused
 
 
 def test_contexts_of_two_columns(screen):
-    plan, _ = _plan(screen, "context", {}, 5, KEYS | {"context_key": ["cell_type", "batch"]})
+    plan, _ = plan_of(screen, "context", {}, 5, KEYS | {"context_key": ["cell_type", "batch"]})
     assert len(plan) == 6 and {"cell_type", "batch"} == set(next(iter(plan.values())))
 
 
 def test_without_contexts(screen):
-    plan, _ = _plan(screen, "combination", {}, 5, KEYS | {"context_key": None})
+    plan, _ = plan_of(screen, "combination", {}, 5, KEYS | {"context_key": None})
     assert set(plan) == {"drug 1+drug 2"}
     with pytest.raises(HoldoutError, match="context_key=None"):
         holdout_all(screen, context_key=None, **QUICK)
@@ -104,7 +105,7 @@ def test_too_few_cells_are_refused_with_the_number(screen):
     import anndata as ad
 
     small = ad.concat([few, kept])
-    plan, refused = _plan(small, "context", {"perturbation": "drug 1"}, 10, KEYS)
+    plan, refused = plan_of(small, "context", {"perturbation": "drug 1"}, 10, KEYS)
     assert set(plan) == {"type B", "type C"}
     assert refused[0]["heldout"] == "type A" and "7 cells; 10 are needed" in refused[0]["reason"]
     with pytest.raises(HoldoutError, match="the largest group has 30 cells; 1000 are needed"):

@@ -9,10 +9,12 @@ import pytest
 from scipy import sparse
 
 from cellop_nb.analysis import formulas
-from cellop_nb.analysis.baselines import BASELINES, Prediction, Screen, run
+from cellop_nb.analysis.baselines import BASELINES, run
 from cellop_nb.analysis.metrics import evaluate, score_contexts, score_holdout, score_split
-from cellop_nb.analysis.scores import CEILING, FLOOR, METRICS, Truth, noise, score
+from cellop_nb.analysis.noise import CEILING, FLOOR, noise
+from cellop_nb.analysis.scores import METRICS, Truth, score
 from cellop_nb.analysis.space import EvaluationSpace, evaluation_genes, log1p_cp10k
+from cellop_nb.analysis.targets import Prediction, Screen
 from cellop_nb.errors import HoldoutError, LabelError
 
 from .screens import screen
