@@ -146,19 +146,23 @@ def _log_norms_of_powers(matrix: np.ndarray) -> np.ndarray:
     scale = np.abs(matrix).max() or 1.0
     base = power = matrix / scale
     logarithm = start = math.log(scale)
-    norms: list[float] = []
+    powers, logarithms = [], []
     for step in range(STEPS + DOUBLINGS):
-        size = float(np.linalg.norm(power, 2))
+        size = float(np.abs(power).max())  # keeps the scale; the norms are taken together at the end
         if size == 0:
             break
         power, logarithm = power / size, logarithm + math.log(size)
         power[np.abs(power) < 1e-100] = 0.0  # far below rounding; its products would underflow
-        norms.append(logarithm)
+        powers.append(power)
+        logarithms.append(logarithm)
         if step < STEPS - 1:
             power, logarithm = power @ base, logarithm + start
         else:
             power, logarithm = power @ power, 2 * logarithm
-    return np.array(norms + [-math.inf] * (STEPS + DOUBLINGS - len(norms)))
+    norms = np.full(STEPS + DOUBLINGS, -math.inf)
+    if powers:
+        norms[: len(powers)] = logarithms + np.log(np.linalg.norm(np.stack(powers), 2, axis=(1, 2)))
+    return norms
 
 
 def _supremum(log_norms: np.ndarray) -> float:

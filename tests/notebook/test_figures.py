@@ -15,6 +15,7 @@ from scipy import sparse
 from cellop_nb.errors import LabelError
 from cellop_nb.notebook import figures
 from cellop_nb.notebook.figures import sheet, style
+from cellop_nb.notebook.figures.quick_png import quick_png
 from cellop_nb.notebook.sweeps.table import effects
 
 GROUPS = ["B, IFNb", "CD14+ Mono, IFNb", "_hidden, $odd_label$"]
@@ -227,6 +228,15 @@ def test_show_writes_and_returns_the_picture(tmp_path):
     image = figures.show(fig, tmp_path / "figures" / "floor.png", alt="effect against floor")
     assert (tmp_path / "figures" / "floor.png").read_bytes() == image.data
     assert image._repr_mimebundle_()[1]["image/png"]["alt"] == "effect against floor"
+
+
+def test_a_quick_png_is_what_was_drawn():
+    pixels = np.random.default_rng(0).integers(0, 256, (7, 5, 3), dtype=np.uint8)
+    read = Image.open(io.BytesIO(quick_png(pixels)))
+    read.verify()  # the checksums
+    again = Image.open(io.BytesIO(quick_png(pixels)))
+    assert again.mode == "RGB" and again.size == (5, 7)
+    np.testing.assert_array_equal(np.asarray(again), pixels)
 
 
 def test_figures_of_speed_name_their_bound_and_compare_what_took_turns():

@@ -25,6 +25,7 @@ from PIL import Image as Pixels
 from PIL import ImageDraw, ImageFont
 
 from cellop_nb.notebook.figures import style as s
+from cellop_nb.notebook.figures.quick_png import quick_png
 
 
 class Sheet:
@@ -62,11 +63,11 @@ class Sheet:
     def png(self, *, small: bool = False) -> bytes:
         """The picture; `small` spends time to save bytes (for the one that stays in the notebook)."""
         self._paint()
-        size = (self.width, self.height)
-        picture = Pixels.frombuffer("RGBA", size, self.canvas.buffer_rgba()).convert("RGB")
+        pixels = np.asarray(self.canvas.buffer_rgba())[..., :3]
+        if not small:
+            return quick_png(pixels)
         raw = BytesIO()
-        picture = s.palette_of(picture, 128) if small else picture
-        picture.save(raw, format="png", compress_level=6 if small else 1)
+        s.palette_of(Pixels.fromarray(pixels), 128).save(raw, format="png", compress_level=6)
         return raw.getvalue()
 
     def _paint(self) -> None:
