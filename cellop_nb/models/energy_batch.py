@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import energy_exact, energy_kernels, host
+from . import host
 from .energy_groups import Batch
 from .energy_joint import joint_energies
-from .energy_kernels import Exact, scale_of
+from .energy_kernels import Exact, cross_sums, scale_of, self_sums
 
 SMALL_PAIRS = 800_000  # distances of a batch up to which the number of calls counts, not that of pairs
 
@@ -56,13 +56,14 @@ def joint(
 
 
 def _tiled(given_x, given_y, batch: Batch, pairs, want_x, want_y, tile, y_self) -> Found:
+    given_x, given_y = _precise(given_x), _precise(given_y)
     pad_x, pad_y, counts = batch.x.pad, batch.y.pad, batch.x.counts * batch.y.counts
     centre = (_mean(given_x, pad_x) + _mean(given_y, pad_y)) / 2
     x, y = _moved(given_x, centre, pad_x), _moved(given_y, centre, pad_y)
     scale = scale_of(x, y)
     x, y = x.div_(scale), y.div_(scale)
     options = {"want_x": want_x, "want_y": want_y, "tile": tile, "pad_x": pad_x, "pad_y": pad_y}
-    cross, cross_x, cross_y = _kernels(x).cross_sums(x, y, (given_x, given_y, scale), **options)
+    cross, cross_x, cross_y = cross_sums(x, y, (given_x, given_y, scale), **options)
     within_x, self_x = _within(x, (given_x, given_x, scale), want_x, tile, pad_x)
     energy = 2 * cross / counts - within_x / pairs[0]
     force_x = _combine(cross_x, counts, self_x, pairs[0])
@@ -75,9 +76,10 @@ def _tiled(given_x, given_y, batch: Batch, pairs, want_x, want_y, tile, y_self) 
 
 def mean_within(y: Tensor, pad: Tensor | None, pairs: Tensor | int, tile: int | None) -> Tensor:
     """(group,) float64 mean distance within groups (group, cell, d)."""
+    y = _precise(y)
     moved = _moved(y, _mean(y, pad), pad)
     scale = scale_of(moved)
-    total, _ = _kernels(moved).self_sums(moved.div_(scale), (y, y, scale), want=False, tile=tile, pad=pad)
+    total, _ = self_sums(moved.div_(scale), (y, y, scale), want=False, tile=tile, pad=pad)
     return total * scale.flatten() / pairs
 
 
@@ -97,12 +99,12 @@ def _within(
     x: Tensor, exact: Exact, want: bool, tile: int | None, pad: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """:func:`self_sums` of clouds that are first centred on themselves."""
-    return _kernels(x).self_sums(_moved(x, _mean(x, pad), pad), exact, want=want, tile=tile, pad=pad)
+    return self_sums(_moved(x, _mean(x, pad), pad), exact, want=want, tile=tile, pad=pad)
 
 
-def _kernels(x: Tensor):
-    """By products where close pairs can be found and repaired, else from differences."""
-    return energy_kernels if host.looks_are_free(x.device) else energy_exact
+def _precise(x: Tensor) -> Tensor:
+    """float64 on a device, where close pairs are not looked for."""
+    return x if host.looks_are_free(x.device) else x.double()
 
 
 def _mean(x: Tensor, pad: Tensor | None) -> Tensor:

@@ -9,7 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import host
+
 _BATCH_PAIRS = 1 << 18  # padded pairs of one batch of groups: they should stay in the cache
+_DEVICE_BATCH_PAIRS = 1 << 22  # of a device, whose calls each cost as much as thousands of pairs
 _PADDING = 1.4  # largest ratio of padded to real pairs in one batch
 
 
@@ -56,6 +59,7 @@ class Place:
 
     def scatter(self, force: Tensor, grad: Tensor) -> None:
         """Write padded groups (group, cell, d) to the rows of `grad` that they came from."""
+        force = force.to(grad.dtype)
         if isinstance(self.rows, slice):
             grad[self.rows].unflatten(0, self.shape).copy_(force)
         elif self.pad is None:
@@ -122,24 +126,25 @@ class Batch:
 def batches(x_sizes: tuple[int, ...], y_sizes: tuple[int, ...], device: torch.device) -> tuple[Batch, ...]:
     """The groups' cut into batches; remembered, since training asks for the same sizes in every step."""
     starts_x, starts_y = _starts(x_sizes), _starts(y_sizes)
+    most = _BATCH_PAIRS if host.looks_are_free(device) else _DEVICE_BATCH_PAIRS
     return tuple(
         Batch(
             _index(chosen, device),
             _place(x_sizes, starts_x, chosen, device),
             _place(y_sizes, starts_y, chosen, device),
         )
-        for chosen in _cut(x_sizes, y_sizes)
+        for chosen in _cut(x_sizes, y_sizes, most)
     )
 
 
-def _cut(x_sizes: tuple[int, ...], y_sizes: tuple[int, ...]) -> Iterator[list[int]]:
-    """Groups of similar size, few enough for the cache, with little padding."""
+def _cut(x_sizes: tuple[int, ...], y_sizes: tuple[int, ...], most: int) -> Iterator[list[int]]:
+    """Groups of similar size, of at most so many padded pairs, with little padding."""
     batch: list[int] = []
     wide = tall = real = 0
     for g in sorted(range(len(x_sizes)), key=lambda g: (x_sizes[g] * y_sizes[g], x_sizes[g])):
         pairs = x_sizes[g] * y_sizes[g]
         wide, tall, real = max(wide, x_sizes[g]), max(tall, y_sizes[g]), real + pairs
-        if batch and wide * tall * (len(batch) + 1) > min(_BATCH_PAIRS, _PADDING * real):
+        if batch and wide * tall * (len(batch) + 1) > min(most, _PADDING * real):
             yield batch
             batch, wide, tall, real = [], x_sizes[g], y_sizes[g], pairs
         batch.append(g)

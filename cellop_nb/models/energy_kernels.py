@@ -6,7 +6,9 @@ gives both the row's sum of distances, :math:`R_i G_i = \\sum_j w_{ij} d_{ij}^2`
 :math:`x_i \\sum_j w_{ij} - \\sum_j w_{ij} y_j`. Between the two products a tile is passed over twice.
 
 The product form loses digits where two points are close compared with their norms: clouds are centred first,
-and pairs that are still close are taken out of the tile (:data:`CLOSE`) and computed from their differences.
+and pairs that are still close are taken out of the tile (:data:`CLOSE`) and computed from their differences. On a
+device the host would have to wait to find them: there the products are float64, which blurs no pair that counts
+(:class:`_Merged`).
 
 All clouds here are (group, cell, d); tiling is for one group, padding for many.
 """
@@ -20,14 +22,21 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from . import host
+
 CLOSE = 1e-3
 """Pairs with d^2 below this share of |x|^2 + |y|^2 come from differences; above it, d is good to 1e-4."""
+
+MERGED = 2.0**-48
+"""On a device, in float64: pairs with d^2 below this share of |x|^2 + |y|^2 count as one point, which is a distance of
+less than 1e-7 of the cloud's radius."""
 
 Exact = tuple[Tensor, Tensor, Tensor]
 """Clouds x and y as given, and the scale (group, 1, 1): centring may round small differences away."""
 
 _PAIRS_AT_ONCE = 1 << 15
 _TILE_BYTES = 1 << 20  # a tile is visited four times, so it has to stay in the cores' own cache
+_DEVICE_TILE_BYTES = 1 << 25  # of a device: large enough to keep it busy, small enough for its cache
 
 
 def scale_of(*clouds: Tensor) -> Tensor:
@@ -37,9 +46,10 @@ def scale_of(*clouds: Tensor) -> Tensor:
     return torch.exp2(torch.frexp(bound).exponent.to(bound.dtype))
 
 
-def pieces(n: int, tile: int | None, dtype: torch.dtype) -> list[slice]:
+def pieces(n: int, tile: int | None, like: Tensor) -> list[slice]:
     """Even pieces of range(n), no longer than the tile; a tile of cache size where None."""
-    side = tile or math.isqrt(_TILE_BYTES // dtype.itemsize)
+    most = _TILE_BYTES if host.looks_are_free(like.device) else _DEVICE_TILE_BYTES
+    side = tile or math.isqrt(most // like.dtype.itemsize)
     step = math.ceil(n / math.ceil(n / side))
     return [slice(start, min(start + step, n)) for start in range(0, n, step)]
 
@@ -130,6 +140,28 @@ class _ClosePairs:
         return unit.to(self.x.dtype)
 
 
+class _Merged:
+    """On a device: pairs that float64 products would blur count as one point, at distance 0 and without a pull.
+
+    Nothing is looked at, so that the host does not wait.
+    """
+
+    total, pull_x, pull_y = 0.0, None, None
+
+    def __init__(self, exact: Exact, norms_x: Tensor, norms_y: Tensor):
+        self.norms_x, self.norms_y = MERGED * norms_x, MERGED * norms_y
+
+    def take_out(self, d2: Tensor, rows: slice, columns: slice, **_) -> None:
+        """Leave infinity in the places of the pairs of the tile d2 (group, row, column) that are one point."""
+        limit = self.norms_x[:, rows].unsqueeze(-1) + self.norms_y[:, columns].unsqueeze(-2)
+        d2.masked_fill_(d2 <= limit, math.inf)
+
+
+def _close_pairs(exact: Exact, norms_x: Tensor, norms_y: Tensor) -> _ClosePairs | _Merged:
+    kind = _ClosePairs if host.looks_are_free(norms_x.device) else _Merged
+    return kind(exact, norms_x, norms_y)
+
+
 def _tiles(rows: list[slice], columns: list[slice], like: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
     """Each (rows, columns) with its place in a reused buffer; the upper triangle where both are one list."""
     widest = (rows[0].stop - rows[0].start) * (columns[0].stop - columns[0].start)
@@ -171,10 +203,10 @@ def cross_sums(
         pad_x, pad_y = (no_padding(z) if pad is None else pad for z, pad in ((x, pad_x), (y, pad_y)))
     d, left_x, left_y = x.shape[-1], _left(x, pad_x), _left(y, pad_y)
     right = _right(left_x, d)
-    close = _ClosePairs(exact, left_x[..., d], left_y[..., d])
+    close = _close_pairs(exact, left_x[..., d], left_y[..., d])
     to_x = torch.zeros_like(left_x)
     to_y = torch.zeros_like(left_y) if want_y else None
-    for i, j, d2 in _tiles(pieces(x.shape[1], tile, x.dtype), pieces(y.shape[1], tile, x.dtype), x):
+    for i, j, d2 in _tiles(pieces(x.shape[1], tile, x), pieces(y.shape[1], tile, x), x):
         _product(right[:, i], left_y[:, j].mT, d2)
         close.take_out(d2, i, j, weight=1, want_x=want_x, want_y=want_y)
         _product(d2.rsqrt_(), left_y[:, j], to_x[:, i], beta=1)
@@ -201,17 +233,18 @@ def self_sums(
     """
     d, left = x.shape[-1], _left(x, pad)
     right = _right(left, d)
-    close = _ClosePairs(exact, left[..., d], left[..., d])
+    close = _close_pairs(exact, left[..., d], left[..., d])
     gathered = torch.zeros_like(left)
-    blocks = pieces(x.shape[1], tile, x.dtype)
+    blocks = pieces(x.shape[1], tile, x)
     for i, j, d2 in _tiles(blocks, blocks, x):
         twice = i is not j
+        mirrored = twice and (want or pad is not None)  # padding adds to the sums of real rows alone
         _product(right[:, i], left[:, j].mT, d2)
         if not twice:
             d2.diagonal(dim1=-2, dim2=-1).fill_(math.inf)
         close.take_out(d2, i, j, weight=1 + twice, want_x=want, want_y=want and twice)
-        _product(d2.rsqrt_(), left[:, j], gathered[:, i], beta=1, alpha=1 if want else 1 + twice)
-        if twice and want:
+        _product(d2.rsqrt_(), left[:, j], gathered[:, i], beta=1, alpha=1 + (twice and not mirrored))
+        if mirrored:
             _product(d2.mT, left[:, i], gathered[:, j], beta=1)
     total = _row_sums(right, gathered, pad) + close.total
     if pad is not None:

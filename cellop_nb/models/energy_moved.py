@@ -80,6 +80,7 @@ class _MovedEnergy(torch.autograd.Function):
                 if pad is not None:
                     moved.masked_fill_(pad.unsqueeze(2), 0)
                 value[groups], force, _ = energies(moved, batch.y.gather(y), batch, **options)
+                force = force.to(cells.dtype)
                 force = force if pad is None else force.masked_fill(pad.unsqueeze(2), 0)
                 to_matrices[groups] = torch.bmm(force.mT, cells)
                 to_shifts[groups] = force.sum(1)

@@ -75,7 +75,7 @@ def softmax_nb(
     place, near = _places(counts) if table else (torch.zeros_like(counts.columns), None)
     step = max(1, _TURN // genes) if table else cells
     gradient = RowsGradient(torch.empty_like(library), logits, torch.empty_like(logits), place, slope)
-    known, value = (terms.view(-1), r, r.reciprocal(), r.new_tensor(-1.0)), torch.empty_like(library)
+    known, value = (terms.view(-1), r, r.reciprocal(), r.new_full((), -1.0)), torch.empty_like(library)
     ends = counts.indptr[[*range(0, cells, step), cells]].tolist() if table else [0, len(place)]
     for turn, start in enumerate(range(0, cells, step)):
         rows, nonzeros = slice(start, min(start + step, cells)), slice(ends[turn], ends[turn + 1])

@@ -125,6 +125,22 @@ def test_every_tile_gives_the_same(n, m, tile, estimator):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
+@settings(max_examples=20, deadline=None)
+@given(
+    sizes=st.lists(st.tuples(st.integers(2, 20), st.integers(2, 20)), min_size=2, max_size=5),
+    tile=st.integers(1, 25),
+)
+def test_every_tile_gives_the_same_for_groups_of_unequal_sizes(sizes, tile):
+    n, m = (list(side) for side in zip(*sizes, strict=True))
+    x, y = clouds(sum(n), sum(m), 3, seed=sum(n) + tile)
+    a, b = x.detach().requires_grad_(), y.detach().requires_grad_()
+    found = [grouped_energy_distance(a, b, n, m, tile=t) for t in (tile, 1000)]
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
+    for one, other in zip(*(torch.autograd.grad(value.sum(), (a, b)) for value in found), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(self_distance(y, m, tile=tile), self_distance(y, m), rtol=1e-9, atol=1e-12)
+
+
 def test_default_tiles_cover_large_clouds():
     x, y = clouds(1100, 700, 3, dtype=torch.float32)
     exact = value_and_gradient(x.double(), y.double(), tile=300)

@@ -11,8 +11,8 @@ from toy import small_operators, small_vae
 
 import cellop_nb as co
 from cellop_nb.bench.count import counts
-from cellop_nb.models import energy_batch, host
-from cellop_nb.models.energy import grouped_energy_distance, self_distance
+from cellop_nb.models import host
+from cellop_nb.models.energy import energy_distance, grouped_energy_distance, self_distance
 from cellop_nb.models.spectral import spectral_excess
 from cellop_nb.training.explain import NonFiniteError
 
@@ -126,7 +126,7 @@ def test_a_norm_that_overflows_is_no_fault_and_no_step_is_lost(as_on_a_device):
 
 @pytest.mark.parametrize("sizes", [([30, 20, 25], [20, 30, 25]), ([40], [70])])
 @pytest.mark.parametrize("side", [7, 2048])
-def test_distances_from_differences_are_those_of_products(sizes, side, monkeypatch, request):
+def test_distances_of_float64_products_are_those_of_repaired_ones(sizes, side, monkeypatch, request):
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randn(sum(n), 5, generator=generator) for n in sizes)
     y[:3] = x[:3]  # coincident, and close
@@ -139,10 +139,36 @@ def test_distances_from_differences_are_those_of_products(sizes, side, monkeypat
 
     expected = all_of()
     request.getfixturevalue("as_on_a_device")
-    monkeypatch.setattr("cellop_nb.models.energy_exact._SIDE", side)
+    monkeypatch.setattr("cellop_nb.models.energy_kernels._DEVICE_TILE_BYTES", 8 * side**2)
     for found, wanted in zip(all_of(), expected, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=2e-5)
-    assert energy_batch._kernels(x).__name__.endswith("energy_exact")
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize(("apart", "offset"), [(1e-3, 1e3), (1e-5, 0.0)])
+def test_float64_products_keep_tight_clouds_apart(apart, offset, as_on_a_device):
+    """Each cloud is two piles `apart`, far from the origin, and some cells are one point."""
+    generator = torch.Generator().manual_seed(1)
+    x, y = (torch.randn(60, 8, generator=generator, dtype=torch.float64) for _ in range(2))
+    x, y = (
+        offset + (cloud * apart).where(torch.rand(60, 1, generator=generator) < 0.5, 1.0) for cloud in (x, y)
+    )
+    x, y = x.float().requires_grad_(), y.float()
+    value = energy_distance(x, y)
+    exact = dense_energy(x.detach().double().requires_grad_(), y.double())
+    assert float(value) == pytest.approx(float(exact[0]), rel=1e-5)
+    torch.testing.assert_close(torch.autograd.grad(value, x)[0].double(), exact[1], rtol=1e-4, atol=1e-5)
+
+
+def dense_energy(x, y):
+    """Value and gradient from differences, pair by pair, by autograd."""
+
+    def mean(a, b, pairs):
+        squares = (a[:, None] - b[None]).square().sum(-1)
+        return torch.where(squares > 0, squares, 1.0).sqrt().where(squares > 0, 0.0).sum() / pairs
+
+    n, m = len(x), len(y)
+    value = 2 * mean(x, y, n * m) - mean(x, x, n * (n - 1)) - mean(y, y, m * (m - 1))
+    return value, torch.autograd.grad(value, x)[0]
 
 
 def test_the_stability_penalty_is_that_of_the_decomposition(request):
