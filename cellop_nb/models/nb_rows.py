@@ -46,17 +46,20 @@ class RowsGradient:
     minus_by_r
         (cell, gene) minus the derivative by r, as far as it is not in the table.
     place, slope
-        (nonzero,) place of each non-zero in the table, and the table's derivative by r, (count, gene).
+        (nonzero,) place of each non-zero in the table, and the table's derivative by r, (count, gene); None where
+        nothing is looked up.
     """
 
     by_library: Tensor
     by_logits: Tensor
     minus_by_r: Tensor
-    place: Tensor
-    slope: Tensor
+    place: Tensor | None
+    slope: Tensor | None
 
     def by_r(self, upstream: Tensor, rows: Tensor) -> Tensor:
         """(gene,) derivative by r of the sum of upstream (cell,) times value; `rows` (nonzero,) are the cells."""
+        if self.slope is None:
+            return -(upstream @ self.minus_by_r)
         weight = torch.zeros_like(self.slope)
         weight.view(-1).index_add_(0, self.place, upstream.index_select(0, rows))
         return (weight * self.slope).sum(0).sub_(upstream @ self.minus_by_r)
@@ -71,12 +74,12 @@ def softmax_nb(
     """
     # Where looks are free: counts sorted into small and large ones, and cells visited in turns.
     (cells, genes), table = counts.shape, host.looks_are_free(logits.device)
-    terms, slope = _tables(r)
-    place, near = _places(counts) if table else (torch.zeros_like(counts.columns), None)
+    terms, slope = _tables(r) if table else (r, None)
+    place, near = _places(counts) if table else (None, None)
     step = max(1, _TURN // genes) if table else cells
     gradient = RowsGradient(torch.empty_like(library), logits, torch.empty_like(logits), place, slope)
     known, value = (terms.view(-1), r, r.reciprocal(), r.new_full((), -1.0)), torch.empty_like(library)
-    ends = counts.indptr[[*range(0, cells, step), cells]].tolist() if table else [0, len(place)]
+    ends = counts.indptr[[*range(0, cells, step), cells]].tolist() if table else [0, len(counts.values)]
     for turn, start in enumerate(range(0, cells, step)):
         rows, nonzeros = slice(start, min(start + step, cells)), slice(ends[turn], ends[turn + 1])
         value[rows] = _turn(gradient, counts, library[rows], known, rows, nonzeros, near)
@@ -110,7 +113,7 @@ def _turn(found: RowsGradient, counts, library, known, rows: slice, nonzeros: sl
     # index_select and scatter_ here, not brackets: the same numbers, two to four times faster on a CPU.
     at, columns = counts.flat[nonzeros] - rows.start * counts.shape[1], counts.columns[nonzeros]
     x, mu_at = counts.values[nonzeros], mu.view(-1).index_select(0, at).clamp_min_(MIN_MEAN)
-    if near is None:
+    if near is None or found.place is None:
         value = torch.empty_like(x)
         far = slice(None)
     else:

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from ..errors import CellopError, LabelError, did_you_mean, three_beats
 from ..models.host import looks_are_free
 from ..models.trace import is_finite
-from .explain import NonFiniteError, explain, optimizer_faults
+from .explain import NonFiniteError, optimizer_faults
+from .fault import described
 from .locate import nonfinite_state
-from .reproducer import TrainingState, random_state, replay, save_reproducer, set_random_state
+from .reproducer import TrainingState, random_state, replay
 from .window import Window
 
 __all__ = ["NonFiniteError", "NonFiniteGuard", "replay"]
@@ -60,6 +61,8 @@ class NonFiniteGuard:
         :class:`TrainingState` to go back to; after an error the last state in which everything was finite.
     rollbacks, errors
         Number of rollbacks so far, and the errors that caused them.
+    finite
+        Whether the last step was finite, on the device; only where checks are deferred.
 
     Notes
     -----
@@ -97,13 +100,19 @@ class NonFiniteGuard:
         on_cpu = all(looks_are_free(p.device) for p in self._parameters)
         self.deferred = not on_cpu if deferred is None else deferred
         self._loss_flag: Tensor | None = None
-        self._parameter_flag: Tensor | None = None
+        self._parameter_flag = self._flag_of_parameters() if self.deferred else None
         self._terms: dict[str, Tensor] = {}
         self._random: dict[str, Tensor] | None = None
         self._since = 0
         self._suspect = False
         held_back = self.deferred and on_nonfinite == "stop" and Window.possible(optimizer)
-        self._window = Window(optimizer) if held_back else None
+        self._window = Window(optimizer, check_every) if held_back else None
+        self.finite: Tensor | None = None
+
+    @property
+    def holds_back(self) -> bool:
+        """Whether the device itself holds the optimiser back, so that the host need not look."""
+        return self._window is not None
 
     # -- the calls of the loop ---------------------------------------------------------------------
 
@@ -132,31 +141,36 @@ class NonFiniteGuard:
             return math.isfinite(float(norm)) or self._gradient_fault(trainer)
         flags = [self._loss_flag, self._parameter_flag, torch.isfinite(torch.as_tensor(norm))]
         flags = [flag.to(self._parameters[0].device) for flag in flags if flag is not None]
-        finite = torch.stack(flags).all()
+        self.finite = torch.stack(flags).all()
         if self._window is None:
-            return bool(finite) or self._deferred_fault(trainer)
-        self._window.add(trainer, self._random, finite)
+            return bool(self.finite) or self._deferred_fault(trainer)
+        self._window.hold(self.finite)
         return True
+
+    def replayed(self, finite: Tensor) -> None:
+        """In place of the two checks before: a recorded step, which holds them, has been made."""
+        self.finite = finite
 
     def after_step(self, trainer) -> bool:
         """Check the parameters, and copy the state from time to time."""
         self._since += 1
         window = self._window
-        if window is not None and len(window) >= self.check_every and not self._look(trainer, window):
-            return False
+        if window is not None:
+            window.note(trainer, self._random, self.finite)
+            if not self._look(trainer, window, window.look()):
+                return False
         if self._since % self.check_every == 0:
-            if self.deferred:
-                sums = torch.stack([p.detach().sum() for p in self._parameters])
-                self._parameter_flag = torch.isfinite(sums.sum())
+            if self._parameter_flag is not None and self.deferred:
+                self._parameter_flag.copy_(self._flag_of_parameters())
             elif not self._parameters_are_finite():
                 return self._fault("parameter", trainer)
         return self.keep(trainer) if self._suspect or self._since >= self.snapshot_every else True
 
     def end_of_epoch(self, trainer) -> bool:
         """Check the parameters, and keep the state if the last copy is old."""
-        if self._window is not None and not self._look(trainer, self._window):
+        if self._window is not None and not self._look(trainer, self._window, self._window.look_at_all()):
             return False
-        self._parameter_flag = None
+        self._lower_parameter_flag()
         if not self._parameters_are_finite():
             return self._fault("parameter", trainer)
         return self.keep(trainer) if self._since >= self.snapshot_every else True
@@ -184,18 +198,28 @@ class NonFiniteGuard:
                 three_beats("a finite state to go back to", "none since the start", "build a new model")
             )
         self.last_finite.restore(self.model, self.optimizer, trainer)
-        self._parameter_flag = None
+        self._lower_parameter_flag()
 
     # -- faults ------------------------------------------------------------------------------------
 
-    def _look(self, trainer, window: Window) -> bool:
-        """Read what the device found in the last steps; the faulty one is made again with every check at once."""
-        steps = window.look(trainer)
+    def _look(self, trainer, window: Window, steps: list) -> bool:
+        """Make the steps again that the device found faulty, or held back, with every check at once."""
+        if not steps:
+            return True
         self._window, deferred, self.deferred = None, self.deferred, False
         try:
-            return not steps or Window.make_again(steps, trainer)
+            return Window.make_again(steps, trainer)
         finally:
-            self._window, self.deferred, self._parameter_flag = window, deferred, None
+            self._window, self.deferred = window, deferred
+            self._lower_parameter_flag()
+
+    def _flag_of_parameters(self) -> Tensor:
+        """Whether the parameters are finite, still on the device."""
+        return torch.isfinite(torch.stack([p.detach().sum() for p in self._parameters]).sum())
+
+    def _lower_parameter_flag(self) -> None:
+        if self._parameter_flag is not None:  # in place: a recorded step knows this tensor
+            self._parameter_flag.fill_(True)
 
     def _parameters_are_finite(self) -> bool:
         total = sum(parameter.detach().sum() for parameter in self._parameters)
@@ -229,12 +253,16 @@ class NonFiniteGuard:
         suspect = self._parameter_flag is not None and not bool(self._parameter_flag)
         if not bool(self._loss_flag) or (suspect and nonfinite_state(self.model)):
             return self._loss_fault(trainer)
-        self._parameter_flag = None
+        self._lower_parameter_flag()
         gradients_ok = math.isfinite(float(self._gradient_norm()))
         return True if gradients_ok else self._gradient_fault(trainer)
 
     def _fault(self, stage: str, trainer, late: int = 0) -> bool:
-        error = self._describe(stage, trainer, late)
+        told = {"stage": stage, "epoch": trainer.epoch, "step": max(trainer.step - late, 0)}
+        told["learning_rate"] = self.optimizer.param_groups[0]["lr"]
+        random = self._random or random_state(trainer)
+        error = described(trainer, self.model, self.optimizer, told, random=random, folder=self.folder)
+        error.values["terms"] = {name: float(term) for name, term in self._terms.items()}
         self.errors.append(error)
         in_data = error.origin is not None and error.origin.kind == "batch"
         kept = None if in_data else self.last_finite
@@ -261,30 +289,3 @@ class NonFiniteGuard:
             self.last_finite = TrainingState.of(trainer, self.model, self.optimizer)
         elif self.last_finite is not None:
             self.restore()
-
-    def _describe(self, stage: str, trainer, late: int) -> NonFiniteError:
-        told = {"stage": stage, "epoch": trainer.epoch, "step": max(trainer.step - late, 0)}
-        told["learning_rate"] = self.optimizer.param_groups[0]["lr"]
-        random = self._random or random_state(trainer)
-        now = random_state(trainer)
-        set_random_state(random, trainer)
-        loss_terms, batch = getattr(trainer, "loss_terms", None), getattr(trainer, "batch", None)
-        described = trainer.describe_batch(batch) if hasattr(trainer, "describe_batch") else {}
-        error = explain(
-            self.model, loss_terms, batch, told=told, described=described, optimizer=self.optimizer
-        )
-        error.values["terms"] = {name: float(term) for name, term in self._terms.items()}
-        set_random_state(now, trainer)
-        error.reproducer = self._save(told, error, batch, random)
-        return error
-
-    def _save(self, told: dict, error: NonFiniteError, batch, random) -> Path | None:
-        if self.folder is None:
-            return None
-        told = told | {"tensor": error.tensor, "module": error.module}
-        path = self.folder / f"nonfinite_step{told['step']}.pt"
-        try:
-            return save_reproducer(path, self.model, batch, random, told)
-        except Exception as problem:  # the report of the fault must not be lost to a full disk
-            _LOG.warning("the reproducer %s could not be written: %s", path, problem)
-            return None

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import math
-import operator
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,28 +11,22 @@ from typing import Any
 import pandas as pd
 import torch
 from lightning_fabric import Fabric
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import DataError, ModelError, three_beats
 from ..tables import History
 from .callbacks import Callback, HistoryCSV, ProgressBar, SaveCheckpoints
 from .card import trainer_card
-from .clip import clip_gradients
 from .compiled import check_compiler, compiled
 from .guard import NonFiniteGuard
 from .parallel import Processes
+from .recorded import recorder_of
 from .remote import BY_HAND, RemoteControl
 from .resume import Resumable
-from .task import Task
+from .step import Step
 
 
-def half_cosine(step: int, total: int, *, floor: float = 0.02) -> float:
-    """Learning-rate factor that falls from 1 to `floor` along half a cosine."""
-    share = min(step / max(total, 1), 1.0)
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * share))
-
-
-class Trainer(Task, RemoteControl, Resumable):
+class Trainer(Step, RemoteControl, Resumable):
     """Runs epochs, keeps history and the best state, and obeys requests made while it runs.
 
     A subclass gives the data and the mathematics of its :class:`~cellop_nb.training.task.Task`.
@@ -61,6 +52,10 @@ class Trainer(Task, RemoteControl, Resumable):
         Whether the dense parts of the model run through ``torch.compile`` while it trains. What it brings is a row of
         `python3 -m cellop_nb bench vae` and `operator`: nothing on a CPU, whose small parts are not what takes the
         time. Refused where there is no compiler; a part that cannot be compiled whole is an error.
+    cuda_graphs
+        Whether steps are recorded once as CUDA graphs and replayed: hundreds of calls become one, and small batches
+        many times faster. None: wherever it can be (one GPU, ``on_nonfinite="stop"``, a trainer that declares itself
+        `recordable`); True is refused where it cannot.
     accelerator, devices, num_nodes, strategy, precision
         Passed to ``lightning_fabric.Fabric``. With several processes (``devices=2, strategy="ddp"``, started by
         torchrun or SLURM) each takes its share of every batch, and the numbers are those of one process with the
@@ -81,6 +76,7 @@ class Trainer(Task, RemoteControl, Resumable):
         progress: bool = True,
         seed: int = 0,
         compile: bool = False,  # noqa: A002 (its name in the field)
+        cuda_graphs: bool | None = None,
         accelerator: str = "auto",
         devices: int | str = 1,
         num_nodes: int = 1,
@@ -121,6 +117,7 @@ class Trainer(Task, RemoteControl, Resumable):
         self.cpu_generator = torch.Generator().manual_seed(seed)
         self.callbacks = self._standard_callbacks(progress) + list(callbacks)
         self.guard = NonFiniteGuard(model, self.optimizer, folder=self.folder, on_nonfinite=on_nonfinite)
+        self.recorder = recorder_of(self, cuda_graphs)
         self.patience, self.batch = None, None
         self.terms: dict[str, Any] = {}
         self.parameters = {
@@ -171,6 +168,9 @@ class Trainer(Task, RemoteControl, Resumable):
         if resume:
             self.load_last()
         self.max_epochs = self.max_epochs if max_epochs is None else max_epochs
+        self.recorder = (
+            self.recorder and self.recorder.anew()
+        )  # what was loaded since lies elsewhere in memory
         self._go.set()  # a pause that an interrupt has ended
         self.status, self.stop_reason = "running", ""
         try:
@@ -254,33 +254,6 @@ class Trainer(Task, RemoteControl, Resumable):
         self._keep_best(row)
         self.epoch += 1
         self._call("on_epoch_end", row)
-
-    def _run_step(self, batch) -> Tensor | None:
-        """One optimiser step; the gradient norm, still on the device, or None where the guard rolled it back."""
-        self.batch = batch
-        self._obey()
-        self._set_rate()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.guard.begin_step(self)
-        with self.fabric.no_backward_sync(self.module, enabled=self.processes.size > 1):
-            terms = self.loss_terms(batch)
-            if not self.guard.before_backward(terms, self):
-                return None
-            self.fabric.backward(functools.reduce(operator.add, terms.values()))
-        self.processes.average_gradients(self.model.parameters())
-        norm = clip_gradients(self.model.parameters(), self.clip_norm)
-        if not self.guard.after_backward(self, norm):
-            return None
-        self.optimizer.step()
-        if not self.guard.after_step(self):
-            return None
-        self.terms = {name: term.detach() for name, term in terms.items()}
-        return norm
-
-    def _set_rate(self) -> None:
-        factor = half_cosine(self.step, self.max_epochs * self.steps_per_epoch())
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._base_lr * factor
 
     def _call(self, hook: str, *args) -> None:
         for callback in self.callbacks:

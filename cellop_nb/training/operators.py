@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from ..data.grouping import groups
-from ..data.groups import Groups
+from ..data.groups import Groups, GroupSample
 from ..errors import ModelError, three_beats
 from ..models.energy import energy_distance, grouped_energy_distance, self_distance
 from ..models.energy_moved import moved_energy_distance
@@ -73,6 +74,7 @@ class OperatorTrainer(Trainer):
     """
 
     unit = "operators"
+    recordable = True
     model: OperatorModel
     compilable = ("affine",)
 
@@ -175,12 +177,13 @@ class OperatorTrainer(Trainer):
         return term | self._penalties(matrices)
 
     def _penalties(self, matrices: Tensor) -> dict[str, Tensor]:
-        ridge = self.weights["ridge"] * self.model.ridge(matrices)
+        weights = self.in_force
+        ridge = weights["ridge"] * self.model.ridge(matrices)
         if self.model.context_shift.requires_grad:
-            ridge = ridge + self.weights["context_ridge"] * self.model.context_ridge()
+            ridge = ridge + weights["context_ridge"] * self.model.context_ridge()
         return {
             "ridge": ridge,
-            "stability": self.weights["stability_weight"] * spectral_excess(matrices, self.max_norm),
+            "stability": weights["stability_weight"] * spectral_excess(matrices, self.max_norm),
         }
 
     @torch.no_grad()
@@ -200,6 +203,17 @@ class OperatorTrainer(Trainer):
         mean = float((weight * energy).sum() / weight.sum())
         norm = float(torch.linalg.matrix_norm(matrices, 2).max())
         return {"val_loss": mean, "val_energy": mean, "operator_norm": norm, **per_group}
+
+    def shape_of(self, batch: GroupSample) -> Hashable | None:
+        return tuple(batch.which), tuple(batch.control_sizes), tuple(batch.perturbed_sizes)
+
+    def inputs_of(self, batch: GroupSample) -> dict[str, Tensor]:
+        return {"control_rows": batch.control_rows, "perturbed_rows": batch.perturbed_rows}
+
+    def with_inputs(self, batch: GroupSample, inputs: dict[str, Tensor]) -> GroupSample:
+        pool = self.groups.pool
+        control, perturbed = (pool.index_select(0, rows) for rows in inputs.values())
+        return replace(batch, control=control, perturbed=perturbed, **inputs)
 
     def describe_batch(self, batch) -> dict[str, list[str]]:
         return {"groups": list(self.groups.labels)}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from ..data.batches import (
     has_other_genes,
     model_counts,
 )
+from ..data.resident import ResidentBatch, resident
 from ..data.splits import rows_of
 from ..models.counts import SparseCounts
 from ..models.vae import NBVAE, elbo_loss, moment_dispersion
@@ -128,6 +130,7 @@ class VAETrainer(Trainer):
     """
 
     unit = "VAE"
+    recordable = True
     model: NBVAE
     compilable = ("encoder.after_genes", "decoder.features")
 
@@ -149,13 +152,14 @@ class VAETrainer(Trainer):
         self.warmup_epochs = warmup_epochs
         self.cells, self.genes = np.asarray(adata.obs_names), model.columns
         matrix = model_counts(adata, model, layer=layer)
+        held = resident(matrix, self.fabric.device)
         rows = {split: rows_of(adata, split, split_key=split_key) for split in ("train", "val")}
         device = self.fabric.device
-        self.loader = matrix.loader(
+        self.loader = held.loader(
             rows["train"], batch_size=batch_size, generator=self.cpu_generator, device=device,
             share=(self.processes.rank, self.processes.size),
         )  # fmt: skip
-        self.validation = matrix.loader(rows["val"], batch_size=512, shuffle=False, device=device)
+        self.validation = held.loader(rows["val"], batch_size=512, shuffle=False, device=device)
         self.parameters |= {
             "batch_size": int(batch_size), "kl_weight": float(kl_weight), "warmup_epochs": int(warmup_epochs),
         }  # fmt: skip
@@ -173,7 +177,7 @@ class VAETrainer(Trainer):
         return len(self.loader)
 
     def batch_size_of(self, batch: CountBatch) -> int:
-        return len(batch.library)
+        return len(batch)
 
     @property
     def kl_weight(self) -> float:
@@ -181,8 +185,11 @@ class VAETrainer(Trainer):
         share = min(1.0, (self.epoch + 1) / self.warmup_epochs) if self.warmup_epochs else 1.0
         return self.weights["kl_weight"] * share
 
-    def loss_terms(self, batch: CountBatch) -> dict[str, Tensor]:
-        terms = elbo_loss(*self._forward(batch, self.generator), self.kl_weight)
+    def weights_now(self) -> dict[str, float]:
+        return {"kl_weight": self.kl_weight}
+
+    def loss_terms(self, batch: CountBatch | ResidentBatch) -> dict[str, Tensor]:
+        terms = elbo_loss(*self._forward(batch, self.generator), self.in_force["kl_weight"])
         return self.processes.weighted(terms, len(batch), self.loader.joint_size)
 
     @torch.no_grad()
@@ -199,11 +206,27 @@ class VAETrainer(Trainer):
         means = {name: total / cells for name, total in sums.items()}
         return {"val_loss": sum(means.values()), **means}
 
-    def _forward(self, batch: CountBatch, generator: torch.Generator) -> tuple[Tensor, Normal]:
-        counts = SparseCounts.of(batch, self._constant[batch.index])
+    def _forward(
+        self, batch: CountBatch | ResidentBatch, generator: torch.Generator
+    ) -> tuple[Tensor, Normal]:
+        """Log-likelihood and posterior of the cells of the batch."""
+        if isinstance(batch, ResidentBatch):  # with one cell more, which holds the rest of the room
+            value, posterior = self._forward(batch.padded(), generator)
+            real = slice(len(batch))
+            return value[real], Normal(posterior.loc[real], posterior.scale[real], validate_args=False)
+        counts = SparseCounts.of(batch, self._constant.index_select(0, batch.index))
         return self.module(counts, batch.library, batch.covariates, generator=generator)
 
-    def describe_batch(self, batch: CountBatch) -> dict[str, list[str]]:
+    def shape_of(self, batch: CountBatch | ResidentBatch) -> Hashable | None:
+        return (len(batch), batch.room) if isinstance(batch, ResidentBatch) else None
+
+    def inputs_of(self, batch: ResidentBatch) -> dict[str, Tensor]:
+        return {"index": batch.index}
+
+    def with_inputs(self, batch: ResidentBatch, inputs: dict[str, Tensor]) -> ResidentBatch:
+        return replace(batch, **inputs)
+
+    def describe_batch(self, batch: CountBatch | ResidentBatch) -> dict[str, list[str]]:
         return {"cells": self.cells[batch.index.cpu().numpy()].tolist(), "genes": self.genes}
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from cellop_nb.models import host
+
 sys.path.insert(0, str(Path(__file__).parent))  # toy.py, shared by the tests of this folder
 
 
@@ -40,3 +42,14 @@ def trainer(request, tmp_path):
     from .guarded import ToyTrainer
 
     return ToyTrainer(deferred=request.param, folder=tmp_path).run(3)
+
+
+@pytest.fixture
+def as_on_a_device(monkeypatch):
+    monkeypatch.setattr(host, "looks_are_free", lambda device: False)
+    monkeypatch.setattr("cellop_nb.training.clip.looks_are_free", lambda device: False)
+    monkeypatch.setattr("cellop_nb.training.guard.looks_are_free", lambda device: False)
+    # torch itself checks the codes on a CPU alone (aten/src/ATen/native/Onehot.cpp)
+    monkeypatch.setattr(
+        torch.nn.functional, "one_hot", lambda codes, n: (codes.unsqueeze(-1) == torch.arange(n)).long()
+    )

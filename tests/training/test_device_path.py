@@ -11,23 +11,11 @@ from toy import small_operators, small_vae
 
 import cellop_nb as co
 from cellop_nb.bench.count import counts
-from cellop_nb.models import host
 from cellop_nb.models.energy import energy_distance, grouped_energy_distance, self_distance
 from cellop_nb.models.spectral import spectral_excess
 from cellop_nb.training.explain import NonFiniteError
 
 MAKE = {"vae": small_vae, "operators": small_operators}
-
-
-@pytest.fixture
-def as_on_a_device(monkeypatch):
-    monkeypatch.setattr(host, "looks_are_free", lambda device: False)
-    monkeypatch.setattr("cellop_nb.training.clip.looks_are_free", lambda device: False)
-    monkeypatch.setattr("cellop_nb.training.guard.looks_are_free", lambda device: False)
-    # torch itself checks the codes on a CPU alone (aten/src/ATen/native/Onehot.cpp)
-    monkeypatch.setattr(
-        torch.nn.functional, "one_hot", lambda codes, n: (codes.unsqueeze(-1) == torch.arange(n)).long()
-    )
 
 
 @contextlib.contextmanager

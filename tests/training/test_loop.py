@@ -11,7 +11,7 @@ from toy import Do, LineTrainer, assert_same_run
 
 from cellop_nb.errors import DataError
 from cellop_nb.training.guard import NonFiniteError
-from cellop_nb.training.loop import half_cosine
+from cellop_nb.training.step import half_cosine
 
 # -- history and seeds ------------------------------------------------------------------------------------
 

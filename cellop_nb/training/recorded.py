@@ -1,0 +1,177 @@
+"""Steps that a GPU has recorded: hundreds of calls from Python become one.
+
+A step on small batches is hundreds of calls that each take the device a microsecond or two and Python ten times as
+long. Recorded once as a CUDA graph, it is replayed with the batch's small inputs, the learning rate and the weights of
+the loss copied into the places that the recording reads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ModelError, three_beats
+
+RATE = "learning rate"
+
+Made = tuple[dict[str, Tensor], Tensor]
+"""Loss terms and gradient norm of a step."""
+
+
+@dataclass
+class _Recording:
+    """What a recorded step reads, what it leaves, and how it is made again."""
+
+    inputs: dict[str, Tensor]
+    numbers: dict[str, Tensor]
+    told: dict[str, float]
+    made: Made
+    finite: Tensor
+    replay: Callable[[], None]
+
+
+class Recorder:
+    """Records the steps of a trainer, one for each shape of its batches, and replays them.
+
+    Parameters
+    ----------
+    trainer
+        Whose :meth:`~cellop_nb.training.step.Step.make_step` is recorded.
+    capture
+        Gets a function of calls of the device and the generators that it draws from; gives the function's result, and
+        what makes the calls again. By default a CUDA graph.
+
+    Attributes
+    ----------
+    numbers : dict
+        While a step is recorded: the weights of the loss, as tensors of the device.
+    replayed : int
+        Steps that were replayed.
+    """
+
+    PLAIN = 3
+    """Steps of a shape that are made call by call first: libraries and caches are then ready."""
+
+    MOST = 8
+    """Recordings that are kept, each with memory of its own."""
+
+    def __init__(self, trainer, capture: Callable | None = None) -> None:
+        self._trainer, self._capture = trainer, capture or _cuda_graph
+        self._seen: Counter[Hashable] = Counter()
+        self._recordings: dict[Hashable, _Recording] = {}
+        self.numbers: dict[str, Tensor] = {}
+        self.replayed = 0
+
+    def anew(self) -> Recorder:
+        """A recorder without recordings."""
+        return Recorder(self._trainer, self._capture)
+
+    def step(self, batch) -> Made | None:
+        """Make a step by replaying it; None for one that is to be made call by call."""
+        trainer = self._trainer
+        shape = trainer.shape_of(batch)
+        if shape is None:
+            return None
+        key = shape, trainer.clip_norm, trainer.model.training
+        if key not in self._recordings:
+            self._seen[key] += 1
+            if self._seen[key] <= self.PLAIN or len(self._recordings) >= self.MOST:
+                return None
+            self._recordings[key] = self._record(batch)
+        return self._replay(self._recordings[key], trainer.inputs_of(batch))
+
+    def _record(self, batch) -> _Recording:
+        trainer = self._trainer
+        device = trainer.fabric.device
+        inputs = {name: given.clone() for name, given in trainer.inputs_of(batch).items()}
+        told = self._told()
+        numbers = {name: torch.tensor(number, device=device) for name, number in told.items()}
+        self.numbers = {name: value for name, value in numbers.items() if name != RATE}
+        generators = [value for value in vars(trainer).values() if isinstance(value, torch.Generator)]
+        generators = [generator for generator in generators if generator.device.type == device.type]
+        try:
+            with _rate_as_tensor(trainer.optimizer, numbers[RATE]):
+                made, replay = self._capture(
+                    lambda: trainer.make_step(trainer.with_inputs(batch, inputs)), generators
+                )
+        except RuntimeError as error:
+            fix = "pass cuda_graphs=False, or let loss_terms call the device alone and look at no value"
+            raise ModelError(
+                three_beats("a step that can be recorded as a CUDA graph", str(error), fix)
+            ) from error
+        finally:
+            self.numbers = {}
+        return _Recording(inputs, numbers, told, made, trainer.guard.finite, replay)
+
+    def _replay(self, recording: _Recording, inputs: dict[str, Tensor]) -> Made:
+        for name, given in inputs.items():
+            recording.inputs[name].copy_(given, non_blocking=True)
+        for name, number in self._told().items():
+            if number != recording.told[name]:
+                recording.numbers[name].fill_(number)
+                recording.told[name] = number
+        recording.replay()
+        self.replayed += 1
+        # The next replay writes to the same places.
+        self._trainer.guard.replayed(recording.finite.clone())
+        terms, norm = recording.made
+        return {name: term.clone() for name, term in terms.items()}, norm.clone()
+
+    def _told(self) -> dict[str, float]:
+        rate = float(self._trainer.optimizer.param_groups[0]["lr"])
+        return {**self._trainer.weights_now(), RATE: rate}
+
+
+@contextlib.contextmanager
+def _rate_as_tensor(optimizer, rate: Tensor) -> Iterator[None]:
+    """While a step is recorded the optimiser reads its learning rate from the device."""
+    before = [{key: group[key] for key in ("lr", "capturable")} for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group |= {"lr": rate, "capturable": True}
+    try:
+        yield
+    finally:
+        for group, kept in zip(optimizer.param_groups, before, strict=True):
+            group |= kept
+
+
+def _cuda_graph(run: Callable[[], Any], generators: list[torch.Generator]) -> tuple[Any, Callable[[], None]]:
+    """What `run` gives, and the replay of its calls; they have not been made yet."""
+    graph = torch.cuda.CUDAGraph()
+    for generator in generators:
+        graph.register_generator_state(generator)
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        made = run()
+    return made, graph.replay
+
+
+def recorder_of(trainer, wanted: bool | None) -> Recorder | None:
+    """The recorder of a trainer; None where `wanted` is False, or None and it cannot be.
+
+    Raises
+    ------
+    ModelError
+        Where steps are to be recorded and cannot be: the reason, and what to do.
+    """
+    found = _obstacle(trainer)
+    if wanted and found:
+        fix = "leave cuda_graphs out, or make it so"
+        raise ModelError(three_beats("steps that can be recorded, for cuda_graphs=True", found, fix))
+    return None if wanted is False or found else Recorder(trainer)
+
+
+def _obstacle(trainer) -> str:
+    """What stands in the way of recording; "" where nothing does."""
+    if not vars(type(trainer)).get("recordable", False):
+        return f"{type(trainer).__name__} without recordable = True"
+    if trainer.fabric.device.type != "cuda":
+        return f"the device {trainer.fabric.device}"
+    if trainer.processes.size > 1:
+        return f"{trainer.processes.size} processes"
+    return "" if trainer.guard.holds_back else "on_nonfinite='rollback', whose next step depends on the last"
