@@ -131,7 +131,10 @@ class Card:
     def limits(self, size: int = 8192) -> dict[str, float]:
         """The limits, for the file of a run."""
         rates = {
-            f"{name}_gflops": self.product_rate(size, size, size, dtype=dtype) / 1e9
-            for name, dtype in (("gemm", torch.float32), ("bf16", torch.bfloat16), ("fp64", torch.float64))
+            f"gpu_{name}_gflops": self.product_rate(size, size, size, dtype=dtype) / 1e9
+            for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp64", torch.float64))
         }
-        return rates | {"bandwidth_gb_s": self.bandwidth() / 1e9, "call_us": self.call_seconds() * 1e6}
+        return rates | {
+            "gpu_bandwidth_gb_s": self.bandwidth() / 1e9,
+            "gpu_call_us": self.call_seconds() * 1e6,
+        }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 
 import torch
@@ -9,9 +10,13 @@ from anndata import AnnData
 
 from ..analysis.predict import embed
 from ..models.energy import energy_distance, grouped_energy_distance
+from ..training.callbacks import EarlyStopping
 from ..training.loop import Trainer
+from ..training.operator_start import new_operators
+from ..training.operators import OperatorTrainer
 from ..training.vae import VAETrainer, new_vae
 from . import energy, operator, vae
+from . import predict as job
 from .card import Card
 from .limits import LATENT_COLUMNS
 from .operator_forms import QUICK, SIZES
@@ -49,7 +54,8 @@ def run(quick: bool = False, device: str = "cuda") -> list[dict]:
     One row per measure: what, variant, sizes, seconds (median, the device waited for), busy_seconds (of them the device
     computes), extra_mb (of the device's memory), waits (of the host, in 40 steps), ratio (seconds over those of
     cellop_nb, or gain of an option: seconds call by call over its own), bound_seconds, bound, distance and
-    bound_share (its inverse), cells_per_s of a training.
+    bound_share (its inverse), cells_per_s of a training;
+    stage_seconds of the stages of a whole job.
 
     Raises
     ------
@@ -57,7 +63,8 @@ def run(quick: bool = False, device: str = "cuda") -> list[dict]:
         Without a GPU.
     """
     card = Card(device)
-    return [*_energies(card, quick), *_operators(card, quick), *_vaes(card, quick), *_encode(card, quick)]
+    parts = (_energies, _operators, _vaes, _encode, _job)
+    return [row for part in parts for row in part(card, quick)]
 
 
 def _bounded(row: dict, seconds: float, *, products: float, memory: float = 0.0) -> dict:
@@ -195,3 +202,33 @@ def _encode(card: Card, quick: bool) -> Iterator[dict]:
     seconds = card.seconds(lambda: embed(adata, model), least=0.01, turns=3)
     yield {"what": "encode", "variant": "cellop_nb", "cells": adata.n_obs, "seconds": seconds,
            "cells_per_s": adata.n_obs / seconds}  # fmt: skip
+
+
+def _job(card: Card, quick: bool) -> Iterator[dict]:
+    """The whole job of :mod:`.predict`, each stage once."""
+    adata, name = job.screen(quick)
+    settings: dict = {"progress": False, "accelerator": "cuda" if card.is_gpu else "cpu"}
+    model = new_vae(adata, n_latent=job.LATENT, n_hidden=job.HIDDEN)
+    stops = [EarlyStopping(patience=20)]
+    first = VAETrainer(
+        adata, model, batch_size=job.BATCH, callbacks=stops, max_epochs=2 if quick else 120, **settings
+    )
+    stages: dict[str, Callable[[], object]] = {job.VAE: first.fit, job.ENCODE: lambda: embed(adata, model)}
+    for stage, call in stages.items():
+        yield _stage(card, name, adata, stage, call)
+    operators = new_operators(adata)
+    second = OperatorTrainer(adata, operators, max_epochs=2 if quick else 30, **settings)
+    yield _stage(card, name, adata, job.OPERATORS, second.fit)
+    yield _stage(card, name, adata, job.PREDICT, lambda: job.predict_all(adata, model, operators, second))
+
+
+def _stage(card: Card, name: str, adata: AnnData, stage: str, call: Callable[[], object]) -> dict:
+    start = time.perf_counter()
+    call()
+    card.wait()
+    common = {
+        "what": stage,
+        "variant": "cellop_nb",
+        "data": f"{name}, {adata.n_obs:,} cells, {adata.n_vars:,} genes",
+    }
+    return common | {"stage_seconds": time.perf_counter() - start}

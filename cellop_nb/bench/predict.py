@@ -86,7 +86,7 @@ def run(quick: bool = False) -> list[dict]:
     _, taken = _timed(second.fit)
     products = operator.step_products(len(second.groups), CELLS)
     rows.append(_trained(OPERATORS, second, taken, made, {"products": products}))
-    rows.append(_made(PREDICT, lambda: _predict_all(adata, model, operators, second)))
+    rows.append(_made(PREDICT, lambda: predict_all(adata, model, operators, second)))
     rows[-1]["conditions"] = len(second.groups)
     both = {key: rows[0][key] + rows[2][key] for key in ("stage_seconds", "cpu_seconds", "bound_seconds")}
     both |= {"bound": "products", "distance": both["cpu_seconds"] / both["bound_seconds"]}
@@ -114,6 +114,7 @@ def _made(what: str, call: Callable[[], object]) -> dict:
     )
 
 
-def _predict_all(adata: AnnData, vae, operators, trainer: OperatorTrainer) -> None:
+def predict_all(adata: AnnData, vae, operators, trainer: OperatorTrainer) -> None:
+    """Predict every condition that the trainer has."""
     for group in trainer.groups.items:
         predict(adata, vae, operators, perturbation=group.perturbation, context=group.context)

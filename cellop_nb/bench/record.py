@@ -18,6 +18,9 @@ from ..files import write_whole
 SHIPPED = Path(__file__).with_name("record.json")
 """A full run on an idle machine. To make it anew: ``python3 -m cellop_nb bench all --threads 1 --out <this file>``."""
 
+GPU = Path(__file__).with_name("gpu_record.json")
+"""A run on a GPU: ``python3 -m cellop_nb bench gpu --threads 1 --out <this file>``."""
+
 SECTIONS = ("vae", "energy", "operator", "predict", "explorer", "scale")
 PACKAGES = (
     "cellop_nb", "torch", "numpy", "scipy", "anndata", "scvi-tools", "geomloss", "pykeops", "dcor",
@@ -50,11 +53,13 @@ def record(
 
     Returns
     -------
-    Dictionary with date, machine, threads, quick, versions, limits, and results (section to rows).
+    Dictionary with date, machine (and the GPU's name where it was measured), threads, quick, versions, limits, and
+    results (section to rows).
     """
     import torch
 
     from . import limits
+    from .card import Card
 
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
@@ -65,10 +70,12 @@ def record(
             options = {"memory": memory, "peers": peers}
             options = {name: value for name, value in options.items() if name in run.__annotations__}
             results[section] = measure(section, partial(run, quick, **options))
-        return _surroundings(torch.get_num_threads(), quick) | {
-            "limits": limits.machine(),
-            "results": results,
-        }
+        made = _surroundings(torch.get_num_threads(), quick) | {"limits": limits.machine()}
+        if "gpu" in results:
+            card = Card()
+            made["machine"] |= {"device": card.name, "CUDA": torch.version.cuda}
+            made["limits"] |= card.limits()
+        return made | {"results": results}
     finally:
         torch.set_num_threads(before)
 

@@ -22,11 +22,17 @@ SECTIONS = (
     "explorer",
     "scale",
 )  # those of bench.record, which needs torch
+GPU = "gpu"
+"""A section apart: it is of another machine, and `all` leaves it out where there is no GPU."""
+
 _UNITS = {  # column: (title, factor, format)
     "seconds": ("ms", 1e3, "{:,.2f}"),
     "cpu_seconds": ("CPU ms", 1e3, "{:,.2f}"),
     "guard_seconds": ("guard CPU ms", 1e3, "{:.3f}"),
-    "bound_seconds": ("bound, CPU ms", 1e3, "{:,.2f}"),
+    "bound_seconds": ("bound, ms", 1e3, "{:,.2f}"),
+    "busy_seconds": ("busy, ms", 1e3, "{:,.2f}"),
+    "gain": ("gain", 1, "{:.1f}"),
+    "bound_share": ("share of the bound", 100, "{:.0f} %"),
     "bound_cells_per_cpu_s": ("bound, cells/CPU-s", 1, "{:,.0f}"),
     "distance": ("times the bound", 1, "{:.1f}"),
     "stage_seconds": ("s", 1, "{:,.1f}"),
@@ -57,7 +63,11 @@ _WORDS = ("note", "between")  # told after the columns
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `bench`."""
     parser.add_argument(
-        "section", nargs="?", default="all", choices=(*SECTIONS, "all"), help="what to measure (default: all)"
+        "section",
+        nargs="?",
+        default="all",
+        choices=(*SECTIONS, GPU, "all"),
+        help="what to measure (default: all)",
     )
     parser.add_argument("--quick", action="store_true", help="small sizes: whether it runs, not how fast")
     parser.add_argument(
@@ -83,12 +93,18 @@ def main(args: argparse.Namespace) -> int:
     os.environ["OMP_NUM_THREADS"] = str(threads)  # for the fresh processes that measure memory
     from cellop_nb.bench.record import record, write
 
-    sections = SECTIONS if args.section == "all" else (args.section,)
+    sections = (*SECTIONS, *_if_there()) if args.section == "all" else (args.section,)
     made = record(sections, quick=args.quick, threads=threads, measure=_measure)
     if args.out is not None:
         write(args.out, made)
         say(f"written: {args.out}")
     return 0
+
+
+def _if_there() -> tuple[str, ...]:
+    import torch
+
+    return (GPU,) if torch.cuda.is_available() else ()
 
 
 def _measure(section: str, call: Callable[[], list[dict]]) -> list[dict]:

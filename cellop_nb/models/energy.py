@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import host
 from .energy_batch import Found, energies, is_small, joint, mean_within
 from .energy_checks import ESTIMATORS, as_sizes, check_cloud, check_estimator, check_pair
 from .energy_groups import batches
@@ -150,7 +151,7 @@ def _small_pair(x: Tensor, y: Tensor, estimator: str, y_self: Tensor | None) -> 
     None for all that is large, close, unusual or to be refused: the general way decides.
     """
     plain = x.dim() == y.dim() == 2 and x.dtype == y.dtype in _PLAIN and x.shape[1] == y.shape[1]
-    plain = plain and estimator in ESTIMATORS and min(len(x), len(y)) > 1
+    plain = plain and estimator in ESTIMATORS and min(len(x), len(y)) > 1 and host.looks_are_free(x.device)
     if not plain or not is_small(1, len(x), len(y), x.device) or (y_self is not None and y.requires_grad):
         return None
     keep_freed_memory()

@@ -11,6 +11,7 @@ from .energy_joint import joint_energies
 from .energy_kernels import Exact, cross_sums, scale_of, self_sums
 
 SMALL_PAIRS = 800_000  # distances of a batch up to which the number of calls counts, not that of pairs
+_DEVICE_SMALL_PAIRS = 1 << 23  # of a device
 
 Found = tuple[Tensor, Tensor | None, Tensor | None]
 """Energy distances (group,) float64, and the gradients (group, cell, d) of x and y, None where not wanted."""
@@ -42,13 +43,15 @@ def energies(
 
 def is_small(groups: int, n: int, m: int, device: torch.device) -> bool:
     """Whether the distances of groups of n and m cells are computed as whole matrices."""
-    return groups * (n + m) * max(n, m) <= SMALL_PAIRS and host.looks_are_free(device)
+    most = SMALL_PAIRS if host.looks_are_free(device) else _DEVICE_SMALL_PAIRS
+    return groups * (n + m) * max(n, m) <= most
 
 
 def joint(
     x: Tensor, y: Tensor, batch: Batch, estimator: str, want_x: bool, want_y: bool, y_self: Tensor | None
 ) -> Found | None:
     """Energies and gradients of small groups as one stack (:func:`joint_energies`); None where they are not small."""
+    x, y = _precise(x), _precise(y)
     if want_y and not want_x:
         found = joint_energies(y, x, Batch(batch.groups, batch.y, batch.x), estimator)
         return None if found is None else (found[0], None, found[1])

@@ -42,12 +42,13 @@ class Place:
         return self.counts * (self.counts - int(estimator == "U"))
 
     def mask(self) -> Tensor:
-        """(group, cell) mask of padding, where there is none too."""
-        return torch.zeros(self.shape, dtype=torch.bool) if self.pad is None else self.pad
+        """(group, cell) mask of padding on the host, where there is none too."""
+        return torch.zeros(self.shape, dtype=torch.bool) if self.pad is None else self.pad.cpu()
 
     def filled(self, value: Tensor | float) -> Tensor:
-        """The value of each group (group,), or of all, for each of its cells: (group, cell) float64, 0 for padding."""
-        values = torch.as_tensor(value, dtype=torch.float64).reshape(-1, 1).expand(self.shape)
+        """The value of each group (group,), or of all, for each of its cells: (group, cell) float64, 0 for padding; on
+        the host."""
+        values = torch.as_tensor(value, dtype=torch.float64).cpu().reshape(-1, 1).expand(self.shape)
         return values.masked_fill(self.mask(), 0)
 
     def gather(self, x: Tensor) -> Tensor:
@@ -103,19 +104,20 @@ class Batch:
     @functools.cached_property
     def pad(self) -> Tensor | None:
         """(group, cell) mask of padding in the stack of x and y; None where there is none."""
-        if self.x.pad is None and self.y.pad is None:
+        given = self.y.pad if self.x.pad is None else self.x.pad
+        if given is None:
             return None
-        return torch.cat([self.x.mask(), self.y.mask()], 1)
+        return torch.cat([self.x.mask(), self.y.mask()], 1).to(given.device)
 
-    @functools.lru_cache(maxsize=8)  # noqa: B019 (batches are remembered anyway)
-    def signs(self, estimator: str, dtype: torch.dtype) -> Signs:
+    @functools.lru_cache(maxsize=256)  # noqa: B019 (batches are remembered anyway)
+    def signs(self, estimator: str, dtype: torch.dtype, device: torch.device) -> Signs:
         """The signs of an energy distance."""
         across = 2 / (self.x.counts * self.y.counts)
         in_x, in_y = -2 / self.x.pairs(estimator), -2 / self.y.pairs(estimator)
         pull_x = torch.cat([self.x.filled(in_x), self.y.filled(across)], 1)
         pull_y = torch.cat([self.x.filled(across), self.y.filled(in_y)], 1)
         sum_x = torch.cat([self.x.filled(in_x / 2), self.y.filled(across)], 1)
-        parts = [part.to(dtype) for part in (sum_x, self.y.filled(in_y / 2), pull_x, pull_y)]
+        parts = [part.to(device, dtype) for part in (sum_x, self.y.filled(in_y / 2), pull_x, pull_y)]
         alike = not isinstance(across, Tensor)
         own_x, own_y = -self.x.counts * in_x / 2, -self.y.counts * in_y / 2
         sum_x, sum_y, pull_x, pull_y = (part[0] if alike else part for part in parts)

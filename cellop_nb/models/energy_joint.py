@@ -11,8 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import host
 from .energy_groups import Batch
-from .energy_kernels import CLOSE
+from .energy_kernels import CLOSE, least_square
 
 SAFE = (1e-30, 1e30)
 """Largest squared norm of a group for which squares neither overflow nor vanish; else the tiles scale first."""
@@ -42,12 +43,13 @@ def joint_energies(
     Returns
     -------
     Values (group,) float64 and the gradients of x and y (None where not wanted); those of padding are undefined.
-    None in all where two cells are so close that a product would blur their distance.
+    None in all where two cells are so close that a product would blur their distance; on a device never, where
+    products in float64 blur none.
     """
     n = x.shape[1]
     z, norms, widest = _stacked(x, y, batch)
     own, others = (z[:, :n], norms[:, :n]), (z[:, n:], norms[:, n:])
-    signs, diagonal = batch.signs(estimator, x.dtype), widest.double().sqrt()
+    signs, diagonal = batch.signs(estimator, x.dtype, x.device), widest.double().sqrt()
     d2 = _squares(own, (z, norms), widest)
     if d2 is None:
         return None
@@ -93,6 +95,10 @@ def _squares(rows: tuple[Tensor, Tensor], columns: tuple[Tensor, Tensor], widest
     """Squared distances (group, row, column), the largest norm on the diagonal; None where some are too close."""
     (a, of_a), (b, of_b) = rows, columns
     d2 = (of_a.unsqueeze(2) + of_b.unsqueeze(1)).baddbmm_(a, b.mT, alpha=-2)
+    if not host.looks_are_free(d2.device):
+        torch.maximum(d2, least_square(widest), out=d2)
+        d2.diagonal(dim1=1, dim2=2).copy_(widest.clamp_min(1e-290).unsqueeze(1))
+        return d2
     d2.diagonal(dim1=1, dim2=2).copy_(widest.unsqueeze(1))
     # Python compares a few numbers faster than torch is called.
     nearest = zip(d2.amin((1, 2)).tolist(), widest.tolist(), strict=True)

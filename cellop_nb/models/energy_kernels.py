@@ -8,7 +8,7 @@ gives both the row's sum of distances, :math:`R_i G_i = \\sum_j w_{ij} d_{ij}^2`
 The product form loses digits where two points are close compared with their norms: clouds are centred first,
 and pairs that are still close are taken out of the tile (:data:`CLOSE`) and computed from their differences. On a
 device the host would have to wait to find them: there the products are float64, which blurs no pair that counts
-(:class:`_Merged`).
+(:class:`_Softened`).
 
 All clouds here are (group, cell, d); tiling is for one group, padding for many.
 """
@@ -27,16 +27,16 @@ from . import host
 CLOSE = 1e-3
 """Pairs with d^2 below this share of |x|^2 + |y|^2 come from differences; above it, d is good to 1e-4."""
 
-MERGED = 2.0**-48
-"""On a device, in float64: pairs with d^2 below this share of |x|^2 + |y|^2 count as one point, which is a distance of
-less than 1e-7 of the cloud's radius."""
+NEAREST = 2.0**-46
+"""On a device, in float64: the least d^2 as a share of the largest squared norm. Pairs closer than 1.2e-7 of the clouds'
+radius pull in proportion to their distance, where others pull with one unit."""
 
 Exact = tuple[Tensor, Tensor, Tensor]
 """Clouds x and y as given, and the scale (group, 1, 1): centring may round small differences away."""
 
 _PAIRS_AT_ONCE = 1 << 15
 _TILE_BYTES = 1 << 20  # a tile is visited four times, so it has to stay in the cores' own cache
-_DEVICE_TILE_BYTES = 1 << 25  # of a device: large enough to keep it busy, small enough for its cache
+_DEVICE_TILE_BYTES = 1 << 27  # of a device, large enough to keep it busy while the host makes the next calls
 
 
 def scale_of(*clouds: Tensor) -> Tensor:
@@ -140,8 +140,8 @@ class _ClosePairs:
         return unit.to(self.x.dtype)
 
 
-class _Merged:
-    """On a device: pairs that float64 products would blur count as one point, at distance 0 and without a pull.
+class _Softened:
+    """On a device: no pair counts as closer than :data:`NEAREST`, which is far above what float64 products blur.
 
     Nothing is looked at, so that the host does not wait.
     """
@@ -149,16 +149,20 @@ class _Merged:
     total, pull_x, pull_y = 0.0, None, None
 
     def __init__(self, exact: Exact, norms_x: Tensor, norms_y: Tensor):
-        self.norms_x, self.norms_y = MERGED * norms_x, MERGED * norms_y
+        self.least = least_square(torch.maximum(norms_x.amax(-1), norms_y.amax(-1)))
 
     def take_out(self, d2: Tensor, rows: slice, columns: slice, **_) -> None:
-        """Leave infinity in the places of the pairs of the tile d2 (group, row, column) that are one point."""
-        limit = self.norms_x[:, rows].unsqueeze(-1) + self.norms_y[:, columns].unsqueeze(-2)
-        d2.masked_fill_(d2 <= limit, math.inf)
+        """Bound the tile d2 (group, row, column) from below."""
+        torch.maximum(d2, self.least, out=d2)
 
 
-def _close_pairs(exact: Exact, norms_x: Tensor, norms_y: Tensor) -> _ClosePairs | _Merged:
-    kind = _ClosePairs if host.looks_are_free(norms_x.device) else _Merged
+def least_square(widest: Tensor) -> Tensor:
+    """Least d^2 (group, 1, 1) for clouds of the largest squared norms `widest` (group,)."""
+    return (NEAREST * widest).clamp_min(1e-290)[:, None, None]
+
+
+def _close_pairs(exact: Exact, norms_x: Tensor, norms_y: Tensor) -> _ClosePairs | _Softened:
+    kind = _ClosePairs if host.looks_are_free(norms_x.device) else _Softened
     return kind(exact, norms_x, norms_y)
 
 

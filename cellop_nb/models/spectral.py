@@ -46,14 +46,20 @@ def _largest_singular_value(matrices: Tensor, doublings: int = 12) -> Tensor:
     the second singular value is a per cent smaller.
     """
     with torch.no_grad():
-        power = torch.bmm(matrices.mT, matrices)
-        for _ in range(doublings):
+        power = _of_size_one(torch.bmm(matrices.mT, matrices))
+        for doubling in range(1, doublings + 1):
             power = torch.bmm(power, power)
-            power = power / power.abs().amax((1, 2), keepdim=True).clamp_min(torch.finfo(power.dtype).tiny)
+            if doubling % 3 == 0 or doubling == doublings:  # entries of at most 1 have grown to at most d^7
+                power = _of_size_one(power)
         largest = power.square().sum(1).argmax(1)
         vector = power.gather(2, largest.view(-1, 1, 1).expand(-1, power.shape[1], 1))
         vector = vector / vector.norm(dim=1, keepdim=True).clamp_min(torch.finfo(power.dtype).tiny)
     return torch.bmm(matrices, vector).norm(dim=(1, 2))
+
+
+def _of_size_one(matrices: Tensor) -> Tensor:
+    """Matrices (condition, d, d) scaled so that the largest entry of each is 1 (or 0)."""
+    return matrices / matrices.abs().amax((1, 2), keepdim=True).clamp_min(torch.finfo(matrices.dtype).tiny)
 
 
 def norm_bound(matrices: Tensor) -> Tensor:

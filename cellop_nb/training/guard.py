@@ -49,7 +49,8 @@ class NonFiniteGuard:
         Steps between two direct looks at the parameters. A step with finite gradients and moments leaves them
         finite; if something else broke them, the next loss shows it and the fault is still told as theirs.
     snapshot_every
-        Steps between two copies of model and optimiser.
+        Steps between two copies of model and optimiser; on a device that holds the optimiser back, the end of the epoch
+        after so many, since a copy waits for it.
     deferred
         Leave all checks on the device and read them every `check_every` steps (once per step for "rollback", whose
         next step depends on them, and for optimisers that the device cannot hold back); None chooses this for every
@@ -164,7 +165,9 @@ class NonFiniteGuard:
                 self._parameter_flag.copy_(self._flag_of_parameters())
             elif not self._parameters_are_finite():
                 return self._fault("parameter", trainer)
-        return self.keep(trainer) if self._suspect or self._since >= self.snapshot_every else True
+        # Where the device holds the optimiser back, the state cannot turn bad unseen: the epoch's end is early enough.
+        due = self._suspect or (self._since >= self.snapshot_every and not self.holds_back)
+        return self.keep(trainer) if due else True
 
     def end_of_epoch(self, trainer) -> bool:
         """Check the parameters, and keep the state if the last copy is old."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from cellop_nb.__main__ import main
 from cellop_nb.bench import (
     energy,
     explorer,
+    gpu,
     limits,
     operator,
     operator_forms,
@@ -22,6 +24,7 @@ from cellop_nb.bench import (
     scale_growth,
     vae,
 )
+from cellop_nb.bench.card import Card
 from cellop_nb.bench.count import Counts, counts
 from cellop_nb.bench.measure import interleaved
 from cellop_nb.commands import bench
@@ -231,6 +234,33 @@ def test_bench_refuses_what_it_could_not_do(capsys, tmp_path):
     for arguments in (["--threads", "0"], ["--out", str(tmp_path / "none" / "x.json")]):
         assert main(["bench", "energy", "--quick", *arguments]) == 2
         assert "To fix it" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_section_of_the_gpu_is_refused_without_one(capsys):
+    assert main(["bench", "gpu", "--quick"]) == 2
+    assert "a CUDA device" in capsys.readouterr().err
+    assert bench._if_there() == ()
+
+
+def test_the_section_of_the_gpu_measures_every_option_against_calls_one_by_one():
+    """On a CPU in its place: nothing is recorded there, and no wait is counted."""
+    rows = gpu.run(quick=True, device="cpu")
+    assert [row["what"] for row in rows if row["variant"] == gpu.PLAIN] == ["operator step", "VAE step"]
+    assert all(row["gain"] == 1 for row in rows if row["variant"] == gpu.PLAIN)
+    assert all((row.get("seconds") or row["stage_seconds"]) > 0 and row.get("waits") is None for row in rows)
+    for row in rows:
+        if row.get("bound_seconds"):
+            assert row["bound_share"] * row["distance"] == pytest.approx(1)
+            assert (row["distance"] > 2) == ("between" in row)
+
+
+def test_what_a_card_says_of_a_call():
+    made = []
+    card = Card("cpu")
+    assert card.seconds(lambda: made.append(time.sleep(0.002)), least=0.004, turns=2) >= 0.002
+    assert len(made) == 3 + 2 * 2
+    assert card.product_rate(8, 4, 8, 2) > 0 and card.bandwidth(1) > 0 and card.name == "CPU"
 
 
 def test_growth_is_told_as_exponent_and_bytes_per_cell():

@@ -17,6 +17,7 @@ from cellop_nb.data.synthetic import synthetic
 from cellop_nb.models.counts import SparseCounts
 from cellop_nb.models.energy import energy_distance, grouped_energy_distance, self_distance
 from cellop_nb.models.likelihood import nb_log_likelihood_logits
+from cellop_nb.training.callbacks import Callback
 from cellop_nb.training.checkpoint import load, save
 from cellop_nb.training.explain import NonFiniteError
 from cellop_nb.training.operator_start import new_operators
@@ -42,6 +43,17 @@ def vae(adata, **settings):
 def operators(adata, **settings):
     given = {"max_epochs": 4, "steps_per_epoch": 8, "cells_per_group": 20, "progress": False}
     return OperatorTrainer(adata, new_operators(adata), **given | settings)
+
+
+class StopAfter(Callback):
+    """Asks for the end after some epochs."""
+
+    def __init__(self, epochs):
+        self.epochs = epochs
+
+    def on_epoch_end(self, trainer, row):
+        if trainer.epoch == self.epochs:
+            trainer.stop()
 
 
 MAKE = {"vae": vae, "operators": operators}
@@ -141,6 +153,18 @@ def test_a_fault_is_told_by_its_step_and_leaves_a_usable_model(kind, adata):
     assert all(bool(value.isfinite().all()) for value in trainer.model.state_dict().values())
 
 
+def test_the_cell_and_gene_of_a_bad_count(adata):
+    trainer = vae(adata)
+    held = trainer.loader.matrix
+    row = int(trainer.loader.rows[5])
+    place = held.source.csr.indptr[row]
+    held.source.csr.data[place] = held.values[int(place)] = math.nan
+    with pytest.raises(NonFiniteError) as caught:
+        trainer.fit()
+    assert caught.value.origin.kind == "batch" and caught.value.cells == [adata.obs_names[row]]
+    assert caught.value.genes == [adata.var_names[held.source.csr.indices[place]]]
+
+
 def test_changes_by_hand_reach_a_recorded_step(adata):
     def history(**given):
         trainer = vae(adata, **given)
@@ -156,7 +180,8 @@ def test_the_counts_stay_on_the_device_and_a_run_is_resumed_exactly(adata, tmp_p
     whole = vae(adata, folder=tmp_path / "whole", max_epochs=6)
     assert isinstance(whole.loader.matrix, ResidentCounts)
     expected = whole.fit()
-    vae(adata, folder=tmp_path / "parts", max_epochs=6).fit(3)
+    first = vae(adata, folder=tmp_path / "parts", max_epochs=6, callbacks=[StopAfter(3)])
+    assert len(first.fit()) == 3
     found = vae(adata, folder=tmp_path / "parts", max_epochs=6).fit(resume=True)
     torch.testing.assert_close(table(found), table(expected), rtol=1e-5, atol=1e-5)
 

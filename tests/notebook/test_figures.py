@@ -136,6 +136,24 @@ FIGURES = {
             for name, rate, bound in (("ours", 9e3, 3e4), ("$peer", 3e3, None))
         ]
     ),
+    "gpu_times": lambda: figures.gpu_times(
+        [
+            {
+                "what": what,
+                "variant": name,
+                "seconds": s,
+                "busy_seconds": 0.001,
+                "bound_seconds": 1e-4,
+                "gain": 0.01 / s,
+            }
+            | sizes
+            for what, sizes in (
+                ("VAE step", {"hidden": 128, "batch": 512}),
+                ("operator step", {"groups": 16, "n": 128}),
+            )
+            for name, s in (("call by call", 0.01), ("recorded", 0.0012))
+        ]
+    ),
     "step_times": lambda: figures.step_times(
         [
             {"variant": name, "what": "step", "cpu_seconds": time, "bound_seconds": time / 3}
@@ -240,7 +258,7 @@ def test_a_quick_png_is_what_was_drawn():
 
 
 def test_figures_of_speed_name_their_bound_and_compare_what_took_turns():
-    for name in ("energy_scaling", "cells_scaling", "training_rates"):
+    for name in ("energy_scaling", "cells_scaling", "training_rates", "gpu_times"):
         legends = [ax.get_legend() for ax in FIGURES[name]().axes if ax.get_legend()]
         assert any("bound" in text.get_text() for found in legends for text in found.get_texts()), name
     shown = [tick.get_text() for tick in FIGURES["step_times"]().axes[0].get_yticklabels()]

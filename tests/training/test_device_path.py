@@ -11,6 +11,7 @@ from toy import small_operators, small_vae
 
 import cellop_nb as co
 from cellop_nb.bench.count import counts
+from cellop_nb.errors import ModelError
 from cellop_nb.models.energy import energy_distance, grouped_energy_distance, self_distance
 from cellop_nb.models.spectral import spectral_excess
 from cellop_nb.training.explain import NonFiniteError
@@ -37,7 +38,9 @@ def test_the_inner_loop_never_waits_for_a_device(kind, as_on_a_device, tmp_path)
     trainer = MAKE[kind](None)
     trainer.model.train()
     batches = [batch for _ in range(3) for batch in trainer.batches()]
+    trainer.guard.snapshot_every = 4
     trainer._run_step(batches[0])  # the guard's first copy
+    kept = trainer.guard.last_finite
     for batch in batches[1:8]:
         with no_looks():
             found = counts(lambda batch=batch: trainer._run_step(batch))
@@ -46,6 +49,8 @@ def test_the_inner_loop_never_waits_for_a_device(kind, as_on_a_device, tmp_path)
     for batch in batches[8:12]:  # one look for ten steps
         trainer._run_step(batch)
     assert len(trainer.guard._window) < 10
+    assert trainer.guard.last_finite is kept and trainer.guard.end_of_epoch(trainer)
+    assert trainer.guard.last_finite is not kept
 
 
 @pytest.mark.parametrize("kind", MAKE)
@@ -113,8 +118,10 @@ def test_a_norm_that_overflows_is_no_fault_and_no_step_is_lost(as_on_a_device):
 
 
 @pytest.mark.parametrize("sizes", [([30, 20, 25], [20, 30, 25]), ([40], [70])])
-@pytest.mark.parametrize("side", [7, 2048])
-def test_distances_of_float64_products_are_those_of_repaired_ones(sizes, side, monkeypatch, request):
+@pytest.mark.parametrize(
+    ("side", "small"), [(7, 0), (2048, 0), (2048, 1 << 20)], ids=["tiles", "one tile", "joint"]
+)
+def test_distances_of_float64_products_are_those_of_repaired_ones(sizes, side, small, monkeypatch, request):
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randn(sum(n), 5, generator=generator) for n in sizes)
     y[:3] = x[:3]  # coincident, and close
@@ -128,13 +135,16 @@ def test_distances_of_float64_products_are_those_of_repaired_ones(sizes, side, m
     expected = all_of()
     request.getfixturevalue("as_on_a_device")
     monkeypatch.setattr("cellop_nb.models.energy_kernels._DEVICE_TILE_BYTES", 8 * side**2)
+    monkeypatch.setattr("cellop_nb.models.energy_batch._DEVICE_SMALL_PAIRS", small)
     for found, wanted in zip(all_of(), expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("small", [0, 1 << 20], ids=["tiles", "joint"])
 @pytest.mark.parametrize(("apart", "offset"), [(1e-3, 1e3), (1e-5, 0.0)])
-def test_float64_products_keep_tight_clouds_apart(apart, offset, as_on_a_device):
+def test_float64_products_keep_tight_clouds_apart(apart, offset, small, as_on_a_device, monkeypatch):
     """Each cloud is two piles `apart`, far from the origin, and some cells are one point."""
+    monkeypatch.setattr("cellop_nb.models.energy_batch._DEVICE_SMALL_PAIRS", small)
     generator = torch.Generator().manual_seed(1)
     x, y = (torch.randn(60, 8, generator=generator, dtype=torch.float64) for _ in range(2))
     x, y = (
@@ -143,8 +153,20 @@ def test_float64_products_keep_tight_clouds_apart(apart, offset, as_on_a_device)
     x, y = x.float().requires_grad_(), y.float()
     value = energy_distance(x, y)
     exact = dense_energy(x.detach().double().requires_grad_(), y.double())
-    assert float(value) == pytest.approx(float(exact[0]), rel=1e-5)
+    assert value.item() == pytest.approx(exact[0].item(), rel=1e-5)
     torch.testing.assert_close(torch.autograd.grad(value, x)[0].double(), exact[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("small", [0, 1 << 20], ids=["tiles", "joint"])
+def test_one_point_and_nan_on_a_device(small, as_on_a_device, monkeypatch):
+    monkeypatch.setattr("cellop_nb.models.energy_batch._DEVICE_SMALL_PAIRS", small)
+    x = torch.full((5, 3), 7.0).requires_grad_()
+    value = energy_distance(x, x.detach().clone())
+    assert abs(value.item()) < 1e-12 and torch.equal(torch.autograd.grad(value, x)[0], torch.zeros(5, 3))
+    broken = torch.cat([x.detach(), torch.full((1, 3), math.nan)])
+    assert energy_distance(broken, x.detach(), validate=False).isnan()
+    with pytest.raises(ModelError, match="row 5"):
+        energy_distance(broken, x.detach())
 
 
 def dense_energy(x, y):

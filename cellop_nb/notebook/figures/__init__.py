@@ -19,6 +19,7 @@ from cellop_nb.notebook.figures.similarity import condition_similarity
 from cellop_nb.notebook.figures.speed import (
     cells_scaling,
     energy_scaling,
+    gpu_times,
     stage_times,
     step_times,
     training_rates,
@@ -49,6 +50,7 @@ __all__ = [
     "embedding",
     "energy_bars",
     "energy_scaling",
+    "gpu_times",
     "error_budget",
     "gradient_map",
     "group_counts",

@@ -158,3 +158,49 @@ def cells_scaling(rows: Rows) -> Figure:
 def _legend_of_the_first(axes) -> None:
     """Beside the last panel what the first one shows: the bound of the time is drawn there alone."""
     legend(axes[-1], *axes[0].get_legend_handles_labels()[0], outside=True)
+
+
+def gpu_times(rows: Rows) -> Figure:
+    """Milliseconds of each step on a GPU, call by call and recorded, with the time it computes and the bound."""
+    rows = [row for row in rows if row.get("gain")]
+    steps = list(dict.fromkeys(_step_of(row) for row in rows))
+    names = list(dict.fromkeys(row["variant"] for row in rows))
+    fig, (ax,) = canvas(height=0.55 * len(steps) + 1.4)
+    for index, name in enumerate(names):
+        own = [(steps.index(_step_of(row)), 1e3 * row["seconds"]) for row in rows if row["variant"] == name]
+        places = [place + 0.18 * (index - (len(names) - 1) / 2) for place, _ in own]
+        ax.plot(
+            [ms for _, ms in own],
+            places,
+            linestyle="none",
+            markersize=8,
+            label=safe(name),
+            **mark(index),
+        )
+    for place, step in enumerate(steps):
+        recorded = [row for row in rows if _step_of(row) == step][1:] or rows[:1]
+        lines = {"bound_seconds": (":", "bound"), "busy_seconds": ("-", "the device computes (recorded)")}
+        for key, (line, words) in lines.items():
+            if recorded[0].get(key):
+                ms = 1e3 * recorded[0][key]
+                ax.vlines(
+                    ms,
+                    place - 0.4,
+                    place + 0.4,
+                    color=QUIET,
+                    linestyle=line,
+                    label=words if not place else None,
+                )
+    ax.set(xscale="log")
+    log_ticks(ax, "x")
+    long_names(ax, steps, "y")
+    ax.set_ylim(len(steps) - 0.5, -0.5)
+    label(ax, "One step on a GPU", "milliseconds")
+    legend(ax, outside=True)
+    return fig
+
+
+def _step_of(row: dict) -> str:
+    sizes = ("hidden", "batch") if row.get("hidden") else ("groups", "n")
+    words = {"n": "cells"}
+    return f"{row['what']}, " + ", ".join(f"{words.get(key, key)} {row[key]:,}" for key in sizes)
