@@ -57,7 +57,8 @@ def joint_energies(
     if want_x:
         weights = d2.rsqrt_()
         force_x = _force(own[0], weights, z, signs.pull_x)
-        across = weights[:, :, n:].mT.contiguous() if want_y else None
+        # a copy: that of a single cell would be contiguous as it is, and change with the weights below
+        across = weights[:, :, n:].mT.clone(memory_format=torch.contiguous_format) if want_y else None
         distances = weights.reciprocal_()  # one array of pairs lives at a time
     else:
         distances = d2.sqrt_()

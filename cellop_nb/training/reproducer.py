@@ -81,12 +81,12 @@ def _generators(trainer) -> dict[str, torch.Generator]:
 
 
 def set_random_state(states: dict[str, Tensor], trainer=None) -> None:
-    """Put :func:`random_state` back."""
+    """Put :func:`random_state` back; a generator of another kind of device than the state's is left as it is."""
     torch.set_rng_state(states["cpu"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
     for name, generator in _generators(trainer).items():
-        if name in states:
+        if name in states and states[name].shape == generator.get_state().shape:
             generator.set_state(states[name])
 
 

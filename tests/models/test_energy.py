@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cellop_nb.errors import ModelError
@@ -116,8 +116,10 @@ def test_a_broken_chunk_gradient_is_caught():
 
 
 @settings(max_examples=20, deadline=None)
-@given(n=st.integers(2, 40), m=st.integers(2, 40), tile=st.integers(1, 50), estimator=st.sampled_from("UV"))
+@given(n=st.integers(1, 40), m=st.integers(1, 40), tile=st.integers(1, 50), estimator=st.sampled_from("UV"))
+@example(n=1, m=7, tile=64, estimator="V")
 def test_every_tile_gives_the_same(n, m, tile, estimator):
+    estimator = "V" if min(n, m) == 1 else estimator
     x, y = clouds(n, m, 4, seed=n * 41 + m)
     whole = value_and_gradient(x, y, estimator=estimator)
     tiled = value_and_gradient(x, y, estimator=estimator, tile=tile)

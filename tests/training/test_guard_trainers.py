@@ -13,6 +13,7 @@ import torch
 from cellop_nb.training.guard import NonFiniteError, replay
 from cellop_nb.training.operator_start import new_operators
 from cellop_nb.training.operators import OperatorTrainer
+from cellop_nb.training.reproducer import random_state, set_random_state
 from cellop_nb.training.vae import VAETrainer, new_vae
 
 
@@ -90,7 +91,16 @@ def test_the_cell_and_gene_of_a_bad_count(adata, tmp_path):
     error = caught.value
     assert error.origin.kind == "batch" and len(error.cells) == 1
     assert error.genes == [adata.var_names[5]] and error.cells[0] in adata.obs_names
-    assert replay(error.reproducer, vae_trainer(adata)).cells == error.cells
+    assert replay(error.reproducer, vae_trainer(adata, accelerator="cpu")).cells == error.cells
+
+
+def test_random_states_of_another_kind_of_device_are_left_out(adata):
+    """A file written on a GPU is shown on a CPU: the state of a CUDA generator has another size."""
+    trainer = vae_trainer(adata, accelerator="cpu")
+    states = random_state(trainer)
+    expected = torch.rand(3, generator=trainer.cpu_generator)
+    set_random_state(states | {"trainer.generator": torch.zeros(16, dtype=torch.uint8)}, trainer)
+    assert torch.equal(torch.rand(3, generator=trainer.cpu_generator), expected)
 
 
 def test_an_operator_of_norm_1e20(adata):
