@@ -23,7 +23,13 @@ def markdown(text: str):
 
 
 def styled(
-    frame, *, caption: str = "", form: str | None = None, precision: int | None = None, index: bool = True
+    frame,
+    *,
+    caption: str = "",
+    form: str | dict[str, str] | None = None,
+    precision: int | None = None,
+    missing: str | None = None,
+    index: bool = True,
 ):
     """A table for the end of a cell; markup of HTML in its labels and values shows as text.
 
@@ -34,7 +40,9 @@ def styled(
     caption
         Sentence above the table.
     form, precision
-        How numbers are written: a format such as ``"{:.1%}"``, or a number of decimals.
+        How numbers are written: a format such as ``"{:.1%}"``, one for each column, or a number of decimals.
+    missing
+        What stands for a missing value.
     index
         Whether to show the row labels.
 
@@ -42,7 +50,7 @@ def styled(
     -------
     `pandas.io.formats.style.Styler`
     """
-    shown = frame.style.format(form, precision=precision, escape="html")
+    shown = frame.style.format(form, precision=precision, na_rep=missing, escape="html")
     shown = shown.format_index(escape="html").format_index(escape="html", axis="columns")
     shown = shown if index else shown.hide(axis="index")
     return shown.set_caption(escape(caption)) if caption else shown
