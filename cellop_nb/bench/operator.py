@@ -36,23 +36,27 @@ BETWEEN = {
 FIT = "counts checked and encoded once, operators started from moments, validation, and what the row of a step tells"
 
 
-def steps(variant: str, sizes: dict, repeats: int) -> Callable[[], None]:
-    """For the fresh process: some steps, after one that warms up.
+def steps(variant: str, sizes: dict, least: float) -> Callable[[], dict[str, int]]:
+    """For the fresh process: steps for `least` CPU seconds, after a tenth of that and at least one that warm up.
 
-    The first one reads the libraries' code for these sizes from disk, and makes the optimiser's moments: what a step
-    takes is what it takes beside them.
+    The first one reads the libraries' code for these sizes from disk, and makes the optimiser's moments; the next ones
+    teach the allocator. What a step takes is what it takes in a training of thousands.
     """
     call = whole_step(sizes) if variant == WHOLE else stepper(variant, problem(**sizes))
-    call()
-
-    def several() -> None:
-        for _ in range(repeats):
-            call()
-
-    return several
+    _for_seconds(call, least / 10)
+    return lambda: {"steps": _for_seconds(call, least)}
 
 
-def apart(sizes: dict, rounds: int = 3, repeats: int = 10) -> tuple[dict[str, dict], dict[str, float]]:
+def _for_seconds(call: Callable[[], object], least: float) -> int:
+    """How often the call was made until so many CPU seconds were over: once or more."""
+    start, made = time.process_time(), 0
+    while not made or time.process_time() - start < least:
+        call()
+        made += 1
+    return made
+
+
+def apart(sizes: dict, rounds: int = 3, least: float = 2.0) -> tuple[dict[str, dict], dict[str, float]]:
     """Seconds of a step and extra memory of each form, medians of processes of its own, one of each form in turn.
 
     In one process the forms would share what the allocator has learned, and ours teaches it to keep freed memory
@@ -61,15 +65,18 @@ def apart(sizes: dict, rounds: int = 3, repeats: int = 10) -> tuple[dict[str, di
     taken: dict[str, list[dict]] = {name: [] for name in (*LOSSES, WHOLE)}
     for _ in range(rounds):
         for name, found in taken.items():
-            given = {"variant": name, "sizes": sizes, "repeats": repeats}
+            given = {"variant": name, "sizes": sizes, "least": least}
             found.append(in_fresh_process(__name__, "steps", given))
 
-    def middle(name: str, key: str) -> float:
-        return statistics.median(one[key] for one in taken[name])
+    def middle(name: str, value: Callable[[dict], float]) -> float:
+        return statistics.median(value(one) for one in taken[name])
 
     kinds = ("seconds", "cpu_seconds")
-    times = {name: {kind: middle(name, kind) / repeats for kind in kinds} for name in taken}
-    return times, {name: middle(name, "extra_mb") for name in LOSSES}
+    times = {
+        name: {kind: middle(name, lambda one, kind=kind: one[kind] / one["steps"]) for kind in kinds}
+        for name in taken
+    }
+    return times, {name: middle(name, lambda one: one["extra_mb"]) for name in LOSSES}
 
 
 # -- a whole fit -------------------------------------------------------------------------------------------
@@ -192,7 +199,7 @@ def run(quick: bool = False, memory: bool = True) -> list[dict]:
     calls: dict[str, Callable[[], object]] = {name: stepper(name, problem(**sizes)) for name in LOSSES}
     calls[WHOLE] = whole_step(sizes)
     if memory:
-        times, peaks = apart(sizes, *((1, 2) if quick else (3, 10)))
+        times, peaks = apart(sizes, *((1, 0.1) if quick else (5, 2.0)))
     else:
         times, peaks = interleaved(calls, 2 if quick else 15), {}
     rows = []

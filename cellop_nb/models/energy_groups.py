@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import host
 
-_BATCH_PAIRS = 1 << 18  # padded pairs of one batch of groups: they should stay in the cache
+_BATCH_PAIRS = 1 << 17  # padded pairs of one batch of groups: they should stay in the cache
 _DEVICE_BATCH_PAIRS = 1 << 22  # of a device, whose calls each cost as much as thousands of pairs
 _PADDING = 1.4  # largest ratio of padded to real pairs in one batch
 

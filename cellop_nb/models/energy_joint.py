@@ -54,15 +54,12 @@ def joint_energies(
     if d2 is None:
         return None
     force_x, force_y, across = None, None, None
-    if want_x:
-        weights = d2.rsqrt_()
-        force_x = _force(own[0], weights, z, signs.pull_x)
-        # a copy: that of a single cell would be contiguous as it is, and change with the weights below
-        across = weights[:, :, n:].mT.clone(memory_format=torch.contiguous_format) if want_y else None
-        distances = weights.reciprocal_()  # one array of pairs lives at a time
-    else:
-        distances = d2.sqrt_()
+    distances = d2.sqrt_()
     value = _sums(distances, signs.sum_x, batch.x.pad)
+    if want_x:
+        weights = distances.reciprocal_()  # one array of pairs lives at a time
+        force_x = _force(own[0], weights, z, signs.pull_x)
+        across = weights[:, :, n:].mT if want_y else None
     if y_self is not None:
         return value.sub_(y_self).add_(diagonal * signs.own_x), force_x, None
     d2 = _squares(others, others, widest)
