@@ -68,15 +68,13 @@ def apart(sizes: dict, rounds: int = 3, least: float = 2.0) -> tuple[dict[str, d
             given = {"variant": name, "sizes": sizes, "least": least}
             found.append(in_fresh_process(__name__, "steps", given))
 
-    def middle(name: str, value: Callable[[dict], float]) -> float:
-        return statistics.median(value(one) for one in taken[name])
-
-    kinds = ("seconds", "cpu_seconds")
-    times = {
-        name: {kind: middle(name, lambda one, kind=kind: one[kind] / one["steps"]) for kind in kinds}
-        for name in taken
-    }
-    return times, {name: middle(name, lambda one: one["extra_mb"]) for name in LOSSES}
+    times, peaks = {}, {}
+    for name, found in taken.items():
+        of_a_step = {kind: [one[kind] / one["steps"] for one in found] for kind in ("seconds", "cpu_seconds")}
+        times[name] = {kind: statistics.median(values) for kind, values in of_a_step.items()}
+        if name in LOSSES:
+            peaks[name] = statistics.median(one["extra_mb"] for one in found)
+    return times, peaks
 
 
 # -- a whole fit -------------------------------------------------------------------------------------------
