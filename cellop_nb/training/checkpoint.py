@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, ModelError, did_you_mean, three_beats
 from ..files import write_whole
+from ..models import host
 from ..models.operators import OperatorModel
 from ..models.vae import NBVAE
 
@@ -120,7 +121,7 @@ def load(
         The subclass of :class:`OperatorModel` that was saved, where it was one: a file holds no code.
     device
         Where the models go, whatever they were trained on: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``, or
-        ``"auto"`` for the best there is.
+        ``"auto"`` for a GPU with float64 where there is one.
 
     Returns
     -------
@@ -155,7 +156,7 @@ def load(
 def _device(device: torch.device | str) -> torch.device:
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if device == "auto":
-        return torch.device(next((name for name, found in there.items() if found), "cpu"))
+        return torch.device(host.best())
     device = torch.device(device)
     if not there.get(device.type, True):
         fix = "load with device='auto' or 'cpu'"

@@ -14,6 +14,7 @@ from lightning_fabric import Fabric
 from torch import nn
 
 from ..errors import DataError, ModelError, three_beats
+from ..models import host
 from ..tables import History
 from .callbacks import Callback, HistoryCSV, ProgressBar, SaveCheckpoints
 from .card import trainer_card
@@ -57,9 +58,9 @@ class Trainer(Step, RemoteControl, Resumable):
         many times faster. None: wherever it can be (one GPU, ``on_nonfinite="stop"``, a trainer that declares itself
         `recordable`); True is refused where it cannot.
     accelerator, devices, num_nodes, strategy, precision
-        Passed to ``lightning_fabric.Fabric``. With several processes (``devices=2, strategy="ddp"``, started by
-        torchrun or SLURM) each takes its share of every batch, and the numbers are those of one process with the
-        joint batch; the first one writes the files.
+        Passed to ``lightning_fabric.Fabric``; "auto" takes a CUDA device where there is one (MPS has no float64). With
+        several processes (``devices=2, strategy="ddp"``, started by torchrun or SLURM) each takes its share of every
+        batch, and the numbers are those of one process with the joint batch; the first one writes the files.
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class Trainer(Step, RemoteControl, Resumable):
         RemoteControl.__init__(self, lr)
         Resumable.__init__(self)
         self.fabric = Fabric(
-            accelerator=accelerator,
+            accelerator=host.best() if accelerator == "auto" else accelerator,
             devices=devices,
             num_nodes=num_nodes,
             strategy=strategy,

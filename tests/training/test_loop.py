@@ -10,6 +10,7 @@ import torch
 from toy import Do, LineTrainer, assert_same_run
 
 from cellop_nb.errors import DataError
+from cellop_nb.training import loop
 from cellop_nb.training.guard import NonFiniteError
 from cellop_nb.training.step import half_cosine
 
@@ -143,3 +144,11 @@ def test_clipping_is_that_of_torch(scale):
         assert (expected is None and found is None) or torch.equal(
             expected.nan_to_num(-1), found.nan_to_num(-1)
         )
+
+
+def test_auto_is_a_device_that_has_float64(monkeypatch):
+    """Lightning's own choice on a Mac would be MPS, which has none."""
+    asked, plain = {}, loop.Fabric
+    monkeypatch.setattr(loop, "Fabric", lambda **given: asked.update(given) or plain(**given))
+    LineTrainer(accelerator="auto")
+    assert asked["accelerator"] == ("cuda" if torch.cuda.is_available() else "cpu")
