@@ -49,6 +49,13 @@ def test_batches_of_one_size_have_one_shape_unless_they_are_fuller_than_any_rand
     assert held.batch(fullest).padded().x[:100].sum() == source.csr[fullest].sum()
 
 
+def test_a_bad_count_of_another_cell_does_not_fill_the_room():
+    held = ResidentCounts(matrix(), "cpu")
+    held.values[0] = torch.nan  # of the first cell
+    assert held.batch(np.arange(10, 20)).padded().values.isfinite().all()
+    assert not held.batch(np.arange(10)).padded().values.isfinite().all()
+
+
 @pytest.mark.parametrize(("free", "stays"), [(1e9, True), (1e3, False)])
 def test_counts_stay_on_a_gpu_that_has_the_memory(free, stays, monkeypatch):
     source = matrix()

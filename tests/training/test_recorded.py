@@ -97,6 +97,18 @@ def test_changes_by_hand_reach_a_recorded_step(kind, held):
     )
 
 
+def test_another_clipping_norm_is_another_recording(held):
+    trainer = recorded(small_operators(None))
+    trainer.model.train()
+    batch = next(iter(trainer.batches()))
+    for _ in range(Recorder.PLAIN + 2):
+        trainer._run_step(batch)
+    assert trainer.recorder.replayed == 2
+    trainer.clip_norm /= 2
+    trainer._run_step(batch)
+    assert trainer.recorder.replayed == 2
+
+
 def test_held_counts_train_as_those_that_travel(held, monkeypatch):
     """The cell more that takes the rest of the room counts nowhere; only the draw of its noise is another."""
     monkeypatch.setattr("cellop_nb.models.vae.sample_z", lambda posterior, generator: posterior.loc)
@@ -120,10 +132,13 @@ def test_a_fault_in_a_replay_is_told_by_its_step(kind, held, monkeypatch):
                 trainer.weights[next(iter(trainer.weights))] = math.nan
             yield batch
 
+    plain, seen = trainer.loss_terms, []
     monkeypatch.setattr(trainer, "batches", spoilt)
+    monkeypatch.setattr(trainer, "loss_terms", lambda batch: seen.append(trainer.recorder) or plain(batch))
     with pytest.raises(NonFiniteError) as caught:
         trainer.fit()
     assert caught.value.step == wanted
+    assert seen[-1] is None  # made again call by call: a replay would check nothing
     assert trainer.recorder.replayed > 0
     assert all(bool(value.isfinite().all()) for value in trainer.model.state_dict().values())
 
