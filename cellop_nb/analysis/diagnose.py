@@ -204,7 +204,8 @@ class _Flow(TorchDispatchMode):
             return _constants(loss)
         last = self._last_use.get(parameter)
         for cut in self._cuts:
-            if parameter in cut.parameters and (cut.followed or cut.text.endswith(last)):
+            ends_here = cut.followed or (last is not None and cut.text.endswith(last))
+            if parameter in cut.parameters and ends_here:
                 return cut.text
         return f"its last use is {last}; that result does not enter the loss" if last else "never used"
 
