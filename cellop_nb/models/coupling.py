@@ -97,8 +97,8 @@ def carried_mean(
     gamma-Poisson mixture is conjugate (Gelman et al. 2013, Bayesian Data Analysis, section 2.6).
     """
     start, end = before.mean.clamp_min(MIN_MEAN), after.mean.clamp_min(MIN_MEAN)
-    more = x + (end - start) * (before.r + x) / (before.r + start)
-    moved = torch.where(end > start, more, torch.where(end < start, x * end / start, x))
+    more = x + (end - start) * (before.r + x) / (before.r + start)  # x itself where nothing changes
+    moved = torch.where(end >= start, more, x * end / start)
     if remainder is not None:
         level = torch.as_tensor(remainder.level).to(moved)
         moved = torch.where(level == 0, moved, counts_at(levels(moved, library) + level, library))

@@ -90,9 +90,11 @@ class Expression:
         """Log1p-CP10k of one gene: source cells, the same moved (counts sampled), real cells."""
         column, (rows, before, after) = self._column[gene], decoded
         library, r = self._matrix.library[rows], self.vae.decoder.dispersion[: self.vae.n_genes].detach()
-        x = torch.from_numpy(self._matrix.csr[rows][:, : self.vae.n_genes].toarray())
+        x = self._keep(
+            ("counts", rows.tobytes()), lambda: self._matrix.csr[rows][:, : self.vae.n_genes].toarray()
+        )
         ends = (NegativeBinomial(mean, r) for mean in (before, after))
-        expected = carried_mean(x, library, *ends)[:, column]
+        expected = carried_mean(torch.from_numpy(x), library, *ends)[:, column]
         sampled = carry_counts(expected, torch.Generator().manual_seed(self.clouds.seed)).numpy()
         return {
             "start": self._log_counts(column, source),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,18 @@ from .recorded import recorder_of
 from .remote import BY_HAND, RemoteControl
 from .resume import Resumable
 from .step import Step
+
+
+@contextlib.contextmanager
+def _without_advice() -> Iterator[None]:
+    """Lightning repeats in each notebook that bfloat16 was asked for, and recommends products of three digits."""
+    log = logging.getLogger("lightning_fabric")
+    before = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 class Trainer(Step, RemoteControl, Resumable):
@@ -93,14 +106,15 @@ class Trainer(Step, RemoteControl, Resumable):
             raise ModelError(three_beats("a precision whose gradients stay finite", repr(precision), fix))
         RemoteControl.__init__(self, lr)
         Resumable.__init__(self)
-        self.fabric = Fabric(
-            accelerator=host.best() if accelerator == "auto" else accelerator,
-            devices=devices,
-            num_nodes=num_nodes,
-            strategy=strategy,
-            precision=precision,
-        )
-        self.fabric.launch()
+        with _without_advice():
+            self.fabric = Fabric(
+                accelerator=host.best() if accelerator == "auto" else accelerator,
+                devices=devices,
+                num_nodes=num_nodes,
+                strategy=strategy,
+                precision=precision,
+            )
+            self.fabric.launch()
         if compile:
             check_compiler(self.fabric.device)
         self._compiled_parts = self.compilable if compile else ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 
 import pandas as pd
@@ -152,3 +153,15 @@ def test_auto_is_a_device_that_has_float64(monkeypatch):
     monkeypatch.setattr(loop, "Fabric", lambda **given: asked.update(given) or plain(**given))
     LineTrainer(accelerator="auto")
     assert asked["accelerator"] == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_a_trainer_is_made_without_a_word(caplog):
+    """Lightning would tell that bfloat16 was asked for, on stderr of every notebook."""
+    log = logging.getLogger("lightning_fabric")
+    before = log.level
+    log.addHandler(caplog.handler)
+    try:
+        LineTrainer(precision="bf16-mixed")
+    finally:
+        log.removeHandler(caplog.handler)
+    assert caplog.messages == [] and log.level == before
