@@ -18,7 +18,7 @@ from ..models.affine import AffineOperator
 from ..models.algebra import check_strength
 from ..models.conditions import Condition
 from ..models.counts import SparseCounts
-from ..models.coupling import Remainder, carried_mean, carry_counts
+from ..models.coupling import Observed, Remainder, carry_counts
 from ..models.operators import OperatorModel
 from ..models.vae import NBVAE
 
@@ -104,7 +104,7 @@ def predict(
         Power of the operator, 0 to 1.5: 0 leaves the cells, 1 is the measured strength.
     carry
         Whether each cell keeps its own counts and gains or loses what the decoder says
-        (:func:`cellop_nb.models.coupling.carried_mean`); otherwise counts are drawn afresh.
+        (:class:`cellop_nb.models.coupling.Observed`); otherwise counts are drawn afresh.
     max_cells
         Take at most this many source cells, drawn with `seed`.
     seed
@@ -212,7 +212,7 @@ def decode_cells(
     ----------
     start
         (cell, d) latents before the move. With them, each cell keeps its own counts and gains or loses what
-        the decoder says (:func:`carried_mean`); without, counts are drawn afresh from the decoder at the cells'
+        the decoder says (:class:`Observed`); without, counts are drawn afresh from the decoder at the cells'
         library sizes.
     remainder
         What the prediction is known to miss, added to cells that have a `start`.
@@ -234,7 +234,7 @@ def decode_cells(
     else:
         x = matrix.batch(np.arange(len(matrix)), device).x[:, : vae.n_genes]
         begin = vae.decode(start.to(device), library, covariates)
-        mean = carried_mean(x, library, begin, end, remainder)
+        mean = Observed(x, library, begin).mean(end, remainder)
         sampled = carry_counts(mean, generator)
     cells = ad.AnnData(
         X=sparse.csr_matrix(sampled.cpu().numpy()), obs=adata.obs.copy(), layers={"mean": mean.cpu().numpy()}

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..data.batches import model_counts
 from ..data.contract import context_labels, obs_labels
 from ..data.matrices import CountMatrix
-from ..models.coupling import Remainder, carried_mean, carry_counts, levels
+from ..models.coupling import Observed, Remainder, carry_counts, levels
 from ..models.energy import energy_distance
 from ..models.vae import NBVAE
 from .formulas import e_distance
@@ -142,7 +142,7 @@ class CountView(LatentView):
         given = {name: codes[rows] for name, codes in self.covariates.items()}
         before = self.vae.decode(self.z[rows], library, given)
         after = self.vae.decode(z, library, given)
-        mean = carried_mean(x, library, before, after, remainder)
+        mean = Observed(x, library, before).mean(after, remainder)
         return carry_counts(mean, torch.Generator().manual_seed(seed))
 
     def cells(self, rows: np.ndarray) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -90,7 +91,7 @@ class AffineOperator:
         return self._like(np.linalg.inv(self.homogeneous), f"inverse of {self.label}")
 
     def generator(self) -> np.ndarray:
-        r"""Real logarithm L of the homogeneous matrix, (d + 1, d + 1), so that :math:`K = e^L`.
+        r"""Real logarithm L of the homogeneous matrix, (d + 1, d + 1), so that :math:`K = e^L`; found once.
 
         Raises
         ------
@@ -102,6 +103,10 @@ class AffineOperator:
         ----------
         Culver (1966), Proc. Amer. Math. Soc. 17:1146; Higham (2008), Functions of Matrices, theorem 1.31.
         """
+        return self._logarithm.copy()
+
+    @cached_property
+    def _logarithm(self) -> np.ndarray:
         values = np.linalg.eigvals(self.homogeneous)
         rounding = 1e-9 * np.abs(values).max()
         on_negative_axis = (values.real <= rounding) & (np.abs(values.imag) <= rounding)
@@ -121,4 +126,4 @@ class AffineOperator:
             return self
         if t == 0:  # asks for no logarithm, so it works where there is none
             return self._like(np.eye(len(self.shift) + 1), f"{self.label} at strength 0")
-        return self._like(expm(t * self.generator()), f"{self.label} at strength {t:g}")
+        return self._like(expm(t * self._logarithm), f"{self.label} at strength {t:g}")

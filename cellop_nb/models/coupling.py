@@ -56,14 +56,8 @@ def counts_at(level: Tensor, library: Tensor) -> Tensor:
     return torch.expm1(level.clamp_min(0.0)) * (library / LEVEL_SCALE).unsqueeze(-1)
 
 
-def carried_mean(
-    x: Tensor,
-    library: Tensor,
-    before: NegativeBinomial,
-    after: NegativeBinomial,
-    remainder: Remainder | None = None,
-) -> Tensor:
-    r"""Expected counts (cell, gene) of moved cells, given what was observed of them.
+class Observed:
+    r"""Cells as they were observed, from which every move starts; what no move changes is worked out once.
 
     .. math::
         x \mid g \sim \mathrm{Poisson}(\mu_0 g), \quad g \sim \mathrm{Gamma}(r, r)
@@ -84,38 +78,55 @@ def carried_mean(
         (cell, gene) observed counts.
     library
         (cell,) library sizes of the cells.
-    before, after
-        Distributions (cell, gene) before and after the move, at these library sizes, with the same inverse
-        dispersion r.
-    remainder
-        What is known to be missed: added to the level of every cell, then the counts of every cell grow; nothing
-        where None.
+    before
+        Their distribution (cell, gene) by the decoder, at these library sizes.
 
     References
     ----------
     Kingman (1993), Poisson Processes, sections 2.2 (superposition) and 5.1 (thinning); the posterior of the
     gamma-Poisson mixture is conjugate (Gelman et al. 2013, Bayesian Data Analysis, section 2.6).
     """
-    start, end = before.mean.clamp_min(MIN_MEAN), after.mean.clamp_min(MIN_MEAN)
-    more = x + (end - start) * (before.r + x) / (before.r + start)  # x itself where nothing changes
-    moved = torch.where(end >= start, more, x * end / start)
-    if remainder is not None:
-        level = torch.as_tensor(remainder.level).to(moved)
-        moved = torch.where(level == 0, moved, counts_at(levels(moved, library) + level, library))
-    total = moved.sum(-1) + _other_genes(x, library, start, end)
-    scale = torch.where((moved == x).all(-1), 1.0, library / total.clamp_min(MIN_MEAN))
-    growth = 1.0 if remainder is None else math.exp(remainder.growth)
-    return moved * (scale * growth).unsqueeze(-1)
 
+    def __init__(self, x: Tensor, library: Tensor, before: NegativeBinomial):
+        self.x, self.library, self._start = x, library, before.mean.clamp_min(MIN_MEAN)
+        self._gain = (before.r + x) / (before.r + self._start)
+        self._kept = x / self._start
+        self._others, self._others_start = (self._missing(part) for part in (x, self._start))
 
-def _other_genes(x: Tensor, library: Tensor, start: Tensor, end: Tensor) -> Tensor:
-    """(cell,) counts after the move of the genes that are not modelled one by one; their sum has no own factor."""
-    observed, first, last = ((library - part.sum(-1)).clamp_min(0.0) for part in (x, start, end))
-    return torch.where(last > first, observed + last - first, observed * last / first.clamp_min(MIN_MEAN))
+    def mean(self, after: NegativeBinomial, remainder: Remainder | None = None) -> Tensor:
+        """Expected counts (cell, gene) of the moved cells, given what was observed of them.
+
+        Parameters
+        ----------
+        after
+            Distribution (cell, gene) after the move, with the inverse dispersion r of the one before.
+        remainder
+            What is known to be missed: added to the level of every cell, then the counts of every cell grow;
+            nothing where None.
+        """
+        end = after.mean.clamp_min(MIN_MEAN)
+        more = self.x + (end - self._start) * self._gain  # x itself where nothing changes
+        moved = torch.where(end >= self._start, more, end * self._kept)
+        if remainder is not None:
+            level = torch.as_tensor(remainder.level).to(moved)
+            moved = torch.where(level == 0, moved, counts_at(levels(moved, self.library) + level, self.library))
+        total = moved.sum(-1) + self._other_genes(end)
+        scale = torch.where((moved == self.x).all(-1), 1.0, self.library / total.clamp_min(MIN_MEAN))
+        growth = 1.0 if remainder is None else math.exp(remainder.growth)
+        return moved * (scale * growth).unsqueeze(-1)
+
+    def _missing(self, part: Tensor) -> Tensor:
+        """(cell,) what the modelled genes leave of the library."""
+        return (self.library - part.sum(-1)).clamp_min(0.0)
+
+    def _other_genes(self, end: Tensor) -> Tensor:
+        """(cell,) counts after the move of the genes not modelled one by one; their sum has no own factor."""
+        observed, first, last = self._others, self._others_start, self._missing(end)
+        return torch.where(last > first, observed + last - first, observed * last / first.clamp_min(MIN_MEAN))
 
 
 def carry_counts(mean: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    r"""Whole counts (cell, gene) with the expectations of :func:`carried_mean`, by unbiased rounding.
+    r"""Whole counts (cell, gene) with the expectations of :meth:`Observed.mean`, by unbiased rounding.
 
     .. math:: n = \lfloor x' + u \rfloor, \quad u \sim U(0, 1)
 

@@ -113,15 +113,23 @@ class Clouds:
         """At most as many of the rows as this kind of work takes, in random order (seeded)."""
         return np.random.default_rng(self.seed).permutation(rows)[: self.sizes[kind]]
 
+    def latents(self, rows: np.ndarray, kind: str = "draw") -> Tensor:
+        """Latents (cell, d) of the rows that :meth:`take` gives."""
+        return self.memory.keep(("latents", kind, rows.tobytes()), lambda: self.z[self.take(rows, kind)])
+
+    def still(self, rows: np.ndarray) -> np.ndarray:
+        """(cell, 2) where the drawn cells of a group lie on the map, unmoved."""
+        return self.memory.keep(("map", rows.tobytes()), lambda: self.on_map(self.latents(rows)))
+
     def energies(self, moved: Tensor, source: np.ndarray, target: np.ndarray):
         """Energy distance of moved and of unmoved cells to the real ones, floor, and how many cells a side."""
         moved = moved[: self.sizes["energy"]]
         if len(target) < 2:
             return float("nan"), float("nan"), float("nan"), len(moved), len(target)
-        real = self.z[self.take(target, "energy")]
+        real = self.latents(target, "energy")
 
         def fixed():
-            unmoved = self.z[self.take(source, "energy")]
+            unmoved = self.latents(source, "energy")
             own = self_distance(real, [len(real)])
             return own, float(energy_distance(unmoved, real, y_self=own)), noise_floor(real, seed=self.seed)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..data.matrices import CountMatrix
 from ..errors import LabelError, did_you_mean, three_beats
 from ..models.affine import AffineOperator
-from ..models.coupling import carried_mean, carry_counts
+from ..models.coupling import Observed, carry_counts
 from ..models.gene_linear import COUNTS_PER_CELL
 from ..models.likelihood import NegativeBinomial
 from ..models.vae import NBVAE
@@ -38,31 +38,30 @@ class Expression:
     def __init__(self, vae: NBVAE, matrix: CountMatrix, clouds: Clouds, *, n_replicates: int):
         self.vae, self.clouds, self.n_replicates = vae, clouds, n_replicates
         self._matrix, self._keep = matrix, clouds.memory.keep
+        self._genes = np.array(vae.genes, dtype=object)
         self._column = {gene: i for i, gene in enumerate(vae.genes)}
 
     @torch.no_grad()
     def changes(self, source: np.ndarray, target: np.ndarray, moving: AffineOperator):
-        """What :class:`~cellop_nb.notebook.questions.Answer` calls `genes`, and the decoded cells.
+        """What :class:`~cellop_nb.notebook.questions.Answer` calls `genes`, and the moved cells decoded.
 
         Returns
         -------
-        DataFrame, and a tuple of rows, means before and means after the move, (cell, gene).
+        DataFrame, and the distribution (cell, gene) after the move.
         """
         start, weights = self._decoded(source), self._weights(source)
-        rows, library, covariates = start["rows"], start["library"], start["covariates"]
-        after = self.vae.decode(moving(self.clouds.z[rows]), library, covariates).mean
-        shares = after / library[:, None]
-        before = self._keep(("replicates", source.tobytes()), lambda: _level(weights @ start["shares"]))
-        replicates = torch.log2(_level(weights @ shares) / before)
+        z = moving(self.clouds.latents(source, "decode"))
+        after = self.vae.decode(z, start["library"], start["covariates"])
+        shares = after.mean / start["library"][:, None]
         lfc = torch.log2(_level(shares.mean(0)) / _level(start["shares"].mean(0))).numpy()
         order = np.argsort(-np.abs(lfc), kind="stable")
-        low, high = np.full((2, len(lfc)), np.nan)
-        top = order[:_WITH_INTERVAL]
-        low[top], high[top] = np.quantile(replicates[:, top].numpy(), [0.025, 0.975], axis=0)
-        measured = self._measured(source, target)
-        columns = {"gene": self.vae.genes, "lfc": lfc, "low": low, "high": high, "measured": measured}
-        table = pd.DataFrame(columns).iloc[order].reset_index(drop=True)
-        return table, (rows, start["means"], after)
+        top, interval = order[:_WITH_INTERVAL], np.full((2, len(lfc)), np.nan)
+        ends = (_level(weights @ cells[:, top]) for cells in (shares, start["shares"]))
+        replicates = torch.log2(torch.div(*ends)).numpy()
+        interval[:, : len(top)] = np.quantile(replicates, [0.025, 0.975], axis=0)
+        measured = self._measured(source, target)[order]
+        columns = dict(zip(("low", "high"), interval, strict=True), measured=measured)
+        return pd.DataFrame({"gene": self._genes[order], "lfc": lfc[order], **columns}), after
 
     def recalled(self, source: np.ndarray, target: np.ndarray) -> pd.Series:
         """Log2 fold change (gene,) between the real cells of both sides, as the VAE gives them back.
@@ -86,19 +85,16 @@ class Expression:
             raise LabelError(three_beats("a gene of the model", repr(gene), did_you_mean(gene, self._column)))
         return gene
 
-    def counts(self, gene: str, source: np.ndarray, target: np.ndarray, decoded) -> dict[str, np.ndarray]:
+    def counts(
+        self, gene: str, source: np.ndarray, target: np.ndarray, after: NegativeBinomial
+    ) -> dict[str, np.ndarray]:
         """Log1p-CP10k of one gene: source cells, the same moved (counts sampled), real cells."""
-        column, (rows, before, after) = self._column[gene], decoded
-        library, r = self._matrix.library[rows], self.vae.decoder.dispersion[: self.vae.n_genes].detach()
-        x = self._keep(
-            ("counts", rows.tobytes()), lambda: self._matrix.csr[rows][:, : self.vae.n_genes].toarray()
-        )
-        ends = (NegativeBinomial(mean, r) for mean in (before, after))
-        expected = carried_mean(torch.from_numpy(x), library, *ends)[:, column]
+        column, start = self._column[gene], self._decoded(source)
+        expected = start["observed"].mean(after)[:, column]
         sampled = carry_counts(expected, torch.Generator().manual_seed(self.clouds.seed)).numpy()
         return {
             "start": self._log_counts(column, source),
-            "moved": np.log1p(sampled / library.numpy() * COUNTS_PER_CELL),
+            "moved": np.log1p(sampled / start["library"].numpy() * COUNTS_PER_CELL),
             "real": self._log_counts(column, target),
         }
 
@@ -110,11 +106,10 @@ class Expression:
             rows = self.clouds.take(group, "decode")
             library = self._matrix.library[rows]
             covariates = {name: codes[rows] for name, codes in self._matrix.covariates.items()}
-            means = self.vae.decode(self.clouds.z[rows], library, covariates).mean
-            shares = means / library[:, None]
-            return {
-                "rows": rows, "library": library, "covariates": covariates, "means": means, "shares": shares
-            }  # fmt: skip
+            x = torch.from_numpy(self._matrix.csr[rows][:, : self.vae.n_genes].toarray())
+            before = self.vae.decode(self.clouds.latents(group, "decode"), library, covariates)
+            observed, shares = Observed(x, library, before), before.mean / library[:, None]
+            return {"library": library, "covariates": covariates, "observed": observed, "shares": shares}
 
         return self._keep(("decoded", group.tobytes()), decode)
 
@@ -122,7 +117,7 @@ class Expression:
         """Bootstrap weights (replicate, cell) over the decoded cells of a group."""
 
         def draw() -> Tensor:
-            n = len(self._decoded(group)["rows"])
+            n = len(self._decoded(group)["library"])
             random = np.random.default_rng(self.clouds.seed)
             draws = random.multinomial(n, np.full(n, 1 / n), size=self.n_replicates)
             return torch.from_numpy((draws / n).astype(np.float32))

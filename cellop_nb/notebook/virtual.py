@@ -116,12 +116,12 @@ class VirtualCells:
         """
         whole = self.operator(question.context, question.perturbation, question.rule)
         moving, (source, target) = self._at(question, whole), self.clouds.sides(question)
-        z = self.clouds.z[self.clouds.take(source)]
-        moved, aim = moving(z), self.clouds.z[self.clouds.take(target)]
+        moved = moving(self.clouds.latents(source))
         genes, decoded = self.expression.changes(source, target, moving)
         gene = self.expression.named(gene, genes)
         return Answer(  # type: ignore[call-arg]
-            question, *self._standing(question), moving, *map(self.clouds.on_map, (z, moved, aim)),
+            question, *self._standing(question), moving,
+            self.clouds.still(source), self.clouds.on_map(moved), self.clouds.still(target),
             *self.clouds.energies(moved, source, target),
             genes, gene, self.expression.counts(gene, source, target, decoded),
             np.linalg.eigvals(moving.matrix.double().numpy()), self._health(question, whole),
@@ -153,11 +153,11 @@ class VirtualCells:
 
     def source(self, question: Question) -> Tensor:
         """Latents (cell, d) of the cells that a question moves, at most as many as an energy distance takes."""
-        return self.clouds.z[self.clouds.take(self.clouds.sides(question)[0], "energy")]
+        return self.clouds.latents(self.clouds.sides(question)[0], "energy")
 
     def target(self, question: Question) -> Tensor:
         """Latents (cell, d) of the real cells that the moved ones are compared with."""
-        return self.clouds.z[self.clouds.take(self.clouds.sides(question)[1], "energy")]
+        return self.clouds.latents(self.clouds.sides(question)[1], "energy")
 
     def recalled(self, question: Question) -> pd.Series:
         """Log2 fold change of each gene between the real cells of both sides as the VAE gives them back.

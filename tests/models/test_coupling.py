@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cellop_nb.models.coupling import Remainder, carried_mean, carry_counts, counts_at, levels
+from cellop_nb.models.coupling import Observed, Remainder, carry_counts, counts_at, levels
 from cellop_nb.models.likelihood import NegativeBinomial
 
 
@@ -41,7 +41,7 @@ def test_levels_are_those_of_the_field_and_can_be_undone():
 
 def test_no_change_keeps_every_count():
     x, library = cells()
-    mean = carried_mean(x, library, nb(x + 0.5), nb(x + 0.5))
+    mean = Observed(x, library, nb(x + 0.5)).mean(nb(x + 0.5))
     assert torch.equal(mean, x)
     assert torch.equal(carry_counts(mean, generator(3)), x)
 
@@ -51,7 +51,7 @@ def test_every_count_follows_the_formula():
     x, _ = cells(6, 4)
     library, r = 2 * x.sum(1) + 5, torch.tensor([0.5, 1.0, 2.0, 50.0])
     before, after = (torch.rand(6, 4, generator=generator(k)) * 3 for k in (1, 2))
-    moved = carried_mean(x, library, NegativeBinomial(before, r), NegativeBinomial(after, r))
+    moved = Observed(x, library, NegativeBinomial(before, r)).mean(NegativeBinomial(after, r))
     for i in range(6):
         ends = []
         for g in range(4):
@@ -69,21 +69,22 @@ def test_the_mean_is_that_of_the_target(start, end):
     """Counts drawn from the model before the move have the model's mean after it; other genes leave room."""
     n, library = 40_000, torch.full((40_000,), 1e5)
     before, after = (nb(torch.full((n, 1), value), 1.5) for value in (start, end))
-    moved = carried_mean(before.sample(generator(1)), library, before, after)
+    moved = Observed(before.sample(generator(1)), library, before).mean(after)
     assert float(moved.mean()) == pytest.approx(end, rel=0.05)
 
 
 def test_a_closed_library_stays_what_it_was():
     """Where all genes are modelled, the counts of a moved cell sum to its library."""
     x, library = cells()
-    moved = carried_mean(x, library, nb(shares(library, 5)), nb(shares(library, 4)))
+    moved = Observed(x, library, nb(shares(library, 5))).mean(nb(shares(library, 4)))
     torch.testing.assert_close(moved.sum(1), library)
 
 
 def test_modelled_genes_may_rise_at_the_expense_of_the_others():
     x, _ = cells()
     library = 10 * x.sum(1)
-    ratio = carried_mean(x, library, nb(x.clamp_min(1e-3)), nb(3 * x.clamp_min(1e-3))).sum(1) / x.sum(1)
+    start = x.clamp_min(1e-3)
+    ratio = Observed(x, library, nb(start)).mean(nb(3 * start)).sum(1) / x.sum(1)
     torch.testing.assert_close(ratio, torch.full_like(ratio, 3.0), rtol=2e-2, atol=0)
 
 
@@ -92,17 +93,18 @@ def test_a_perfect_decoder_ends_at_its_own_expectation():
     x, library = cells()
     x = x + 1
     after = shares(x.sum(1), 4)
-    torch.testing.assert_close(carried_mean(x, x.sum(1), nb(x), nb(after)), after, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(Observed(x, x.sum(1), nb(x)).mean(nb(after)), after, rtol=1e-4, atol=1e-5)
 
 
 def test_the_remainder_moves_the_level_of_every_cell():
     x, _ = cells()
     library = torch.full((len(x),), 1e6)  # nearly all of it other genes, so that the sum hardly moves
     level = torch.tensor([0.5, 0.0, 1.0, 0.0, -0.01, 2.0, 0.0])
-    moved = carried_mean(x, library, nb(x + 1), nb(x + 1), Remainder(level.numpy()))
+    observed, same = Observed(x, library, nb(x + 1)), nb(x + 1)
+    moved = observed.mean(same, Remainder(level.numpy()))
     wanted = (levels(x, library) + level).clamp_min(0)
     torch.testing.assert_close(levels(moved, library), wanted, atol=2e-3, rtol=0)
-    grown = carried_mean(x, library, nb(x + 1), nb(x + 1), Remainder(level.numpy(), math.log(1.25)))
+    grown = observed.mean(same, Remainder(level.numpy(), math.log(1.25)))
     torch.testing.assert_close(grown, 1.25 * moved)
 
 
@@ -111,7 +113,7 @@ def test_what_the_model_does_not_explain_is_kept():
     library = torch.full((4000,), 1000.0)
     high = torch.where(torch.arange(4000).unsqueeze(1) < 2000, 8.0, 2.0)
     before, after = torch.full_like(high, 4.0), torch.full_like(high, 8.0)
-    moved = carry_counts(carried_mean(high, library, nb(before), nb(after)), generator(5))
+    moved = carry_counts(Observed(high, library, nb(before)).mean(nb(after)), generator(5))
     assert moved[:2000].mean() > 2 * moved[2000:].mean()
 
 
@@ -127,4 +129,4 @@ def test_expectations_that_underflowed_to_zero_give_counts_not_nan():
     x, library = torch.tensor([[0.0, 3.0]]), torch.tensor([3.0])
     nothing, some = nb(torch.zeros(1, 2)), nb(torch.ones(1, 2))
     for before, after in [(nothing, nothing), (nothing, some), (some, nothing)]:
-        assert carried_mean(x, library, before, after).isfinite().all()
+        assert Observed(x, library, before).mean(after).isfinite().all()

@@ -15,7 +15,7 @@ from scipy import sparse
 from cellop_nb.errors import LabelError
 from cellop_nb.notebook import figures
 from cellop_nb.notebook.figures import sheet, style
-from cellop_nb.notebook.figures.quick_png import quick_png
+from cellop_nb.notebook.figures.quick_png import palette, quick_png
 from cellop_nb.notebook.sweeps.table import effects
 
 GROUPS = ["B, IFNb", "CD14+ Mono, IFNb", "_hidden, $odd_label$"]
@@ -248,13 +248,25 @@ def test_show_writes_and_returns_the_picture(tmp_path):
     assert image._repr_mimebundle_()[1]["image/png"]["alt"] == "effect against floor"
 
 
-def test_a_quick_png_is_what_was_drawn():
-    pixels = np.random.default_rng(0).integers(0, 256, (7, 5, 3), dtype=np.uint8)
-    read = Image.open(io.BytesIO(quick_png(pixels)))
-    read.verify()  # the checksums
-    again = Image.open(io.BytesIO(quick_png(pixels)))
-    assert again.mode == "RGB" and again.size == (5, 7)
-    np.testing.assert_array_equal(np.asarray(again), pixels)
+@pytest.mark.parametrize("level", [1, 6])
+def test_a_quick_png_is_what_was_drawn(level):
+    """What we draw with exactly, any other colour as the nearest of the palette."""
+    fixed = [*style.OKABE_ITO, style.INK, style.QUIET, "#ffffff"]
+    exact = np.array([[int(code[i : i + 2], 16) for i in (1, 3, 5)] for code in fixed], dtype=np.uint8)
+    np.testing.assert_array_equal(_read_back(exact[None], level), exact[None])
+    other = np.random.default_rng(1).integers(0, 256, (70, 5, 3), dtype=np.uint8)  # more than one block of rows
+    nearest = np.linalg.norm(other.reshape(-1, 1, 3) - palette().astype(float), axis=-1).min(1)
+    chosen = np.linalg.norm((_read_back(other, level) - other.astype(int)).reshape(-1, 3), axis=-1)
+    assert (chosen <= nearest + 2 * 7).all(), "five bits tell a colour to 4 of 255 in each of three"
+
+
+def _read_back(pixels: np.ndarray, level: int) -> np.ndarray:
+    opaque = np.concatenate([pixels, np.full((*pixels.shape[:2], 1), 255, dtype=np.uint8)], axis=-1)
+    written = quick_png(opaque, level)
+    Image.open(io.BytesIO(written)).verify()  # the checksums
+    read = Image.open(io.BytesIO(written))
+    assert read.mode == "P" and read.size == pixels.shape[1::-1]
+    return np.asarray(read.convert("RGB")).astype(int)
 
 
 def test_figures_of_speed_name_their_bound_and_compare_what_took_turns():

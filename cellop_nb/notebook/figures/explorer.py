@@ -128,7 +128,7 @@ class _Genes:
         self.zero = sheet.line(moving=True, color=s.QUIET, linewidth=0.8)
         rows = range(2 * N_GENES)
         self.names = [sheet.text(528, 0, ha="right") for _ in rows]
-        self.spans = [sheet.line(moving=True, color=s.INK, linewidth=1.2) for _ in rows]
+        self.spans = sheet.line(moving=True, color=s.INK, linewidth=1.2)
         dots = {"marker": "D", "markersize": 5, "color": _MEASURED, "markeredgecolor": s.INK, "linestyle": ""}
         self.measured = sheet.line(moving=True, markeredgewidth=0.6, **dots)
         self._top, self._key = 0.0, ()
@@ -139,23 +139,25 @@ class _Genes:
         key, strength = _key(answer), answer.question.strength
         if key != self._key or strength > self._strength:  # a weaker dose shows the genes of the stronger one
             self._shown, self._strength = list(leading(answer.genes)["gene"]), strength
-        shown = answer.genes.set_index("gene").loc[self._shown].reset_index()
-        values = shown[["lfc", "low", "high", "measured"]].to_numpy(dtype=float)
+        rows = pd.Index(answer.genes["gene"]).get_indexer(self._shown)
+        values = answer.genes[["lfc", "low", "high", "measured"]].to_numpy(dtype=float)[rows]
         top = rounded(max(float(np.nanmax(np.abs(values), initial=0.0)), 0.25))
         self._top, self._key = max(self._top if key == self._key else 0.0, top), key
         self.frame.limit((-self._top, self._top), (0, 1))
-        centre = self.frame.box[1] + (np.arange(len(shown)) + 0.5) * self.frame.box[3] / (2 * N_GENES)
+        centre = self.frame.box[1] + (np.arange(len(rows)) + 0.5) * self.frame.box[3] / (2 * N_GENES)
         zero, ends = float(self.frame.x(0.0)), self.frame.x(values[:, 0])
         for area, sign in zip(self.bars, (1, -1), strict=True):
             here = np.flatnonzero(np.sign(values[:, 0]) == sign)
             area.set_verts([bar(zero, ends[i], centre[i]) for i in here])
         self.zero.set_data([zero, zero], [self.frame.box[1], self.frame.box[1] + self.frame.box[3]])
-        for i, (name, interval) in enumerate(zip(self.names, self.spans, strict=True)):
-            there = i < len(shown)
-            say(self.frame.sheet, name, s.safe(shown["gene"].iloc[i], 14) if there else "")
-            interval.set_data(self.frame.x(values[i, 1:3]) if there else [], [centre[i]] * 2 if there else [])
+        for i, name in enumerate(self.names):
+            there = i < len(rows)
+            say(self.frame.sheet, name, s.safe(self._shown[i], 14) if there else "")
             if there:
                 name.set_y(centre[i])
+        gap = np.full((len(rows), 1), np.nan)  # between the strokes of one line
+        strokes = np.hstack([self.frame.x(values[:, 1:3]), gap])
+        self.spans.set_data(strokes.ravel(), np.repeat(centre, 3))
         self.measured.set_data(self.frame.x(values[:, 3]), centre)
 
 

@@ -8,7 +8,6 @@ what stands still is drawn once and copied from then on.
 from __future__ import annotations
 
 from functools import lru_cache
-from io import BytesIO
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -63,12 +62,7 @@ class Sheet:
     def png(self, *, small: bool = False) -> bytes:
         """The picture; `small` spends time to save bytes (for the one that stays in the notebook)."""
         self._paint()
-        pixels = np.asarray(self.canvas.buffer_rgba())[..., :3]
-        if not small:
-            return quick_png(pixels)
-        raw = BytesIO()
-        s.palette_of(Pixels.fromarray(pixels), 128).save(raw, format="png", compress_level=6)
-        return raw.getvalue()
+        return quick_png(np.asarray(self.canvas.buffer_rgba()), 6 if small else 1)
 
     def _paint(self) -> None:
         renderer = self.canvas.get_renderer()
