@@ -15,6 +15,7 @@ from ..models.conditions import Condition
 
 FEW, STEPS, DOUBLINGS = 10, 100, 10  # applications: few, one by one, and on to 100 * 2**10
 MAX_CONDITION = 1e7  # the limit of AffineOperator.inverse
+GROWING = 1e-6  # by how much more than all others the logarithm of the last norm is that of a growing power
 SLOW_GROWTH = 1.05  # spectral radius that ten applications turn into a factor of 1.6
 
 
@@ -56,17 +57,18 @@ def affine_health(A, b, *, max_norm: float = 3.0) -> dict:
         advice = "the operator is not finite: load the last finite state"
         return nothing | {"verdict": "red", "advice": advice}
     singular = np.linalg.svd(A, compute_uv=False)
-    powers = _log_norms_of_powers(A)
+    powers = _powers(A)
+    tenth = _log_norms(*(part[FEW - 1 : FEW] for part in powers))  # empty where it vanishes
     whole = _homogeneous(A, b)
     health = {
         "spectral_norm": float(singular[0]),
         "spectral_radius": float(np.abs(np.linalg.eigvals(A)).max()),
         "condition_number": float(singular[0] / singular[-1]) if singular[-1] > 0 else math.inf,
         **_generator(A, b),
-        "growth_10": _exp(powers[FEW - 1]),
-        "growth_bound": _supremum(powers),
+        "growth_10": _exp(tenth.max(initial=-math.inf)),
+        "growth_bound": _supremum(*powers),
         "drift_10": _drift(A, b),
-        "bounded": math.isfinite(_supremum(_log_norms_of_powers(whole))),
+        "bounded": _is_bounded(*_powers(whole)),
     }
     verdict, advice = _verdict(health, max_norm)
     return health | {"verdict": verdict, "advice": advice}
@@ -141,14 +143,14 @@ def _homogeneous(A: np.ndarray, b: np.ndarray) -> np.ndarray:
     return whole
 
 
-def _log_norms_of_powers(matrix: np.ndarray) -> np.ndarray:
-    """log ||M^k||_2 for k = 1..STEPS and then for doubled k; in logarithms, so that nothing overflows."""
+def _powers(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """M^k for k = 1..STEPS and then for doubled k, until they vanish: scaled (power, d, d), and log scales (power,)."""
     scale = np.abs(matrix).max() or 1.0
     base = power = matrix / scale
     logarithm = start = math.log(scale)
     powers, logarithms = [], []
     for step in range(STEPS + DOUBLINGS):
-        size = float(np.abs(power).max())  # keeps the scale; the norms are taken together at the end
+        size = float(np.abs(power).max())  # keeps the scale, so that nothing overflows
         if size == 0:
             break
         power, logarithm = power / size, logarithm + math.log(size)
@@ -159,17 +161,36 @@ def _log_norms_of_powers(matrix: np.ndarray) -> np.ndarray:
             power, logarithm = power @ base, logarithm + start
         else:
             power, logarithm = power @ power, 2 * logarithm
-    norms = np.full(STEPS + DOUBLINGS, -math.inf)
-    if powers:
-        norms[: len(powers)] = logarithms + np.log(np.linalg.norm(np.stack(powers), 2, axis=(1, 2)))
-    return norms
+    return np.array(powers).reshape(-1, *matrix.shape), np.array(logarithms)
 
 
-def _supremum(log_norms: np.ndarray) -> float:
-    """Largest norm of all powers, or infinity where they are still growing at the end."""
-    if log_norms[-1] > max(log_norms[:-1].max(), 0.0) + 1e-6:
+def _log_norms(powers: np.ndarray, logarithms: np.ndarray) -> np.ndarray:
+    """log ||M^k||_2 of each power."""
+    return logarithms + np.log(np.linalg.norm(powers, 2, axis=(1, 2)))
+
+
+def _is_bounded(powers: np.ndarray, logarithms: np.ndarray) -> bool:
+    """Whether the norms of all powers stay finite; most are settled by the last two."""
+    before, last = _log_norms(powers[-2:], logarithms[-2:])
+    return last <= max(before, 0.0) + GROWING or math.isfinite(_supremum(powers, logarithms))
+
+
+def _supremum(powers: np.ndarray, logarithms: np.ndarray) -> float:
+    """Largest norm of all powers, the zeroth included, or infinity where they are still growing at the end.
+
+    The norms of those powers alone are found whose Frobenius norm says that they may count.
+    """
+    n, last = len(powers), -math.inf
+    if n == STEPS + DOUBLINGS:  # otherwise the last ones vanish
+        n, last = n - 1, float(_log_norms(powers[-1:], logarithms[-1:])[0])
+    upper = logarithms[:n] + np.log(np.linalg.norm(powers[:n], axis=(1, 2)))
+    if last > upper.max(initial=0.0) + GROWING:
         return math.inf
-    return _exp(max(log_norms.max(), 0.0))
+    highest = 0.0
+    for open_ in (upper == upper.max(initial=0.0), upper > 0.0):
+        open_ &= upper > highest
+        highest = _log_norms(powers[:n][open_], logarithms[:n][open_]).max(initial=highest)
+    return math.inf if last > highest + GROWING else _exp(max(highest, last))
 
 
 def _exp(logarithm: float) -> float:

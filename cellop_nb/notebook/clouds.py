@@ -107,7 +107,11 @@ class Clouds:
 
     def trained(self, context: str, perturbation: str) -> bool:
         """Whether training cells of this very group took part in the fit."""
-        return bool((self.inside(context, perturbation) & (self._split == "train")).any())
+
+        def find() -> bool:
+            return bool((self.inside(context, perturbation) & (self._split == "train")).any())
+
+        return self.memory.keep(("trained", context, perturbation), find)
 
     def take(self, rows: np.ndarray, kind: str = "draw") -> np.ndarray:
         """At most as many of the rows as this kind of work takes, in random order (seeded)."""

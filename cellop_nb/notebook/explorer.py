@@ -141,11 +141,13 @@ class Explorer:
     def _ask(self, question: Question, gene: str | None) -> None:
         self.answer: Answer = self.cells.ask(question, gene=gene)
         self.question, self.gene, self.refusal = question, gene, ""
+        shown = hasattr(self, "panel")
+        if shown:
+            self._say(self.answer.sentence)  # first, so that the browser lays it out while the picture is drawn
         self._sheet.update(self.answer)
         self.picture = self._sheet.png()
-        if hasattr(self, "panel"):
+        if shown:
             self.image.value = self.picture
-            self._say(self.answer.sentence)
 
     def _follow(self) -> None:
         """Set the widgets to the question that a call has asked."""

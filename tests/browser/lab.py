@@ -173,15 +173,19 @@ class NotebookPage:
         """Wait for the kernel, not for its indicator."""
         self.page.wait_for_function(self._IDLE, timeout=seconds * 1000)
 
-    def ipykernel(self) -> tuple[int, ...]:
-        """Release of the kernel that answers, as (7, 4)."""
+    def run_silently(self, expression: str) -> str:
+        """What the kernel gives for an expression, as text; no cell is needed."""
         ask = """async code => {
             const kernel = window.jupyterapp.shell.currentWidget.sessionContext.session.kernel;
             const asked = {code: '', silent: true, store_history: false, user_expressions: {said: code}};
             const reply = await kernel.requestExecute(asked).done;
             return reply.content.user_expressions.said.data['text/plain'];
         }"""
-        said = self.page.evaluate(ask, "__import__('ipykernel').__version__")
+        return self.page.evaluate(ask, expression)
+
+    def ipykernel(self) -> tuple[int, ...]:
+        """Release of the kernel that answers, as (7, 4)."""
+        said = self.run_silently("__import__('ipykernel').__version__")
         return tuple(map(int, said.strip("'").split(".")[:2]))
 
     def interrupt(self) -> None:

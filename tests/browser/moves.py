@@ -8,6 +8,7 @@ from __future__ import annotations
 import statistics
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import nbformat
@@ -18,17 +19,25 @@ _CELL = """
 from cellop_nb.bench.explorer import CELLS, GENES, _cells
 from cellop_nb.notebook.explorer import Explorer
 known = _cells(CELLS, GENES)
-Explorer(known.adata, known.vae, known.operators, context="T", perturbation="A").panel
+explorer = Explorer(known.adata, known.vae, known.operators, context="T", perturbation="A")
+explorer.panel
 """
+_FORGET = "explorer.cells.forget() or explorer.cells.ask(explorer.question).energy"  # all but the present question
 # Milliseconds until the picture is another one and the browser has had the time to paint it.
-_UNTIL_PAINTED = """press => new Promise(done => {
+_UNTIL_PAINTED = """how => new Promise(done => {
     const image = document.querySelector('img.widget-image'), start = performance.now();
     const changed = () => image.decode().finally(() => requestAnimationFrame(() => setTimeout(
         () => done(performance.now() - start))));
     new MutationObserver((_, watch) => { watch.disconnect(); changed(); }).observe(image, {attributeFilter: ['src']});
-    const handle = [...document.querySelectorAll('.noUi-handle')].find(
-        found => found.closest('.widget-hslider').textContent.includes('strength'));
-    handle.dispatchEvent(new KeyboardEvent('keydown', {key: press, bubbles: true}));
+    const named = name => [...document.querySelectorAll('.jupyter-widgets')].find(
+        found => found.querySelector('.widget-label')?.textContent === name);
+    if (how.press) named('strength').querySelector('.noUi-handle').dispatchEvent(
+        new KeyboardEvent('keydown', {key: how.press, bubbles: true}));
+    else {
+        const list = named('perturbation').querySelector('select');
+        list.value = how.choose;
+        list.dispatchEvent(new Event('change', {bubbles: true}));
+    }
 })"""
 
 
@@ -47,18 +56,40 @@ def main(n_moves: int = 20) -> None:
         with NotebookPage(browser, lab.url("moves.ipynb")) as notebook:
             notebook.run_all()
             notebook.wait_until_run(240)
-            keys = ["ArrowLeft", "ArrowRight"] * (n_moves // 2)
-            spent = [_move(notebook, key) for key in keys]
-    middle, few, many = statistics.median(spent), min(spent), max(spent)
-    sys.stdout.write(
-        f"strength by one step, {n_moves} times: {middle:.0f} ms (median), {few:.0f} to {many:.0f} ms\n"
-    )
+            for what, move in _kinds(notebook).items():
+                _say(what, [move(i) for i in range(n_moves)])
 
 
-def _move(notebook: NotebookPage, key: str) -> float:
-    found = notebook.page.evaluate(_UNTIL_PAINTED, key)
+def _kinds(notebook: NotebookPage) -> dict[str, Callable[[int], float]]:
+    """Each kind of move by its number: it does one thing and the next time undoes it."""
+
+    def strength(i: int) -> float:
+        return _moved(notebook, {"press": ("ArrowLeft", "ArrowRight")[i % 2]})
+
+    def seen(i: int) -> float:
+        return _moved(notebook, {"choose": "BA"[i % 2]})
+
+    def unseen(i: int) -> float:
+        notebook.run_silently(_FORGET)
+        notebook.wait_until_idle(30)
+        return seen(i)
+
+    return {
+        "strength by one step": strength,
+        "another perturbation, seen before": seen,
+        "another perturbation, for the first time": unseen,
+    }
+
+
+def _moved(notebook: NotebookPage, how: dict[str, str]) -> float:
+    found = notebook.page.evaluate(_UNTIL_PAINTED, how)
     notebook.wait_until_idle(30)
     return found
+
+
+def _say(what: str, spent: list[float]) -> None:
+    middle, few, many = statistics.median(spent), min(spent), max(spent)
+    sys.stdout.write(f"{what}, {len(spent)} times: {middle:.0f} ms (median), {few:.0f} to {many:.0f} ms\n")
 
 
 if __name__ == "__main__":

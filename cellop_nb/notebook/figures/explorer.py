@@ -94,23 +94,30 @@ class _Map:
             mean.set_zorder(3)
 
     def update(self, answer: Answer, words: Words) -> None:
-        key, points = _key(answer), {name: getattr(answer, name) for name, *_ in _CLOUDS}
-        cells = [cloud for cloud in points.values() if len(cloud)]
-        x, y = (span(np.concatenate([cloud[:, axis] for cloud in cells])) for axis in (0, 1))
-        if key == self._key:  # the map stands still while the strength moves, unless cells leave it
-            old = self.frame._limits
-            x, y = (min(old[0], x[0]), max(old[1], x[1])), (min(old[2], y[0]), max(old[3], y[1]))
-        self.frame.limit(*equal(x, y, self.frame.box[2] / self.frame.box[3]))
-        self.frame.sheet.stale |= key != self._key
-        self._key = key
+        points = {name: getattr(answer, name) for name, *_ in _CLOUDS}
+        self._limit(_key(answer), points)
         for name, cloud in points.items():
-            seen = cloud[self.frame.holds(cloud)]
-            self.clouds[name].set_data(self.frame.x(seen[:, 0]), self.frame.y(seen[:, 1]))
+            if name == "moved" or self.frame.sheet.stale:  # the others stand on the ground
+                seen = cloud[self.frame.holds(cloud)]
+                self.clouds[name].set_data(self.frame.x(seen[:, 0]), self.frame.y(seen[:, 1]))
             mean = cloud.mean(0) if len(cloud) else np.full(2, np.nan)
             self.means[name].set_data([self.frame.x(mean[0])], [self.frame.y(mean[1])])
             say(self.frame.sheet, self.keys[name], f"{getattr(words, name)} ({len(cloud):,})")
         ends = np.stack([points["start"].mean(0), points["moved"].mean(0)])
         self.trail.set_data(self.frame.x(ends[:, 0]), self.frame.y(ends[:, 1]))
+
+    def _limit(self, key: tuple, points: dict[str, np.ndarray]) -> None:
+        """Choose the limits; the map stands still while the strength moves, unless cells leave it."""
+        same = key == self._key
+        fresh = [points["moved"]] if same else [cloud for cloud in points.values() if len(cloud)]
+        sides = [[span(cloud[:, axis]) for cloud in fresh] for axis in (0, 1)]
+        if same:
+            old = self.frame._limits
+            sides = [[*spans, limits] for spans, limits in zip(sides, (old[:2], old[2:]), strict=True)]
+        x, y = ((min(low for low, _ in spans), max(high for _, high in spans)) for spans in sides)
+        self.frame.limit(*equal(x, y, self.frame.box[2] / self.frame.box[3]))
+        self.frame.sheet.stale |= not same
+        self._key = key
 
 
 class _Genes:
