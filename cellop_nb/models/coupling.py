@@ -111,7 +111,9 @@ class Observed:
         moved = moved.addcmul_(change.clamp_max(0.0), self._kept).clamp_min_(0.0)
         if remainder is not None:
             level = torch.as_tensor(remainder.level).to(moved)
-            moved = torch.where(level == 0, moved, counts_at(levels(moved, self.library) + level, self.library))
+            moved = torch.where(
+                level == 0, moved, counts_at(levels(moved, self.library) + level, self.library)
+            )
         total = moved.sum(-1) + self._other_genes(end)
         stays = (moved - self.x).abs_().amax(-1) == 0
         scale = torch.where(stays, 1.0, self.library / total.clamp_min(MIN_MEAN))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -61,15 +62,18 @@ class Clouds:
         control: str, sizes: dict[str, int], seed: int, memory: Memory,
     ):  # fmt: skip
         self.z, self.control, self.sizes, self.seed, self.memory = z, control, sizes, seed, memory
-        self._labels, self._contexts, self._split = labels, contexts, split
-        self._names = np.unique(labels)
+        # whole numbers: a million labels are compared in a millisecond, as strings in fifty
+        self._codes, self._names = pd.factorize(labels, sort=True)
+        self._places, self._context_names = pd.factorize(contexts)
+        self._train, self._test = (split == part for part in ("train", "test"))
         self.contexts = sorted(set(contexts[labels == control]))
         if self.contexts:
             self._fit_plane()
 
     def measured(self, context: str) -> list[str]:
         """Perturbations, combinations included, of which there are cells in this context."""
-        return sorted(set(self._labels[self._contexts == context]) - {self.control})
+        there = np.unique(self._codes[self._in(context)])
+        return [name for name in self._names[there] if name != self.control]
 
     def sides(self, question: Question) -> tuple[np.ndarray, np.ndarray]:
         """Rows of the cells that are moved, and of the real cells that they should become.
@@ -93,7 +97,7 @@ class Clouds:
 
         def find() -> np.ndarray:
             inside = self.inside(context, perturbation)
-            unseen = inside & (self._split == "test")
+            unseen = inside & self._test
             use = inside if perturbation == self.control or unseen.sum() < MIN_REAL else unseen
             return np.flatnonzero(use)
 
@@ -102,14 +106,14 @@ class Clouds:
     def inside(self, context: str, perturbation: str) -> np.ndarray:
         """Which cells belong to a group, as booleans; "A+B" is "B+A"."""
         wanted = frozenset(perturbation.split("+"))
-        same = [name for name in self._names if frozenset(str(name).split("+")) == wanted]
-        return (self._contexts == context) & np.isin(self._labels, same)
+        same = [i for i, name in enumerate(self._names) if frozenset(str(name).split("+")) == wanted]
+        return self._in(context) & np.isin(self._codes, same)
 
     def trained(self, context: str, perturbation: str) -> bool:
         """Whether training cells of this very group took part in the fit."""
 
         def find() -> bool:
-            return bool((self.inside(context, perturbation) & (self._split == "train")).any())
+            return bool((self.inside(context, perturbation) & self._train).any())
 
         return self.memory.keep(("trained", context, perturbation), find)
 
@@ -139,6 +143,10 @@ class Clouds:
 
         own, before, floor = self.memory.keep(("energy", source.tobytes(), target.tobytes()), fixed)
         return float(energy_distance(moved, real, y_self=own)), before, floor, len(moved), len(real)
+
+    def _in(self, context: str) -> np.ndarray:
+        """Which cells are of a context; none of one that the data do not hold."""
+        return self._places == next((i for i, name in enumerate(self._context_names) if name == context), -2)
 
     # -- the map
 

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
+from contextlib import suppress
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 from ..analysis.combinations import RULES
@@ -42,6 +45,8 @@ class Explorer:
         perturbation at full strength, and the gene that changes most.
     folder
         Where "export" writes; the working directory by default.
+    prepare
+        Seconds at most for which likely questions are answered beforehand, so that their first move does not wait.
     **settings
         As in :class:`VirtualCells` (``layer``, the keys, ``seed`` ...).
 
@@ -76,6 +81,7 @@ class Explorer:
         together: str = parameters.TOGETHER[0],
         gene: str | None = None,
         folder: str | Path = ".",
+        prepare: float = 1.0,
         **settings,
     ):
         check_settings(settings, VirtualCells, of="the explorer", taken=("adata", "vae", "operators"))
@@ -87,6 +93,7 @@ class Explorer:
         given = combined(first, second, together) if second else {"perturbation": first}
         asked = Question(context=place, strength=float(strength), reverse=bool(reverse), **given)
         self._ask(asked, self.gene)
+        self._prepare(prepare)
         self._build()
 
     # -- what the widgets do: plain methods
@@ -143,11 +150,23 @@ class Explorer:
         self.question, self.gene, self.refusal = question, gene, ""
         shown = hasattr(self, "panel")
         if shown:
-            self._say(self.answer.sentence)  # first, so that the browser lays it out while the picture is drawn
+            self._say(
+                self.answer.sentence
+            )  # first, so that the browser lays it out while the picture is drawn
         self._sheet.update(self.answer)
         self.picture = self._sheet.png()
         if shown:
             self.image.value = self.picture
+
+    def _prepare(self, seconds: float) -> None:
+        """Ask what may be asked next, the nearest first; the cells keep what no strength changes."""
+        asked, end = self.question, time.monotonic() + seconds
+        places = [asked.context, *(place for place in self.cells.contexts if place != asked.context)]
+        for place, name in product(places, self.cells.perturbations):
+            if time.monotonic() > end:
+                break
+            with suppress(CellopError):  # it is told when it is asked for
+                self.cells.ask(Question(name, place))
 
     def _follow(self) -> None:
         """Set the widgets to the question that a call has asked."""

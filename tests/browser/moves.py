@@ -22,7 +22,8 @@ known = _cells(CELLS, GENES)
 explorer = Explorer(known.adata, known.vae, known.operators, context="T", perturbation="A")
 explorer.panel
 """
-_FORGET = "explorer.cells.forget() or explorer.cells.ask(explorer.question).energy"  # all but the present question
+# all but the present question, as where there are more conditions than were prepared
+_FORGET = "explorer.cells.forget() or explorer.cells.ask(explorer.question).energy"
 # Milliseconds until the picture is another one and the browser has had the time to paint it.
 _UNTIL_PAINTED = """how => new Promise(done => {
     const image = document.querySelector('img.widget-image'), start = performance.now();

@@ -7,10 +7,11 @@ import threading
 import anndata as ad
 import pytest
 
-from cellop_nb.errors import CellopError
+from cellop_nb.errors import CellopError, DataError
 from cellop_nb.notebook.explorer import NOTHING, Explorer
 from cellop_nb.notebook.figures.explorer import N_GENES, leading
 from cellop_nb.notebook.questions import Question
+from cellop_nb.notebook.virtual import VirtualCells
 
 
 @pytest.fixture
@@ -136,6 +137,28 @@ def test_the_explorer_shows_itself_and_a_still_picture(explorer):
     assert "application/vnd.jupyter.widget-view+json" in data
     assert "running kernel" in data["text/plain"]
     assert explorer.figure().alt == explorer.answer.sentence
+
+
+def test_likely_questions_are_answered_beforehand(trained, monkeypatch):
+    """The present context first, one answer each; none where no time is given; a refusal breaks nothing."""
+    asked = []
+    answer = VirtualCells.ask
+
+    def ask(cells, question, *, gene=None):
+        asked.append((question.context, question.perturbation))
+        if asked[-1] == ("type B", "drug 2") and len(asked) > 2:
+            raise DataError("made up")
+        return answer(cells, question, gene=gene)
+
+    monkeypatch.setattr(VirtualCells, "ask", ask)
+    shown = Explorer(*trained, context="type B", perturbation="drug 3", n_replicates=20, prepare=60)
+    drugs = ("drug 1", "drug 2", "drug 3")
+    wanted = [(place, name) for place in ("type B", "type A") for name in drugs]
+    assert asked == [("type B", "drug 3"), *wanted]
+    assert shown.question == Question("drug 3", "type B")
+    asked.clear()
+    Explorer(*trained, n_replicates=20, prepare=0)
+    assert asked == [("type A", "drug 1")]
 
 
 def test_a_weaker_dose_shows_the_genes_of_the_stronger(explorer):

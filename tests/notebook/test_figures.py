@@ -254,7 +254,9 @@ def test_a_quick_png_is_what_was_drawn(level):
     fixed = [*style.OKABE_ITO, style.INK, style.QUIET, "#ffffff"]
     exact = np.array([[int(code[i : i + 2], 16) for i in (1, 3, 5)] for code in fixed], dtype=np.uint8)
     np.testing.assert_array_equal(_read_back(exact[None], level), exact[None])
-    other = np.random.default_rng(1).integers(0, 256, (70, 5, 3), dtype=np.uint8)  # more than one block of rows
+    other = np.random.default_rng(1).integers(
+        0, 256, (70, 5, 3), dtype=np.uint8
+    )  # more than one block of rows
     nearest = np.linalg.norm(other.reshape(-1, 1, 3) - palette().astype(float), axis=-1).min(1)
     chosen = np.linalg.norm((_read_back(other, level) - other.astype(int)).reshape(-1, 3), axis=-1)
     assert (chosen <= nearest + 2 * 7).all(), "five bits tell a colour to 4 of 255 in each of three"

@@ -276,6 +276,6 @@ def _key(answer: Answer) -> tuple:
 
 def leading(genes: pd.DataFrame, n: int = N_GENES) -> pd.DataFrame:
     """The `n` genes that rise most, largest first, then the `n` that fall most, largest last."""
-    up = genes[genes["lfc"] > 0].head(n)
-    down = genes[genes["lfc"] < 0].head(n)
-    return pd.concat([up, down.iloc[::-1]], ignore_index=True)
+    change = genes["lfc"].to_numpy()
+    up, down = (np.flatnonzero(sign * change > 0)[:n] for sign in (1, -1))
+    return genes.iloc[np.concatenate([up, down[::-1]])].reset_index(drop=True)
