@@ -9,6 +9,7 @@ from . import host
 from .energy_groups import Batch
 from .energy_joint import joint_energies
 from .energy_kernels import Exact, cross_sums, scale_of, self_sums
+from .energy_values import cross_total, self_total
 
 SMALL_PAIRS = 800_000  # distances of a batch up to which the number of calls counts, not that of pairs
 _DEVICE_SMALL_PAIRS = 1 << 23  # of a device
@@ -65,8 +66,11 @@ def _tiled(given_x, given_y, batch: Batch, pairs, want_x, want_y, tile, y_self) 
     x, y = _moved(given_x, centre, pad_x), _moved(given_y, centre, pad_y)
     scale = scale_of(x, y)
     x, y = x.div_(scale), y.div_(scale)
-    options = {"want_x": want_x, "want_y": want_y, "tile": tile, "pad_x": pad_x, "pad_y": pad_y}
-    cross, cross_x, cross_y = cross_sums(x, y, (given_x, given_y, scale), **options)
+    exact, options = (given_x, given_y, scale), {"tile": tile, "pad_x": pad_x, "pad_y": pad_y}
+    if want_x or want_y:
+        cross, cross_x, cross_y = cross_sums(x, y, exact, want_x=want_x, want_y=want_y, **options)
+    else:
+        cross, cross_x, cross_y = cross_total(x, y, exact, **options), None, None
     within_x, self_x = _within(x, (given_x, given_x, scale), want_x, tile, pad_x)
     energy = 2 * cross / counts - within_x / pairs[0]
     force_x = _combine(cross_x, counts, self_x, pairs[0])
@@ -82,7 +86,7 @@ def mean_within(y: Tensor, pad: Tensor | None, pairs: Tensor | int, tile: int | 
     y = _precise(y)
     moved = _moved(y, _mean(y, pad), pad)
     scale = scale_of(moved)
-    total, _ = self_sums(moved.div_(scale), (y, y, scale), want=False, tile=tile, pad=pad)
+    total = self_total(moved.div_(scale), (y, y, scale), tile=tile, pad=pad)
     return total * scale.flatten() / pairs
 
 
@@ -101,8 +105,11 @@ def _combine(cross: Tensor | None, counts, within: Tensor | None, pairs) -> Tens
 def _within(
     x: Tensor, exact: Exact, want: bool, tile: int | None, pad: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """:func:`self_sums` of clouds that are first centred on themselves."""
-    return self_sums(_moved(x, _mean(x, pad), pad), exact, want=want, tile=tile, pad=pad)
+    """Sum of distances within clouds that are first centred on themselves, and half its gradient where wanted."""
+    own = _moved(x, _mean(x, pad), pad)
+    if want:
+        return self_sums(own, exact, tile=tile, pad=pad)
+    return self_total(own, exact, tile=tile, pad=pad), None
 
 
 def _precise(x: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ def pieces(n: int, tile: int | None, like: Tensor) -> list[slice]:
     return [slice(start, min(start + step, n)) for start in range(0, n, step)]
 
 
-def _left(z: Tensor, pad: Tensor | None) -> Tensor:
+def left_rows(z: Tensor, pad: Tensor | None) -> Tensor:
     norms = z.square().sum(-1, keepdim=True)
     if pad is None:
         return torch.cat([z, norms, torch.ones_like(norms)], -1)
@@ -76,16 +76,16 @@ def _form(d: int, padded: bool, dtype: torch.dtype, device: torch.device) -> Ten
     return form
 
 
-def _right(left: Tensor, d: int) -> Tensor:
+def right_rows(left: Tensor, d: int) -> Tensor:
     return left @ _form(d, left.shape[-1] == d + 3, left.dtype, left.device)
 
 
-def _product(a: Tensor, b: Tensor, out: Tensor, beta: int = 0, alpha: int = 1) -> None:
-    """out = beta out + alpha a b, for one group or many."""
+def product(a: Tensor, b: Tensor, out: Tensor, beta: int = 0) -> None:
+    """out = beta out + a b, for one group or many."""
     if len(a) == 1:
-        torch.addmm(out[0], a[0], b[0], beta=beta, alpha=alpha, out=out[0])
+        torch.addmm(out[0], a[0], b[0], beta=beta, out=out[0])
     else:
-        torch.baddbmm(out, a, b, beta=beta, alpha=alpha, out=out)
+        torch.baddbmm(out, a, b, beta=beta, out=out)
 
 
 def _row_sums(right: Tensor, gathered: Tensor, pad: Tensor | None) -> Tensor:
@@ -112,15 +112,16 @@ class _ClosePairs:
         self.pull_y: Tensor | None = None
 
     def take_out(
-        self, d2: Tensor, rows: slice, columns: slice, *, weight: int, want_x: bool, want_y: bool
-    ) -> None:
-        """Move the close pairs of the tile d2 (group, row, column) here; infinity is left in their places."""
+        self, d2: Tensor, rows: slice, columns: slice, *, weight: int,
+        want_x: bool = False, want_y: bool = False, left: float = math.inf,
+    ) -> None:  # fmt: skip
+        """Move the close pairs of the tile d2 (group, row, column) here; `left` is left in their places."""
         if not d2.amin() <= self.limit:  # equal where every cell is one point
             return
         norms = self.norms_x[:, rows].unsqueeze(-1) + self.norms_y[:, columns].unsqueeze(-2)
         for part in (d2 <= CLOSE * norms).nonzero().split(_PAIRS_AT_ONCE):
             group, i, j = part.unbind(-1)
-            d2[group, i, j] = math.inf
+            d2[group, i, j] = left
             i, j = i + rows.start, j + columns.start
             unit = self._add(group, i, j, weight)
             if want_x:
@@ -161,12 +162,12 @@ def least_square(widest: Tensor) -> Tensor:
     return (NEAREST * widest).clamp_min(1e-290)[:, None, None]
 
 
-def _close_pairs(exact: Exact, norms_x: Tensor, norms_y: Tensor) -> _ClosePairs | _Softened:
+def close_pairs(exact: Exact, norms_x: Tensor, norms_y: Tensor) -> _ClosePairs | _Softened:
     kind = _ClosePairs if host.looks_are_free(norms_x.device) else _Softened
     return kind(exact, norms_x, norms_y)
 
 
-def _tiles(rows: list[slice], columns: list[slice], like: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
+def tiles(rows: list[slice], columns: list[slice], like: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
     """Each (rows, columns) with its place in a reused buffer; the upper triangle where both are one list."""
     widest = (rows[0].stop - rows[0].start) * (columns[0].stop - columns[0].start)
     buffer = like.new_empty(len(like) * widest)
@@ -187,7 +188,7 @@ def cross_sums(
     pad_x: Tensor | None = None,
     pad_y: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Sum over all pairs of |x_i - y_j|, (group,) float64, and its gradients in x and y.
+    """Sum over all pairs of |x_i - y_j|, (group,) float64, and its gradients in x, in y, or both.
 
     x (group, n, d) and y (group, m, d) have norms below 1; `pad_x` and `pad_y` mark padding rows.
     """
@@ -205,23 +206,23 @@ def cross_sums(
         return total, None, grad_y
     if pad_x is not None or pad_y is not None:  # then both need the column
         pad_x, pad_y = (no_padding(z) if pad is None else pad for z, pad in ((x, pad_x), (y, pad_y)))
-    d, left_x, left_y = x.shape[-1], _left(x, pad_x), _left(y, pad_y)
-    right = _right(left_x, d)
-    close = _close_pairs(exact, left_x[..., d], left_y[..., d])
+    d, left_x, left_y = x.shape[-1], left_rows(x, pad_x), left_rows(y, pad_y)
+    right = right_rows(left_x, d)
+    close = close_pairs(exact, left_x[..., d], left_y[..., d])
     to_x = torch.zeros_like(left_x)
     to_y = torch.zeros_like(left_y) if want_y else None
-    for i, j, d2 in _tiles(pieces(x.shape[1], tile, x), pieces(y.shape[1], tile, x), x):
-        _product(right[:, i], left_y[:, j].mT, d2)
-        close.take_out(d2, i, j, weight=1, want_x=want_x, want_y=want_y)
-        _product(d2.rsqrt_(), left_y[:, j], to_x[:, i], beta=1)
+    for i, j, d2 in tiles(pieces(x.shape[1], tile, x), pieces(y.shape[1], tile, x), x):
+        product(right[:, i], left_y[:, j].mT, d2)
+        close.take_out(d2, i, j, weight=1, want_x=True, want_y=want_y)
+        product(d2.rsqrt_(), left_y[:, j], to_x[:, i], beta=1)
         if to_y is not None:
-            _product(d2.mT, left_x[:, i], to_y[:, j], beta=1)
+            product(d2.mT, left_x[:, i], to_y[:, j], beta=1)
     total = _row_sums(right, to_x, pad_x) + close.total
     if pad_x is not None:
         total -= pad_y.sum(-1) * (~pad_x).sum(-1)
-    grad_x = _force(x, to_x) if want_x else None
+    grad_x = _force(x, to_x)
     grad_y = _force(y, to_y) if to_y is not None else None
-    if grad_x is not None and close.pull_x is not None:
+    if close.pull_x is not None:
         grad_x += close.pull_x
     if grad_y is not None and close.pull_y is not None:
         grad_y -= close.pull_y
@@ -229,32 +230,29 @@ def cross_sums(
 
 
 def self_sums(
-    x: Tensor, exact: Exact, *, want: bool, tile: int | None = None, pad: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
+    x: Tensor, exact: Exact, *, tile: int | None = None, pad: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Sum over ordered pairs i != j of |x_i - x_j|, (group,) float64, and half its gradient.
 
     Each pair is computed once: a tile above the diagonal stands for its mirror image too.
     """
-    d, left = x.shape[-1], _left(x, pad)
-    right = _right(left, d)
-    close = _close_pairs(exact, left[..., d], left[..., d])
+    d, left = x.shape[-1], left_rows(x, pad)
+    right = right_rows(left, d)
+    close = close_pairs(exact, left[..., d], left[..., d])
     gathered = torch.zeros_like(left)
     blocks = pieces(x.shape[1], tile, x)
-    for i, j, d2 in _tiles(blocks, blocks, x):
+    for i, j, d2 in tiles(blocks, blocks, x):
         twice = i is not j
-        mirrored = twice and (want or pad is not None)  # padding adds to the sums of real rows alone
-        _product(right[:, i], left[:, j].mT, d2)
+        product(right[:, i], left[:, j].mT, d2)
         if not twice:
             d2.diagonal(dim1=-2, dim2=-1).fill_(math.inf)
-        close.take_out(d2, i, j, weight=1 + twice, want_x=want, want_y=want and twice)
-        _product(d2.rsqrt_(), left[:, j], gathered[:, i], beta=1, alpha=1 + (twice and not mirrored))
-        if mirrored:
-            _product(d2.mT, left[:, i], gathered[:, j], beta=1)
+        close.take_out(d2, i, j, weight=1 + twice, want_x=True, want_y=twice)
+        product(d2.rsqrt_(), left[:, j], gathered[:, i], beta=1)
+        if twice:
+            product(d2.mT, left[:, i], gathered[:, j], beta=1)
     total = _row_sums(right, gathered, pad) + close.total
     if pad is not None:
         total -= pad.sum(-1) * (~pad).sum(-1)
-    if not want:
-        return total, None
     force = _force(x, gathered)
     for pull, sign in ((close.pull_x, 1), (close.pull_y, -1)):
         force = force if pull is None else force.add_(pull, alpha=sign)

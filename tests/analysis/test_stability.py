@@ -67,6 +67,17 @@ def test_a_shear_grows_without_bound_though_its_radius_is_one():
     assert health["growth_bound"] == math.inf and not health["bounded"]
 
 
+def test_turning_about_a_far_point_stays_bounded():
+    """The norms of such powers rise and fall without end, so that the last may well exceed the one before."""
+    for angle in np.linspace(0.1, 3.0, 25):
+        assert affine_health(rotation(angle), np.array([3.0, 4.0]))["bounded"], angle
+
+
+def test_an_operator_whose_powers_vanish_is_bounded_by_their_largest():
+    health = affine_health(np.diag([10.0, 10.0], k=1), np.zeros(3))
+    assert health["growth_bound"] == pytest.approx(100) and health["growth_10"] == 0
+
+
 @pytest.mark.parametrize("t", [0.3, 1.0, 2.5])
 def test_the_numerical_abscissa_bounds_every_strength(t):
     from scipy.linalg import expm, logm

@@ -101,6 +101,9 @@ def test_whole_powers_repeat_the_operator(k):
 def test_the_generator_is_the_matrix_logarithm(k):
     np.testing.assert_allclose(k.generator(), logm(k.homogeneous), atol=1e-9)
     np.testing.assert_allclose(expm(k.generator()), k.homogeneous, atol=1e-9)
+    half = k.power(0.5).matrix.clone()
+    k.generator()[:] = 0.0  # the caller's own copy
+    assert torch.equal(k.power(0.5).matrix, half)
 
 
 def test_half_a_pure_shift_is_half_the_shift():

@@ -44,6 +44,18 @@ def test_no_change_keeps_every_count():
     mean = Observed(x, library, nb(x + 0.5)).mean(nb(x + 0.5))
     assert torch.equal(mean, x)
     assert torch.equal(carry_counts(mean, generator(3)), x)
+    for seed in range(20):  # libraries that the sum over genes meets only up to rounding
+        more = library * (1 + torch.rand(len(x), generator=generator(seed)))
+        observed = Observed(x, more, nb(shares(more, seed)))
+        assert torch.equal(observed.mean(nb(shares(more, seed))), x)
+
+
+def test_no_expectation_is_negative():
+    """A mean that all but vanishes leaves all but nothing of a count, and no rounding error below it."""
+    x = torch.rand(5000, 7, generator=generator(0)) * 1e5
+    start = torch.rand(5000, 7, generator=generator(1)) * 10
+    moved = Observed(x, x.sum(1), nb(start)).mean(nb(start * 1e-9))
+    assert (moved >= 0).all()
 
 
 def test_every_count_follows_the_formula():

@@ -143,6 +143,29 @@ def test_every_tile_gives_the_same_for_groups_of_unequal_sizes(sizes, tile):
     torch.testing.assert_close(self_distance(y, m, tile=tile), self_distance(y, m), rtol=1e-9, atol=1e-12)
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    sizes=st.lists(st.tuples(st.integers(2, 30), st.integers(2, 30)), min_size=1, max_size=4),
+    tile=st.integers(1, 25),
+    estimator=st.sampled_from("UV"),
+    near=st.sampled_from([0.0, 1e-7, 1.0]),
+)
+@example(
+    sizes=[(30, 7), (9, 22)], tile=4, estimator="U", near=0.0
+)  # padding, several tiles, coincident cells
+def test_without_a_gradient_the_value_is_the_same(sizes, tile, estimator, near):
+    """It is found in another way; many pairs of cells are close or one point."""
+    n, m = (list(side) for side in zip(*sizes, strict=True))
+    x, y = (z.round() + near * z for z in clouds(sum(n), sum(m), 3, seed=tile, grad=False))
+    expected = [double_loop(a, b, estimator) for a, b in zip(x.split(n), y.split(m), strict=True)]
+    found = grouped_energy_distance(x, y, n, m, estimator=estimator, tile=tile)
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
+    single = grouped_energy_distance(x.float(), y.float(), n, m, estimator=estimator, tile=tile)
+    np.testing.assert_allclose(single, expected, rtol=1e-4, atol=1e-4)
+    with_gradient = grouped_energy_distance(x.requires_grad_(), y, n, m, estimator=estimator, tile=tile)
+    torch.testing.assert_close(with_gradient.detach(), found, rtol=1e-9, atol=1e-9)
+
+
 def test_default_tiles_cover_large_clouds():
     x, y = clouds(1100, 700, 3, dtype=torch.float32)
     exact = value_and_gradient(x.double(), y.double(), tile=300)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 
 import anndata as ad
+import numpy as np
 import pytest
 
 from cellop_nb.errors import CellopError, DataError
@@ -167,6 +168,21 @@ def test_a_weaker_dose_shows_the_genes_of_the_stronger(explorer):
     explorer.show(strength=0.1)
     assert genes._shown == before == list(leading(explorer.show(strength=1.0).genes)["gene"])
     assert len(before) == 2 * N_GENES
+
+
+def test_genes_stand_from_the_largest_rise_to_the_largest_fall(explorer):
+    shown = leading(explorer.answer.genes, 3)["lfc"].to_numpy()
+    every = np.sort(explorer.answer.genes["lfc"].to_numpy())
+    np.testing.assert_array_equal(shown, np.concatenate([every[-3:][::-1], every[:3][::-1]]))
+
+
+def test_all_clouds_of_another_context_are_drawn(explorer):
+    for change in ({}, {"context": "type B"}, {"strength": 0.4}, {"reverse": True}):
+        answer, view = explorer.show(**change), explorer._sheet._map
+        for name, line in view.clouds.items():
+            seen = getattr(answer, name)[view.frame.holds(getattr(answer, name))]
+            np.testing.assert_allclose(line.get_xdata(), view.frame.x(seen[:, 0]))
+            np.testing.assert_allclose(line.get_ydata(), view.frame.y(seen[:, 1]))
 
 
 def test_ground_is_painted_anew_only_where_it_changed(explorer):
