@@ -78,11 +78,11 @@ def product_seconds(n: int, *, groups: int = 1, known: bool = False) -> float:
     """CPU seconds that the matrix products alone take.
 
     Per pair one product for d^2 and one or two for the gradient: in units of 2 (d + 2) operations, the cross
-    term takes 2, the x term 3 / 2 (each pair once, two gradients), and the y term, where it is not known, 1.
+    term takes 2, the x term 3 / 2 (each pair once, two gradients), and the y term, where it is not known, 1 / 2.
     """
     side = min(n, 512)
     rate = product_rate(side, LATENT_COLUMNS, side, groups if side < 512 else 1)
-    return groups * n**2 * 2.0 * LATENT_COLUMNS * (3.5 if known else 4.5) / rate
+    return groups * n**2 * 2.0 * LATENT_COLUMNS * (3.5 if known else 4.0) / rate
 
 
 def run(quick: bool = False, memory: bool = True, peers: bool = True) -> list[dict]:

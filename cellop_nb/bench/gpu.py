@@ -114,7 +114,7 @@ def _gradient(form: Callable, x: torch.Tensor, y: torch.Tensor) -> Callable[[], 
     return lambda: torch.autograd.grad(form(x, y), x)
 
 
-def _products(card: Card, n: int, groups: int = 1, *, per_pair: float = 4.5) -> float:
+def _products(card: Card, n: int, groups: int = 1, *, per_pair: float = 4.0) -> float:
     """Seconds of the products alone, in float64 (:func:`cellop_nb.bench.energy.product_seconds`)."""
     side = min(n, 2048)
     rate = card.product_rate(side, LATENT_COLUMNS, side, groups, torch.float64)
