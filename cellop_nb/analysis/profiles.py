@@ -47,7 +47,7 @@ def response_profiles(
         alpha, beta = encoder(encoder.design(asked))
         matrices = (operators.axis_left @ operators.axis_right.mT).flatten(1)
         parts = [
-            (coefficients @ torch.linalg.qr(axes.T)[1].T).double().numpy()
+            (coefficients @ torch.linalg.qr(axes.T)[1].T).double().cpu().numpy()
             for coefficients, axes in ((alpha, matrices), (beta, operators.axis_shift))
         ]
     names = [

@@ -40,11 +40,11 @@ class AffineOperator:
         return cls(torch.eye(d), torch.zeros(d), label)
 
     def __call__(self, z: Tensor) -> Tensor:
-        """Move latents (cell, d)."""
+        """Move latents (cell, d); the result lies on their device."""
         if z.shape[-1] != len(self.shift):
             fix = "use the representation that the operators were fitted in (use_rep=...)"
             raise ModelError(three_beats(f"latents with {len(self.shift)} columns", str(z.shape[-1]), fix))
-        return z @ self.matrix.T + self.shift
+        return z @ self.matrix.to(z.device).T + self.shift.to(z.device)
 
     def __matmul__(self, first: AffineOperator) -> AffineOperator:
         """Composition: ``(self @ first)(z) == self(first(z))``, so the right operator acts first."""

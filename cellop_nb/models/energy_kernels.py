@@ -55,6 +55,7 @@ def pieces(n: int, tile: int | None, like: Tensor) -> list[slice]:
 
 
 def left_rows(z: Tensor, pad: Tensor | None) -> Tensor:
+    """The augmented rows L."""
     norms = z.square().sum(-1, keepdim=True)
     if pad is None:
         return torch.cat([z, norms, torch.ones_like(norms)], -1)
@@ -77,6 +78,7 @@ def _form(d: int, padded: bool, dtype: torch.dtype, device: torch.device) -> Ten
 
 
 def right_rows(left: Tensor, d: int) -> Tensor:
+    """The augmented rows R of the same points."""
     return left @ _form(d, left.shape[-1] == d + 3, left.dtype, left.device)
 
 
@@ -163,6 +165,7 @@ def least_square(widest: Tensor) -> Tensor:
 
 
 def close_pairs(exact: Exact, norms_x: Tensor, norms_y: Tensor) -> _ClosePairs | _Softened:
+    """What becomes of the pairs that the product form would blur, where the clouds lie."""
     kind = _ClosePairs if host.looks_are_free(norms_x.device) else _Softened
     return kind(exact, norms_x, norms_y)
 

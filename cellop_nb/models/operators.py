@@ -153,13 +153,15 @@ class OperatorModel(nn.Module):
     def operator(self, condition: Condition) -> AffineOperator:
         """The condition's operator as an object that can be applied, composed, inverted and raised to a power.
 
+        It lies on the CPU, wherever the model is: what is asked of it is small.
+
         Raises
         ------
         LabelError
             For a perturbation or context that the model was not fitted with.
         """
         matrices, shifts = self.affine(self.conditions.design([condition]))
-        return AffineOperator(matrices[0], shifts[0], str(condition))
+        return AffineOperator(matrices[0].cpu(), shifts[0].cpu(), str(condition))
 
     def matrix(self, condition: Condition) -> Tensor:
         """A of the condition, (d, d)."""

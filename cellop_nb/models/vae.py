@@ -242,15 +242,21 @@ class NBVAE(nn.Module):
         return self.encoder(x, library, given)
 
     def log_proportions(self, z: Tensor, given: Tensor | None = None) -> Tensor:
-        """(cell, gene) log share of the library of latents (cell, latent), with one-hot covariates `given`."""
-        return torch.log_softmax(self.decoder(z, given), -1)[:, : self.n_genes]
+        """(cell, gene) log share of the library of latents (cell, latent), with one-hot covariates `given`.
+
+        The result lies where the latents lie; a model on another device works it out there.
+        """
+        device = self.decoder.linear.weight.device
+        logits = self.decoder(z.to(device), None if given is None else given.to(device))
+        return torch.log_softmax(logits, -1)[:, : self.n_genes].to(z.device)
 
     def decode(
         self, z: Tensor, library: Tensor, covariates: dict[str, Tensor] | None = None
     ) -> NegativeBinomial:
-        """Count distribution (cell, gene) of latents (cell, latent) at library sizes (cell,)."""
+        """Count distribution (cell, gene) of latents (cell, latent) at library sizes (cell,), where the latents lie."""
         proportions = self.log_proportions(z, self.one_hot(covariates, len(z))).exp()
-        return NegativeBinomial(proportions * library.unsqueeze(-1), self.decoder.dispersion[: self.n_genes])
+        r = self.decoder.dispersion[: self.n_genes]
+        return NegativeBinomial(proportions * library.to(z.device).unsqueeze(-1), r.to(z.device))
 
     def forward(
         self,

@@ -124,7 +124,7 @@ class VirtualCells:
             self.clouds.still(source), self.clouds.on_map(moved), self.clouds.still(target),
             *self.clouds.energies(moved, source, target),
             genes, gene, self.expression.counts(gene, source, target, decoded),
-            np.linalg.eigvals(moving.matrix.double().numpy()), self._health(question, whole),
+            np.linalg.eigvals(moving.homogeneous[:-1, :-1]), self._health(question, whole),
         )  # fmt: skip
 
     def operator(

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
+from cellop_nb.analysis.combinations import order_effects, reversal
+from cellop_nb.analysis.holdout import OPERATORS, holdout
 from cellop_nb.analysis.predict import embed, predict
+from cellop_nb.analysis.profiles import response_profiles
+from cellop_nb.analysis.responses import axis_genes, response_genes
+from cellop_nb.analysis.stability import operator_health
+from cellop_nb.analysis.transfer import Complexity
+from cellop_nb.analysis.transport import transport_scores
 from cellop_nb.bench.card import Card
 from cellop_nb.bench.gpu import _endless
 from cellop_nb.data.resident import ResidentCounts
@@ -17,6 +26,8 @@ from cellop_nb.data.synthetic import synthetic
 from cellop_nb.models.counts import SparseCounts
 from cellop_nb.models.energy import energy_distance, grouped_energy_distance, self_distance
 from cellop_nb.models.likelihood import nb_log_likelihood_logits
+from cellop_nb.notebook.questions import Question
+from cellop_nb.notebook.virtual import VirtualCells
 from cellop_nb.training.callbacks import Callback
 from cellop_nb.training.checkpoint import load, save
 from cellop_nb.training.explain import NonFiniteError
@@ -212,3 +223,52 @@ def test_predictions(adata):
     group = trained.groups.items[0]
     found = predict(own, model.model, trained.model, perturbation=group.perturbation, context=group.context)
     assert found.n_obs and np.isfinite(found.X.sum())
+
+
+def test_what_was_trained_there_is_analysed(adata):
+    """Every analysis takes models that a training has left on the card, and gives what they give on a CPU."""
+    own = adata.copy()
+    first = vae(own)
+    first.fit()
+    embed(own, first.model)
+    second = operators(own)
+    second.fit()
+    there = first.model.eval(), second.model.eval()
+    here = copy.deepcopy(there[0]).cpu(), copy.deepcopy(there[1]).cpu()
+    for name, question in QUESTIONS.items():
+        found, expected = (_in_order(question(own, *pair)) for pair in (there, here))
+        pd.testing.assert_frame_equal(found, expected, rtol=1e-2, atol=1e-3, obj=name)
+
+
+QUESTIONS = {
+    "scores": lambda adata, vae, operators: transport_scores(adata, operators),
+    "health": lambda adata, vae, operators: operator_health(operators),
+    "genes": lambda adata, vae, operators: response_genes(adata, vae, operators, n_top=None),
+    "axes": axis_genes,
+    "order": lambda adata, vae, operators: order_effects(adata, operators),
+    "reversal": lambda adata, vae, operators: reversal(adata, operators),
+    "profiles": lambda adata, vae, operators: response_profiles(operators),
+    "explorer": lambda adata, vae, operators: _moves(VirtualCells(adata, vae, operators)),
+}
+
+
+def _in_order(table):
+    """Rows by their words: numbers that differ in the last digit may rank them otherwise."""
+    plain = pd.DataFrame(table).reset_index(drop=isinstance(table.index, pd.RangeIndex))
+    words = [name for name in plain if not pd.api.types.is_numeric_dtype(plain[name])]
+    return plain.sort_values(words).reset_index(drop=True)
+
+
+def _moves(cells):
+    """Genes of one answer by name, and its energy distance."""
+    asked = Question(cells.perturbations[0], cells.contexts[0], strength=0.5)
+    answer = cells.ask(asked)
+    assert np.isfinite(cells.recalled(asked)).all() and cells.to_adata(asked).n_obs
+    return answer.genes[["gene", "lfc"]].assign(energy=answer.energy)
+
+
+def test_a_hold_out_is_trained_there(adata):
+    tiny = {"vae": {"n_latent": 4, "n_hidden": 16}, "training": {"max_epochs": 2}, "metrics": ["e_distance"]}
+    held = {"cell_type": adata.obs["cell_type"].iloc[0], "perturbation": "drug 1"}
+    found = holdout(adata, heldout=held, candidates=[Complexity(rank=0)], progress=False, **tiny)
+    assert np.isfinite(found.summary()["e_distance"][OPERATORS])
