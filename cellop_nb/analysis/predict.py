@@ -192,6 +192,10 @@ def latents(adata, use_rep: str = "X_nbvae") -> Tensor:
     return torch.as_tensor(np.asarray(adata.obsm[use_rep]), dtype=torch.float32)
 
 
+_CELLS_AT_ONCE = 1024
+"""Cells decoded together: what lies between latents and counts is held of so many."""
+
+
 @torch.no_grad()
 def decode_cells(
     adata,
@@ -226,19 +230,19 @@ def decode_cells(
     matrix = model_counts(adata, vae, layer=layer)
     device = next(vae.parameters()).device
     generator = torch.Generator(device=device).manual_seed(seed)
-    covariates = {key: code.to(device) for key, code in matrix.covariates.items()}
-    library = matrix.library.to(device)
-    end = vae.decode(moved.to(device), library, covariates)
-    if start is None:
-        sampled, mean = end.sample(generator), end.mean
-    else:
-        x = matrix.batch(np.arange(len(matrix)), device).x[:, : vae.n_genes]
-        begin = vae.decode(start.to(device), library, covariates)
-        mean = Observed(x, library, begin).mean(end, remainder)
-        sampled = carry_counts(mean, generator)
-    cells = ad.AnnData(
-        X=sparse.csr_matrix(sampled.cpu().numpy()), obs=adata.obs.copy(), layers={"mean": mean.cpu().numpy()}
-    )
+    means, counts = np.empty((len(matrix), vae.n_genes), dtype=np.float32), []
+    for rows in np.split(np.arange(len(matrix)), range(_CELLS_AT_ONCE, len(matrix), _CELLS_AT_ONCE)):
+        batch = matrix.batch(rows, device)
+        end = vae.decode(moved[rows].to(device), batch.library, batch.covariates)
+        if start is None:
+            mean, sampled = end.mean, end.sample(generator)
+        else:
+            begin = vae.decode(start[rows].to(device), batch.library, batch.covariates)
+            mean = Observed(batch.x[:, : vae.n_genes], batch.library, begin).mean(end, remainder)
+            sampled = carry_counts(mean, generator)
+        means[rows] = mean.cpu().numpy()
+        counts.append(sparse.csr_matrix(sampled.cpu().numpy()))
+    cells = ad.AnnData(X=sparse.vstack(counts, format="csr"), obs=adata.obs.copy(), layers={"mean": means})
     cells.var_names = vae.genes
     cells.obsm[key_added] = moved.cpu().numpy()
     return cells

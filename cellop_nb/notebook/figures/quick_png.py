@@ -1,4 +1,4 @@
-"""PNG in a fifth of the time: one byte a pixel, in the colours that our drawings are made of."""
+"""PNG without delay: one byte a pixel, in the colours that our drawings are made of."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def quick_png(pixels: np.ndarray, level: int = 1) -> bytes:
 @lru_cache(maxsize=1)
 def palette() -> np.ndarray:
     """(colour, 3) uint8, at most 256: ours, their tints as edges have them, and mixtures where dots overlap."""
-    ours, dots = (_rgb(names) for names in ((*s.OKABE_ITO, s.INK, s.QUIET), s.OKABE_ITO[:-1]))
+    ours, dots = s.rgb((*s.OKABE_ITO, s.INK, s.QUIET)), s.rgb(s.OKABE_ITO[:-1])
     mixed = [share * a + (1 - share) * b for a, b in combinations(dots, 2) for share in (0.25, 0.5, 0.75)]
     tints = [255 + (ours - 255) * share for share in np.linspace(0, 1, 12)]
     tints += [255 + (np.array(mixed) - 255) * share for share in (0.55, 0.85)]
@@ -56,10 +56,6 @@ def _nearest() -> np.ndarray:
     steps = np.linspace(0, 255, 32)
     every = np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), -1).reshape(-1, 3)
     return cKDTree(palette()).query(every)[1].astype(np.uint8)
-
-
-def _rgb(codes) -> np.ndarray:
-    return np.array([[int(code[i : i + 2], 16) for i in (1, 3, 5)] for code in codes], dtype=float)
 
 
 def _chunk(kind: bytes, data: bytes) -> bytes:

@@ -210,12 +210,17 @@ def png(fig: Figure, *, dpi: float | None = None, colours: int | None = 256) -> 
     return small.getvalue()
 
 
+def rgb(codes: Sequence[str]) -> np.ndarray:
+    """(colour, 3) red, green and blue, 0 to 255, of codes such as "#0072B2"."""
+    return np.array([[int(code[i : i + 2], 16) for i in (1, 3, 5)] for code in codes], dtype=float)
+
+
 def palette_of(picture: Pixels.Image, colours: int) -> Pixels.Image:
     """The picture in `colours` colours, ours among them.
 
     A palette by frequency alone would merge thin lines of similar colour and grey the white ground.
     """
-    ours = np.array([[int(code[i : i + 2], 16) for i in (1, 3, 5)] for code in (*OKABE_ITO, INK, QUIET)])
+    ours = rgb((*OKABE_ITO, INK, QUIET))
     tints = [255 + (ours - 255) * share for share in (1.0, 0.75, 0.5, 0.25, 0.0)]
     fixed = np.unique(np.round(np.concatenate(tints)).astype(np.uint8), axis=0)
     common = picture.quantize(
