@@ -230,7 +230,8 @@ def decode_cells(
     matrix = model_counts(adata, vae, layer=layer)
     device = next(vae.parameters()).device
     generator = torch.Generator(device=device).manual_seed(seed)
-    means, counts = np.empty((len(matrix), vae.n_genes), dtype=np.float32), []
+    means: np.ndarray = np.empty((len(matrix), vae.n_genes), dtype=np.float32)
+    counts = []
     for rows in np.split(np.arange(len(matrix)), range(_CELLS_AT_ONCE, len(matrix), _CELLS_AT_ONCE)):
         batch = matrix.batch(rows, device)
         end = vae.decode(moved[rows].to(device), batch.library, batch.covariates)
