@@ -186,10 +186,10 @@ def _supremum(powers: np.ndarray, logarithms: np.ndarray) -> float:
     upper = logarithms[:n] + np.log(np.linalg.norm(powers[:n], axis=(1, 2)))
     if last > upper.max(initial=0.0) + GROWING:
         return math.inf
-    highest = 0.0
-    for open_ in (upper == upper.max(initial=0.0), upper > 0.0):
-        open_ &= upper > highest
-        highest = _log_norms(powers[:n][open_], logarithms[:n][open_]).max(initial=highest)
+    widest = np.argsort(upper)[-1:]  # its own norm rules most of the others out
+    highest = _log_norms(powers[widest], logarithms[widest]).max(initial=0.0)
+    may = np.flatnonzero(upper > highest)
+    highest = _log_norms(powers[may], logarithms[may]).max(initial=highest)
     return math.inf if last > highest + GROWING else _exp(max(highest, last))
 
 

@@ -149,10 +149,8 @@ class Explorer:
         self.answer: Answer = self.cells.ask(question, gene=gene)
         self.question, self.gene, self.refusal = question, gene, ""
         shown = hasattr(self, "panel")
-        if shown:
-            self._say(
-                self.answer.sentence
-            )  # first, so that the browser lays it out while the picture is drawn
+        if shown:  # the words first: the browser lays them out while the picture is drawn
+            self._say(self.answer.sentence)
         self._sheet.update(self.answer)
         self.picture = self._sheet.png()
         if shown:

@@ -55,13 +55,12 @@ class Expression:
         shares = after.mean / start["library"][:, None]
         lfc = torch.log2(_level(shares.mean(0)) / _level(start["shares"].mean(0))).numpy()
         order = np.argsort(-np.abs(lfc), kind="stable")
-        top, interval = order[:_WITH_INTERVAL], np.full((2, len(lfc)), np.nan)
+        top, (low, high) = order[:_WITH_INTERVAL], np.full((2, len(lfc)), np.nan)
         ends = (_level(weights @ cells[:, top]) for cells in (shares, start["shares"]))
         replicates = torch.log2(torch.div(*ends)).numpy()
-        interval[:, : len(top)] = np.quantile(replicates, [0.025, 0.975], axis=0)
-        measured = self._measured(source, target)[order]
-        columns = dict(zip(("low", "high"), interval, strict=True), measured=measured)
-        return pd.DataFrame({"gene": self._genes[order], "lfc": lfc[order], **columns}), after
+        low[: len(top)], high[: len(top)] = np.quantile(replicates, [0.025, 0.975], axis=0)
+        ranked = {"gene": self._genes[order], "lfc": lfc[order], "low": low, "high": high}
+        return pd.DataFrame({**ranked, "measured": self._measured(source, target)[order]}), after
 
     def recalled(self, source: np.ndarray, target: np.ndarray) -> pd.Series:
         """Log2 fold change (gene,) between the real cells of both sides, as the VAE gives them back.

@@ -264,3 +264,17 @@ def test_what_cannot_be_predicted_is_refused_with_advice(screen, vae, operators,
     with pytest.raises(error, match=message) as caught:
         predict(screen, vae, operators, **given)
     assert "To fix it" in str(caught.value)
+
+
+@pytest.mark.parametrize("carry", [True, False])
+def test_cells_are_decoded_in_parts(screen, vae, monkeypatch, carry):
+    """Parts of 7 cells: the same expectations, and carried counts drawn from one stream."""
+    start = latents(screen)
+    moved, options = start + 0.5, {"start": start if carry else None}
+    whole = decode_cells(screen, vae, moved, **options)
+    monkeypatch.setattr("cellop_nb.analysis.predict._CELLS_AT_ONCE", 7)
+    parts = decode_cells(screen, vae, moved, **options)
+    np.testing.assert_allclose(parts.layers["mean"], whole.layers["mean"], rtol=1e-5, atol=1e-5)
+    assert parts.shape == whole.shape and parts.X.sum() > 0
+    if carry:
+        np.testing.assert_array_equal(parts.X.toarray(), whole.X.toarray())

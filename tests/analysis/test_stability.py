@@ -67,6 +67,20 @@ def test_a_shear_grows_without_bound_though_its_radius_is_one():
     assert health["growth_bound"] == math.inf and not health["bounded"]
 
 
+def test_the_growth_bound_is_the_largest_norm_of_all_powers():
+    """Against every power one by one; in the first case the power of the largest Frobenius norm is another one."""
+    wide = np.zeros((22, 22))
+    wide[:20, :20], wide[20:, 20:] = 0.9 * np.eye(20), [[0.6, 1.6], [0.0, 0.6]]
+    rng = np.random.default_rng(0)
+    others = [np.triu(rng.normal(size=(6, 6)), 1) + rng.uniform(0.3, 0.97) * np.eye(6) for _ in range(20)]
+    powers = {k: np.linalg.matrix_power(wide, k) for k in (1, 2)}
+    assert np.linalg.norm(powers[1]) > np.linalg.norm(powers[2])
+    assert np.linalg.norm(powers[1], 2) < np.linalg.norm(powers[2], 2)
+    for A in (wide, *others):
+        expected = max(np.linalg.norm(np.linalg.matrix_power(A, k), 2) for k in range(400))
+        assert affine_health(A, np.zeros(len(A)))["growth_bound"] == pytest.approx(expected, rel=1e-9)
+
+
 def test_turning_about_a_far_point_stays_bounded():
     """The norms of such powers rise and fall without end, so that the last may well exceed the one before."""
     for angle in np.linspace(0.1, 3.0, 25):

@@ -213,27 +213,27 @@ def _latents(adata, model):
     return own.obsm["X_nbvae"]
 
 
-def test_predictions(adata):
-    own = adata.copy()
-    model = vae(own)
-    model.fit()
-    embed(own, model.model)
-    trained = operators(own)
-    trained.fit()
-    group = trained.groups.items[0]
-    found = predict(own, model.model, trained.model, perturbation=group.perturbation, context=group.context)
-    assert found.n_obs and np.isfinite(found.X.sum())
-
-
-def test_what_was_trained_there_is_analysed(adata):
-    """Every analysis takes models that a training has left on the card, and gives what they give on a CPU."""
+@pytest.fixture(scope="module")
+def trained(adata):
+    """`adata, vae, operators`: the models as a training leaves them on the card."""
     own = adata.copy()
     first = vae(own)
     first.fit()
     embed(own, first.model)
     second = operators(own)
     second.fit()
-    there = first.model.eval(), second.model.eval()
+    return own, first.model.eval(), second.model.eval()
+
+
+def test_predictions(trained):
+    adata, *models = trained
+    found = predict(adata, *models, perturbation="drug 1", context=adata.obs["cell_type"].iloc[0])
+    assert found.n_obs and np.isfinite(found.X.sum())
+
+
+def test_what_was_trained_there_is_analysed(trained):
+    """Every analysis takes models that a training has left on the card, and gives what they give on a CPU."""
+    own, *there = trained
     here = copy.deepcopy(there[0]).cpu(), copy.deepcopy(there[1]).cpu()
     for name, question in QUESTIONS.items():
         found, expected = (_in_order(question(own, *pair)) for pair in (there, here))
