@@ -50,7 +50,11 @@ class Parser(argparse.ArgumentParser):
         if not unknown:
             return ""
         options = [o for o in self._option_string_actions if o.startswith("--")] if unknown[1] else COMMANDS
-        return did_you_mean(unknown[1] or unknown[2], options) + ";"
+        suggestion = did_you_mean(unknown[1] or unknown[2], options)
+        passed_on = next((a.help for a in self._actions if str(a.metavar).startswith("-- ")), None)
+        if unknown[1] and passed_on and not suggestion.startswith("did you mean"):
+            suggestion = f"write -- {unknown[1]} for what is {str(passed_on).partition(',')[0]}"
+        return suggestion + ";"
 
     def parse_args(self, args=None, namespace=None):
         """Parse; an unknown option is reported by the subcommand that it was given to."""

@@ -317,6 +317,17 @@ def test_lab_opens_the_notebooks_of_the_project(run, monkeypatch, root):
     assert not [word for word in calls[0] if "token" in word or "password" in word]
 
 
+@pytest.mark.parametrize(("command", "behind"), [("lab", "jupyter lab"), ("test", "pytest")])
+def test_an_argument_of_the_program_behind_is_told_its_place(command, behind, capsys):
+    """As root, Jupyter itself asks for `--allow-root`."""
+    with pytest.raises(SystemExit):
+        build_parser().parse_args([command, "--allow-root"])
+    assert f"write -- --allow-root for what is passed on to {behind};" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        build_parser().parse_args([command, "--hepl"])
+    assert "did you mean '--help'" in capsys.readouterr().err
+
+
 def test_the_real_screen_passes_the_first_look(run, kang_file, monkeypatch, tmp_path):
     """The main real input: accepted with the default keys, executed with its absolute path."""
     done = []
