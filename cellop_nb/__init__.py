@@ -31,11 +31,11 @@ _PUBLIC = {
     "VAETrainer": "training.vae",
     "new_vae": "training.vae",
     "OperatorTrainer": "training.operators",
-    "new_operators": "training.operator_start",
+    "new_operators": "training.operators",
     "Callback": "training.callbacks",
     "EarlyStopping": "training.callbacks",
     "Replay": "training.callbacks",
-    "NonFiniteError": "training.guard",
+    "NonFiniteError": "training.locate",
     "save": "training.checkpoint",
     "load": "training.checkpoint",
     "embed": "analysis.predict",
@@ -113,9 +113,9 @@ if TYPE_CHECKING:  # the names below are found by `__getattr__` while running
     from .training.callbacks import Replay as Replay
     from .training.checkpoint import load as load
     from .training.checkpoint import save as save
-    from .training.guard import NonFiniteError as NonFiniteError
-    from .training.operator_start import new_operators as new_operators
+    from .training.locate import NonFiniteError as NonFiniteError
     from .training.operators import OperatorTrainer as OperatorTrainer
+    from .training.operators import new_operators as new_operators
     from .training.vae import VAETrainer as VAETrainer
     from .training.vae import new_vae as new_vae
 

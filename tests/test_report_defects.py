@@ -47,7 +47,8 @@ from cellop_nb.models.likelihood import nb_log_likelihood, nb_log_likelihood_log
 from cellop_nb.models.networks import MIN_DISPERSION, DecoderNB, Encoder
 from cellop_nb.models.operators import OperatorModel
 from cellop_nb.models.vae import NBVAE, sample_z
-from cellop_nb.training.guard import NonFiniteError, NonFiniteGuard
+from cellop_nb.training.guard import NonFiniteGuard
+from cellop_nb.training.locate import NonFiniteError
 
 
 def double(*shape, seed=0, requires_grad=True) -> Tensor:

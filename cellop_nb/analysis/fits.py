@@ -15,8 +15,7 @@ from ..data.contract import perturbation_parts
 from ..models.coupling import Remainder
 from ..models.operators import OperatorModel
 from ..settings import check_settings
-from ..training.operator_start import new_operators
-from ..training.operators import OperatorTrainer
+from ..training.operators import OperatorTrainer, new_operators
 from .combinations import response_operator
 from .predict import latents
 from .transfer import Complexity, Group, Response, own_condition

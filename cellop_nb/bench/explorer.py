@@ -12,7 +12,7 @@ from scipy import sparse
 from ..notebook.figures.explorer import ExplorerSheet
 from ..notebook.questions import Question
 from ..notebook.virtual import VirtualCells
-from ..training.operator_start import new_operators
+from ..training.operators import new_operators
 from ..training.vae import new_vae
 from .count import counts
 from .limits import compared, cpu_seconds, product_rate

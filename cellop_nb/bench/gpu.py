@@ -12,8 +12,7 @@ from ..analysis.predict import embed
 from ..models.energy import energy_distance, grouped_energy_distance
 from ..training.callbacks import EarlyStopping
 from ..training.loop import Trainer
-from ..training.operator_start import new_operators
-from ..training.operators import OperatorTrainer
+from ..training.operators import OperatorTrainer, new_operators
 from ..training.vae import VAETrainer, new_vae
 from . import energy, operator, vae
 from . import predict as job

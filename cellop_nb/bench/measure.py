@@ -115,7 +115,7 @@ def no_compiler(*, quick: bool) -> str | None:
     import torch
 
     from ..errors import ModelError
-    from ..training.compiled import check_compiler
+    from ..training.cuda_graph import check_compiler
 
     try:
         check_compiler(torch.device("cpu"))

@@ -17,8 +17,7 @@ from anndata import AnnData
 from ..analysis.predict import embed
 from ..data.batches import count_matrix
 from ..models.vae import NBVAE
-from ..training.operator_start import new_operators
-from ..training.operators import OperatorTrainer
+from ..training.operators import OperatorTrainer, new_operators
 from .count import counts
 from .limits import LATENT_COLUMNS, compared, product_rate
 from .measure import in_fresh_process, interleaved, no_compiler

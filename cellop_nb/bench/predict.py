@@ -15,8 +15,7 @@ from ..analysis.space import evaluation_genes
 from ..data.catalogue import load
 from ..data.splits import split
 from ..training.callbacks import EarlyStopping
-from ..training.operator_start import new_operators
-from ..training.operators import OperatorTrainer
+from ..training.operators import OperatorTrainer, new_operators
 from ..training.vae import VAETrainer, new_vae
 from . import operator, vae
 from .count import Counts, counts

@@ -152,8 +152,7 @@ def predict(path: str) -> Callable[[], object]:
     from ..analysis.streaming import predict_to_file
     from ..data.catalogue import load
     from ..training.checkpoint import load as load_model
-    from ..training.operator_start import new_operators
-    from ..training.operators import OperatorTrainer
+    from ..training.operators import OperatorTrainer, new_operators
 
     def call():
         adata = load(path, backed=True)

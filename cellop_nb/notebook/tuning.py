@@ -19,8 +19,7 @@ from matplotlib.ticker import MaxNLocator
 from ..errors import CellopError, LabelError, did_you_mean, three_beats
 from ..files import write_whole
 from ..training.loop import Trainer
-from ..training.operator_start import new_operators
-from ..training.operators import OperatorTrainer
+from ..training.operators import OperatorTrainer, new_operators
 from ..training.vae import VAETrainer, new_vae
 from ..views import grid
 from . import parameters

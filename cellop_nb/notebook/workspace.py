@@ -27,8 +27,7 @@ from ..files import inside, write_whole
 from ..models.operators import OperatorModel
 from ..models.vae import NBVAE
 from ..training.checkpoint import load, save
-from ..training.operator_start import new_operators
-from ..training.operators import OperatorTrainer
+from ..training.operators import OperatorTrainer, new_operators
 from ..training.vae import VAETrainer, new_vae
 from . import batch, parameters
 from .figures.style import show

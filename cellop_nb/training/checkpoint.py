@@ -1,13 +1,19 @@
-"""Trained models in one file: tensors (safetensors) and a JSON description; no code is stored or run."""
+"""Files of a training: the state of a run, and the finished models; neither stores nor runs code.
+
+A run's state holds all that its next epoch depends on. Models are tensors (safetensors) and a JSON description.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import pickle
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -248,3 +254,71 @@ def _refuse_other_genes(wanted: list[str], known: list[str], path: str | Path) -
         found = f"{len(missing)} of {len(wanted)} missing, such as {missing[:3]}"
         fix = f"use data with the genes of {path} ({did_you_mean(missing[0], known)})"
         raise CheckpointError(three_beats("data with all genes of the saved VAE", found, fix))
+
+
+def write_state(path: str | Path, state: dict) -> Path:
+    """Write the state of a run, whole or not at all; readable with ``weights_only=True``."""
+    return write_whole(path, lambda part: torch.save(state, part))
+
+
+def read_state(path: str | Path, device: torch.device | str, expected: str) -> dict:
+    """Read what :func:`write_state` wrote; no code in it is ever run.
+
+    Raises
+    ------
+    CheckpointError
+        If the file is missing or damaged; `expected` says what it should have been.
+    """
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:
+        fix = "give the path of a last.pt or best.pt, or start the run anew"
+        raise CheckpointError(three_beats(expected, f"{path}, {reason(error)}", fix)) from error
+
+
+def reason(error: Exception) -> str:
+    """In one line why a checkpoint cannot be used; torch's own text advises to run the code that a file holds."""
+    if isinstance(error, FileNotFoundError):
+        return "which does not exist"
+    if isinstance(error, pickle.UnpicklingError):
+        return "which holds more than tensors, numbers and text, and is never run"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"which does not fit: {lines[min(1, len(lines) - 1)]}" if lines else type(error).__name__
+
+
+def digest(values) -> str:
+    """Short fingerprint of a tensor or array."""
+    data = torch.as_tensor(values).detach().cpu().contiguous()
+    return hashlib.sha256(data.numpy()).hexdigest()[:16]  # read where it lies
+
+
+def plain(value):
+    """The value without numpy scalars, which a checkpoint must not hold."""
+    if isinstance(value, dict):
+        return {name: plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _equal(old, new) -> bool:
+    if isinstance(old, torch.Tensor):
+        return isinstance(new, torch.Tensor) and torch.equal(old.cpu(), new.cpu())
+    return not isinstance(new, torch.Tensor) and old == new
+
+
+def refuse_other_run(then: dict, now: dict, path: str = "") -> None:
+    """Name the first entry in which a run and its checkpoint differ; later versions may know more entries."""
+    for name in then:
+        old, new, here = then.get(name), now.get(name), f"{path}{name}"
+        if isinstance(old, dict) and isinstance(new, dict):
+            refuse_other_run(old, new, f"{here}.")
+        elif not _equal(old, new):
+            fix = "build model and trainer as for that run, or start anew in another folder"
+            found = f"{here} {_short(new)}, not {_short(old)}"
+            raise CheckpointError(three_beats("the run that the checkpoint is of", found, fix))
+
+
+def _short(value: object) -> str:
+    text = f"of {len(value)} entries" if isinstance(value, (list, torch.Tensor)) else repr(value)
+    return text if len(text) < 60 else text[:57] + "..."

@@ -1,33 +1,233 @@
-"""The non-finite guard: training stops before a NaN is kept, and says where it came from.
+"""The non-finite guard: training stops before a NaN is kept, says where it came from, and can go on before it.
 
 A healthy step pays for three numbers: the sum of the loss terms, the gradient norm that clipping has
 computed anyway, and, every few steps, one sum over each parameter. On a GPU they are combined there, hold the
-optimiser back there (:mod:`.window`), and are read every few steps. Only when one of them is not finite is the batch
-run again with every operation watched (:mod:`.locate`).
+optimiser back there (:class:`Window`), and are read every few steps. Only when one of them is not finite is the batch
+run again with every operation watched (:mod:`.locate`), and written to a file that shows the fault again.
 """
 
 from __future__ import annotations
 
+import importlib
 import logging
 import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import CellopError, LabelError, did_you_mean, three_beats
+from ..errors import CellopError, CheckpointError, LabelError, did_you_mean, three_beats
+from ..files import write_whole
 from ..models.host import looks_are_free
 from ..models.trace import is_finite
-from .explain import NonFiniteError, optimizer_faults
-from .fault import described
-from .locate import nonfinite_state
-from .reproducer import TrainingState, random_state, replay
-from .window import Window
-
-__all__ = ["NonFiniteError", "NonFiniteGuard", "replay"]
+from .locate import NonFiniteError, explain, nonfinite_state, optimizer_faults, search
 
 _LOG = logging.getLogger("cellop_nb")
 _POLICIES = ("stop", "rollback")
+
+
+@dataclass
+class TrainingState:
+    """Copy of a model, its optimiser and the random states at one step.
+
+    Attributes
+    ----------
+    epoch, step
+        When it was taken.
+    model
+        Name to tensor: parameters and buffers.
+    optimizer
+        State dictionary of the optimiser.
+    random
+        Random states by source.
+    """
+
+    epoch: int
+    step: int
+    model: dict[str, Tensor]
+    optimizer: dict
+    random: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, trainer, model: nn.Module, optimizer, into: TrainingState | None = None) -> TrainingState:
+        """Copy the present state; `into` gives up its memory for the copy where it has the same tensors."""
+        copied = _copy(model.state_dict(), into and into.model)
+        moments = _copy(optimizer.state_dict(), into and into.optimizer)
+        return cls(trainer.epoch, trainer.step, copied, moments, random_state(trainer))
+
+    def restore(self, model: nn.Module, optimizer=None, trainer=None) -> None:
+        """Put the copy back; random states too where a trainer is given."""
+        model.load_state_dict(self.model)
+        if optimizer is not None:
+            # Optimisers keep the tensors they load and change them in place: they get a copy of the copy.
+            optimizer.load_state_dict(_copy(self.optimizer))
+        if trainer is not None:
+            set_random_state(self.random, trainer)
+
+
+def _copy(value, into=None):
+    """Deep copy of nested dictionaries and lists of tensors, re-using the memory of an earlier copy."""
+    if isinstance(value, Tensor):
+        if isinstance(into, Tensor) and into.shape == value.shape and into.dtype == value.dtype:
+            return into.copy_(value)
+        return value.detach().clone()
+    if isinstance(value, dict):
+        earlier = into if isinstance(into, dict) else {}
+        return {key: _copy(item, earlier.get(key)) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_copy(item) for item in value)
+    return value
+
+
+def random_state(trainer) -> dict[str, Tensor]:
+    """State of every source of randomness of a training step: torch's own, and the trainer's generators."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_initialized():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states | {name: generator.get_state() for name, generator in _generators(trainer).items()}
+
+
+def _generators(trainer) -> dict[str, torch.Generator]:
+    known = getattr(trainer, "__dict__", {}).items()
+    return {f"trainer.{name}": value for name, value in known if isinstance(value, torch.Generator)}
+
+
+def set_random_state(states: dict[str, Tensor], trainer=None) -> None:
+    """Put :func:`random_state` back; a generator of another kind of device than the state's is left as it is."""
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+    for name, generator in _generators(trainer).items():
+        if name in states and states[name].shape == generator.get_state().shape:
+            generator.set_state(states[name])
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What it takes to make a step again: its number, batch and random states; and whether it was finite, unread."""
+
+    number: int
+    batch: object
+    random: dict[str, Tensor]
+    finite: Tensor
+
+
+class _Question:
+    """A copy of the flag on its way to the host, about so many steps."""
+
+    def __init__(self, flag: Tensor, steps: int) -> None:
+        self.steps, self._event = steps, None
+        if flag.device.type != "cuda":
+            self._copy = flag.clone()
+            return
+        self._copy = torch.empty(flag.shape, dtype=flag.dtype, pin_memory=True)
+        self._copy.copy_(flag, non_blocking=True)
+        self._event = torch.cuda.Event()
+        self._event.record()
+
+    def answered(self, *, wait: bool) -> bool:
+        """Whether the copy has come; with `wait` it has."""
+        if self._event is not None and wait:
+            self._event.synchronize()
+        return self._event is None or self._event.query()
+
+    def raised(self) -> bool:
+        """What the flag says."""
+        return self.answered(wait=True) and bool(self._copy)
+
+
+class Window:
+    """Lets the device itself hold back the optimiser from the first step on that is not finite.
+
+    The host asks for one flag every few steps, goes on meanwhile, and reads it once it has come. Where it is raised, the
+    parameters are still those before the first faulty step: that step and the ones after it are made again, one by one,
+    with every check at once.
+
+    Parameters
+    ----------
+    optimizer
+        A fused optimiser, which leaves everything as it is where its ``found_inf`` is 1.
+    every
+        Steps between two questions.
+    """
+
+    AHEAD = 4
+    """The host is at most so many times `every` steps ahead of what it knows; then it waits."""
+
+    def __init__(self, optimizer, every: int) -> None:
+        self._optimizer, self._every = getattr(optimizer, "optimizer", optimizer), every
+        self._steps: list[_Step] = []
+        self._raised: Tensor | None = None
+        self._question: _Question | None = None
+
+    @staticmethod
+    def possible(optimizer) -> bool:
+        """Whether the optimiser can be held back by the device."""
+        return bool(getattr(optimizer, "defaults", {}).get("fused"))
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def hold(self, finite: Tensor) -> None:
+        """On the device: hold the optimiser back where this step, or one before it, was not finite."""
+        bad = (~finite).to(torch.float32)
+        if self._raised is None:
+            self._raised = torch.zeros_like(bad)
+        torch.maximum(self._raised, bad, out=self._raised)  # in place: a recorded step knows this tensor
+        self._optimizer.found_inf = self._raised
+
+    def note(self, trainer, random: dict[str, Tensor], finite: Tensor) -> None:
+        """Remember a step until the device has told that it was finite."""
+        self._steps.append(_Step(trainer.step, trainer.batch, random, finite))
+
+    def look(self) -> list[_Step]:
+        """The steps to be made again, from the first that was not finite; none as long as the device has told of none."""
+        if self._question is None and len(self._steps) >= self._every:
+            self._ask()
+        if self._question is None or not self._question.answered(wait=len(self) >= self.AHEAD * self._every):
+            return []
+        return self._read()
+
+    def look_at_all(self) -> list[_Step]:
+        """As :meth:`look`, of all steps so far: the host waits."""
+        if self._raised is None:
+            return []
+        self._ask()
+        return self._read()
+
+    def _ask(self) -> None:
+        assert self._raised is not None
+        self._question = _Question(self._raised, len(self._steps))
+
+    def _read(self) -> list[_Step]:
+        question, self._question = self._question, None
+        assert question is not None and self._raised is not None
+        if not question.raised():
+            del self._steps[: question.steps]
+            return []
+        steps, self._steps, self._optimizer.found_inf = self._steps, [], None
+        self._raised.zero_()
+        first = torch.stack([step.finite for step in steps]).tolist().index(False)
+        return steps[first:]
+
+    @staticmethod
+    def make_again(steps: list[_Step], trainer) -> bool:
+        """Make the steps with the batches and random states that they had; False where one was rolled back."""
+        kept = trainer.step, trainer.batch, random_state(trainer)
+        done, recorder = True, vars(trainer).get("recorder")
+        trainer.recorder = None  # call by call
+        try:
+            for step in steps:
+                set_random_state(step.random, trainer)
+                trainer.step = step.number
+                done = trainer._run_step(step.batch) is not None and done
+        finally:
+            trainer.recorder = recorder
+        trainer.step, trainer.batch = kept[:2]
+        set_random_state(kept[2], trainer)
+        return done
 
 
 class NonFiniteGuard:
@@ -292,3 +492,176 @@ class NonFiniteGuard:
             self.last_finite = TrainingState.of(trainer, self.model, self.optimizer)
         elif self.last_finite is not None:
             self.restore()
+
+
+def described(
+    trainer, model: nn.Module, optimizer, told: dict, *, random: dict[str, Tensor], folder: Path | None
+) -> NonFiniteError:
+    """Run the trainer's batch again from the random states before it, and say what happened.
+
+    Parameters
+    ----------
+    told
+        Stage, epoch, step and learning rate.
+    random
+        Random states before the step.
+    folder
+        Where the reproducer goes; None writes none.
+    """
+    now = random_state(trainer)
+    set_random_state(random, trainer)
+    loss_terms, batch = getattr(trainer, "loss_terms", None), getattr(trainer, "batch", None)
+    # One on a device by its rows: its values are told and saved.
+    batch = getattr(batch, "whole", lambda: batch)()
+    names = trainer.describe_batch(batch) if hasattr(trainer, "describe_batch") else {}
+    error = explain(model, loss_terms, batch, told=told, described=names, optimizer=optimizer)
+    set_random_state(now, trainer)
+    if folder is not None:
+        told = told | {"tensor": error.tensor, "module": error.module}
+        error.reproducer = _saved(folder / f"nonfinite_step{told['step']}.pt", model, batch, random, told)
+    return error
+
+
+def _saved(path: Path, *content) -> Path | None:
+    try:
+        return save_reproducer(path, *content)
+    except Exception as problem:  # the report of the fault must not be lost to a full disk
+        _LOG.warning("the reproducer %s could not be written: %s", path, problem)
+        return None
+
+
+def save_reproducer(
+    path: Path, model: nn.Module, batch: object, random: dict[str, Tensor], told: dict
+) -> Path:
+    """Write model, batch and random states of a fault; atomically, and readable without running any code.
+
+    Parameters
+    ----------
+    path
+        File to write.
+    told
+        Numbers and words about the fault (stage, epoch, step, tensor, module, learning rate).
+    """
+    content = {"model": _copy(model.state_dict()), "batch": _plain(batch), "random": random, "fault": told}
+
+    def write(part: Path) -> None:
+        torch.save(content, part)
+        torch.load(part, weights_only=True)  # a file that cannot be read back is of no use
+
+    return write_whole(path, write)
+
+
+def load_reproducer(path: str | Path) -> dict:
+    """Read what :func:`save_reproducer` wrote: `model`, `batch`, `random`, `fault`.
+
+    Raises
+    ------
+    CheckpointError
+        If the file is missing, damaged or of another kind.
+    """
+    try:
+        content = torch.load(path, weights_only=True)
+        return content | {"batch": _rebuilt(content["batch"])}
+    except Exception as error:
+        found = f"{path}: {error}"
+        raise CheckpointError(
+            three_beats("a reproducer of the non-finite guard", found, "give the path that the error named")
+        ) from error
+
+
+def replay(
+    path: str | Path,
+    trainer=None,
+    *,
+    model: nn.Module | None = None,
+    loss_terms: Callable | None = None,
+):
+    """Show a saved fault again: load the model's state, run the batch, and look for non-finite values.
+
+    Parameters
+    ----------
+    path
+        Reproducer file named by the error.
+    trainer
+        A trainer set up like the one that failed; or else give
+    model, loss_terms
+        the model and the function of the batch that returns the named loss terms.
+
+    Returns
+    -------
+    The :class:`NonFiniteError` that the batch gives (not raised), or None where every value is finite, which
+    is what one hopes for after a repair. The model is left in the file's state.
+
+    Raises
+    ------
+    CheckpointError
+        If the file cannot be read, or the model has other tensors.
+    """
+    content = load_reproducer(path)
+    model = trainer.model if model is None else model
+    loss_terms = trainer.loss_terms if loss_terms is None else loss_terms
+    try:
+        model.load_state_dict(content["model"])
+    except RuntimeError as error:
+        fix = "build the model with the sizes and names of the run that failed"
+        raise CheckpointError(three_beats("the model of the reproducer", str(error), fix)) from error
+    model.train()
+    told, batch = content["fault"], content["batch"]
+    set_random_state(content["random"], trainer)
+    if search(model, loss_terms, batch, told["stage"])[0] is None:
+        return None
+    set_random_state(content["random"], trainer)
+    described = trainer.describe_batch(batch) if trainer is not None else {}
+    return explain(model, loss_terms, batch, told=told, described=described)
+
+
+def _plain(value: object):
+    """Batch as nested dictionaries of tensors, numbers and text, with class names for what is neither."""
+    if value is None or isinstance(value, (bool, int, float, str, torch.dtype)):
+        return value
+    if isinstance(value, Tensor):
+        return value.detach().cpu().clone()
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
+        return type(value)(_plain(item) for item in value)
+    if hasattr(value, "dtype") and hasattr(value, "tolist"):  # numpy
+        return {"__kind__": "numpy", "value": _plain(value.tolist()), "dtype": str(value.dtype)}
+    if hasattr(value, "_fields"):
+        content = value._asdict()  # type: ignore[attr-defined]
+    elif is_dataclass(value):
+        content = {item.name: getattr(value, item.name) for item in fields(value)}
+    else:
+        content = getattr(value, "__dict__", {})
+    known = {key: _plain(item) for key, item in content.items() if not callable(item)}
+    return {"__kind__": f"{type(value).__module__}:{type(value).__qualname__}", "value": known}
+
+
+def _rebuilt(value: object):
+    if isinstance(value, (list, tuple)):
+        return type(value)(_rebuilt(item) for item in value)
+    if not isinstance(value, dict):
+        return value
+    if "__kind__" not in value:
+        return {key: _rebuilt(item) for key, item in value.items()}
+    if value["__kind__"] == "numpy":
+        import numpy
+
+        return numpy.asarray(value["value"], dtype=value["dtype"])
+    return _instance(value["__kind__"], {key: _rebuilt(item) for key, item in value["value"].items()})
+
+
+def _instance(kind: str, content: dict):
+    """Object of one of this package's own classes; anything else becomes a bag with the same attributes."""
+    module, _, name = kind.partition(":")
+    # A file must not be able to make Python import a module of its choice.
+    if module.startswith("cellop_nb.") and name.isidentifier():
+        made = getattr(importlib.import_module(module), name)
+    else:
+        made = type(name.rpartition(".")[2], (), {})
+    if hasattr(made, "_fields"):
+        return made(**content)
+    instance = object.__new__(made)
+    for key, item in content.items():
+        object.__setattr__(instance, key, item)
+    return instance

@@ -1,31 +1,252 @@
-"""The one training loop, on Lightning Fabric; a trainer adds one step and one validation to it."""
+"""The training loop: epochs, one optimiser step, several processes, and what a person asks of it while it runs.
+
+A trainer is a subclass of :class:`Trainer` that says what is trained: batches, loss terms and validation.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import contextvars
+import copy
+import functools
 import logging
+import math
+import operator
+import queue
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 import torch
 from lightning_fabric import Fabric
-from torch import nn
+from torch import Tensor, nn
 
-from ..errors import DataError, ModelError, three_beats
+from ..errors import CheckpointError, DataError, LabelError, ModelError, did_you_mean, three_beats
 from ..models import host
+from ..models.host import looks_are_free
 from ..tables import History
+from ..views import card
 from .callbacks import Callback, HistoryCSV, ProgressBar, SaveCheckpoints
-from .card import trainer_card
-from .compiled import check_compiler, compiled
+from .checkpoint import plain, read_state, reason, refuse_other_run, write_state
+from .cuda_graph import check_compiler, compiled, recorder_of
 from .guard import NonFiniteGuard
-from .parallel import Processes
-from .recorded import recorder_of
-from .remote import BY_HAND, RemoteControl
-from .resume import Resumable
-from .step import Step
+
+BY_HAND = "stopped by hand", "interrupted"
+"""Reasons to stop that a repeated run would not find by itself."""
+
+LAST = "last.pt"
+"""Name of the checkpoint that a run goes on from."""
+
+
+def half_cosine(step: int, total: int, *, floor: float = 0.02) -> float:
+    """Learning-rate factor that falls from 1 to `floor` along half a cosine."""
+    share = min(step / max(total, 1), 1.0)
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale all gradients down to a total norm of `max_norm`, in place; returns the norm before.
+
+    As ``torch.nn.utils.clip_grad_norm_``, without the pass over all gradients where none has to change. On a
+    device the scaling is always made: to know the norm the host would have to wait.
+    """
+    trained = [parameter for parameter in parameters if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+    if not looks_are_free(norm.device) or not bool(norm <= max_norm):
+        torch.nn.utils.clip_grads_with_norm_(trained, max_norm, norm)
+    return norm
+
+
+class Processes:
+    """What a process knows of the others; with a single one, every call returns at once.
+
+    Parameters
+    ----------
+    fabric
+        Launched; says how many processes there are and which this one is.
+    """
+
+    def __init__(self, fabric: Fabric) -> None:
+        self.fabric, self.size, self.rank = fabric, fabric.world_size, fabric.global_rank
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that writes files and shows progress."""
+        return self.rank == 0
+
+    def share(self, n: int) -> range:
+        """This process's positions of n things: every `size`-th."""
+        return range(self.rank, n, self.size)
+
+    def weighted(self, terms: dict[str, Tensor], mine: int, n: int) -> dict[str, Tensor]:
+        """Means over `mine` of n things, scaled so that their mean over processes is the mean over all n."""
+        if self.size == 1:
+            return terms
+        return {name: term * (mine * self.size / n) for name, term in terms.items()}
+
+    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Put the mean over processes into ``grad``, in one message; None stays where no process used a parameter."""
+        if self.size == 1:
+            return
+        trained = [p for p in parameters if p.requires_grad]
+        parts = [(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in trained]
+        used = parts[0].new_tensor([p.grad is not None for p in trained])
+        *means, used = self.average(torch.cat([*parts, used])).split([*map(len, parts), len(trained)])
+        for parameter, mean, known in zip(trained, means, used.tolist(), strict=True):
+            parameter.grad = mean.view_as(parameter).clone() if known else None
+
+    def average(self, value: Tensor) -> Tensor:
+        """The mean over processes."""
+        return value if self.size == 1 else cast("Tensor", self.fabric.all_reduce(value, reduce_op="mean"))
+
+    def any(self, flag: bool) -> bool:
+        """Whether it holds in one of the processes at least; all hear the same answer."""
+        if self.size == 1:
+            return flag
+        told = torch.tensor(float(flag), device=self.fabric.device)
+        total = self.fabric.all_reduce(told, reduce_op="sum")
+        return bool(torch.as_tensor(total) > 0)
+
+
+class RemoteControl:
+    """The part of :class:`Trainer` that a notebook's controls talk to; the loop obeys between two steps.
+
+    Attributes
+    ----------
+    changes
+        What was changed by hand, in order: dicts of ``epoch``, ``step`` (steps done before it took effect), ``name``,
+        ``value``. :class:`Replay` makes the same changes again.
+    """
+
+    # what the trainer has
+    epoch: int
+    step: int
+    max_epochs: int
+    fit: Callable[..., pd.DataFrame]
+    _call: Callable[..., None]
+
+    def __init__(self, lr: float) -> None:
+        self.status, self.stop_reason = "idle", ""
+        self.weights: dict[str, float] = {}
+        self.changes: list[dict] = []
+        self._asked: queue.SimpleQueue[tuple[str, float]] = queue.SimpleQueue()
+        self.learning_rate = lr
+        self._stop = threading.Event()
+        self._go = threading.Event()
+        self._go.set()
+
+    @property
+    def learning_rate(self) -> float:
+        """Base learning rate; the rate in force is this times the schedule's factor."""
+        return self._base_lr
+
+    @learning_rate.setter
+    def learning_rate(self, value: float) -> None:
+        if not (value > 0 and math.isfinite(value)):
+            raise ModelError(
+                three_beats("a positive learning rate", f"{value}", "give a number such as 1e-3")
+            )
+        self._base_lr = float(value)
+
+    def change(self, name: str, value: float) -> None:
+        """Change the learning rate or the weight of a loss term by hand, from the next step on.
+
+        Parameters
+        ----------
+        name
+            ``"learning_rate"``, or a name in ``weights``.
+        value
+            The new base learning rate (positive) or weight (not negative).
+
+        Raises
+        ------
+        LabelError
+            For a name that nothing here bears.
+        ModelError
+            For a value that cannot be trained with.
+        """
+        known = ["learning_rate", *self.weights]
+        if name not in known:
+            raise LabelError(three_beats("a setting of this training", repr(name), did_you_mean(name, known)))
+        value = float(value)
+        if not math.isfinite(value) or value < 0 or (value == 0 and name == "learning_rate"):
+            fix = "give a finite number above 0 (a weight may be 0)"
+            raise ModelError(three_beats(f"a value for {name}", f"{value:g}", fix))
+        self._asked.put((name, value))
+        if self.status not in ("running", "paused"):
+            self._obey()
+
+    def _obey(self) -> None:
+        """Make the changes that were asked for; called between steps, so that each is known to the step."""
+        while not self._asked.empty():
+            name, value = self._asked.get()
+            if name == "learning_rate":
+                self.learning_rate = value
+            else:
+                self.weights[name] = value
+            self._record(name, value)
+
+    def _record(self, name: str, value: float | str) -> None:
+        self.changes.append({"epoch": self.epoch, "step": self.step, "name": name, "value": value})
+
+    def _changes_of_epoch(self) -> dict[str, str]:
+        """The history's column of changes by hand; none where nothing was changed."""
+        made = [c for c in self.changes if c["epoch"] == self.epoch and c["name"] != "stop"]
+        return {"by_hand": "; ".join(self._words_of_changes(made))} if made else {}
+
+    @staticmethod
+    def _words_of_changes(made: list[dict]) -> list[str]:
+        values = [c["value"] if isinstance(c["value"], str) else f"{c['value']:.4g}" for c in made]
+        return [f"{c['name']} {value} after step {c['step']}" for c, value in zip(made, values, strict=True)]
+
+    def stop(self, reason: str = BY_HAND[0]) -> None:
+        """End after the current step; the model and the history stay usable."""
+        self.stop_reason = reason
+        self._stop.set()
+        self._go.set()
+
+    def pause(self) -> None:
+        """Hold after the current step until :meth:`resume` or :meth:`stop`."""
+        self._go.clear()
+
+    def resume(self) -> None:
+        """Go on after :meth:`pause`."""
+        self._go.set()
+
+    @property
+    def ending(self) -> bool:
+        """Whether the epoch just finished is the last one."""
+        return self._stop.is_set() or self.epoch >= self.max_epochs
+
+    def _hold_while_paused(self) -> None:
+        if self._go.is_set() or self._stop.is_set():
+            return
+        self.status = "paused"
+        self._call("on_pause")
+        while not self._go.wait(0.2):
+            if not self._asked.empty():
+                self._obey()
+                self._call("on_pause")
+        self.status = "running"
+
+    async def fit_async(self, max_epochs: int | None = None, *, resume: bool = False) -> pd.DataFrame:
+        """Same as :meth:`fit` in a worker thread, so that a notebook's controls keep working meanwhile."""
+        loop = asyncio.get_running_loop()
+        # With the cell's context, as in asyncio.to_thread: ipykernel 7.0 publishes nothing from a thread without it.
+        fit = functools.partial(contextvars.copy_context().run, self.fit, max_epochs, resume=resume)
+        future = loop.run_in_executor(None, fit)
+        try:
+            # Waking up often lets the kernel's interrupt reach this coroutine.
+            while not future.done():
+                await asyncio.wait({future}, timeout=0.1)
+        except (KeyboardInterrupt, asyncio.CancelledError):
+            self.stop("interrupted")
+            await asyncio.wait({future})
+        return future.result()
 
 
 @contextlib.contextmanager
@@ -40,10 +261,11 @@ def _without_advice() -> Iterator[None]:
         log.setLevel(before)
 
 
-class Trainer(Step, RemoteControl, Resumable):
+class Trainer(RemoteControl):
     """Runs epochs, keeps history and the best state, and obeys requests made while it runs.
 
-    A subclass gives the data and the mathematics of its :class:`~cellop_nb.training.task.Task`.
+    A subclass gives the data and the mathematics: :meth:`batches`, :meth:`loss_terms`, :meth:`validate`,
+    :meth:`batch_size_of` and :meth:`steps_per_epoch`. The loss is the sum of the named terms.
 
     Parameters
     ----------
@@ -74,7 +296,30 @@ class Trainer(Step, RemoteControl, Resumable):
         Passed to ``lightning_fabric.Fabric``; "auto" takes a CUDA device where there is one (MPS has no float64). With
         several processes (``devices=2, strategy="ddp"``, started by torchrun or SLURM) each takes its share of every
         batch, and the numbers are those of one process with the joint batch; the first one writes the files.
+
+    Attributes
+    ----------
+    monitor : str
+        Column of the history whose smallest value marks the best epoch.
+    unit : str
+        What the progress bar says is trained.
+    compilable : tuple of str
+        Methods of the model, by their dotted names, that ``compile=True`` compiles.
+    recordable : bool
+        Whether a step may be recorded once and replayed (a CUDA graph): `loss_terms` then calls the device alone, looks
+        at no value, and reads what changes between steps from the batch's `inputs_of` and from :attr:`in_force`. A
+        subclass says so itself: what it adds would else be frozen unseen.
+    parameters : dict
+        Settings of the training, kept in every checkpoint.
+    made_from : dict
+        What the numbers depend on beside them (the model's sizes, the split, a digest of the data): a
+        checkpoint that was made from something else is refused.
     """
+
+    monitor = "val_loss"
+    unit = "training"
+    compilable: tuple[str, ...] = ()
+    recordable = False
 
     def __init__(
         self,
@@ -104,8 +349,7 @@ class Trainer(Step, RemoteControl, Resumable):
         if precision.startswith("16"):
             fix = "pass precision='bf16-mixed', which has the range of single precision"
             raise ModelError(three_beats("a precision whose gradients stay finite", repr(precision), fix))
-        RemoteControl.__init__(self, lr)
-        Resumable.__init__(self)
+        super().__init__(lr)
         with _without_advice():
             self.fabric = Fabric(
                 accelerator=host.best() if accelerator == "auto" else accelerator,
@@ -139,8 +383,11 @@ class Trainer(Step, RemoteControl, Resumable):
             "max_epochs": int(max_epochs), "lr": float(lr), "weight_decay": float(weight_decay),
             "clip_norm": float(clip_norm), "seed": int(seed), "precision": precision,
         }  # fmt: skip
-        if hasattr(model, "config"):
-            self.made_from["model"] = model.config
+        self.rows: list[dict] = []
+        self.epoch = self.step = 0
+        self.best_epoch, self.best_value = -1, float("inf")
+        self._best_state: dict | None = None
+        self.made_from: dict = {"model": model.config} if hasattr(model, "config") else {}
 
     def _standard_callbacks(self, progress: bool) -> list[Callback]:
         if not self.processes.first:
@@ -150,13 +397,81 @@ class Trainer(Step, RemoteControl, Resumable):
             callbacks += [HistoryCSV(self.folder / "history.csv"), SaveCheckpoints(self.folder)]
         return callbacks
 
+    # -- what a subclass says: its data and its mathematics ------------------------------------------
+
+    def batches(self) -> Iterable:
+        """Training batches of one epoch."""
+        raise NotImplementedError
+
+    def loss_terms(self, batch) -> dict[str, Tensor]:
+        """Named, weighted loss terms of one batch (0-d tensors); the loss is their sum."""
+        raise NotImplementedError
+
+    def validate(self) -> dict[str, float]:
+        """Columns of the history from held-out cells; contains the monitored one."""
+        raise NotImplementedError
+
+    def batch_size_of(self, batch) -> int:
+        """Number of cells in a batch."""
+        raise NotImplementedError
+
+    def steps_per_epoch(self) -> int:
+        """Number of batches of one epoch."""
+        raise NotImplementedError
+
+    def describe_batch(self, batch) -> dict[str, list[str]]:
+        """Names of the cells, genes or groups of a batch, for messages."""
+        return {}
+
+    def before_epoch(self) -> None:
+        """Set what changes by epoch (warm-ups)."""
+
+    def weights_now(self) -> dict[str, float]:
+        """Weights of the loss terms in this step, by name; those that may be changed by hand as they are."""
+        return dict(self.weights)
+
+    def shape_of(self, batch) -> Hashable | None:
+        """What batches of one recording have in common; None for one that is made step by step."""
+        return None
+
+    def inputs_of(self, batch) -> dict[str, Tensor]:
+        """The tensors in which batches of one shape differ."""
+        raise NotImplementedError
+
+    def with_inputs(self, batch, inputs: dict[str, Tensor]):
+        """The batch that these inputs make, of the shape of `batch`, by calls of the device alone."""
+        raise NotImplementedError
+
+    @property
+    def in_force(self) -> dict[str, Any]:
+        """Weights of the loss terms in this step; tensors of the device while it is recorded."""
+        recorded = self.recorder and self.recorder.numbers
+        return recorded or self.weights_now()
+
+    # -- the loop --------------------------------------------------------------------------------------
+
     @property
     def history(self) -> pd.DataFrame:
         """One row per finished epoch."""
         return History.of(self.rows, self.monitor)
 
     def _repr_html_(self) -> str:
-        return trainer_card(self)
+        last = self.rows[-1] if self.rows else {}
+        terms = [f"{name} {last[name]:.4g}" for name in last if name.startswith(("train_", "val_loss"))]
+        best = f"{self.best_value:.4g} in epoch {self.best_epoch + 1}" if self.rows else None
+        facts = {
+            "status": f"{self.status} {self.stop_reason}".strip(),
+            "epochs": f"{self.epoch} of {self.max_epochs} ({self.step:,} steps)",
+            f"best {self.monitor}": best,
+            "last epoch": terms or None,
+            "learning rate": self.learning_rate,
+            "weights": [f"{name} {value:g}" for name, value in self.weights.items()] or None,
+            "changed by hand": self._words_of_changes(self.changes) or None,
+            "folder": None if self.folder is None else str(self.folder),
+            "seed": self.seed,
+        }
+        title = f"{type(self).__name__} for {type(self.model).__name__}"
+        return card(title, facts, note="history: trainer.history")
 
     def fit(self, max_epochs: int | None = None, *, resume: bool = False) -> pd.DataFrame:
         """Train up to `max_epochs` (in total), and leave the model in its best state.
@@ -183,9 +498,8 @@ class Trainer(Step, RemoteControl, Resumable):
         if resume:
             self.load_last()
         self.max_epochs = self.max_epochs if max_epochs is None else max_epochs
-        self.recorder = (
-            self.recorder and self.recorder.anew()
-        )  # what was loaded since lies elsewhere in memory
+        # What was loaded since lies elsewhere in memory.
+        self.recorder = self.recorder and self.recorder.anew()
         self._go.set()  # a pause that an interrupt has ended
         self.status, self.stop_reason = "running", ""
         try:
@@ -273,3 +587,151 @@ class Trainer(Step, RemoteControl, Resumable):
     def _call(self, hook: str, *args) -> None:
         for callback in self.callbacks:
             getattr(callback, hook)(self, *args)
+
+    # -- one step --------------------------------------------------------------------------------------
+
+    def _run_step(self, batch) -> Tensor | None:
+        """One optimiser step; the gradient norm, still on the device, or None where the guard rolled it back."""
+        self.batch = batch
+        self._obey()
+        self._set_rate()
+        self.guard.begin_step(self)
+        made = self.recorder.step(batch) if self.recorder is not None else None
+        if made is None:
+            made = self.make_step(batch)
+        if made is None or not self.guard.after_step(self):
+            return None
+        self.terms, norm = made
+        return norm
+
+    def make_step(self, batch) -> tuple[dict[str, Tensor], Tensor] | None:
+        """Loss, gradient and update: loss terms and gradient norm, or None where the guard rolled the step back.
+
+        Where the guard's checks are deferred, nothing here looks at a value, so that it may be recorded.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        with self.fabric.no_backward_sync(self.module, enabled=self.processes.size > 1):
+            terms = self.loss_terms(batch)
+            if not self.guard.before_backward(terms, self):
+                return None
+            self.fabric.backward(functools.reduce(operator.add, terms.values()))
+        self.processes.average_gradients(self.model.parameters())
+        norm = clip_gradients(self.model.parameters(), self.clip_norm)
+        if not self.guard.after_backward(self, norm):
+            return None
+        self.optimizer.step()
+        return {name: term.detach() for name, term in terms.items()}, norm
+
+    def _set_rate(self) -> None:
+        factor = half_cosine(self.step, self.max_epochs * self.steps_per_epoch())
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._base_lr * factor
+
+    # -- the state of a run, between two epochs --------------------------------------------------------
+
+    def _keep_best(self, row: dict) -> None:
+        if row[self.monitor] < self.best_value:
+            self.best_value, self.best_epoch = row[self.monitor], row["epoch"]
+            self._best_state = copy.deepcopy(self.model.state_dict())
+
+    def restore_best(self) -> None:
+        """Put the parameters of the best epoch back into the model."""
+        if self._best_state is not None:
+            self.model.load_state_dict(self._best_state)
+        self.model.eval()
+
+    def summary(self) -> dict:
+        """How the model was trained, in words and numbers: what :func:`cellop_nb.save` keeps beside it."""
+        return {
+            "trainer": type(self).__name__,
+            "parameters": plain(self.parameters),
+            "epochs": self.epoch,
+            "best_epoch": self.best_epoch,
+            self.monitor: float(self.best_value),
+            "changes": list(self.changes),
+            "status": self.status,
+            "stop_reason": self.stop_reason,
+        }
+
+    def state(self) -> dict:
+        """Copy of everything that the next epoch depends on: tensors, numbers and text."""
+        return copy.deepcopy(self._state())
+
+    def _state(self) -> dict:
+        return {
+            "model": self.model.state_dict(),
+            "best_model": self._best_state,
+            "optimizer": self.optimizer.state_dict(),
+            "generators": [self.generator.get_state(), self.cpu_generator.get_state()],
+            "rows": self.rows,
+            "changes": self.changes,
+            "seed": self.seed,
+            "epoch": self.epoch,
+            "step": self.step,
+            "best": [self.best_epoch, self.best_value],
+            "base_lr": self._base_lr,
+            "weights": {name: float(value) for name, value in self.weights.items()},
+            "schedule": {"half_cosine_steps": self.max_epochs * self.steps_per_epoch()},
+            "parameters": plain(self.parameters),
+            "made_from": plain(self.made_from),
+        }
+
+    def load_state(self, state: dict) -> None:
+        """Go on exactly where :meth:`state` was taken; only the length (``max_epochs``) stays this trainer's.
+
+        Raises
+        ------
+        CheckpointError
+            If the state was made from another model, split or data.
+        """
+        refuse_other_run(state.get("made_from", {}), plain(self.made_from))
+        state = copy.deepcopy(state)  # the optimiser would change it in place
+        self.model.load_state_dict(state["model"])
+        self._best_state = state["best_model"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generators"][0].cpu())
+        self.cpu_generator.set_state(state["generators"][1].cpu())
+        self.rows, self.changes = list(state["rows"]), list(state.get("changes", []))
+        self.seed, self.epoch, self.step = state["seed"], state["epoch"], state["step"]
+        self.best_epoch, self.best_value = state["best"]
+        self._base_lr = state["base_lr"]
+        self.weights |= state["weights"]
+
+    def save_checkpoint(self, path: str | Path) -> Path:
+        """Write :meth:`state` atomically; readable with ``weights_only=True``."""
+        return write_state(path, self._state())
+
+    def load_last(self) -> bool:
+        """Go on from the folder's ``last.pt``; False where the run has not got that far yet.
+
+        Raises
+        ------
+        CheckpointError
+            If the trainer has no folder, or the checkpoint does not fit.
+        """
+        if self.folder is None:
+            fix = "give the trainer folder=..."
+            raise CheckpointError(three_beats("a folder with checkpoints", "a trainer without one", fix))
+        path = self.folder / LAST
+        if not path.exists():
+            return False
+        self.load_checkpoint(path)
+        return True
+
+    def load_checkpoint(self, path: str | Path) -> None:
+        """Read :meth:`save_checkpoint`'s file; no code in it is ever run.
+
+        Raises
+        ------
+        CheckpointError
+            If the file is missing, damaged, or of another model.
+        """
+        expected = f"a checkpoint of this {type(self.model).__name__}"
+        state = read_state(path, self.fabric.device, expected)
+        try:
+            self.load_state(state)
+        except CheckpointError:
+            raise
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            fix = "build the model with the names and sizes of the run that was saved"
+            raise CheckpointError(three_beats(expected, f"{path}, {reason(error)}", fix)) from error

@@ -1,29 +1,170 @@
-"""Training of the operators on cached latents, by energy distance per group."""
+"""The operators of a screen: started from the moments of its groups, trained by energy distance per group."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, lru_cache
+from itertools import combinations
 
 import torch
 from torch import Tensor
 
 from ..data.grouping import groups
-from ..data.groups import Groups, GroupSample
-from ..errors import ModelError, three_beats
+from ..data.groups import Group, Groups, GroupSample
+from ..errors import LabelError, ModelError, did_you_mean, three_beats
+from ..models.conditions import Condition
 from ..models.energy import energy_distance, grouped_energy_distance, self_distance
 from ..models.energy_moved import moved_energy_distance
 from ..models.operators import OperatorModel
 from ..models.spectral import spectral_excess
 from ..settings import check_settings
+from .checkpoint import digest
 from .loop import Trainer
-from .operator_start import condition_of
-from .resume import digest
-from .within import WithinTerm
 
 MIN_SHOWN = 8
 """Held-out cells below which a group has no column of its own in the history: its energy is mostly noise."""
+
+_FROM_DATA = ("n_latent", "perturbations", "contexts", "pairs", "features")
+_REFERENCE = 2048  # cells of a group that its cells are compared with: beyond, cost without precision
+_ROWS = 1024
+
+
+def new_operators(
+    adata,
+    *,
+    use_rep: str = "X_nbvae",
+    perturbation_key: str = "perturbation",
+    context_key: str | Sequence[str] | None = "cell_type",
+    control: str = "control",
+    dose_key: str | None = None,
+    split_key: str = "split",
+    features=None,
+    form: type[OperatorModel] = OperatorModel,
+    **sizes,
+) -> OperatorModel:
+    """An operator family for the conditions among the training cells, started from their moments.
+
+    Parameters
+    ----------
+    adata
+        With latents in ``obsm[use_rep]`` (:func:`cellop_nb.embed`) and ``obs[split_key]``.
+    features
+        DataFrame (perturbation, feature) of given descriptors; operators of perturbations that were never
+        measured can then be asked for. It must hold every perturbation of the training cells.
+    form
+        A subclass of :class:`OperatorModel`, for operators of another form.
+    **sizes
+        ``n_axes``, ``rank``, ``context_rank`` of :class:`OperatorModel`, or arguments of the form's own.
+
+    Returns
+    -------
+    OperatorModel; untrained, but its shifts already match the group means.
+
+    Raises
+    ------
+    LabelError
+        If a key, the control label, a perturbation in `features` or a size is unknown.
+    DataError
+        If the latents are missing or not finite, a context has no controls, or no perturbed group is left.
+    """
+    check_settings(sizes, form, of="new_operators", taken=_FROM_DATA)
+    data = groups(
+        adata,
+        use_rep=use_rep,
+        perturbation_key=perturbation_key,
+        context_key=context_key,
+        control=control,
+        dose_key=dose_key,
+        split="train",
+        split_key=split_key,
+    )
+    conditions = [condition_of(group, control) for group in data.items]
+    parts = sorted({part for condition in conditions for part in condition.perturbations})
+    pairs = sorted({pair for c in conditions for pair in combinations(sorted(c.perturbations), 2)})
+    known = parts if features is None else list(features.index.astype(str))
+    given = None if features is None else _given(features, parts)
+    contexts = sorted({str(condition.context) for condition in conditions})
+    n_latent = data.items[0].cells.shape[1]
+    model = form(n_latent, known, contexts, pairs=pairs, features=given, **sizes)
+    controls = [data.control[group.context] for group in data.items]
+    return model.start_from(conditions, controls, [group.cells for group in data.items])
+
+
+def _given(features, parts: Sequence[str]) -> Tensor:
+    """The features (perturbation, feature) as a tensor, once they are whole."""
+    known = features.index.astype(str)
+    missing = [part for part in parts if part not in set(known)]
+    if missing:
+        found = f"none of {missing[:5]}"
+        fix = f"add their rows, or leave these cells out ({did_you_mean(missing[0], known)})"
+        raise LabelError(three_beats("features of every perturbation in training", found, fix))
+    values = torch.tensor(features.to_numpy(dtype=float, copy=True), dtype=torch.float32)
+    broken = ~values.isfinite().all(1).numpy()
+    if broken.any() or not known.is_unique:
+        found = f"{list(known[broken | known.duplicated()][:5])} with NaN, infinity or several rows"
+        raise ModelError(
+            three_beats("one row of finite features per perturbation", found, "repair the table")
+        )
+    return values
+
+
+def condition_of(group: Group, control: str = "control") -> Condition:
+    """The condition of a group of cells."""
+    return Condition.parse(group.perturbation, group.context, control=control, dose=group.dose)
+
+
+class WithinTerm:
+    r"""Mean distance within the drawn perturbed cells of each group, without visiting their pairs.
+
+    .. math:: \hat w = \frac{2}{m} \sum_{j} h(y_j) - \bar h, \qquad
+        h(y) = \frac{1}{n - 1} \sum_{k:\, y_k \ne y} \|y - y_k\|
+
+    with j over the m drawn cells, k over all n of the group, and the mean of h over all n. It is unbiased, and
+    follows the draw to first order: so does the cross term of the energy distance, and the noise of the two
+    cancels in their sum as it does with all pairs. No parameter enters it. For a whole group it is exact.
+
+    References
+    ----------
+    Hoeffding (1948), Annals of Mathematical Statistics 19:293 (the projection of a U-statistic).
+    """
+
+    def __init__(self, groups: Groups):
+        found = [_mean_distances(group.cells) for group in groups]
+        controls = groups.pool.new_zeros(len(groups.pool) - sum(map(len, found)))
+        self.per_cell = torch.cat([controls, *found])  # in the order of the pool
+        self.means = torch.stack([part.mean() for part in found])
+        self._all = list(range(len(found)))
+
+    def of(self, sample: GroupSample) -> Tensor:
+        """(group,) constant term of the sampled groups, in the order of ``sample.which``."""
+        drawn, sizes = self.per_cell.index_select(0, sample.perturbed_rows), sample.perturbed_sizes
+        if min(sizes) == max(sizes):
+            means = drawn.view(len(sizes), -1).mean(1)
+        else:
+            lengths = _on_device(tuple(sizes), drawn.device)
+            means = torch.segment_reduce(drawn, "mean", lengths=lengths, unsafe=True)  # the sizes are our own
+        known = self.means if sample.which == self._all else self.means[sample.which]
+        return torch.add(-known, means, alpha=2)
+
+
+@lru_cache(maxsize=64)
+def _on_device(sizes: tuple[int, ...], device: torch.device) -> Tensor:
+    """Sizes (group,) as a tensor; remembered, since each step asks for the same."""
+    return torch.tensor(sizes, device=device)
+
+
+def _mean_distances(cells: Tensor) -> Tensor:
+    """(cell,) mean distance of each cell (cell, d) to the others, or to evenly spread ones where they are many."""
+    n = len(cells)
+    chosen = torch.arange(n, device=cells.device)
+    if n > _REFERENCE:
+        chosen = torch.linspace(0, n - 1, _REFERENCE, device=cells.device).round().long()
+    others = torch.full((n,), len(chosen), dtype=cells.dtype, device=cells.device)
+    others[chosen] -= 1
+    centred = cells - cells.mean(0)
+    sums = [torch.cdist(part, centred[chosen]).sum(1) for part in centred.split(_ROWS)]
+    return torch.cat(sums) / others
 
 
 def split_half_floor(cells: Tensor, generator: torch.Generator, *, repeats: int = 5) -> float:

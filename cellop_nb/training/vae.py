@@ -25,8 +25,8 @@ from ..data.splits import rows_of
 from ..models.counts import SparseCounts
 from ..models.vae import NBVAE, elbo_loss, moment_dispersion
 from ..settings import check_settings
+from .checkpoint import digest
 from .loop import Trainer
-from .resume import digest
 
 
 def new_vae(

@@ -30,9 +30,8 @@ from cellop_nb.notebook.questions import Question
 from cellop_nb.notebook.virtual import VirtualCells
 from cellop_nb.training.callbacks import Callback
 from cellop_nb.training.checkpoint import load, save
-from cellop_nb.training.explain import NonFiniteError
-from cellop_nb.training.operator_start import new_operators
-from cellop_nb.training.operators import OperatorTrainer
+from cellop_nb.training.locate import NonFiniteError
+from cellop_nb.training.operators import OperatorTrainer, new_operators
 from cellop_nb.training.vae import VAETrainer, new_vae
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

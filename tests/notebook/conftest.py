@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from cellop_nb.training.remote import RemoteControl
+from cellop_nb.training.loop import RemoteControl
 
 
 def vae_row(epoch: int, **more: float) -> dict[str, float]:
@@ -137,7 +137,7 @@ def trained():
     from cellop_nb.analysis.predict import embed
     from cellop_nb.data.splits import split
     from cellop_nb.data.synthetic import synthetic
-    from cellop_nb.training.operator_start import new_operators
+    from cellop_nb.training.operators import new_operators
     from cellop_nb.training.vae import new_vae
 
     adata = synthetic(

@@ -16,7 +16,7 @@ from cellop_nb.notebook.explorer import Explorer
 from cellop_nb.notebook.figures import style
 from cellop_nb.notebook.tuning import TuningPanel
 from cellop_nb.notebook.workspace import Workspace
-from cellop_nb.training.operator_start import new_operators
+from cellop_nb.training.operators import new_operators
 from cellop_nb.training.vae import new_vae
 
 SILENT = (w.Box, w.HTML, w.Image)  # hold other widgets, or show what cannot be operated

@@ -15,7 +15,7 @@ from cellop_nb.notebook import scenarios
 from cellop_nb.notebook.questions import Question
 from cellop_nb.notebook.scenarios import dose_response, ways_to_combine
 from cellop_nb.notebook.virtual import VirtualCells
-from cellop_nb.training.operator_start import new_operators
+from cellop_nb.training.operators import new_operators
 
 
 def test_every_way_to_build_a_pair_is_compared_with_the_cells_that_got_both(cells):

@@ -14,7 +14,7 @@ from cellop_nb.models.energy import energy_distance
 from cellop_nb.notebook import clouds
 from cellop_nb.notebook.questions import Question
 from cellop_nb.notebook.virtual import VirtualCells
-from cellop_nb.training.operator_start import new_operators
+from cellop_nb.training.operators import new_operators
 
 
 def test_moved_cells_are_the_operators_image_in_a_fixed_plane(trained, cells, controls):

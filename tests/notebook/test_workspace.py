@@ -13,7 +13,7 @@ from cellop_nb.analysis.predict import embed
 from cellop_nb.data.synthetic import synthetic
 from cellop_nb.notebook import parameters, workspace
 from cellop_nb.notebook.workspace import CheckFailed, Workspace, fingerprint, vae_sizes
-from cellop_nb.training.operator_start import new_operators
+from cellop_nb.training.operators import new_operators
 from cellop_nb.training.vae import new_vae
 
 SMALL = {"n_contexts": 2, "n_perturbations": 2, "n_cells": 30, "n_genes": 40}

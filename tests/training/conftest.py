@@ -47,7 +47,7 @@ def trainer(request, tmp_path):
 @pytest.fixture
 def as_on_a_device(monkeypatch):
     monkeypatch.setattr(host, "looks_are_free", lambda device: False)
-    monkeypatch.setattr("cellop_nb.training.clip.looks_are_free", lambda device: False)
+    monkeypatch.setattr("cellop_nb.training.loop.looks_are_free", lambda device: False)
     monkeypatch.setattr("cellop_nb.training.guard.looks_are_free", lambda device: False)
     # torch itself checks the codes on a CPU alone (aten/src/ATen/native/Onehot.cpp)
     monkeypatch.setattr(

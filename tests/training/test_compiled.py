@@ -7,9 +7,8 @@ import torch
 
 import cellop_nb as co
 from cellop_nb.errors import ModelError
-from cellop_nb.training.compiled import check_compiler, compiled
-from cellop_nb.training.operator_start import new_operators
-from cellop_nb.training.operators import OperatorTrainer
+from cellop_nb.training.cuda_graph import check_compiler, compiled
+from cellop_nb.training.operators import OperatorTrainer, new_operators
 from cellop_nb.training.vae import VAETrainer, new_vae
 
 QUIET = {"progress": False, "accelerator": "cpu"}

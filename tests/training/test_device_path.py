@@ -14,7 +14,7 @@ from cellop_nb.bench.count import counts
 from cellop_nb.errors import ModelError
 from cellop_nb.models.energy import energy_distance, grouped_energy_distance, self_distance
 from cellop_nb.models.spectral import spectral_excess
-from cellop_nb.training.explain import NonFiniteError
+from cellop_nb.training.locate import NonFiniteError
 
 MAKE = {"vae": small_vae, "operators": small_operators}
 

@@ -10,10 +10,9 @@ import pytest
 import scipy.sparse
 import torch
 
-from cellop_nb.training.guard import NonFiniteError, replay
-from cellop_nb.training.operator_start import new_operators
-from cellop_nb.training.operators import OperatorTrainer
-from cellop_nb.training.reproducer import random_state, set_random_state
+from cellop_nb.training.guard import random_state, replay, set_random_state
+from cellop_nb.training.locate import NonFiniteError
+from cellop_nb.training.operators import OperatorTrainer, new_operators
 from cellop_nb.training.vae import VAETrainer, new_vae
 
 

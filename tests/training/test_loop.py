@@ -12,8 +12,8 @@ from toy import Do, LineTrainer, assert_same_run
 
 from cellop_nb.errors import DataError
 from cellop_nb.training import loop
-from cellop_nb.training.guard import NonFiniteError
-from cellop_nb.training.step import half_cosine
+from cellop_nb.training.locate import NonFiniteError
+from cellop_nb.training.loop import half_cosine
 
 # -- history and seeds ------------------------------------------------------------------------------------
 
@@ -134,7 +134,7 @@ def test_rollback_goes_on_with_half_the_rate():
 
 @pytest.mark.parametrize("scale", [0.0, 0.1, 100.0, math.nan])
 def test_clipping_is_that_of_torch(scale):
-    from cellop_nb.training.clip import clip_gradients
+    from cellop_nb.training.loop import clip_gradients
 
     pair = []
     for clip in (torch.nn.utils.clip_grad_norm_, clip_gradients):

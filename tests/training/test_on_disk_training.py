@@ -12,7 +12,7 @@ from cellop_nb.analysis.streaming import predict_to_file
 from cellop_nb.data import on_disk
 from cellop_nb.data.catalogue import load
 from cellop_nb.errors import DataError
-from cellop_nb.training.operator_start import new_operators
+from cellop_nb.training.operators import new_operators
 from cellop_nb.training.vae import VAETrainer, new_vae
 
 

@@ -15,8 +15,7 @@ from cellop_nb.errors import LabelError
 from cellop_nb.models.conditions import Condition
 from cellop_nb.models.energy import energy_distance, self_distance
 from cellop_nb.models.vae import NBVAE
-from cellop_nb.training.operator_start import condition_of, new_operators
-from cellop_nb.training.operators import OperatorTrainer, split_half_floor
+from cellop_nb.training.operators import OperatorTrainer, condition_of, new_operators, split_half_floor
 
 REP = {"use_rep": "X_truth"}
 QUIET = {"progress": False, "accelerator": "cpu"}

@@ -10,9 +10,9 @@ from toy import LineTrainer, small_operators, small_vae
 
 from cellop_nb.data.resident import ResidentCounts
 from cellop_nb.errors import ModelError
-from cellop_nb.training.explain import NonFiniteError
-from cellop_nb.training.recorded import Recorder, recorder_of
-from cellop_nb.training.reproducer import TrainingState
+from cellop_nb.training.cuda_graph import Recorder, recorder_of
+from cellop_nb.training.guard import TrainingState
+from cellop_nb.training.locate import NonFiniteError
 
 MAKE = {"vae": small_vae, "operators": small_operators}
 

@@ -14,8 +14,7 @@ from cellop_nb.data.synthetic import synthetic
 from cellop_nb.models import vae as vae_module
 from cellop_nb.training.callbacks import Callback
 from cellop_nb.training.loop import Trainer
-from cellop_nb.training.operator_start import new_operators
-from cellop_nb.training.operators import OperatorTrainer
+from cellop_nb.training.operators import OperatorTrainer, new_operators
 from cellop_nb.training.vae import VAETrainer, new_vae
 
 

@@ -1,4 +1,4 @@
-"""Steps that a GPU has recorded: hundreds of calls from Python become one.
+"""What makes a step quicker and changes no number: parts compiled by torch, steps recorded as CUDA graphs.
 
 A step on small batches is hundreds of calls that each take the device a microsecond or two and Python ten times as
 long. Recorded once as a CUDA graph, it is replayed with the batch's small inputs, the learning rate and the weights of
@@ -8,17 +8,21 @@ the loss copied into the places that the recording reads.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import os
+import shutil
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import ModelError, three_beats
 
 RATE = "learning rate"
+_COMPILERS = ("g++", "clang++", "c++")
 
 Made = tuple[dict[str, Tensor], Tensor]
 """Loss terms and gradient norm of a step."""
@@ -42,7 +46,7 @@ class Recorder:
     Parameters
     ----------
     trainer
-        Whose :meth:`~cellop_nb.training.step.Step.make_step` is recorded.
+        Whose :meth:`~cellop_nb.training.loop.Trainer.make_step` is recorded.
     capture
         Gets a function of calls of the device and the generators that it draws from; gives the function's result, and
         what makes the calls again. By default a CUDA graph.
@@ -175,3 +179,37 @@ def _obstacle(trainer) -> str:
     if trainer.processes.size > 1:
         return f"{trainer.processes.size} processes"
     return "" if trainer.guard.holds_back else "on_nonfinite='rollback', whose next step depends on the last"
+
+
+def check_compiler(device: torch.device) -> None:
+    """Refuse where ``torch.compile`` would find no compiler for the device, before any step is made.
+
+    Raises
+    ------
+    ModelError
+        Without a C++ compiler for a CPU, or Triton for a GPU.
+    """
+    if device.type == "cpu":
+        wanted = (os.environ["CXX"],) if os.environ.get("CXX") else _COMPILERS
+        if not any(map(shutil.which, wanted)):
+            fix = "install g++ or clang++ (conda install cxx-compiler), or leave compile=True out"
+            raise ModelError(three_beats("a C++ compiler for compile=True", f"none of {list(wanted)}", fix))
+    elif importlib.util.find_spec("triton") is None:
+        fix = "install triton, or leave compile=True out"
+        raise ModelError(three_beats("Triton for compile=True on a GPU", "no such package", fix))
+
+
+@contextlib.contextmanager
+def compiled(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
+    """Within the context, methods of the model (dotted names) run compiled.
+
+    With ``fullgraph``: what cannot be compiled as a whole is an error, and never falls back to plain steps in silence.
+    """
+    owners = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
+    for owner, method in owners:
+        setattr(owner, method, torch.compile(getattr(owner, method), fullgraph=True))
+    try:
+        yield
+    finally:
+        for owner, method in owners:
+            delattr(owner, method)  # the class's own method is seen again
