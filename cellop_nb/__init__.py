@@ -13,11 +13,11 @@ __version__ = "0.1.0"
 # public name -> module that defines it (an empty name after the colon: the module itself)
 _PUBLIC = {
     "datasets": "data.catalogue",
-    "check": "data.contract",
+    "setup": "data.contract",
     "context_labels": "data.contract",
     "split": "data.splits",
     "select_genes": "data.genes",
-    "groups": "data.grouping",
+    "Groups": "data.groups",
     "nb_log_likelihood": "models.likelihood",
     "NegativeBinomial": "models.likelihood",
     "energy_distance": "models.energy",
@@ -89,10 +89,10 @@ if TYPE_CHECKING:  # the names below are found by `__getattr__` while running
     from .analysis.streaming import predict_to_file as predict_to_file
     from .analysis.uncertainty import metric_intervals as metric_intervals
     from .data import catalogue as datasets  # noqa: F401
-    from .data.contract import check as check
     from .data.contract import context_labels as context_labels
+    from .data.contract import setup as setup
     from .data.genes import select_genes as select_genes
-    from .data.grouping import groups as groups
+    from .data.groups import Groups as Groups
     from .data.splits import split as split
     from .models.conditions import Condition as Condition
     from .models.energy import energy_distance as energy_distance

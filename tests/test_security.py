@@ -120,7 +120,7 @@ def scores(label: str) -> pd.DataFrame:
 
 
 def shown_groups():
-    return cellop_nb.groups(screen_of(EVIL), use_rep="X_truth")._repr_html_()
+    return cellop_nb.Groups(screen_of(EVIL), use_rep="X_truth")._repr_html_()
 
 
 def shown_holdout():

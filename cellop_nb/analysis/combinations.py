@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..data.contract import perturbation_parts
-from ..data.grouping import groups
+from ..data.contract import Keys, perturbation_parts
+from ..data.groups import Groups
 from ..errors import LabelError, ModelError, did_you_mean, three_beats
 from ..models.affine import AffineOperator
 from ..models.algebra import check_strength, commutator, compose, sum_generators
@@ -243,14 +243,12 @@ def reversal(
     """
     keys = {
         "use_rep": use_rep,
-        "perturbation_key": perturbation_key,
-        "context_key": context_key,
-        "control": control,
+        "keys": Keys(None, perturbation_key, context_key, control),
         "split_key": split_key,
     }
     training = None if split is None else "train"
-    seen = groups(adata, split=training, **keys)
-    back = groups(adata, split=split, control_split=training, **keys)
+    seen = Groups(adata, split=training, **keys)
+    back = Groups(adata, split=split, control_split=training, **keys)
     means = {group.label: group.cells.mean(0) - seen.control[group.context].mean(0) for group in seen}
     rows = []
     for group in back:

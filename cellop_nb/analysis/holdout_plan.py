@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..data.contract import context_labels, obs_labels
-from ..data.slots import require_control
+from ..data.contract import context_labels, obs_labels, require_control
 from ..data.splits import split
 from ..errors import HoldoutError, three_beats
 from .selection import combinations_of

@@ -11,8 +11,7 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from ..data.checks import block_check
-from ..data.contract import count_slot
+from ..data.contract import block_check, count_slot
 from ..data.on_disk import RowReader, is_on_disk
 from ..errors import DataError, three_beats
 from ..files import write_whole

@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ..data.grouping import groups
+from ..data.contract import Keys
 from ..data.groups import Group, Groups
 from ..models.conditions import Condition
 from ..models.energy import energy_distance
@@ -113,15 +113,9 @@ def transport_scores(
         A row per group and method: ``context, perturbation, group, cells, method, energy, floor``;
         the methods are "no change", "mean shift" and "operator", energy distances Euclidean, U-statistic.
     """
-    keys = {
-        "use_rep": use_rep,
-        "perturbation_key": perturbation_key,
-        "context_key": context_key,
-        "control": control,
-        "dose_key": dose_key,
-    }
-    training = groups(adata, split="train", **keys)
-    held_out = groups(adata, split=split, control_split="train", **keys)
+    keys = {"use_rep": use_rep, "keys": Keys(None, perturbation_key, context_key, control, dose_key)}
+    training = Groups(adata, split="train", **keys)
+    held_out = Groups(adata, split=split, control_split="train", **keys)
     known = {group.label: group for group in training}
     rows = []
     for group in held_out:

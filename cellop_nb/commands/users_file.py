@@ -34,7 +34,7 @@ def check_data(values: dict[str, dict[str, Any]]) -> None:
 
     adata = cellop_nb.datasets.load(asked["data"], backed=True)
     try:
-        cellop_nb.check(adata, **{key: asked[key] for key in KEYS if key in asked})
+        cellop_nb.setup(adata, **{key: asked[key] for key in KEYS if key in asked})
     except DataError as refusal:
         raise DataError(f"{refusal}{_counts_in_raw(Path(asked['data']))}") from None
 

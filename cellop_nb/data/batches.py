@@ -10,8 +10,7 @@ from anndata import AnnData
 from scipy import sparse
 
 from ..errors import DataError, LabelError, did_you_mean, three_beats
-from .checks import block_check, check_values
-from .contract import count_slot, counts, library_size, obs_labels
+from .contract import block_check, check_values, count_slot, counts, library_size, obs_labels
 from .matrices import CountBatch, CountLoader, CountMatrix
 from .on_disk import DiskCounts, is_on_disk
 

@@ -48,7 +48,7 @@ def load(
     AnnData
         A file as it is; a public screen with its columns named as in the contract (`perturbation`,
         `cell_type`, `donor`, `dose`, control cells "control", combinations "A+B"), where they came from in
-        `uns["cellop_nb"]["source"]`. Run :func:`cellop_nb.check` on it.
+        `uns["cellop_nb"]["source"]`. Run :func:`cellop_nb.setup` on it.
 
     Raises
     ------

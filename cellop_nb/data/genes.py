@@ -10,8 +10,8 @@ from scipy import sparse
 
 from ..errors import DataError, LabelError, did_you_mean, three_beats
 from ..threads import same_threads
+from .contract import count_slot, counts, obs_labels
 from .on_disk import RowReader, is_on_disk
-from .slots import count_slot, counts, obs_labels
 
 MAX_CELLS = 20_000
 """Cells on which genes are chosen where the counts lie on disk."""

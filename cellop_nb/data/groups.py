@@ -1,7 +1,9 @@
-"""Groups of latents: perturbed cells per (context, perturbation), with the controls of the same context."""
+"""The index of a screen: which cells form each (context, perturbation[, dose]) group, and which are its controls."""
 
 from __future__ import annotations
 
+import copy
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
@@ -9,10 +11,16 @@ from itertools import accumulate
 import numpy as np
 import pandas as pd
 import torch
+from anndata import AnnData
+from scipy import sparse
 from torch import Tensor
 
-from .draws import Draws, GroupSample
+from ..errors import DataError, LabelError, did_you_mean, three_beats
+from .contract import Keys, keys_of, label_table, perturbation_parts, require_control
 from .matrices import sent
+from .splits import rows_of
+
+logger = logging.getLogger("cellop_nb")
 
 
 @dataclass(frozen=True)
@@ -21,67 +29,130 @@ class Group:
 
     Attributes
     ----------
-    cells : Tensor
-        Latents, (cell, d) float32.
-    index : ndarray
-        Rows of the cells in the AnnData object, (cell,).
+    rows : ndarray
+        Rows of the cells in the AnnData object, (cell,) ascending.
     label : str
         "context, perturbation", with the dose where several were measured.
+    cells : Tensor
+        Their latents, (cell, d) float32; empty (cell, 0) where the index was made without a representation.
     """
 
     context: str
     perturbation: str
     dose: float
-    cells: Tensor = field(repr=False)
-    index: np.ndarray = field(repr=False)
+    rows: np.ndarray = field(repr=False)
     label: str
+    cells: Tensor = field(repr=False)
 
     def __len__(self) -> int:
-        return len(self.index)
+        return len(self.rows)
 
 
-class Groups(Sequence):
-    """All (context, perturbation) groups of a screen, ready to be sampled.
+class Groups(Sequence[Group]):
+    """Cells by (context, perturbation[, dose]), each group with the controls of its context.
+
+    Made once in time linear in cells and groups; it walks groups, draws samples, and slices latents or any other table
+    of cells. The keys are those that :func:`cellop_nb.setup` kept in the data.
+
+    Parameters
+    ----------
+    adata
+        A screen that was set up.
+    use_rep
+        Key of `obsm` with latents (cell, d), or an array; None for an index of rows alone.
+    split
+        Use only the perturbed cells of this split (or these); None for all.
+    control_split
+        Where the controls come from; by default the same split. A test group whose context has too few
+        controls there (they were not held out with it) starts from all controls of its context.
+    min_cells
+        Smaller groups are left out and listed in `dropped`.
 
     Attributes
     ----------
-    control : dict
-        Control latents per context, (cell, d) float32.
-    control_index : dict
-        Rows of these controls in the AnnData object, (cell,).
+    keys : Keys
+        Which columns and labels mean what.
     items : list of Group
-        The perturbed groups.
-    dropped : DataFrame
-        Groups that were left out because they have too few cells.
+        The perturbed groups, by context, perturbation and dose.
+    control_rows : dict
+        Rows of each context's controls, (cell,) ascending; contexts that have controls alone are among them.
+    control : dict
+        Their latents, (cell, d).
     pool : Tensor
         All control and perturbed latents, (cell, d). Those of `control` and `items` are views of it: there is one copy.
+    dropped : DataFrame
+        Groups (context, perturbation, cells) that were left out because they have too few cells.
+
+    Raises
+    ------
+    LabelError
+        If the data were not set up, or a column or the control label is missing.
+    DataError
+        If the representation is missing or not finite, a context has no controls, or no group is left.
     """
 
     def __init__(
         self,
-        control: dict[str, Tensor],
-        items: list[Group],
+        adata: AnnData,
         *,
-        control_index: dict[str, np.ndarray] | None = None,
-        dropped: pd.DataFrame | None = None,
-        pool: Tensor | None = None,
+        use_rep: str | np.ndarray | None = None,
+        split: str | Sequence[str] | None = None,
+        control_split: str | Sequence[str] | None = None,
+        min_cells: int = 2,
+        keys: Keys | None = None,
+        split_key: str = "split",
     ) -> None:
-        sizes = [*(len(z) for z in control.values()), *(len(group) for group in items)]
-        self.pool = (
-            torch.cat([*control.values(), *(group.cells for group in items)]) if pool is None else pool
-        )
+        self.keys = keys_of(adata) if keys is None else keys
+        labels = label_table(adata, self.keys).assign(row=np.arange(adata.n_obs))
+        inside = _inside(adata, split, split_key)
+        usable = inside if control_split is None else _inside(adata, control_split, split_key)
+        fallback = np.ones(adata.n_obs, dtype=bool) if split == "test" and control_split is None else usable
+        is_control = require_control(labels["perturbation"], self.keys.control, self.keys.perturbation_key)
+        grouped = labels[inside & ~is_control].groupby(["context", "perturbation", "dose"]).row
+        members = {
+            key: rows.to_numpy(copy=True) for key, rows in grouped
+        }  # pandas 3 lends its own, read-only
+        kept = {key: rows for key, rows in members.items() if len(rows) >= min_cells}
+        self.dropped = self._dropped(members, kept, min_cells)
+        by_context = labels[is_control].groupby("context").row
+        controls = {context: rows.to_numpy(copy=True) for context, rows in by_context}
+        self.control_rows = _controls(controls, usable, fallback, {key[0] for key in kept}, min_cells)
+        z = _representation(adata, use_rep)
+        self.pool = z[np.concatenate([*self.control_rows.values(), *kept.values()])]
+        doses = pd.Series([key[:2] for key in kept]).value_counts().to_dict()
+        empty = z[:0]
+        self.items = [
+            Group(*key, rows, _group_label(*key, several_doses=doses[key[:2]] > 1), empty)
+            for key, rows in kept.items()
+        ]
+        self._share_pool()
+
+    @staticmethod
+    def _dropped(members: dict, kept: dict, min_cells: int) -> pd.DataFrame:
+        small = [(*key[:2], len(rows)) for key, rows in members.items() if key not in kept]
+        if small:
+            logger.warning(
+                "%d groups have fewer than %d cells and are left out: %s", len(small), min_cells, small[:5]
+            )
+        if not kept:
+            problem = f"{len(members)} groups, none with {min_cells} cells"
+            fix = "check the split and the control label, or lower min_cells"
+            raise DataError(three_beats("at least one perturbed group", problem, fix))
+        return pd.DataFrame(small, columns=["context", "perturbation", "cells"])
+
+    def _share_pool(self) -> None:
+        """Let the latents of controls and groups be views of the pool, and lay out the sets to draw from."""
+        sizes = [*map(len, self.control_rows.values()), *map(len, self.items)]
         cells = self.pool.split(sizes)
-        self.control = dict(zip(control, cells, strict=False))
-        self.items = [replace(g, cells=z) for g, z in zip(items, cells[len(control) :], strict=True)]
-        self.control_index = control_index or {name: np.arange(len(z)) for name, z in control.items()}
-        self.dropped = dropped_table([]) if dropped is None else dropped
+        n_contexts = len(self.control_rows)
+        self.control = dict(zip(self.control_rows, cells, strict=False))
+        self.items = [replace(g, cells=z) for g, z in zip(self.items, cells[n_contexts:], strict=True)]
         starts = [0, *accumulate(sizes)]
-        contexts = {name: place for place, name in enumerate(control)}
-        sources = [contexts[group.context] for group in items]
-        targets = range(len(control), len(sizes))
+        position = {context: k for k, context in enumerate(self.control_rows)}
         # The controls of every group first, then its perturbed cells.
-        sets = (*sources, *targets)
+        sets = [*(position[group.context] for group in self.items), *range(n_contexts, len(sizes))]
         self._draws = Draws([sizes[k] for k in sets], [starts[k] for k in sets])
+        self._by_name = {(group.context, group.perturbation): group for group in reversed(self.items)}
 
     def __len__(self) -> int:
         return len(self.items)
@@ -93,15 +164,15 @@ class Groups(Sequence):
         return iter(self.items)
 
     def __repr__(self) -> str:
-        cells = sum(len(group) for group in self.items)
+        cells = sum(map(len, self.items))
         return f"Groups({len(self)} groups of {cells} cells, {len(self.control)} contexts, d={self.dim})"
 
     def _repr_html_(self) -> str:
-        return self.table().to_html(index=False)
+        return self.table().to_html(index=False, max_rows=40)
 
     @property
     def dim(self) -> int:
-        """Latent dimension d."""
+        """Dimension d of the latents; 0 without a representation."""
         return self.pool.shape[1]
 
     @property
@@ -112,27 +183,89 @@ class Groups(Sequence):
     @property
     def contexts(self) -> list[str]:
         """The contexts that have controls."""
-        return list(self.control)
+        return list(self.control_rows)
 
     @property
     def perturbations(self) -> list[str]:
         """The perturbations, in order of first appearance."""
         return list(dict.fromkeys(group.perturbation for group in self.items))
 
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """The measured (context, perturbation), in order of first appearance."""
+        return list(dict.fromkeys((group.context, group.perturbation) for group in self.items))
+
+    def group(self, context: str, perturbation: str) -> Group | None:
+        """The group of this name (of its lowest dose), None where it was not measured."""
+        return self._by_name.get((context, perturbation))
+
+    def rows(self, context: str, perturbation: str) -> np.ndarray:
+        """Rows of a group's cells over all doses, or of a context's controls, (cell,); none where not measured."""
+        if perturbation == self.keys.control:
+            return self.control_rows.get(context, np.zeros(0, dtype=int))
+        parts = [g.rows for g in self.items if (g.context, g.perturbation) == (context, perturbation)]
+        return np.sort(np.concatenate(parts)) if parts else np.zeros(0, dtype=int)
+
+    def controls(self, context: str) -> np.ndarray:
+        """Rows of a context's control cells, (cell,).
+
+        Raises
+        ------
+        LabelError
+            For a context that has none.
+        """
+        if context not in self.control_rows:
+            fix = did_you_mean(context, self.control_rows)
+            raise LabelError(three_beats("a context with control cells", repr(context), fix))
+        return self.control_rows[context]
+
+    def contexts_of(self, perturbation: str) -> list[str]:
+        """The contexts in which a perturbation was measured."""
+        return list(dict.fromkeys(g.context for g in self.items if g.perturbation == perturbation))
+
+    def parts(self, label: str) -> tuple[str, ...]:
+        """The measured perturbations that a label combines: "A+B" gives ("A", "B"), any other label itself."""
+        return perturbation_parts(label, self.perturbations, self.keys.singles)
+
     def table(self) -> pd.DataFrame:
         """One row per group: context, perturbation, dose, perturbed cells and control cells."""
         columns = ["context", "perturbation", "dose", "cells", "controls"]
-        rows = [(g.context, g.perturbation, g.dose, len(g), len(self.control[g.context])) for g in self.items]
+        rows = [
+            (g.context, g.perturbation, g.dose, len(g), len(self.control_rows[g.context])) for g in self.items
+        ]
         return pd.DataFrame(rows, columns=columns)
 
+    def means(self, cells) -> tuple[np.ndarray, np.ndarray]:
+        """Mean rows of any table of cells, in one pass.
+
+        Parameters
+        ----------
+        cells
+            (cell, feature) for all cells of the AnnData object: sparse or dense counts, latents, log1p-CP10k.
+
+        Returns
+        -------
+        groups, controls
+            (group, feature) in the order of `items`, (context, feature) in the order of `contexts`; float64.
+        """
+        sets = [g.rows for g in self.items] + list(self.control_rows.values())
+        sizes = np.array([len(rows) for rows in sets])
+        weights = np.repeat(1.0 / sizes, sizes)
+        start = np.concatenate([[0], np.cumsum(sizes)])
+        picker = sparse.csr_matrix((weights, np.concatenate(sets), start), (len(sets), cells.shape[0]))
+        product = picker @ cells
+        means = product.toarray() if sparse.issparse(product) else np.asarray(product)
+        return means[: len(self.items)], means[len(self.items) :]
+
     def to(self, device: torch.device | str) -> Groups:
-        """The same groups on another device; these where they are there already."""
+        """The same groups with their latents on another device; these where they are there already."""
         pool = self.pool.to(device)
         if pool is self.pool:
             return self
-        return Groups(
-            self.control, self.items, control_index=self.control_index, dropped=self.dropped, pool=pool
-        )
+        moved = copy.copy(self)
+        moved.pool = pool
+        moved._share_pool()
+        return moved
 
     def sample(
         self,
@@ -170,6 +303,204 @@ class Groups(Sequence):
         )
 
 
-def dropped_table(rows: list[tuple]) -> pd.DataFrame:
-    """Groups (context, perturbation, cells) that were left out."""
-    return pd.DataFrame(rows, columns=["context", "perturbation", "cells"])
+def _inside(adata: AnnData, split: str | Sequence[str] | None, split_key: str) -> np.ndarray:
+    """Mask of the cells in the split, (cell,)."""
+    if split is None:
+        return np.ones(adata.n_obs, dtype=bool)
+    mask = np.zeros(adata.n_obs, dtype=bool)
+    mask[rows_of(adata, split, split_key=split_key)] = True
+    return mask
+
+
+def _controls(
+    by_context: dict[str, np.ndarray],
+    preferred: np.ndarray,
+    fallback: np.ndarray,
+    needed: set[str],
+    min_cells: int,
+) -> dict[str, np.ndarray]:
+    """Rows of every context's controls, from the fallback where too few are preferred; refused where a context that
+    has perturbed cells has too few."""
+    controls = {}
+    for context in sorted(needed | set(by_context)):
+        rows = by_context.get(context, np.zeros(0, dtype=int))
+        chosen = rows[preferred[rows]]
+        chosen = chosen if len(chosen) >= min_cells else rows[fallback[rows]]
+        if len(chosen) >= min_cells:
+            controls[context] = chosen
+        elif context in needed:
+            problem = f"{len(chosen)} in context {context!r}"
+            fix = "leave this context out, merge it with another, or measure its controls"
+            raise DataError(three_beats(f"at least {min_cells} control cells in every context", problem, fix))
+    return controls
+
+
+def _representation(adata: AnnData, use_rep: str | np.ndarray | None) -> Tensor:
+    if use_rep is None:
+        return torch.empty(adata.n_obs, 0)
+    if isinstance(use_rep, str):
+        if use_rep not in adata.obsm:
+            fix = f"embed the cells first, or name another key ({did_you_mean(use_rep, adata.obsm)})"
+            raise DataError(three_beats(f"obsm[{use_rep!r}]", "no such key", fix))
+        use_rep = adata.obsm[use_rep]
+    z = np.asarray(use_rep, dtype=np.float32)
+    if z.ndim != 2 or len(z) != adata.n_obs:
+        fix = "pass one row per cell"
+        raise DataError(three_beats(f"a representation of shape ({adata.n_obs}, d)", f"shape {z.shape}", fix))
+    broken = ~np.isfinite(z).all(axis=1)
+    if broken.any():
+        problem = f"{int(broken.sum())} cells with NaN or infinity, such as {adata.obs_names[broken][0]!r}"
+        raise DataError(
+            three_beats("finite latents", problem, "embed the cells again with a model that is finite")
+        )
+    return torch.from_numpy(z)
+
+
+def _group_label(context: str, perturbation: str, dose: float, *, several_doses: bool) -> str:
+    return f"{context}, {perturbation}" + (f" @ {dose:g}" if several_doses else "")
+
+
+# -- random cells of many sets at once, at a cost independent of the sets' sizes ------------------------------------
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A draw's fixed part: `prime` per set, the rest per drawn cell."""
+
+    sizes: list[int]
+    prime: Tensor
+    owner: Tensor
+    position: Tensor
+    start: Tensor
+    modulus: Tensor
+    available: Tensor
+
+
+@dataclass(frozen=True)
+class GroupSample:
+    """Cells of several groups, one group after the other.
+
+    Attributes
+    ----------
+    control, perturbed : Tensor
+        Latents, (sum of sizes, d).
+    control_sizes, perturbed_sizes : list of int
+        Cells per group, in the order of `which`.
+    which : list of int
+        Positions of the groups.
+    control_rows, perturbed_rows : Tensor
+        Rows of the cells in `Groups.pool`, so that values cached per cell can be looked up.
+    """
+
+    control: Tensor
+    perturbed: Tensor
+    control_sizes: list[int]
+    perturbed_sizes: list[int]
+    which: list[int]
+    control_rows: Tensor
+    perturbed_rows: Tensor
+
+    def part(self, chosen: Sequence[int]) -> GroupSample:
+        """Some of the groups, by their positions in `which`."""
+        control, perturbed = (
+            [*accumulate(sizes, initial=0)] for sizes in (self.control_sizes, self.perturbed_sizes)
+        )
+
+        def cut(cells: Tensor, starts: list[int]) -> Tensor:
+            return torch.cat([cells[starts[k] : starts[k + 1]] for k in chosen])
+
+        return GroupSample(
+            control=cut(self.control, control),
+            perturbed=cut(self.perturbed, perturbed),
+            control_sizes=[self.control_sizes[k] for k in chosen],
+            perturbed_sizes=[self.perturbed_sizes[k] for k in chosen],
+            which=[self.which[k] for k in chosen],
+            control_rows=cut(self.control_rows, control),
+            perturbed_rows=cut(self.perturbed_rows, perturbed),
+        )
+
+
+class Draws:
+    """Sets of consecutive rows, from which cells are drawn.
+
+    Parameters
+    ----------
+    sizes
+        Rows of each set.
+    starts
+        First row of each set; sets may overlap.
+    """
+
+    def __init__(self, sizes: Sequence[int], starts: Sequence[int]) -> None:
+        self.sizes, self.starts = torch.tensor(sizes), torch.tensor(starts)
+        self.primes = torch.tensor([prime_from(size) for size in sizes])
+        self._plans: dict[tuple, _Plan] = {}
+
+    def draw(
+        self, which: Sequence[int], n_cells: int | None = None, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, list[int]]:
+        """Rows of `n_cells` cells of each named set: all where it has fewer, or for None.
+
+        Returns
+        -------
+        rows : Tensor
+            (sum of sizes,) int64, one set after the other.
+        sizes : list of int
+            Cells drawn from each set.
+        """
+        key = (n_cells, tuple(which))
+        if key not in self._plans:
+            if len(self._plans) > 64:  # callers that draw ever new subsets must not grow the cache
+                self._plans.clear()
+            self._plans[key] = self._plan(list(which), n_cells)
+        plan = self._plans[key]
+        place = plan.position if n_cells is None else _scatter(plan, generator)
+        return place + plan.start, plan.sizes
+
+    def _plan(self, which: list[int], n_cells: int | None) -> _Plan:
+        available, prime = self.sizes[which], self.primes[which]
+        sizes = available if n_cells is None else available.clamp(max=int(n_cells))
+        owner = torch.arange(len(which)).repeat_interleave(sizes)
+        return _Plan(
+            sizes=sizes.tolist(),
+            prime=prime,
+            owner=owner,
+            position=torch.arange(len(owner)) - (sizes.cumsum(0) - sizes)[owner],
+            start=self.starts[which][owner],
+            modulus=prime[owner],
+            available=available[owner],
+        )
+
+
+def _scatter(plan: _Plan, generator: torch.Generator | None) -> Tensor:
+    r"""Map positions 0..m-1 of each set to distinct random places in it, (cell,) int64.
+
+    .. math:: f(i) = (a i + c) \bmod p, \qquad a \in 1..p-1,\; c \in 0..p-1
+
+    with p the smallest prime that is not below the set's size. Drawn over all (a, c) the map is pairwise
+    independent, which is what a distance between pairs of cells needs; places beyond the set (few, as p is
+    close to its size) are mapped again until they fall inside: cycle walking keeps the map one to one.
+
+    References
+    ----------
+    Carter & Wegman, J. Comput. Syst. Sci. 18:143 (1979); Black & Rogaway, CT-RSA (2002).
+    """
+    device = "cpu" if generator is None else generator.device
+    u = torch.rand(2, len(plan.prime), generator=generator, device=device, dtype=torch.float64).cpu()
+    slope = (1 + (u[0] * (plan.prime - 1)).long()).index_select(0, plan.owner)
+    shift = (u[1] * plan.prime).long().index_select(0, plan.owner)
+    place = (slope * plan.position + shift) % plan.modulus
+    outside = (place >= plan.available).nonzero().view(-1)
+    while len(outside):
+        again = (slope[outside] * place[outside] + shift[outside]) % plan.modulus[outside]
+        place[outside] = again
+        outside = outside[again >= plan.available[outside]]
+    return place
+
+
+def prime_from(number: int) -> int:
+    """The smallest prime that is not below `number` (and at least 2)."""
+    candidate = max(number, 2)
+    while any(candidate % divisor == 0 for divisor in range(2, int(candidate**0.5) + 1)):
+        candidate += 1
+    return candidate

@@ -21,8 +21,8 @@ from scipy import sparse
 from torch import Tensor
 
 from ..errors import DataError, three_beats
+from .contract import count_slot
 from .matrices import PART, PASS, CountBatch, CountLoader, CountMatrix, Order, sent
-from .slots import count_slot
 from .stored import StoredRows
 
 BLOCK = 64

@@ -10,7 +10,7 @@ from anndata import AnnData
 
 from ..errors import HoldoutError, LabelError, did_you_mean, three_beats
 from ..tables import SplitTable
-from .slots import context_labels, obs_labels, perturbation_parts, require_control
+from .contract import context_labels, obs_labels, perturbation_parts, require_control
 
 SPLITS = ("train", "val", "test")
 
@@ -172,7 +172,7 @@ def _refuse_bad_holdout(
     """Refuse hold-outs without perturbed cells, without anything left to learn, or that leak."""
     perturbed = ~is_control
     if not (test & perturbed).any():
-        fix = "check that this combination was measured (cellop_nb.check(adata) shows the groups)"
+        fix = "check that this combination was measured (cellop_nb.setup(adata) shows the groups)"
         raise HoldoutError(three_beats("a hold-out with perturbed cells", f"none match {dict(holdout)}", fix))
     if not (perturbed & ~test).any():
         found = f"all {int(perturbed.sum())} perturbed cells held out by {dict(holdout)}"

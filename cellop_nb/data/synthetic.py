@@ -17,6 +17,7 @@ from scipy import sparse
 
 from ..errors import DataError, LabelError, did_you_mean, three_beats
 from ..files import write_whole
+from .contract import Keys
 from .planted import Cloud, Decoder, draw_generators, operator_of
 
 EXAMPLE = {"combinations": 2, "n_genes": 500, "n_cells": 160, "n_controls": 240, "seed": 0}
@@ -77,7 +78,8 @@ def synthetic(
         Counts in `X` (CSR float32). `obs` has perturbation, context, donor, batch, and dose where there are
         several. `obsm["X_truth"]`: true latents (cell, d). `uns["cellop_nb"]["truth"]`: `condition`,
         `context`, `dose` (condition,), with their `A` (condition, d, d), `b` (condition, d); the `decoder`;
-        the `dispersion` (gene,) of the NB and the second batch's `batch_shift` in logits (gene,).
+        the `dispersion` (gene,) of the NB and the second batch's `batch_shift` in logits (gene,). It is set up
+        (:func:`cellop_nb.setup`).
 
     Raises
     ------
@@ -139,6 +141,8 @@ def synthetic(
             "seed": int(seed),
         }
     }
+    dose_key = "dose" if "dose" in obs else None
+    Keys(None, perturbation_key, (context_key,), control, dose_key).write(adata)
     return adata
 
 

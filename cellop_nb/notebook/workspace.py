@@ -18,8 +18,8 @@ import torch
 from ..analysis.predict import embed
 from ..data import catalogue
 from ..data.batches import TOTAL_KEY
-from ..data.contract import check as check_screen
 from ..data.contract import library_size
+from ..data.contract import setup as check_screen
 from ..data.genes import select_genes
 from ..data.splits import split
 from ..errors import CellopError, CheckpointError, three_beats

@@ -234,7 +234,7 @@ def _recorded_line(node) -> str | None:
 
 
 _ADVICE = {
-    "batch": "look at these entries and remove or correct them (cellop_nb.check finds such data)",
+    "batch": "look at these entries and remove or correct them (cellop_nb.setup finds such data)",
     "parameter": "load guard.last_finite or a checkpoint, and train with a smaller learning rate",
     "operation": "bound the input of that operation, or train with a smaller learning rate "
     "(on_nonfinite='rollback' does the latter by itself)",

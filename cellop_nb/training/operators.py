@@ -10,7 +10,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from ..data.grouping import groups
+from ..data.contract import Keys
 from ..data.groups import Group, Groups, GroupSample
 from ..errors import LabelError, ModelError, did_you_mean, three_beats
 from ..models.conditions import Condition
@@ -69,16 +69,8 @@ def new_operators(
         If the latents are missing or not finite, a context has no controls, or no perturbed group is left.
     """
     check_settings(sizes, form, of="new_operators", taken=_FROM_DATA)
-    data = groups(
-        adata,
-        use_rep=use_rep,
-        perturbation_key=perturbation_key,
-        context_key=context_key,
-        control=control,
-        dose_key=dose_key,
-        split="train",
-        split_key=split_key,
-    )
+    keys = Keys(None, perturbation_key, context_key, control, dose_key)
+    data = Groups(adata, use_rep=use_rep, keys=keys, split="train", split_key=split_key)
     conditions = [condition_of(group, control) for group in data.items]
     parts = sorted({part for condition in conditions for part in condition.perturbations})
     pairs = sorted({pair for c in conditions for pair in combinations(sorted(c.perturbations), 2)})
@@ -244,18 +236,15 @@ class OperatorTrainer(Trainer):
         super().__init__(model, max_epochs=max_epochs, lr=lr, **settings)
         keys = {
             "use_rep": use_rep,
-            "perturbation_key": perturbation_key,
-            "context_key": context_key,
-            "control": control,
-            "dose_key": dose_key,
+            "keys": Keys(None, perturbation_key, context_key, control, dose_key),
             "split_key": split_key,
         }
         device = self.fabric.device
-        self.groups = groups(adata, split="train", **keys).to(device)
+        self.groups = Groups(adata, split="train", **keys).to(device)
         if len(self.groups) < self.processes.size:
             found = f"{len(self.groups)} groups for {self.processes.size} processes"
             raise ModelError(three_beats("a condition for every process", found, "start fewer processes"))
-        self.held_out = groups(adata, split="val", control_split="train", **keys).to(device)
+        self.held_out = Groups(adata, split="val", control_split="train", **keys).to(device)
         self.weights = {"ridge": ridge, "context_ridge": context_ridge, "stability_weight": stability_weight}
         self.cells_per_group, self.max_norm, self._steps = cells_per_group, max_norm, steps_per_epoch
         self.parameters |= {
@@ -362,7 +351,7 @@ class OperatorTrainer(Trainer):
 
 def _rows_of(data: Groups) -> Tensor:
     """Rows of the AnnData object that the groups and their controls hold, in their order."""
-    parts = [*data.control_index.values(), *(group.index for group in data.items)]
+    parts = [*data.control_rows.values(), *(group.rows for group in data.items)]
     return torch.cat([torch.as_tensor(part, dtype=torch.int64) for part in parts])
 
 

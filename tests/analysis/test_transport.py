@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cellop_nb.analysis.transport import group_energies, noise_floor, transport_scores
-from cellop_nb.data.grouping import groups
+from cellop_nb.data.groups import Groups
 from cellop_nb.data.splits import split
 from cellop_nb.data.synthetic import planted_operator, synthetic
 from cellop_nb.models.affine import AffineOperator
@@ -57,7 +57,7 @@ def test_doing_nothing_is_no_change(screen):
 
 
 def test_effects_stand_beside_their_floor(screen):
-    data = groups(screen, use_rep="X_truth", split="train")
+    data = Groups(screen, use_rep="X_truth", split="train")
     table = group_energies(data)
     first = data[0]
     expected = energy_distance(data.control[first.context], first.cells)

@@ -15,75 +15,75 @@ from .cases import COUNTS, LABELS, SPLIT, case
 def _(place):
     place.adata.layers["counts"] = place.adata.X.copy()
     place.adata.X = place.adata.X.log1p()
-    co.check(place.adata)
+    co.setup(place.adata)
 
 
 @case(COUNTS, "log-normalised values; the counts are in raw")
 def _(place):
     place.adata.raw = place.adata.copy()
     place.adata.X = place.adata.X.log1p()
-    co.check(place.adata)
+    co.setup(place.adata)
 
 
 @case(COUNTS, "values normalised to the same total")
 def _(place):
     dense = place.adata.X.toarray()
     place.adata.X = 1e4 * dense / dense.sum(1, keepdims=True)
-    co.check(place.adata)
+    co.setup(place.adata)
 
 
 @case(COUNTS, "scaled values, some negative")
 def _(place):
     place.adata.X = place.adata.X.toarray() - 1.0
-    co.check(place.adata)
+    co.setup(place.adata)
 
 
 @case(COUNTS, "NaN among the counts")
 def _(place):
     place.adata.X = place.adata.X.toarray()
     place.adata.X[3, 5] = np.nan
-    co.check(place.adata)
+    co.setup(place.adata)
 
 
 @case(COUNTS, "a cell without counts")
 def _(place):
     place.adata.X = place.adata.X.toarray()
     place.adata.X[7] = 0
-    co.check(place.adata)
+    co.setup(place.adata)
 
 
 @case(COUNTS, "a layer that is not there")
 def _(place):
     place.adata.layers["counts"] = place.adata.X
-    co.check(place.adata, layer="count")
+    co.setup(place.adata, layer="count")
 
 
 @case(COUNTS, "nothing in X")
 def _(place):
     place.adata.X = None
-    co.check(place.adata)
+    co.setup(place.adata)
 
 
 @case(COUNTS, "no cells left after a filter")
 def _(place):
-    co.check(place.adata[:0].copy())
+    co.setup(place.adata[:0].copy())
 
 
 @case(COUNTS, "a path instead of an AnnData object")
 def _(place):
-    co.check("screen.h5ad")
+    co.setup("screen.h5ad")
 
 
 @case(COUNTS, "repeated gene names")
 def _(place):
     place.adata.var_names = ["gene 1", *place.adata.var_names[1:-1], "gene 1"]
-    co.check(place.adata)
+    co.setup(place.adata)
 
 
 @case(COUNTS, "repeated cell names")
 def _(place):
     place.adata.obs_names = ["AAACG"] * place.adata.n_obs
-    co.check(place.adata)
+    co.setup(place.adata)
 
 
 @case(COUNTS, "a synthetic screen of too few dimensions")
@@ -104,34 +104,34 @@ def _(place):
 @case(LABELS, "a perturbation column of another name")
 def _(place):
     place.adata.obs = place.adata.obs.rename(columns={"perturbation": "perturbations"})
-    co.check(place.adata)
+    co.setup(place.adata)
 
 
 @case(LABELS, "a context column that is not there")
 def _(place):
-    co.check(place.adata, context_key="celltype")
+    co.setup(place.adata, context_key="celltype")
 
 
 @case(LABELS, "another label for the controls")
 def _(place):
-    co.check(place.adata, control="DMSO")
+    co.setup(place.adata, control="DMSO")
 
 
 @case(LABELS, "a cell type without controls")
 def _(place):
     obs = place.adata.obs
-    co.check(place.adata[~((obs.cell_type == "type A") & (obs.perturbation == "control"))].copy())
+    co.setup(place.adata[~((obs.cell_type == "type A") & (obs.perturbation == "control"))].copy())
 
 
 @case(LABELS, "nothing but controls")
 def _(place):
-    co.check(place.adata[place.adata.obs.perturbation == "control"].copy())
+    co.setup(place.adata[place.adata.obs.perturbation == "control"].copy())
 
 
 @case(LABELS, "cells without a label")
 def _(place):
     place.adata.obs.loc[place.adata.obs_names[:5], "perturbation"] = None
-    co.check(place.adata)
+    co.setup(place.adata)
 
 
 def relabel(place, old, new):
@@ -142,31 +142,31 @@ def relabel(place, old, new):
 @case(LABELS, "two spellings of the control")
 def _(place):
     relabel(place, "drug 1", "Control")
-    co.check(place.adata)
+    co.setup(place.adata)
 
 
 @case(LABELS, "a label with a blank at its end")
 def _(place):
     relabel(place, "drug 1", "drug 1 ")
-    co.check(place.adata)
+    co.setup(place.adata)
 
 
 @case(LABELS, "a combination with the control")
 def _(place):
     relabel(place, "drug 1", "drug 1+control")
-    co.check(place.adata)
+    co.setup(place.adata)
 
 
 @case(LABELS, "a combination in two orders")
 def _(place):
     relabel(place, "drug 1", "A+B")
     relabel(place, "drug 2", "B+A")
-    co.check(place.adata)
+    co.setup(place.adata)
 
 
 @case(LABELS, "one column for both keys")
 def _(place):
-    co.check(place.adata, context_key="perturbation")
+    co.setup(place.adata, context_key="perturbation")
 
 
 @case(LABELS, "a group of one cell")
@@ -174,7 +174,7 @@ def _(place):
     labels = place.adata.obs["perturbation"].astype(str).to_numpy()
     labels[np.flatnonzero(labels == "drug 1")[0]] = "drug 9"
     place.adata.obs["perturbation"] = labels
-    co.check(place.adata)
+    co.setup(place.adata)
 
 
 # -- splits

@@ -26,9 +26,9 @@ co.embed(adata, vae)
 operators = co.new_operators(adata)"""
 
 VIEWS = {
-    "table": "co.check(adata)",
-    "styled": f"styled(co.check(adata), caption={EVIL!r}, precision=1)",
-    "groups": "co.groups(adata, use_rep='X_nbvae')",
+    "table": "co.setup(adata)",
+    "styled": f"styled(co.setup(adata), caption={EVIL!r}, precision=1)",
+    "groups": "co.Groups(adata, use_rep='X_nbvae')",
     "sentence": f"markdown('**' + {EVIL!r} + '** is at its floor')",
     "model": "operators",
     "explorer": "co.Explorer(adata, vae, operators)",

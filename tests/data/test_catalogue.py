@@ -12,7 +12,7 @@ import anndata
 import pytest
 
 from cellop_nb.data import catalogue
-from cellop_nb.data.contract import check
+from cellop_nb.data.contract import setup
 from cellop_nb.data.screens import SCREENS, Screen, scperturb
 from cellop_nb.errors import DataError
 
@@ -76,7 +76,7 @@ def test_download_is_cached_recorded_and_named_as_the_contract(server):
     assert {"control", "drug 1", "drug 1+drug 2"} <= set(adata.obs["perturbation"])
     assert {"perturbation", "cell_type", "donor"} <= set(adata.obs)
     assert adata.uns["cellop_nb"]["source"]["obs_cell_type"] == "celltype"
-    assert len(check(adata)) == 10
+    assert len(setup(adata)) == 10
     again = catalogue.load("remote", progress=False)
     assert again.shape == adata.shape and server.requests == ["/remote.h5ad"]
     record = json.loads((server.cache / "checksums.json").read_text())

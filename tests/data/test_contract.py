@@ -5,21 +5,24 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
-from anndata import AnnData, read_h5ad
+from anndata import AnnData, concat, read_h5ad, read_zarr
 from scipy import sparse
 
 from cellop_nb.data.contract import (
-    check,
+    Keys,
     context_labels,
+    count_blocks,
     counts,
+    keys_of,
     library_size,
     perturbation_parts,
+    setup,
 )
 from cellop_nb.errors import DataError, LabelError
 
 
 def test_table_of_groups(screen):
-    table = check(screen)
+    table = setup(screen)
     expected = screen.obs.groupby(["cell_type", "perturbation"], observed=True).size()
     assert table.set_index(["context", "perturbation"])["cells"].to_dict() == expected.to_dict()
     first = table.iloc[0]
@@ -28,7 +31,8 @@ def test_table_of_groups(screen):
     )
     assert first["counts_per_cell"] == np.median(screen[here].X.toarray().sum(1))
     assert (table["note"] == "").all()
-    assert (check(screen, min_cells=41)["note"] == "fewer than 41 cells").all()
+    few = setup(screen[np.r_[np.flatnonzero(~here)[:], np.flatnonzero(here)[:9]]].copy())
+    assert few.loc[few["note"] == "fewer than 10 cells", "cells"].tolist() == [9]
 
 
 @pytest.mark.parametrize("store", [sparse.csr_matrix, sparse.csc_matrix, sparse.csr_array, np.asarray])
@@ -40,7 +44,7 @@ def test_any_storage_passes(screen, store, dtype, layer):
         screen.X = x
     else:
         screen.layers[layer], screen.X = x, np.log1p(screen.X.toarray())
-    reference = check(screen, layer=layer)
+    reference = setup(screen, layer=layer)
     assert reference["cells"].sum() == screen.n_obs
     found = counts(screen, layer)
     np.testing.assert_array_equal(
@@ -57,19 +61,19 @@ def test_any_storage_passes(screen, store, dtype, layer):
 
 @pytest.mark.parametrize("store", [sparse.csr_matrix, sparse.csc_matrix, np.asarray])
 def test_backed_on_disk(screen, store, tmp_path):
-    reference = check(screen)
+    reference = setup(screen)
     screen.X = store(screen.X.toarray())
     screen.write_h5ad(tmp_path / "screen.h5ad")
     backed = read_h5ad(tmp_path / "screen.h5ad", backed="r")
-    pd.testing.assert_frame_equal(check(backed), reference)
+    pd.testing.assert_frame_equal(setup(backed), reference)
     total = counts(backed).sum()
     backed.file.close()
     assert total == screen.X.sum()
 
 
-def test_check_writes_nothing(screen):
+def test_setup_writes_the_keys_alone(screen):
     before = screen.copy()
-    check(screen)
+    setup(screen)
     pd.testing.assert_frame_equal(screen.obs, before.obs)
     assert screen.uns.keys() == before.uns.keys() and screen.layers.keys() == before.layers.keys()
 
@@ -261,27 +265,136 @@ def test_bad_input_is_refused(screen, case):
     spoil, error, message = BAD[case]
     adata, arguments = spoil(screen)
     with pytest.raises(error, match=message) as caught:
-        check(adata, **arguments)
+        setup(adata, **arguments)
     for beat in ("Expected ", "Found ", "To fix it: "):
         assert beat in str(caught.value)
 
 
 def test_fault_in_a_late_block_is_found(screen, monkeypatch):
-    from cellop_nb.data import checks
+    from cellop_nb.data import contract
 
-    monkeypatch.setattr(checks, "count_blocks", lambda a, layer, size=4096: _blocks(a, layer, 16))
+    monkeypatch.setattr(contract, "count_blocks", lambda a, layer, size=4096: _blocks(a, layer, 16))
     x = screen.X.toarray()
     x[200, 11] = 0.5
     screen.X = sparse.csr_matrix(x)
     with pytest.raises(DataError, match="cell 'cell_00200', gene 'GENE0011'"):
-        check(screen)
+        setup(screen)
 
 
 def _blocks(adata, layer, size):
-    from cellop_nb.data.slots import count_blocks
-
     return count_blocks(adata, layer, size)
 
 
 def test_real_screens_pass(kang_file, norman_file, mcfaline_file):
-    assert [len(check(read_h5ad(file))) for file in (kang_file, norman_file, mcfaline_file)] == [16, 34, 30]
+    assert [len(setup(read_h5ad(file))) for file in (kang_file, norman_file, mcfaline_file)] == [16, 34, 30]
+
+
+KEYS = {
+    "layer": "umi",
+    "perturbation_key": "condition",
+    "context_key": ["tissue", "donor"],
+    "control": "ctrl",
+    "dose_key": "amount",
+    "batch_key": "batch",
+}
+
+
+@pytest.fixture
+def renamed(screen):
+    """The small screen under other names, set up."""
+    screen.obs = screen.obs.rename(columns={"cell_type": "tissue", "perturbation": "condition"})
+    screen.obs["condition"] = screen.obs["condition"].astype(str).replace({"control": "ctrl"})
+    screen.obs["amount"] = np.where(screen.obs["condition"] == "ctrl", -1.0, 2.0)
+    screen.layers["umi"] = screen.X.copy()
+    setup(screen, singles=["drug 1+drug 2"], **KEYS)
+    return screen
+
+
+def test_keys_travel_with_the_data(renamed, tmp_path):
+    expected = Keys(
+        "umi", "condition", ("tissue", "donor"), "ctrl", "amount", None, "batch", ("drug 1+drug 2",)
+    )
+    assert keys_of(renamed) == expected
+    renamed.write_h5ad(tmp_path / "screen.h5ad")
+    renamed.write_zarr(tmp_path / "screen.zarr")
+    halves = concat([renamed[:200], renamed[200:]], uns_merge="same")
+    stored = [read_h5ad(tmp_path / "screen.h5ad"), read_zarr(tmp_path / "screen.zarr")]
+    for other in (renamed[:50], renamed[:50].copy(), halves, *stored):
+        assert keys_of(other) == expected
+
+
+def test_one_context_is_kept_as_one_context(screen, tmp_path):
+    setup(screen, context_key=None)
+    screen.write_h5ad(tmp_path / "screen.h5ad")
+    assert keys_of(read_h5ad(tmp_path / "screen.h5ad")).context_key is None
+
+
+def test_setup_keeps_what_else_we_wrote(screen):
+    truth = screen.uns["cellop_nb"]["truth"]
+    setup(screen)
+    assert screen.uns["cellop_nb"]["truth"] is truth
+
+
+@pytest.mark.parametrize(
+    ("label", "parts"),
+    [
+        ("A+B", ("A", "B")),
+        ("(+)-JQ1", ("(+)-JQ1",)),
+        ("anti-CD3+CD28", ("anti-CD3+CD28",)),
+        ("Na+/K+ ATPase inhibitor", ("Na+/K+ ATPase inhibitor",)),
+        ("A+C", ("A+C",)),
+        ("A", ("A",)),
+    ],
+)
+def test_a_label_is_a_combination_where_its_parts_are_labels(label, parts):
+    assert perturbation_parts(label, ["A", "B", label]) == parts
+    assert perturbation_parts(label, ["A", "B", label], singles=[label]) == (label,)
+
+
+def test_names_with_a_plus_pass_the_gate(screen):
+    names = {"drug 1": "(+)-JQ1", "drug 2": "anti-CD3+CD28", "drug 1+drug 2": "Na+/K+ ATPase inhibitor"}
+    screen.obs["perturbation"] = screen.obs["perturbation"].astype(str).replace(names)
+    assert set(names.values()) <= set(setup(screen)["perturbation"])
+
+
+DOSES = {
+    "text": ("10 uM", "write numbers alone"),
+    "logarithms": (-2.0, r"10 \*\* value"),
+    "zero": (0.0, "others, such as 0.0"),
+    "missing": (np.nan, "others, such as nan"),
+}
+
+
+@pytest.mark.parametrize("case", DOSES)
+def test_what_is_no_dose_is_refused(screen, case):
+    value, message = DOSES[case]
+    treated = screen.obs["perturbation"] != "control"
+    screen.obs["amount"] = np.where(treated, 1.0, np.nan).astype(object)
+    setup(screen, dose_key="amount")
+    screen.obs.loc[screen.obs_names[np.flatnonzero(treated)[3]], "amount"] = value
+    with pytest.raises(LabelError, match=rf"positive numbers as doses.*obs\['amount'\].*{message}"):
+        setup(screen, dose_key="amount")
+
+
+def test_features_that_are_no_genes_are_refused(screen):
+    screen.var["feature_types"] = ["Gene Expression"] * 58 + ["CRISPR Guide Capture"] * 2
+    with pytest.raises(DataError, match="2 other features .CRISPR Guide Capture., such as 'GENE0058'"):
+        setup(screen)
+    setup(screen[:, screen.var["feature_types"] == "Gene Expression"].copy())
+
+
+def test_control_labels_in_a_list_are_refused(screen):
+    with pytest.raises(LabelError, match="one control label, a string.*replace"):
+        setup(screen, control=["control"])
+
+
+def test_two_columns_of_one_name_are_refused(screen):
+    screen.obs = pd.concat([screen.obs, screen.obs[["cell_type"]]], axis=1)
+    with pytest.raises(LabelError, match="one column 'cell_type' in obs.*2 columns"):
+        setup(screen)
+
+
+def test_gene_indices_outside_the_genes_are_refused(screen):
+    screen.X.indices[7] = 60
+    with pytest.raises(DataError, match="gene indices of 0 to 59.*the gene index 60"):
+        setup(screen)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 
 import numpy as np
@@ -11,9 +12,10 @@ import torch
 from anndata import AnnData
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import sparse
 
-from cellop_nb.data.draws import Draws, prime_from
-from cellop_nb.data.grouping import groups
+from cellop_nb.data.contract import Keys
+from cellop_nb.data.groups import Draws, Groups, prime_from
 from cellop_nb.errors import DataError, LabelError
 
 
@@ -24,6 +26,14 @@ def numbered(contexts: list[str], perturbations: list[str], **columns) -> AnnDat
     adata = AnnData(np.ones((len(obs), 1), dtype=np.float32), obs=obs)
     adata.obsm["X_nbvae"] = np.arange(len(obs), dtype=np.float32)[:, None]
     return adata
+
+
+def groups(
+    adata: AnnData, *, use_rep="X_nbvae", split=None, control_split=None, min_cells=2, **keys
+) -> Groups:
+    """The index of these cells, under the usual keys or others."""
+    Keys(**keys).write(adata)
+    return Groups(adata, use_rep=use_rep, split=split, control_split=control_split, min_cells=min_cells)
 
 
 labels = st.lists(
@@ -46,8 +56,8 @@ def test_groups_never_mix_contexts_or_sides(cells, n_cells, seed):
         for drawn, available in ((left, cells.count((group.context, "control"))), (right, len(group))):
             assert len(set(drawn.tolist())) == len(drawn) == min(n_cells or available, available)
     for group in screen:
-        np.testing.assert_array_equal(group.cells[:, 0].numpy(), group.index)
-    for context, rows in screen.control_index.items():
+        np.testing.assert_array_equal(group.cells[:, 0].numpy(), group.rows)
+    for context, rows in screen.control_rows.items():
         np.testing.assert_array_equal(screen.control[context][:, 0].numpy(), rows)
 
 
@@ -67,7 +77,7 @@ def test_doses_and_several_context_columns():
         donor=list("xxxxxxxx"),
         dose=[0, 0, 1, 1, 0.5, 0.5, 2, 2],
     )
-    screen = groups(adata, context_key=["cell_type", "donor"], dose_key="dose")
+    screen = groups(adata, context_key=("cell_type", "donor"), dose_key="dose")
     assert screen.labels == ["A | x, p @ 0.5", "A | x, p @ 1", "A | x, q"]
     assert [group.dose for group in screen] == [0.5, 1, 2]
     assert groups(adata, context_key=None).labels == ["all, p", "all, q"]
@@ -130,21 +140,21 @@ def split_screen():
 def test_training_groups_read_training_cells_only(split_screen):
     screen = groups(split_screen, split="train")
     assert screen.labels == ["A, p"]
-    assert screen.items[0].index.tolist() == [6, 7] and screen.control_index["A"].tolist() == [0, 1]
+    assert screen.items[0].rows.tolist() == [6, 7] and screen.control_rows["A"].tolist() == [0, 1]
 
 
 def test_held_out_context_starts_from_its_own_controls(split_screen):
     screen = groups(split_screen, split="test")
-    assert {context: rows.tolist() for context, rows in screen.control_index.items()} == {
+    assert {context: rows.tolist() for context, rows in screen.control_rows.items()} == {
         "A": [4, 5],
         "B": [12, 13, 14],
     }
-    assert [group.index.tolist() for group in screen] == [[10, 11], [15, 16, 17]]
+    assert [group.rows.tolist() for group in screen] == [[10, 11], [15, 16, 17]]
 
 
 def test_controls_from_named_splits(split_screen):
     screen = groups(split_screen, split="val", control_split=("train", "val"))
-    assert screen.control_index["A"].tolist() == [0, 1, 2, 3]
+    assert screen.control_rows["A"].tolist() == [0, 1, 2, 3]
 
 
 def test_training_never_borrows_controls_from_other_splits(split_screen):
@@ -171,7 +181,7 @@ BAD = [
     (broken_latents, DataError, "finite latents.*1 cells.*'c3'"),
     (lambda a: {"control": "ctrl"}, LabelError, "control cells 'ctrl'.*did you mean 'control'"),
     (lambda a: {"split": "train"}, LabelError, "a column 'split' in obs"),
-    (lambda a: {"context_key": "celltype"}, LabelError, "did you mean 'cell_type'"),
+    (lambda a: {"context_key": ("celltype",)}, LabelError, "did you mean 'cell_type'"),
 ]
 
 
@@ -197,3 +207,57 @@ def test_real_screen_has_its_groups(kang_file):
     expected = adata.obs.groupby(["cell_type", "perturbation"], observed=True).size().unstack()
     assert dict(zip(table["context"], table["cells"], strict=True)) == expected["IFNb"].to_dict()
     assert dict(zip(table["context"], table["controls"], strict=True)) == expected["control"].to_dict()
+
+
+def test_a_context_with_controls_alone_is_in_the_index():
+    adata = numbered(list("AAAABB"), ["control", "control", "p", "p", "control", "control"])
+    screen = groups(adata)
+    assert screen.contexts == ["A", "B"] and screen.pairs == [("A", "p")]
+    assert screen.controls("B").tolist() == [4, 5] and screen.rows("B", "p").tolist() == []
+    assert screen.contexts_of("p") == ["A"] and screen.group("B", "p") is None
+    with pytest.raises(LabelError, match="a context with control cells.*'C'"):
+        screen.controls("C")
+
+
+def test_means_are_those_of_a_loop_over_groups():
+    rng = np.random.default_rng(0)
+    adata = numbered(list("AAAABBBBBB"), ["control", "control", "p", "p", "control", "control", *"pqpq"])
+    for cells in (rng.normal(size=(10, 3)), sparse.csr_matrix(rng.poisson(1.0, (10, 3)))):
+        screen = groups(adata)
+        means, controls = screen.means(cells)
+        dense = cells.toarray() if sparse.issparse(cells) else cells
+        expected = [dense[group.rows].mean(0) for group in screen]
+        np.testing.assert_allclose(means, expected)
+        np.testing.assert_allclose(controls, [dense[screen.controls(c)].mean(0) for c in screen.contexts])
+
+
+def test_an_index_without_latents_knows_its_rows():
+    adata = numbered(list("AAAA"), ["control", "control", "p", "p"])
+    screen = groups(adata, use_rep=None)
+    assert screen.dim == 0 and screen.rows("A", "p").tolist() == [2, 3]
+
+
+def test_data_that_were_not_set_up_are_refused_with_the_likely_call():
+    adata = numbered(["A"] * 4, ["control"] * 2 + ["p"] * 2, condition=["x"] * 4, celltype=["A"] * 4)
+    adata.obs = adata.obs[["condition", "celltype"]]
+    with pytest.raises(
+        LabelError, match="set up.*setup\\(adata, perturbation_key='condition', context_key='celltype'"
+    ):
+        Groups(adata)
+
+
+def test_many_groups_are_indexed_in_linear_time():
+    """Work is counted, not timed: no pass over all cells or all groups may happen once per group."""
+    n = 3000
+    adata = numbered(["A"] * (2 * n + 2), ["control"] * 2 + [f"p{k}" for k in range(n) for _ in range(2)])
+    calls = Counter()
+
+    def count(frame, event, _):
+        calls[event] += event == "call" and "groups.py" in frame.f_code.co_filename
+
+    sys.setprofile(count)
+    try:
+        screen = groups(adata)
+    finally:
+        sys.setprofile(None)
+    assert len(screen) == n and calls["call"] < 20 * n

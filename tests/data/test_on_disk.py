@@ -15,7 +15,7 @@ from scipy import sparse
 from cellop_nb.data import genes, on_disk
 from cellop_nb.data.batches import count_matrix
 from cellop_nb.data.catalogue import load
-from cellop_nb.data.contract import check
+from cellop_nb.data.contract import setup
 from cellop_nb.data.genes import select_genes
 from cellop_nb.data.splits import split
 from cellop_nb.errors import DataError
@@ -91,7 +91,7 @@ def test_totals_over_genes_that_are_not_kept_become_a_column(pair):
 
 def test_the_checks_read_by_blocks(pair):
     memory, disk = pair
-    assert check(disk).equals(check(memory))
+    assert setup(disk).equals(setup(memory))
 
 
 @settings(max_examples=60, deadline=None)

@@ -8,7 +8,7 @@ import pytest
 from scipy.spatial.distance import cdist
 
 from cellop_nb.data.catalogue import load
-from cellop_nb.data.contract import check
+from cellop_nb.data.contract import setup
 from cellop_nb.data.synthetic import (
     EXAMPLE,
     planted_operator,
@@ -48,7 +48,7 @@ def test_committed_example_is_what_the_command_writes(example, tmp_path):
 
 def test_example_is_small_and_fit_for_use(example, root):
     assert (root / "data" / "synthetic_screen.h5ad").stat().st_size < 3e6
-    assert (check(example)["cells"] >= 160).all()
+    assert (setup(example)["cells"] >= 160).all()
 
 
 def test_example_looks_like_counts(example):

@@ -8,7 +8,7 @@ import torch
 from scipy import linalg
 
 from cellop_nb.analysis.predict import source_cells
-from cellop_nb.data.grouping import groups
+from cellop_nb.data.groups import Groups
 from cellop_nb.data.synthetic import planted_operator, planted_proportions
 from cellop_nb.models.energy import energy_distance
 from cellop_nb.notebook import scenarios
@@ -94,7 +94,7 @@ def test_lent_responses_are_compared_on_the_same_cells(trained, cells, controls)
     adata, vae, own = trained
     lent = new_operators(adata[adata.obs["cell_type"] == "type B"].copy())
     far = VirtualCells(adata, vae, lent, n_replicates=20)
-    training = groups(adata[adata.obs["cell_type"] == "type B"].copy(), split="train")
+    training = Groups(adata[adata.obs["cell_type"] == "type B"].copy(), use_rep="X_nbvae", split="train")
     table = scenarios.lent_responses(far, cells, training, "type A", ["drug 1"])
     energy = table.set_index("method")["energy"]
     (group,) = (g for g in training if g.perturbation == "drug 1")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from toy import Do, assert_same_run
 
-from cellop_nb.data.grouping import groups
+from cellop_nb.data.groups import Groups
 from cellop_nb.data.splits import split
 from cellop_nb.data.synthetic import planted_operator, synthetic
 from cellop_nb.errors import LabelError
@@ -42,7 +42,7 @@ def transported_means(adata, model):
     """Learned and planted means of all controls of each group's context, (group, d)."""
     is_control = adata.obs["perturbation"] == "control"
     learned, planted = [], []
-    for group in groups(adata, split="test", **REP).items:
+    for group in Groups(adata, split="test", **REP).items:
         here = (is_control & (adata.obs["cell_type"] == group.context)).to_numpy()
         controls = torch.as_tensor(adata.obsm["X_truth"][here])
         matrix, shift = (
@@ -83,7 +83,7 @@ def small_trainer(adata, **settings):
 
 
 def test_held_out_groups_are_at_the_noise_floor(screen, trainer):
-    held_out = groups(screen, split="test", control_split="train", **REP)
+    held_out = Groups(screen, split="test", control_split="train", **REP)
     generator = torch.Generator().manual_seed(0)
     for group in held_out.items:
         moved = trainer.model.operator(condition_of(group))(held_out.control[group.context])
