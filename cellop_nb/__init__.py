@@ -26,7 +26,7 @@ _PUBLIC = {
     "DecoderNB": "models.vae",
     "sample_z": "models.vae",
     "elbo_loss": "models.vae",
-    "Condition": "models.conditions",
+    "Condition": "models.operators",
     "OperatorModel": "models.operators",
     "VAETrainer": "training.vae",
     "new_vae": "training.vae",
@@ -94,10 +94,10 @@ if TYPE_CHECKING:  # the names below are found by `__getattr__` while running
     from .data.genes import select_genes as select_genes
     from .data.groups import Groups as Groups
     from .data.splits import split as split
-    from .models.conditions import Condition as Condition
     from .models.energy import energy_distance as energy_distance
     from .models.likelihood import NegativeBinomial as NegativeBinomial
     from .models.likelihood import nb_log_likelihood as nb_log_likelihood
+    from .models.operators import Condition as Condition
     from .models.operators import OperatorModel as OperatorModel
     from .models.vae import NBVAE as NBVAE
     from .models.vae import DecoderNB as DecoderNB

@@ -41,12 +41,10 @@ from cellop_nb.analysis.report import (
     relative_error,
 )
 from cellop_nb.errors import ModelError
-from cellop_nb.models.conditions import Condition
 from cellop_nb.models.energy import energy_distance
 from cellop_nb.models.likelihood import nb_log_likelihood, nb_log_likelihood_logits
-from cellop_nb.models.networks import MIN_DISPERSION, DecoderNB, Encoder
 from cellop_nb.models.operators import OperatorModel
-from cellop_nb.models.vae import NBVAE, sample_z
+from cellop_nb.models.vae import MIN_DISPERSION, NBVAE, DecoderNB, Encoder, sample_z
 from cellop_nb.training.guard import NonFiniteGuard
 from cellop_nb.training.locate import NonFiniteError
 

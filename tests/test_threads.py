@@ -12,10 +12,8 @@ import pytest
 import torch
 
 import cellop_nb as co
-from cellop_nb.models.counts import SparseCounts
 from cellop_nb.models.energy import grouped_energy_distance
-from cellop_nb.models.likelihood import nb_log_likelihood_logits
-from cellop_nb.models.nb_head import nb_log_likelihood_head
+from cellop_nb.models.likelihood import SparseCounts, nb_log_likelihood_head, nb_log_likelihood_logits
 from cellop_nb.threads import same_threads
 from cellop_nb.training.operators import OperatorTrainer, new_operators
 from cellop_nb.training.vae import VAETrainer, new_vae

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..data.contract import perturbation_parts
-from ..models.coupling import Remainder
+from ..models.carry import Remainder
 from ..models.operators import OperatorModel
 from ..settings import check_settings
 from ..training.operators import OperatorTrainer, new_operators

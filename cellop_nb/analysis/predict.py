@@ -14,12 +14,10 @@ from tqdm.auto import tqdm
 from ..data.batches import model_counts
 from ..data.contract import context_labels, obs_labels
 from ..errors import DataError, LabelError, did_you_mean, three_beats
-from ..models.affine import AffineOperator
-from ..models.algebra import check_strength
-from ..models.conditions import Condition
-from ..models.counts import SparseCounts
-from ..models.coupling import Observed, Remainder, carry_counts
-from ..models.operators import OperatorModel
+from ..models.affine import AffineOperator, check_strength
+from ..models.carry import Observed, Remainder, carry_counts
+from ..models.likelihood import SparseCounts
+from ..models.operators import Condition, OperatorModel
 from ..models.vae import NBVAE
 
 
@@ -104,7 +102,7 @@ def predict(
         Power of the operator, 0 to 1.5: 0 leaves the cells, 1 is the measured strength.
     carry
         Whether each cell keeps its own counts and gains or loses what the decoder says
-        (:class:`cellop_nb.models.coupling.Observed`); otherwise counts are drawn afresh.
+        (:class:`cellop_nb.models.carry.Observed`); otherwise counts are drawn afresh.
     max_cells
         Take at most this many source cells, drawn with `seed`.
     seed

@@ -8,8 +8,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..models.conditions import Condition
-from ..models.operators import OperatorModel
+from ..models.operators import Condition, OperatorModel
 
 
 def response_profiles(

@@ -13,9 +13,8 @@ from ..data.batches import count_matrix, model_counts
 from ..data.contract import context_labels, obs_labels
 from ..data.matrices import CountMatrix
 from ..data.on_disk import DiskCounts
-from ..models.conditions import Condition
-from ..models.gene_linear import COUNTS_PER_CELL
-from ..models.operators import OperatorModel
+from ..models.likelihood import COUNTS_PER_CELL
+from ..models.operators import Condition, OperatorModel
 from ..models.vae import NBVAE
 from .predict import latents, source_cells
 

@@ -11,7 +11,7 @@ import torch
 
 from ..errors import ModelError
 from ..models.affine import AffineOperator
-from ..models.conditions import Condition
+from ..models.operators import Condition
 
 FEW, STEPS, DOUBLINGS = 10, 100, 10  # applications: few, one by one, and on to 100 * 2**10
 MAX_CONDITION = 1e7  # the limit of AffineOperator.inverse

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from ..data.contract import perturbation_parts
 from ..models.affine import AffineOperator
-from ..models.conditions import Condition
-from ..models.coupling import Remainder
-from ..models.operators import OperatorModel
+from ..models.carry import Remainder
+from ..models.operators import Condition, OperatorModel
 
 Group = tuple[str, str]  # (context, perturbation)
 

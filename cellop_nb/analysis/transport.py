@@ -10,9 +10,8 @@ from torch import Tensor
 
 from ..data.contract import Keys
 from ..data.groups import Group, Groups
-from ..models.conditions import Condition
 from ..models.energy import energy_distance
-from ..models.operators import OperatorModel
+from ..models.operators import Condition, OperatorModel
 from ..tables import Distances
 
 NO_CHANGE, MEAN_SHIFT, OPERATOR = "no change", "mean shift", "operator"

@@ -59,7 +59,7 @@ def apart(sizes: dict, rounds: int = 3, least: float = 2.0) -> tuple[dict[str, d
     """Seconds of a step and extra memory of each form, medians of processes of its own, one of each form in turn.
 
     In one process the forms would share what the allocator has learned, and ours teaches it to keep freed memory
-    (:mod:`cellop_nb.models.memory`): the form before would lose its page faults to the measurement.
+    (:func:`cellop_nb.models.host.keep_freed_memory`): the form before would lose its page faults to the measurement.
     """
     taken: dict[str, list[dict]] = {name: [] for name in (*LOSSES, WHOLE)}
     for _ in range(rounds):

@@ -12,10 +12,8 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from ..models.conditions import Condition
-from ..models.energy import self_distance
-from ..models.energy_moved import moved_energy_distance
-from ..models.operators import OperatorModel
+from ..models.energy import moved_energy_distance, self_distance
+from ..models.operators import Condition, OperatorModel
 from ..models.vae import NBVAE
 from .vae import screen
 

@@ -1,9 +1,10 @@
-"""The affine map K(z) = A z + b as an object: apply, compose, invert, raise to a real power."""
+"""The affine map K(z) = A z + b as an object: apply, compose, invert, raise to a real power; several as one."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 
 import numpy as np
 import torch
@@ -12,6 +13,9 @@ from torch import Tensor
 
 from ..errors import ModelError, three_beats
 from ..views import card
+
+MAX_STRENGTH = 1.5
+"""Largest strength given out: nothing was measured beyond it, and a generator extrapolates exponentially."""
 
 
 @dataclass(frozen=True)
@@ -78,16 +82,22 @@ class AffineOperator:
         return AffineOperator(whole[:-1, :-1], whole[:-1, -1], label)
 
     def inverse(self) -> AffineOperator:
-        """The way back; refused where A is numerically singular (condition number above 1e7)."""
-        condition = np.linalg.cond(self.homogeneous[:-1, :-1])
-        if not condition < 1e7:
-            raise ModelError(
-                three_beats(
-                    f"an invertible operator for the reversal of {self.label!r}",
-                    f"a condition number of {condition:.1e}",
-                    "fit with a larger ridge, which pulls the operator towards the identity",
-                )
-            )
+        """The way back, by float64 whatever the operator's own precision.
+
+        Raises
+        ------
+        ModelError
+            Where A is so nearly singular that the way back of a cell would be off by more than a thousandth: where the
+            condition number times the rounding of A's precision is above 1e-3.
+        """
+        condition = float(np.linalg.cond(self.homogeneous[:-1, :-1]))
+        largest = 1e-3 / torch.finfo(self.matrix.dtype).eps
+        if not condition <= largest:
+            precision = str(self.matrix.dtype).removeprefix("torch.")
+            expected = f"an invertible operator for the reversal of {self.label!r}"
+            received = f"a condition number of {condition:.1e}, above {largest:.1e} for {precision}"
+            fix = "fit with a larger ridge, which pulls the operator towards the identity"
+            raise ModelError(three_beats(expected, received, fix))
         return self._like(np.linalg.inv(self.homogeneous), f"inverse of {self.label}")
 
     def generator(self) -> np.ndarray:
@@ -127,3 +137,76 @@ class AffineOperator:
         if t == 0:  # asks for no logarithm, so it works where there is none
             return self._like(np.eye(len(self.shift) + 1), f"{self.label} at strength 0")
         return self._like(expm(t * self._logarithm), f"{self.label} at strength {t:g}")
+
+
+def check_strength(strength: float) -> float:
+    """The strength itself, where it lies between 0 and :data:`MAX_STRENGTH`; refused elsewhere."""
+    if not 0 <= strength <= MAX_STRENGTH:
+        fix = "stay near what was measured; the way back is operator.inverse()"
+        raise ModelError(three_beats(f"a strength between 0 and {MAX_STRENGTH:g}", f"{strength:g}", fix))
+    return float(strength)
+
+
+def compose(parts: Sequence[AffineOperator]) -> AffineOperator:
+    r"""The parts one after the other, the first acting first.
+
+    .. math:: K = K_n \circ \dots \circ K_1
+    """
+    _some(parts)
+    return reduce(lambda done, following: following @ done, parts)
+
+
+def sum_generators(parts: Sequence[AffineOperator]) -> AffineOperator:
+    r"""The parts acting at the same time: their generators add, so no order is preferred.
+
+    .. math:: K = e^{L_1 + \dots + L_n}, \qquad K_i = e^{L_i}
+
+    It equals the composition where the parts commute, and lies between the two orders elsewhere
+    (Baker, Campbell, Hausdorff; Higham 2008, Functions of Matrices, section 10.1).
+
+    Raises
+    ------
+    ModelError
+        Where a part has no real logarithm.
+    """
+    _some(parts)
+    label = "+".join(part.label for part in parts)
+    return parts[0]._like(expm(np.sum([part.generator() for part in parts], axis=0)), label)
+
+
+@dataclass(frozen=True)
+class Commutator:
+    r"""How much the order of two operators matters.
+
+    Attributes
+    ----------
+    matrix
+        :math:`H_B H_A - H_A H_B` of the homogeneous matrices, (d + 1, d + 1).
+    relative
+        Its Frobenius norm over :math:`2\,\|H_A - I\|\,\|H_B - I\|`, which bounds it: 0 where they commute.
+    """
+
+    matrix: np.ndarray
+    relative: float
+
+    def displacement(self, z: np.ndarray) -> np.ndarray:
+        """Where "A then B" takes cells (cell, d), minus where "B then A" takes them: (cell, d)."""
+        return np.asarray(z, dtype=float) @ self.matrix[:-1, :-1].T + self.matrix[:-1, -1]
+
+
+def commutator(first: AffineOperator, second: AffineOperator) -> Commutator:
+    """The commutator of two operators of one latent space."""
+    a, b = first.homogeneous, second.homogeneous
+    matrix = b @ a - a @ b
+    one = np.eye(len(a))
+    bound = 2 * np.linalg.norm(a - one) * np.linalg.norm(b - one)
+    return Commutator(matrix, float(np.linalg.norm(matrix) / bound) if bound > 0 else 0.0)
+
+
+def _some(parts: Sequence[AffineOperator]) -> None:
+    if not parts:
+        raise ModelError(three_beats("at least one operator", "none", "name the perturbations"))
+    sizes = {len(part.shift) for part in parts}
+    if len(sizes) > 1:
+        fix = "take operators of one fit"
+        raise ModelError(three_beats("operators of one latent space", f"dimensions {sorted(sizes)}", fix))

@@ -1,17 +1,191 @@
-"""The operator family: one affine map per condition, built from shared response axes."""
+"""The operator family: from names, doses and contexts to one affine map per condition, built from shared axes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import ModelError, three_beats
+from ..errors import LabelError, ModelError, did_you_mean, three_beats
 from ..views import card
+from . import host
 from .affine import AffineOperator
-from .conditions import Condition, ConditionEncoder, Design, first_embedding
-from .spectral import identity_like
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A perturbation (or combination) with its doses, in a context.
+
+    Parameters
+    ----------
+    perturbations
+        Names of the parts, ``()`` for control.
+    context
+        Cell type, donor or the like; None for any context, which uses the shared response alone.
+    doses
+        One strength per part, 1 for the measured one.
+    like
+        For a context that was never seen: known contexts with weights that sum to one, whose own parts of the
+        response are borrowed in these shares; ``()`` borrows none.
+
+    Raises
+    ------
+    ModelError
+        If there are not as many doses as perturbations.
+    """
+
+    perturbations: tuple[str, ...]
+    context: str | None = None
+    doses: tuple[float, ...] = ()
+    like: tuple[tuple[str, float], ...] = ()
+
+    def __post_init__(self):
+        if not self.doses:
+            object.__setattr__(self, "doses", (1.0,) * len(self.perturbations))
+        if len(self.doses) != len(self.perturbations):
+            expected = f"one dose for each of {len(self.perturbations)} perturbations"
+            fix = "give the doses in the order of the perturbations"
+            raise ModelError(three_beats(expected, f"{len(self.doses)} doses", fix))
+
+    @classmethod
+    def parse(
+        cls, label: str, context: str | None = None, *, control: str = "control", dose: float = 1.0
+    ) -> Condition:
+        """Read ``"A"``, ``"A+B"`` or the control label."""
+        parts = () if label == control else tuple(label.split("+"))
+        return cls(parts, context, (float(dose),) * len(parts))
+
+    @property
+    def shares(self) -> tuple[tuple[str, float], ...]:
+        """Contexts whose own parts of the response act, with their weights."""
+        own = () if self.context is None else ((self.context, 1.0),)
+        return self.like or own
+
+    @property
+    def label(self) -> str:
+        """``"A+B"``, ``"A (dose 0.5)"``, or ``"control"``."""
+        parts = zip(self.perturbations, self.doses, strict=True)
+        return "+".join(p if dose == 1 else f"{p} (dose {dose:g})" for p, dose in parts) or "control"
+
+    def __str__(self) -> str:
+        return self.label if self.context is None else f"{self.context}, {self.label}"
+
+
+@dataclass(frozen=True)
+class Design:
+    """Conditions as tensors: doses (condition, perturbation), context one-hot, pair products, strength."""
+
+    doses: Tensor
+    contexts: Tensor
+    pairs: Tensor
+    strength: Tensor
+
+    @property
+    def weight(self) -> Tensor:
+        """Weight of each context's own part, (condition, context)."""
+        return self.contexts * self.strength.unsqueeze(1)
+
+
+def first_embedding(n_rows: int, n_axes: int) -> Tensor:
+    """Orthogonal embeddings (row, axis): non-zero, so that gradients reach axes that still are zero."""
+    start = torch.empty(n_rows, n_axes)
+    scale = max(n_rows / n_axes, 1.0) ** 0.5
+    return nn.init.orthogonal_(start, scale, generator=torch.Generator().manual_seed(0))
+
+
+class ConditionEncoder(nn.Module):
+    r"""Conditions to the coefficients of the shared axes.
+
+    .. math::
+        h(\theta) = \Big(\sum_p s_p e_p + \sum_{p<q} s_p s_q e_{pq}\Big) \odot (1 + m_c), \quad
+        \beta = h, \quad \alpha = W h
+
+    with doses s, embeddings e (learned, or a linear map of given features), interactions of the pairs that
+    were measured, and a modulation m of the context that is zero for a context never seen.
+
+    Parameters
+    ----------
+    perturbations, contexts
+        Known names, without the control.
+    n_axes
+        K, the number of shared response axes.
+    pairs
+        Measured pairs of perturbations, each of which gets an interaction term that starts at zero.
+    features
+        (perturbation, feature) given descriptors in the order of `perturbations`; embeddings are then linear
+        in them, and perturbations that were never seen can be asked for.
+    """
+
+    def __init__(
+        self,
+        perturbations: Sequence[str],
+        contexts: Sequence[str],
+        n_axes: int,
+        *,
+        pairs: Sequence[tuple[str, str]] = (),
+        features: Tensor | None = None,
+    ):
+        super().__init__()
+        self.perturbations, self.contexts = list(perturbations), list(contexts)
+        self.pairs = [tuple(sorted(pair)) for pair in pairs]
+        for name in {name for pair in self.pairs for name in pair}:
+            self._index(name, self.perturbations, "perturbation")
+        if features is not None and len(features) != len(self.perturbations):
+            fix = "give one row of features per perturbation, in the same order"
+            expected = f"features of {len(self.perturbations)} perturbations"
+            raise ModelError(three_beats(expected, f"{len(features)} rows", fix))
+        self.features: Tensor | None
+        self.register_buffer("features", features)
+        n_rows = len(self.perturbations) if features is None else features.shape[1]
+        self.embedding = nn.Parameter(first_embedding(n_rows, n_axes))
+        self.interaction = nn.Parameter(torch.zeros(len(self.pairs), n_axes))
+        self.modulation = nn.Parameter(torch.zeros(len(self.contexts), n_axes))
+        self.to_alpha = nn.Parameter(torch.eye(n_axes))
+
+    def design(self, conditions: Sequence[Condition]) -> Design:
+        """Tensors of the conditions.
+
+        Raises
+        ------
+        LabelError
+            For a perturbation or context that the model does not know; close names are suggested.
+        """
+        device, dtype = self.embedding.device, self.embedding.dtype
+        doses = torch.zeros(len(conditions), len(self.perturbations), dtype=dtype)
+        contexts = torch.zeros(len(conditions), len(self.contexts), dtype=dtype)
+        for row, condition in enumerate(conditions):
+            for name, dose in zip(condition.perturbations, condition.doses, strict=True):
+                doses[row, self._index(name, self.perturbations, "perturbation")] += dose
+            for name, share in condition.shares:
+                contexts[row, self._index(name, self.contexts, "context")] += share
+        index = [[self.perturbations.index(name) for name in pair] for pair in self.pairs]
+        pairs = torch.stack([doses[:, a] * doses[:, b] for a, b in index], 1) if index else doses[:, :0]
+        strength = doses.amax(1) if self.perturbations else doses.sum(1)
+        return Design(*(part.to(device) for part in (doses, contexts, pairs, strength)))
+
+    def forward(self, design: Design) -> tuple[Tensor, Tensor]:
+        """Coefficients alpha and beta, each (condition, axis)."""
+        embedding = self.embedding if self.features is None else self.features @ self.embedding
+        main = design.doses @ embedding + design.pairs @ self.interaction
+        beta = main * (1 + design.contexts @ self.modulation)
+        return beta @ self.to_alpha.T, beta
+
+    @staticmethod
+    def _index(name: str, labels: list[str], kind: str) -> int:
+        if name not in labels:
+            fix = (
+                f"{did_you_mean(name, labels)} (a {kind} that was not trained on has no operator of its own)"
+            )
+            raise LabelError(three_beats(f"a {kind} the model was fitted with", repr(name), fix))
+        return labels.index(name)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{len(self.perturbations)} perturbations, {len(self.contexts)} contexts, {len(self.pairs)} measured "
+            f"pairs -> {self.embedding.shape[1]} axes{'' if self.features is None else ', from given features'}"
+        )
 
 
 def gaussian_map(control: Tensor, perturbed: Tensor, *, shrink: float = 0.1) -> Tensor:
@@ -19,21 +193,29 @@ def gaussian_map(control: Tensor, perturbed: Tensor, *, shrink: float = 0.1) -> 
 
     .. math:: A = S_0^{-1/2} (S_0^{1/2} S_1 S_0^{1/2})^{1/2} S_0^{-1/2}
 
-    Covariances are shrunk towards their mean variance by the share `shrink`.
+    Covariances are shrunk towards their mean variance by the share `shrink`, and no variance counts as less than 1e-8
+    of that mean. Where the control cells do not differ at all, no map is told by them: the identity.
 
     References
     ----------
     Dowson and Landau (1982), J. Multivariate Anal. 12:450.
     """
-    first, second = (_shrunk_covariance(cloud, shrink) for cloud in (control, perturbed))
+    (first, variance), (second, later_variance) = (
+        _correlated(cloud, shrink) for cloud in (control, perturbed)
+    )
+    if not variance > 0:
+        return identity_like(first)
     root, inverse_root = _matrix_power(first, 0.5), _matrix_power(first, -0.5)
-    return inverse_root @ _matrix_power(root @ second @ root, 0.5) @ inverse_root
+    scale = (later_variance / variance).sqrt()
+    return scale * (inverse_root @ _matrix_power(root @ second @ root, 0.5) @ inverse_root)
 
 
-def _shrunk_covariance(cloud: Tensor, shrink: float) -> Tensor:
+def _correlated(cloud: Tensor, shrink: float) -> tuple[Tensor, Tensor]:
+    """Shrunk covariance (d, d) in units of the mean variance, and that variance, 0-d."""
     covariance = torch.cov(cloud.T)
-    target = covariance.diagonal().mean() * torch.eye(len(covariance), dtype=cloud.dtype, device=cloud.device)
-    return (1 - shrink) * covariance + shrink * target
+    variance = covariance.diagonal().mean()
+    in_units = covariance / variance.clamp_min(torch.finfo(variance.dtype).tiny)
+    return (1 - shrink) * in_units + shrink * identity_like(in_units), variance
 
 
 def _matrix_power(symmetric: Tensor, power: float) -> Tensor:
@@ -96,9 +278,8 @@ class OperatorModel(nn.Module):
     ):
         super().__init__()
         if not perturbations:
-            raise ModelError(
-                three_beats("at least one perturbation", "none", "check perturbation_key and control")
-            )
+            fix = "check perturbation_key and control"
+            raise ModelError(three_beats("at least one perturbation", "none", fix))
         n_axes = min(len(perturbations), 8) if n_axes is None else n_axes
         rank = n_latent if rank is None else min(rank, n_latent)
         self.config = {
@@ -216,10 +397,10 @@ class OperatorModel(nn.Module):
         self._start_matrices(design, controls, perturbed)
         alpha, _ = self.conditions(design)
         departure = torch.einsum("nk,kij->nij", alpha, self.axis_left @ self.axis_right.mT)
-        wanted = shifts - torch.einsum("nij,nj->ni", departure, means - self.center)
-        self.axis_shift.copy_(_least_squares(alpha, wanted))
+        target = shifts - torch.einsum("nij,nj->ni", departure, means - self.center)
+        self.axis_shift.copy_(_least_squares(alpha, target))
         if self.context_shift.requires_grad:
-            left_over = wanted - alpha @ self.axis_shift
+            left_over = target - alpha @ self.axis_shift
             self.context_shift.copy_(_least_squares(design.weight, left_over))
         return self
 
@@ -264,21 +445,21 @@ class OperatorModel(nn.Module):
 
     @torch.no_grad()
     def _repr_html_(self) -> str:
-        c, known = self.config, self.conditions
-        places: list[str | None] = [*known.contexts] or [None]
-        wanted = [Condition((name,), context) for context in places for name in known.perturbations]
-        matrices, _ = self.affine(known.design(wanted))
+        c, encoder = self.config, self.conditions
+        contexts: list[str | None] = [*encoder.contexts] or [None]
+        conditions = [Condition((name,), context) for context in contexts for name in encoder.perturbations]
+        matrices, _ = self.affine(encoder.design(conditions))
         norms = torch.linalg.matrix_norm(matrices, 2)
         largest = int(norms.argmax())
         facts = {
-            "perturbations": known.perturbations,
-            "contexts": known.contexts,
-            "measured pairs": ["+".join(pair) for pair in known.pairs] or None,
+            "perturbations": encoder.perturbations,
+            "contexts": encoder.contexts,
+            "measured pairs": ["+".join(pair) for pair in encoder.pairs] or None,
             "latent dimensions": c["n_latent"],
             "shared axes": f"{c['n_axes']} of rank {c['rank']}",
-            "largest spectral norm": f"{float(norms[largest]):.3f} ({wanted[largest]})",
+            "largest spectral norm": f"{float(norms[largest]):.3f} ({conditions[largest]})",
             "mean departure from the identity": float(
-                (matrices - torch.eye(matrices.shape[-1]).to(matrices)).norm(dim=(1, 2)).mean()
+                (matrices - identity_like(matrices)).norm(dim=(1, 2)).mean()
             ),
         }
         return card("Operator family: z -> A z + b for every condition", facts)
@@ -291,3 +472,75 @@ class OperatorModel(nn.Module):
 def _least_squares(design: Tensor, target: Tensor) -> Tensor:
     """Minimum-norm least squares; `design` may lack columns' worth of groups (then those rows stay zero)."""
     return torch.linalg.pinv(design) @ target
+
+
+# -- the stability penalty -------------------------------------------------------------------------------
+
+
+def spectral_excess(matrices: Tensor, max_norm: float) -> Tensor:
+    r"""Stability penalty of operators (condition, d, d), averaged over conditions.
+
+    .. math:: \frac1n \sum_\theta \max(0, \|A_\theta\|_2 - \rho)^2
+
+    It acts on the operators of the conditions themselves; bounding the norms of their parts apart would not
+    bound their sum. The norm is the exact largest singular value; on a CPU the decomposition is left out where
+    :math:`1 + \|A_\theta - I\|_F` or :func:`norm_bound` already is below rho.
+    """
+    if host.looks_are_free(matrices.device):
+        departure = matrices.detach() - identity_like(matrices)
+        if 1 + float(departure.flatten(1).norm(dim=1).amax()) <= max_norm:
+            return matrices.new_zeros(())
+        bound = norm_bound(matrices.detach())
+        if bool(bound.isnan().any()):
+            return matrices.sum() * torch.nan  # the decomposition would raise; the guard names what it sees
+        beyond = bound > max_norm
+        if not bool(beyond.any()):
+            return matrices.new_zeros(())
+        excess = (torch.linalg.matrix_norm(matrices[beyond], 2) - max_norm).clamp_min(0)
+        return excess.square().sum() / len(matrices)
+    return (_largest_singular_value(matrices) - max_norm).clamp_min(0).square().mean()
+
+
+def identity_like(matrices: Tensor) -> Tensor:
+    """I (d, d) for matrices (..., d, d)."""
+    return torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
+
+
+def _largest_singular_value(matrices: Tensor, doublings: int = 12) -> Tensor:
+    r"""Spectral norms (condition,) by products alone: a decomposition makes the host wait for its outcome.
+
+    .. math:: \|A\|_2 \approx \|A v\| / \|v\|, \qquad v = (A^\top A)^{2^{12}} w
+
+    with w the column of largest norm; low by a share of at most :math:`\log(d) / 2^{13}`, five digits or more where
+    the second singular value is a per cent smaller.
+    """
+    with torch.no_grad():
+        power = _of_size_one(torch.bmm(matrices.mT, matrices))
+        for doubling in range(1, doublings + 1):
+            power = torch.bmm(power, power)
+            if doubling % 3 == 0 or doubling == doublings:  # entries of at most 1 have grown to at most d^7
+                power = _of_size_one(power)
+        largest = power.square().sum(1).argmax(1)
+        vector = power.gather(2, largest.view(-1, 1, 1).expand(-1, power.shape[1], 1))
+        vector = vector / vector.norm(dim=1, keepdim=True).clamp_min(torch.finfo(power.dtype).tiny)
+    return torch.bmm(matrices, vector).norm(dim=(1, 2))
+
+
+def _of_size_one(matrices: Tensor) -> Tensor:
+    """Matrices (condition, d, d) scaled so that the largest entry of each is 1 (or 0)."""
+    return matrices / matrices.abs().amax((1, 2), keepdim=True).clamp_min(torch.finfo(matrices.dtype).tiny)
+
+
+def norm_bound(matrices: Tensor) -> Tensor:
+    r"""Upper bound (condition,) of the spectral norms of (condition, d, d), by products alone.
+
+    .. math:: \|A\|_2 \le \|(A^\top A)^4\|_F^{1/8} \le d^{1/16}\, \|A\|_2
+
+    NaN where a matrix is not finite; infinity where its powers overflow.
+    """
+    size = matrices.flatten(1).norm(dim=1)
+    gram = torch.bmm(matrices.mT, matrices)
+    for _ in range(2):
+        gram = torch.bmm(gram, gram)
+    bound = gram.flatten(1).norm(dim=1).pow(1 / 8)
+    return torch.where(size.isfinite(), torch.where(bound.isnan(), torch.inf, bound), torch.nan)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,12 +12,183 @@ from torch.distributions import Normal
 
 from ..errors import LabelError, three_beats
 from ..views import card
-from .counts import SparseCounts
-from .likelihood import NegativeBinomial
-from .networks import MAX_DISPERSION, MIN_DISPERSION, DecoderNB, Encoder
+from . import host
+from .likelihood import (
+    GeneLinear,
+    LogNormalised,
+    NegativeBinomial,
+    SparseCounts,
+    nb_log_likelihood_head,
+    nb_log_likelihood_logits,
+)
+
+LOGVAR_BOUND = 10.0
+MIN_DISPERSION = 1e-4
+MAX_DISPERSION = 1e6
 
 OTHER_GENES = "other genes"
 """Name of the column that stands for all measured genes that are not modelled one by one."""
+
+
+class _Bounded(torch.autograd.Function):
+    """Clamp in the forward pass, identity in the backward pass (straight-through)."""
+
+    @staticmethod
+    def forward(ctx, value: Tensor, low: float, high: float) -> Tensor:
+        # An infinite input is a fault, not a large number: it must surface, not be clamped away.
+        return torch.where(value.isinf(), torch.nan, value.clamp(low, high))
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        return gradient, None, None
+
+
+def bounded(value: Tensor, low: float, high: float) -> Tensor:
+    """`value` limited to [low, high], with gradients that still flow from outside the interval.
+
+    A plain ``clamp`` has zero gradient outside, so that a parameter that once left could never return.
+    Infinite entries become NaN, so that the non-finite guard sees them.
+    """
+    return _Bounded.apply(value, low, high)
+
+
+def _mlp(n_in: int, n_hidden: int, n_layers: int, dropout: float) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for layer in range(n_layers):
+        layers += [nn.Linear(n_in if layer == 0 else n_hidden, n_hidden), *_after(n_hidden, dropout)]
+    return nn.Sequential(*layers)
+
+
+def _after(n_hidden: int, dropout: float) -> list[nn.Module]:
+    """What follows each linear layer."""
+    layers: list[nn.Module] = [nn.LayerNorm(n_hidden), nn.ReLU()]
+    return [*layers, nn.Dropout(dropout)] if dropout else layers
+
+
+class Encoder(nn.Module):
+    r"""log1p of library-normalised counts to a Normal over the latent, by a linear path beside an MLP.
+
+    .. math:: y = \log(1 + 10^4 x / l), \quad \mu_z = W_0 y + W_1 f(y, c) + a, \quad \log \sigma_z^2 = V f(y, c) + b
+
+    The layer norm of f limits how far the MLP alone can reach, so that responses stronger than any that was
+    trained on would be pressed together; the linear path, which starts at zero, lets them through.
+
+    Parameters
+    ----------
+    n_genes, n_latent, n_hidden, n_layers
+        Sizes of the network.
+    n_covariates
+        Width of the one-hot covariates that are appended to the input; 0 for none.
+    dropout
+        Share of hidden units dropped while training.
+
+    References
+    ----------
+    Lopez, Regier, Cole, Jordan and Yosef (2018), Nat. Methods 15:1053 (the encoder of log counts); He, Zhang, Ren and
+    Sun (2016), CVPR, 770 (a path around the nonlinear layers).
+    """
+
+    def __init__(
+        self,
+        n_genes: int,
+        n_latent: int,
+        *,
+        n_hidden: int = 128,
+        n_layers: int = 1,
+        n_covariates: int = 0,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        first = GeneLinear(n_genes, n_hidden, n_covariates=n_covariates)
+        deeper = _mlp(n_hidden, n_hidden, n_layers - 1, dropout)
+        self.body = nn.Sequential(first, *_after(n_hidden, dropout), *deeper)
+        self.linear = GeneLinear(n_genes, n_latent, bias=False)
+        nn.init.zeros_(self.linear.weight)
+        self.mean = nn.Linear(n_hidden, n_latent)
+        self.log_variance = nn.Linear(n_hidden, n_latent)
+
+    def forward(self, x: Tensor | SparseCounts, library: Tensor, covariates: Tensor | None = None) -> Normal:
+        """Posterior of shape (cell, latent) for counts (cell, gene) and library sizes (cell,)."""
+        scaled = LogNormalised(x, library, covariates)
+        mean, deviation = self.after_genes(self.body[0](scaled), self.linear(scaled))
+        return Normal(mean, deviation, validate_args=False)
+
+    def after_genes(self, first: Tensor, linear: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation (cell, latent) from the first layer (cell, hidden) and the linear path."""
+        hidden = first
+        for layer in list(self.body)[1:]:
+            hidden = layer(hidden)
+        log_variance = bounded(self.log_variance(hidden), -LOGVAR_BOUND, LOGVAR_BOUND)
+        return linear + self.mean(hidden), torch.exp(0.5 * log_variance)
+
+
+class DecoderNB(nn.Module):
+    r"""Latent to the logits of gene proportions, by a linear path beside an MLP, with gene-wise dispersion.
+
+    .. math:: \mu = l \cdot \mathrm{softmax}(W z + f(z, c) + C c + a), \quad r = e^{\rho}
+
+    The linear path keeps the decoder sensible for latents outside the training clouds, which is where
+    predictions of unseen conditions live.
+
+    Parameters
+    ----------
+    n_latent, n_genes, n_hidden, n_layers
+        Sizes of the network.
+    n_covariates
+        Width of the one-hot covariates c that are appended to the latent; 0 for none.
+    dropout
+        Share of hidden units dropped while training.
+
+    References
+    ----------
+    Lopez, Regier, Cole, Jordan and Yosef (2018), Nat. Methods 15:1053 (the negative-binomial decoder).
+    """
+
+    def __init__(
+        self,
+        n_latent: int,
+        n_genes: int,
+        *,
+        n_hidden: int = 128,
+        n_layers: int = 1,
+        n_covariates: int = 0,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        self.linear = nn.Linear(n_latent + n_covariates, n_genes)
+        self.body = _mlp(n_latent + n_covariates, n_hidden, n_layers, dropout)
+        self.output = nn.Linear(n_hidden, n_genes, bias=False)
+        self.log_dispersion = nn.Parameter(torch.zeros(n_genes))
+
+    def forward(self, z: Tensor, covariates: Tensor | None = None) -> Tensor:
+        """Logits (cell, gene) of the expected proportions."""
+        inputs, hidden = self.features(z, covariates)
+        return self.linear(inputs) + self.output(hidden)
+
+    def features(self, z: Tensor, covariates: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Inputs of the two last linear layers: latent with covariates, and (cell, hidden)."""
+        inputs = z if covariates is None else torch.cat([z, covariates], -1)
+        return inputs, self.body(inputs)
+
+    def log_likelihood(
+        self, counts: SparseCounts, library: Tensor, z: Tensor, covariates: Tensor | None = None
+    ) -> Tensor:
+        """(cell,) log-likelihood of counts (cell, gene), whose library sizes are (cell,), at latents (cell, latent)."""
+        mixed = torch.is_autocast_enabled("cpu")  # products in another precision
+        if mixed or not host.looks_are_free(z.device):
+            logits = self(z, covariates).to(library.dtype)
+            return nb_log_likelihood_logits(counts, logits, library, self.dispersion)
+        inputs, hidden = self.features(z, covariates)
+        linear, output = (inputs, self.linear.weight), (hidden, self.output.weight)
+        return nb_log_likelihood_head(
+            counts, library, self.dispersion, bias=self.linear.bias, linear=linear, output=output
+        )
+
+    @property
+    def dispersion(self) -> Tensor:
+        """(gene,) inverse dispersion r, inside [1e-4, 1e6]."""
+        low, high = math.log(MIN_DISPERSION), math.log(MAX_DISPERSION)
+        return torch.exp(bounded(self.log_dispersion, low, high))
 
 
 def sample_z(posterior: Normal, generator: torch.Generator | None = None) -> Tensor:
@@ -130,12 +302,8 @@ class NBVAE(nn.Module):
         total_key: str | None = None,
     ):
         super().__init__()
-        names = (
-            [f"gene_{i}" for i in range(genes)] if isinstance(genes, int) else [str(name) for name in genes]
-        )
-        self.covariates = {
-            name: [str(c) for c in categories] for name, categories in (covariates or {}).items()
-        }
+        names = [f"gene_{i}" for i in range(genes)] if isinstance(genes, int) else list(map(str, genes))
+        self.covariates = {name: list(map(str, labels)) for name, labels in (covariates or {}).items()}
         self.config: dict[str, Any] = {
             "genes": names,
             "n_latent": n_latent,
@@ -147,18 +315,25 @@ class NBVAE(nn.Module):
             "total_key": total_key,
         }
         n_columns, width = len(self.columns), sum(map(len, self.covariates.values()))
-        sizes = {"n_hidden": n_hidden, "n_layers": n_layers, "dropout": dropout}
-        self.encoder = Encoder(n_columns, n_latent, n_covariates=width * encode_covariates, **sizes)
-        self.decoder = DecoderNB(n_latent, n_columns, n_covariates=width, **sizes)
+        self.encoder = Encoder(
+            n_columns,
+            n_latent,
+            n_hidden=n_hidden,
+            n_layers=n_layers,
+            n_covariates=width * encode_covariates,
+            dropout=dropout,
+        )
+        self.decoder = DecoderNB(
+            n_latent, n_columns, n_hidden=n_hidden, n_layers=n_layers, n_covariates=width, dropout=dropout
+        )
 
     def _repr_html_(self) -> str:
         c = self.config
-        layers = f"{c['n_layers']} hidden of {c['n_hidden']} units"
         facts = {
             "genes": c["genes"],
             "latent dimensions": c["n_latent"],
-            "layers": layers,
-            "covariates": [f"{name} ({len(known)})" for name, known in self.covariates.items()] or None,
+            "layers": f"{c['n_layers']} hidden of {c['n_hidden']} units",
+            "covariates": [f"{name} ({len(labels)})" for name, labels in self.covariates.items()] or None,
             "parameters": sum(parameter.numel() for parameter in self.parameters()),
         }
         return card("Negative-binomial VAE: counts to latents and back", facts)
@@ -207,12 +382,13 @@ class NBVAE(nn.Module):
         covariates = covariates or {}
         missing = sorted(set(self.covariates) - set(covariates))
         if missing:
-            found = f"{sorted(covariates)}"
-            fix = f"pass integer codes of {missing} too, one per cell"
-            raise LabelError(three_beats(f"the covariates {sorted(self.covariates)}", found, fix))
-        columns = [
-            nn.functional.one_hot(covariates[name], len(known)) for name, known in self.covariates.items()
-        ]
+            expected, fix = (
+                f"the covariates {sorted(self.covariates)}",
+                f"pass integer codes of {missing} too, one per cell",
+            )
+            raise LabelError(three_beats(expected, f"{sorted(covariates)}", fix))
+        one_hot, labels = nn.functional.one_hot, self.covariates.items()
+        columns = [one_hot(covariates[name], len(categories)) for name, categories in labels]
         return torch.cat(columns, -1).to(self.decoder.linear.weight.dtype)
 
     def encode(
@@ -238,16 +414,16 @@ class NBVAE(nn.Module):
         """
         if library is None:
             library = x.sum(-1) if isinstance(x, Tensor) else x.totals()
-        given = self.one_hot(covariates, len(x)) if self.config["encode_covariates"] else None
-        return self.encoder(x, library, given)
+        one_hot = self.one_hot(covariates, len(x)) if self.config["encode_covariates"] else None
+        return self.encoder(x, library, one_hot)
 
-    def log_proportions(self, z: Tensor, given: Tensor | None = None) -> Tensor:
-        """(cell, gene) log share of the library of latents (cell, latent), with one-hot covariates `given`.
+    def log_proportions(self, z: Tensor, one_hot: Tensor | None = None) -> Tensor:
+        """(cell, gene) log share of the library of latents (cell, latent), with covariates `one_hot` (cell, width).
 
         The result lies where the latents lie; a model on another device works it out there.
         """
         device = self.decoder.linear.weight.device
-        logits = self.decoder(z.to(device), None if given is None else given.to(device))
+        logits = self.decoder(z.to(device), None if one_hot is None else one_hot.to(device))
         return torch.log_softmax(logits, -1)[:, : self.n_genes].to(z.device)
 
     def decode(
@@ -270,10 +446,10 @@ class NBVAE(nn.Module):
 
         Training passes `x` by its non-zeros, :class:`SparseCounts`: nothing else of it is then visited.
         """
-        posterior, given = self.encode(x, library, covariates), self.one_hot(covariates, len(x))
+        posterior, one_hot = self.encode(x, library, covariates), self.one_hot(covariates, len(x))
         counts = x if isinstance(x, SparseCounts) else SparseCounts.from_dense(x)
         z = sample_z(posterior, generator)
-        return self.decoder.log_likelihood(counts, library, z, given), posterior
+        return self.decoder.log_likelihood(counts, library, z, one_hot), posterior
 
     def extra_repr(self) -> str:
         return f"{self.n_genes} genes -> {self.n_latent} latent, {sum(p.numel() for p in self.parameters()):,} parameters"

@@ -10,9 +10,8 @@ from torch import Tensor
 from ..data.matrices import CountMatrix
 from ..errors import LabelError, did_you_mean, three_beats
 from ..models.affine import AffineOperator
-from ..models.coupling import Observed, carry_counts
-from ..models.gene_linear import COUNTS_PER_CELL
-from ..models.likelihood import NegativeBinomial
+from ..models.carry import Observed, carry_counts
+from ..models.likelihood import COUNTS_PER_CELL, NegativeBinomial
 from ..models.vae import NBVAE
 from .clouds import Clouds
 

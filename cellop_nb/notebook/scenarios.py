@@ -13,7 +13,7 @@ from ..data.groups import Groups
 from ..data.synthetic import planted_operator, planted_proportions
 from ..models.affine import AffineOperator
 from ..models.energy import energy_distance
-from ..models.gene_linear import COUNTS_PER_CELL
+from ..models.likelihood import COUNTS_PER_CELL
 from .figures.explorer import leading
 from .questions import Question
 from .virtual import VirtualCells

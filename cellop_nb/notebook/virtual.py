@@ -20,8 +20,7 @@ from ..data.batches import model_counts
 from ..data.contract import context_labels, obs_labels, perturbation_parts
 from ..data.on_disk import DiskCounts
 from ..errors import DataError, LabelError, did_you_mean, three_beats
-from ..models.affine import AffineOperator
-from ..models.algebra import check_strength
+from ..models.affine import AffineOperator, check_strength
 from ..models.operators import OperatorModel
 from ..models.vae import NBVAE
 from .clouds import Clouds, Memory

@@ -13,11 +13,8 @@ from torch import Tensor
 from ..data.contract import Keys
 from ..data.groups import Group, Groups, GroupSample
 from ..errors import LabelError, ModelError, did_you_mean, three_beats
-from ..models.conditions import Condition
-from ..models.energy import energy_distance, grouped_energy_distance, self_distance
-from ..models.energy_moved import moved_energy_distance
-from ..models.operators import OperatorModel
-from ..models.spectral import spectral_excess
+from ..models.energy import energy_distance, grouped_energy_distance, moved_energy_distance, self_distance
+from ..models.operators import Condition, OperatorModel, spectral_excess
 from ..settings import check_settings
 from .checkpoint import digest
 from .loop import Trainer

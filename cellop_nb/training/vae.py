@@ -22,7 +22,7 @@ from ..data.batches import (
 )
 from ..data.resident import ResidentBatch, resident
 from ..data.splits import rows_of
-from ..models.counts import SparseCounts
+from ..models.likelihood import SparseCounts
 from ..models.vae import NBVAE, elbo_loss, moment_dispersion
 from ..settings import check_settings
 from .checkpoint import digest

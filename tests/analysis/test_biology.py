@@ -16,8 +16,7 @@ from cellop_nb.analysis.enrichment import MissingExtraError, enrich
 from cellop_nb.analysis.expression import predicted_expression
 from cellop_nb.analysis.profiles import response_profiles, response_similarity
 from cellop_nb.errors import DataError, LabelError
-from cellop_nb.models.conditions import Condition
-from cellop_nb.models.operators import OperatorModel
+from cellop_nb.models.operators import Condition, OperatorModel
 
 GENES = [f"GENE{k}" for k in range(60)]
 SETS = {"rises": GENES[:8], "falls": GENES[8:16], "still": GENES[20:30], "tiny": GENES[40:42]}

@@ -18,8 +18,8 @@ from cellop_nb.analysis.formulas import Undefined
 from cellop_nb.analysis.transfer import Complexity, Response
 from cellop_nb.errors import LabelError, ModelError
 from cellop_nb.models.affine import AffineOperator
-from cellop_nb.models.conditions import Condition
-from cellop_nb.models.coupling import Remainder
+from cellop_nb.models.carry import Remainder
+from cellop_nb.models.operators import Condition
 
 from .screens import interacting
 

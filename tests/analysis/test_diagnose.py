@@ -9,11 +9,9 @@ from torch import nn
 from cellop_nb import gradient_audit
 from cellop_nb.analysis.diagnose import saved_for_backward
 from cellop_nb.errors import ModelError
-from cellop_nb.models.conditions import Condition
 from cellop_nb.models.energy import energy_distance
-from cellop_nb.models.networks import bounded
-from cellop_nb.models.operators import OperatorModel
-from cellop_nb.models.vae import NBVAE, elbo_loss
+from cellop_nb.models.operators import Condition, OperatorModel
+from cellop_nb.models.vae import NBVAE, bounded, elbo_loss
 
 
 class Two(nn.Module):

@@ -12,8 +12,7 @@ from cellop_nb.data.splits import split
 from cellop_nb.data.synthetic import synthetic
 from cellop_nb.errors import DataError, LabelError, ModelError
 from cellop_nb.models.affine import AffineOperator
-from cellop_nb.models.conditions import Condition
-from cellop_nb.models.operators import OperatorModel
+from cellop_nb.models.operators import Condition, OperatorModel
 from cellop_nb.training.operators import new_operators
 from cellop_nb.training.vae import new_vae
 

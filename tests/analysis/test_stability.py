@@ -10,9 +10,7 @@ import torch
 
 from cellop_nb.analysis.stability import affine_health, compare_health, operator_health
 from cellop_nb.errors import LabelError
-from cellop_nb.models.conditions import Condition
-from cellop_nb.models.operators import OperatorModel
-from cellop_nb.models.spectral import spectral_excess
+from cellop_nb.models.operators import Condition, OperatorModel, spectral_excess
 
 ZERO = np.zeros(2)
 

@@ -14,7 +14,7 @@ from cellop_nb.analysis.gene_intervals import change_intervals, coverage_table, 
 from cellop_nb.analysis.selection import Complexity
 from cellop_nb.analysis.uncertainty import metric_intervals
 from cellop_nb.errors import HoldoutError, ModelError
-from cellop_nb.models.conditions import Condition
+from cellop_nb.models.operators import Condition
 
 METRICS = ["e_distance", "pearson_delta", "mae", "library_ratio", "de_score"]
 HELD = {"cell_type": "type B", "perturbation": "drug 1"}

@@ -10,8 +10,15 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from cellop_nb.bench.count import counts
 from cellop_nb.errors import ModelError
-from cellop_nb.models.energy import energy_distance, grouped_energy_distance, self_distance
+from cellop_nb.models import energy
+from cellop_nb.models.energy import (
+    energy_distance,
+    grouped_energy_distance,
+    moved_energy_distance,
+    self_distance,
+)
 
 from .clouds import clouds, double_loop, value_and_gradient
 
@@ -259,6 +266,29 @@ def test_tight_clusters_inside_a_wide_cloud():
     torch.testing.assert_close(found[1].double(), exact[1], rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("tile", [None, 64])
+@pytest.mark.parametrize(("n", "d"), [(10, 2), (300, 2), (50, 8), (300, 32)])
+def test_tight_clusters_far_from_each_other(n, d, tile):
+    """Each cloud is one cluster of spread 1e-4, at +100 and at -100: the pulls within a cloud are those of its cells."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(n, d, generator=generator) * 1e-4 + centre for centre in (100, -100))
+    exact = textbook_gradient(x.double(), y.double())
+    value = energy_distance(x.requires_grad_(), y, tile=tile)
+    (gradient,) = torch.autograd.grad(value, x)
+    error = (gradient - exact).norm(dim=1) / exact.norm(dim=1)
+    assert float(error.max()) < 1e-3
+
+
+def textbook_gradient(x, y):
+    """By x, from the differences of all pairs, in float64; "U"."""
+
+    def pulls(a, b):
+        differences = a[:, None] - b[None]
+        return torch.nn.functional.normalize(differences, dim=-1, eps=1e-300).sum(1)
+
+    return 2 * pulls(x, y) / (len(x) * len(y)) - 2 * pulls(x, x) / (len(x) * (len(x) - 1))
+
+
 def test_invariances():
     x, y = clouds(40, 30, 5, grad=False)
     value = float(energy_distance(x, y))
@@ -289,11 +319,20 @@ def test_autocast_and_half_precision_inputs():
 
 
 def test_twice_differentiating_is_refused():
+    """Without a word, the gradient would be a constant: a penalty on it would train nothing."""
     x, y = clouds(5, 4, 2)
     weight = torch.ones((), dtype=torch.float64, requires_grad=True)
-    (gradient,) = torch.autograd.grad(weight * energy_distance(x, y), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+    matrices, shifts = maps(1, 2)
+    moved = moved_energy_distance(x.detach(), y.detach(), [5], [4], matrices, shifts)
+    for value, leaf in (
+        (energy_distance(x, y), x),
+        (weight * energy_distance(x, y), x),
+        (energy_distance(x, y, tile=2), y),
+        (grouped_energy_distance(x, y, [3, 2], [2, 2]).sum(), x),
+        (moved.sum(), matrices),
+    ):
+        with pytest.raises(ModelError, match="one differentiation of the energy.*create_graph=True"):
+            torch.autograd.grad(value, leaf, create_graph=True)
 
 
 BAD = {
@@ -326,3 +365,121 @@ def test_bad_input_is_refused(case):
 def test_non_finite_values_pass_through_where_asked():
     x = torch.full((4, 2), math.nan, requires_grad=True)
     assert not torch.isfinite(energy_distance(x, torch.zeros(3, 2), validate=False))
+
+
+# -- clouds moved by one map per group, and the short way of one pair ------------------------------------
+
+
+def maps(groups, d, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    matrices = (
+        torch.eye(d, dtype=torch.float64) + 0.3 * torch.randn(groups, d, d, generator=generator).double()
+    )
+    shifts = torch.randn(groups, d, generator=generator).double()
+    return matrices.requires_grad_(), shifts.requires_grad_()
+
+
+def move(z, sizes, matrices, shifts):
+    parts = zip(z.split(sizes), matrices, shifts, strict=True)
+    return torch.cat([cells @ matrix.T + shift for cells, matrix, shift in parts])
+
+
+@pytest.mark.parametrize(
+    "sizes", [([6, 6, 6], [5, 5, 5]), ([4, 9, 5], [7, 3, 8]), ([600, 4, 30], [500, 5, 30])]
+)
+def test_moved_equals_moving_and_grouped(sizes):
+    x_sizes, y_sizes = sizes
+    x, y = clouds(sum(x_sizes), sum(y_sizes), 4, grad=False)
+    given, weights = maps(3, 4), torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+    known = self_distance(y, y_sizes)
+    expected = grouped_energy_distance(move(x, x_sizes, *given), y, x_sizes, y_sizes)
+    for options in ({}, {"y_self": known}):
+        found = moved_energy_distance(x, y, x_sizes, y_sizes, *given, **options)
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+        grads = (
+            torch.autograd.grad((v * weights).sum(), given, retain_graph=True) for v in (found, expected)
+        )
+        for a, b in zip(*grads, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
+def test_gradcheck_of_the_maps():
+    x, y = clouds(11, 9, 3, grad=False)
+    sizes = [5, 6], [5, 4]
+    assert torch.autograd.gradcheck(lambda a, b: moved_energy_distance(x, y, *sizes, a, b), maps(2, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_whole_matrices_and_tiles_agree(dtype, monkeypatch):
+    """The two forms, for padded groups, with every combination of wanted gradients."""
+    x_sizes, y_sizes = [40, 37, 3], [41, 30, 5]
+    x, y = clouds(80, 76, 6, dtype=dtype)
+    results = []
+    for limit in (energy.SMALL_PAIRS, 0):
+        monkeypatch.setattr(energy, "SMALL_PAIRS", limit)
+        both = grouped_energy_distance(x, y, x_sizes, y_sizes)
+        first = grouped_energy_distance(x, y.detach(), x_sizes, y_sizes)
+        second = grouped_energy_distance(x.detach(), y, x_sizes, y_sizes)
+        grads = torch.autograd.grad(both.sum(), (x, y))
+        grads += torch.autograd.grad(first.sum(), x) + torch.autograd.grad(second.sum(), y)
+        results.append((both, first, second, *grads))
+    rtol, atol = (1e-9, 1e-11) if dtype == torch.float64 else (1e-3, 3e-6)
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
+
+
+def test_clouds_too_close_for_products_are_left_to_the_tiles():
+    x, y = clouds(30, 20, 4, grad=False)
+    (batch,) = energy.batches((30,), (20,), x.device)
+
+    def whole(x, y):
+        return energy._joint(x[None], y[None], batch, "U", want_x=True, want_y=False, y_self=None)
+
+    assert whole(x, y) is not None
+    x[3] = x[5] + 1e-4
+    assert whole(x, y) is None
+    assert whole(x * 1e-20, y * 1e-20) is None
+    assert float(energy_distance(x, y)) == pytest.approx(double_loop(x, y, "U"), rel=1e-10)
+
+
+@settings(max_examples=20, deadline=None)
+@given(n=st.integers(2, 60), m=st.integers(2, 60), estimator=st.sampled_from("UV"),
+       wanted=st.sampled_from([(True, True), (True, False), (False, True), (False, False)]))  # fmt: skip
+def test_the_short_way_of_one_pair_is_that_of_many_groups(n, m, estimator, wanted):
+    x, y = clouds(n, m, 5, seed=n * 61 + m)
+    x, y = x.requires_grad_(wanted[0]), y.requires_grad_(wanted[1])
+    leaves = [z for z in (x, y) if z.requires_grad]
+    ways = [energy_distance(x, y, estimator=estimator)]
+    ways += [
+        grouped_energy_distance(x, y, [n], [m], estimator=estimator)[0],
+        energy_distance(x, y, estimator=estimator, tile=16),
+    ]
+    if not y.requires_grad:
+        ways.append(energy_distance(x, y, estimator=estimator, y_self=self_distance(y, None, estimator)))
+    for other in ways[1:]:
+        torch.testing.assert_close(ways[0], other, rtol=1e-10, atol=1e-12)
+        assert other.requires_grad == bool(leaves)
+        grads = zip(*(torch.autograd.grad(3 * way, leaves, retain_graph=True) for way in (ways[0], other)),
+                    strict=True) if leaves else ()  # fmt: skip
+        for a, b in grads:
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_one_small_pair_takes_few_calls_and_makes_no_gradient_that_nobody_wants():
+    x, y = clouds(200, 200, 32, dtype=torch.float32)
+    y = y.detach()
+    known = self_distance(y)
+    made = {
+        "both": lambda: torch.autograd.grad(energy_distance(x, y), x),
+        "known": lambda: torch.autograd.grad(energy_distance(x, y, y_self=known), x),
+        "value": lambda: energy_distance(x.detach(), y),
+    }
+    found = {}
+    for name, call in made.items():
+        call()  # the factors of these sizes are kept
+        found[name] = counts(call)
+    assert found["both"].calls <= 36  # torch.cdist with autograd: 40
+    assert found["known"].calls < found["both"].calls and found["value"].calls < found["both"].calls
+    pairs = {"both": 3 + 2, "known": 2 + 2, "value": 3}  # distances, and the gradient
+    for name, number in pairs.items():
+        assert found[name].operations == 2 * 32 * 200 * 200 * number

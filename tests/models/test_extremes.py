@@ -13,7 +13,7 @@ from torch import Tensor
 from cellop_nb.errors import ModelError
 from cellop_nb.models.energy import energy_distance, grouped_energy_distance
 from cellop_nb.models.likelihood import nb_log_likelihood, nb_log_likelihood_logits
-from cellop_nb.models.spectral import spectral_excess
+from cellop_nb.models.operators import spectral_excess
 from cellop_nb.models.vae import NBVAE, elbo_loss
 
 quick = settings(max_examples=25, deadline=None, derandomize=True)

@@ -12,16 +12,14 @@ from torch.distributions import Normal, kl_divergence
 
 from cellop_nb.errors import LabelError
 from cellop_nb.models.likelihood import NegativeBinomial, SparseCounts
-from cellop_nb.models.networks import (
+from cellop_nb.models.vae import (
     LOGVAR_BOUND,
     MAX_DISPERSION,
     MIN_DISPERSION,
+    NBVAE,
     DecoderNB,
     Encoder,
     bounded,
-)
-from cellop_nb.models.vae import (
-    NBVAE,
     elbo_loss,
     kl_to_standard_normal,
     moment_dispersion,

@@ -9,8 +9,8 @@ import torch
 from cellop_nb.analysis.predict import source_cells
 from cellop_nb.data.catalogue import load
 from cellop_nb.errors import DataError, LabelError, ModelError
-from cellop_nb.models.conditions import Condition
 from cellop_nb.models.energy import energy_distance
+from cellop_nb.models.operators import Condition
 from cellop_nb.notebook import clouds
 from cellop_nb.notebook.questions import Question
 from cellop_nb.notebook.virtual import VirtualCells

@@ -13,8 +13,7 @@ from toy import small_vae
 
 import cellop_nb
 from cellop_nb.errors import CheckpointError, ModelError
-from cellop_nb.models.conditions import Condition
-from cellop_nb.models.operators import OperatorModel
+from cellop_nb.models.operators import Condition, OperatorModel
 from cellop_nb.models.vae import NBVAE
 from cellop_nb.training import checkpoint
 from cellop_nb.training.checkpoint import load, save

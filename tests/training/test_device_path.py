@@ -13,7 +13,7 @@ import cellop_nb as co
 from cellop_nb.bench.count import counts
 from cellop_nb.errors import ModelError
 from cellop_nb.models.energy import energy_distance, grouped_energy_distance, self_distance
-from cellop_nb.models.spectral import spectral_excess
+from cellop_nb.models.operators import spectral_excess
 from cellop_nb.training.locate import NonFiniteError
 
 MAKE = {"vae": small_vae, "operators": small_operators}
@@ -134,8 +134,8 @@ def test_distances_of_float64_products_are_those_of_repaired_ones(sizes, side, s
 
     expected = all_of()
     request.getfixturevalue("as_on_a_device")
-    monkeypatch.setattr("cellop_nb.models.energy_kernels._DEVICE_TILE_BYTES", 8 * side**2)
-    monkeypatch.setattr("cellop_nb.models.energy_batch._DEVICE_SMALL_PAIRS", small)
+    monkeypatch.setattr("cellop_nb.models.energy._DEVICE_TILE_BYTES", 8 * side**2)
+    monkeypatch.setattr("cellop_nb.models.energy._DEVICE_SMALL_PAIRS", small)
     for found, wanted in zip(all_of(), expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=2e-6)
 
@@ -144,7 +144,7 @@ def test_distances_of_float64_products_are_those_of_repaired_ones(sizes, side, s
 @pytest.mark.parametrize(("apart", "offset"), [(1e-3, 1e3), (1e-5, 0.0)])
 def test_float64_products_keep_tight_clouds_apart(apart, offset, small, as_on_a_device, monkeypatch):
     """Each cloud is two piles `apart`, far from the origin, and some cells are one point."""
-    monkeypatch.setattr("cellop_nb.models.energy_batch._DEVICE_SMALL_PAIRS", small)
+    monkeypatch.setattr("cellop_nb.models.energy._DEVICE_SMALL_PAIRS", small)
     generator = torch.Generator().manual_seed(1)
     x, y = (torch.randn(60, 8, generator=generator, dtype=torch.float64) for _ in range(2))
     x, y = (
@@ -159,7 +159,7 @@ def test_float64_products_keep_tight_clouds_apart(apart, offset, small, as_on_a_
 
 @pytest.mark.parametrize("small", [0, 1 << 20], ids=["tiles", "joint"])
 def test_one_point_and_nan_on_a_device(small, as_on_a_device, monkeypatch):
-    monkeypatch.setattr("cellop_nb.models.energy_batch._DEVICE_SMALL_PAIRS", small)
+    monkeypatch.setattr("cellop_nb.models.energy._DEVICE_SMALL_PAIRS", small)
     x = torch.full((5, 3), 7.0).requires_grad_()
     value = energy_distance(x, x.detach().clone())
     assert abs(value.item()) < 1e-12 and torch.equal(torch.autograd.grad(value, x)[0], torch.zeros(5, 3))

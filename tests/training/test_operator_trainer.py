@@ -12,8 +12,8 @@ from cellop_nb.data.groups import Groups
 from cellop_nb.data.splits import split
 from cellop_nb.data.synthetic import planted_operator, synthetic
 from cellop_nb.errors import LabelError
-from cellop_nb.models.conditions import Condition
 from cellop_nb.models.energy import energy_distance, self_distance
+from cellop_nb.models.operators import Condition
 from cellop_nb.models.vae import NBVAE
 from cellop_nb.training.operators import OperatorTrainer, condition_of, new_operators, split_half_floor
 

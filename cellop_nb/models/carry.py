@@ -9,10 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .likelihood import MIN_MEAN, NegativeBinomial
-
-LEVEL_SCALE = 1e4
-"""Counts per cell at which expression levels log(1 + counts) are compared."""
+from .likelihood import COUNTS_PER_CELL, MIN_MEAN, NegativeBinomial
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,12 +45,12 @@ def levels(x: Tensor, library: Tensor) -> Tensor:
     library
         (cell,) library sizes l.
     """
-    return torch.log1p(x * (LEVEL_SCALE / library).unsqueeze(-1))
+    return torch.log1p(x * (COUNTS_PER_CELL / library).unsqueeze(-1))
 
 
 def counts_at(level: Tensor, library: Tensor) -> Tensor:
     """Counts (cell, gene) at expression levels: the inverse of :func:`levels`; a level below 0 is 0."""
-    return torch.expm1(level.clamp_min(0.0)) * (library / LEVEL_SCALE).unsqueeze(-1)
+    return torch.expm1(level.clamp_min(0.0)) * (library / COUNTS_PER_CELL).unsqueeze(-1)
 
 
 class Observed:

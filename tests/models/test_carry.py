@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cellop_nb.models.coupling import Observed, Remainder, carry_counts, counts_at, levels
+from cellop_nb.models.carry import Observed, Remainder, carry_counts, counts_at, levels
 from cellop_nb.models.likelihood import NegativeBinomial
 
 
