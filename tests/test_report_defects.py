@@ -43,7 +43,7 @@ from cellop_nb.analysis.report import (
 from cellop_nb.errors import ModelError
 from cellop_nb.models.energy import energy_distance
 from cellop_nb.models.likelihood import nb_log_likelihood, nb_log_likelihood_logits
-from cellop_nb.models.operators import OperatorModel
+from cellop_nb.models.operators import Condition, OperatorModel
 from cellop_nb.models.vae import MIN_DISPERSION, NBVAE, DecoderNB, Encoder, sample_z
 from cellop_nb.training.guard import NonFiniteGuard
 from cellop_nb.training.locate import NonFiniteError
