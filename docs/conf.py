@@ -16,7 +16,7 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
 ]
-exclude_patterns = ["_build", "readme_figure.py"]
+exclude_patterns = ["_build"]
 suppress_warnings = [
     "mystnb.unknown_mime_type"
 ]  # live plots leave a picture beside what only a kernel can show

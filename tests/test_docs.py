@@ -8,11 +8,12 @@ import sys
 import pytest
 
 import cellop_nb
-from cellop_nb.commands import docs, environment
+from cellop_nb.commands import environment
+from docs import build
 
 
 def test_every_public_name_stands_in_the_reference():
-    text = "".join(docs.reference().values())
+    text = "".join(build.reference().values())
     datasets = cellop_nb.datasets
     for name in set(cellop_nb.__all__) - {"__version__", "datasets"}:
         assert f":: cellop_nb.{name}\n" in text, name
@@ -26,14 +27,14 @@ def test_the_keywords_are_explained_with_their_defaults():
     spec = importlib.util.spec_from_file_location("grammar", environment.ROOT / "tests" / "test_api.py")
     grammar = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(grammar)
-    rows = dict(re.findall(r"^\| `(\w+)` \| (?:`(.*?)`)? ?\|", docs.KEYWORDS, re.MULTILINE))
+    rows = dict(re.findall(r"^\| `(\w+)` \| (?:`(.*?)`)? ?\|", build.KEYWORDS, re.MULTILINE))
     assert set(rows) == grammar.GRAMMAR
     for name, defaults in grammar.DEFAULTS.items():
         assert rows[name].strip('"') == str(defaults[0])
 
 
 def test_every_room_has_its_page():
-    rooms = {room for group in docs.ROOMS.values() for room in group}
+    rooms = {room for group in build.ROOMS.values() for room in group}
     assert {module.partition(".")[0] for module in cellop_nb._PUBLIC.values()} <= rooms
 
 
@@ -68,7 +69,7 @@ def test_progress_bars_are_left_out_and_nothing_else():
     shown = {"output_type": "execute_result", "data": {"text/plain": "100% | of 3 cells"}}
     picture = {"output_type": "display_data", "data": {"image/png": "iVBOR", "text/plain": "<IPython Image>"}}
     cells = [{"outputs": [bar, shown, picture, bar]}, {"outputs": [bar]}, {"source": "# text"}]
-    kept = docs.without_bars({"cells": cells})["cells"]
+    kept = build.without_bars({"cells": cells})["cells"]
     assert [cell.get("outputs") for cell in kept] == [[shown, picture], [], None]
 
 
@@ -80,7 +81,9 @@ def test_the_site_builds_without_a_warning(tmp_path, call):
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
     pages = {path.relative_to(tmp_path / "site").as_posix() for path in (tmp_path / "site").rglob("*.html")}
     wanted = {"index.html", "model.html", "errors.html", "guides/extend.html", "api/data.html"}
-    wanted |= {f"notebooks/{path.stem}.html" for path in (environment.ROOT / "notebooks").glob("*.ipynb")}
+    wanted |= {f"notebooks/{path.stem}.html" for path in (environment.ROOT / "notebooks").glob("*.ipynb")} | {
+        "notebooks/benchmark.html"
+    }
     assert wanted <= pages
     style = (tmp_path / "site" / "_static" / "site.css").read_text(encoding="utf-8")
     font = re.search(r'url\("(.+?)"\)', style)[1]

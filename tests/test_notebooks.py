@@ -16,6 +16,8 @@ from cellop_nb.notebook import parameters
 
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
 PATHS = sorted(FOLDER.glob("*.ipynb"))
+BENCHMARK = FOLDER.parent / "benchmarks" / "benchmark.ipynb"
+every_notebook = pytest.mark.parametrize("path", [*PATHS, BENCHMARK], ids=lambda path: path.stem)
 MAX_CELLS, MAX_LINES, MAX_BYTES, MAX_FUNCTION = 25, 12, 1_000_000, 10
 
 
@@ -71,7 +73,7 @@ def test_the_numbered_notebooks_are_those_with_parameters():
     assert [path.stem for path in PATHS] == parameters.names()
 
 
-@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+@every_notebook
 def test_a_committed_notebook_is_complete_and_short(path):
     assert complaints(path) == []
 
@@ -82,7 +84,7 @@ def test_the_parameters_cell_is_the_typed_one(path):
     assert parameters.cell_of(path).strip() == parameters.parameters_cell(path.stem), fix
 
 
-@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+@every_notebook
 def test_a_notebook_opens_with_a_question_and_can_fail(path):
     book = nbformat.read(path, 4)
     title = book.cells[0].source.splitlines()[0]

@@ -21,8 +21,7 @@ ALLOWED = {
     "training": {"models", "data"},
     "analysis": {"models", "data", "training"},
     "notebook": {"models", "data", "training", "analysis"},
-    "bench": {"notebook", "data", "analysis", "training", "models"},
-    "commands": {"notebook", "data", "analysis", "training", "models", "bench"},
+    "commands": {"notebook", "data", "analysis", "training", "models"},
 }
 
 

@@ -1,48 +1,16 @@
-"""`docs`: the documentation site, from the committed notebooks and the docstrings."""
+"""`docs`: the documentation site, built by docs/build.py of a checkout."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 from cellop_nb.commands import environment
-from cellop_nb.commands.terminal import Status, complain, say
-from cellop_nb.errors import DataError, three_beats
 
 SUMMARY = "build the documentation site, from the notebooks as they are committed"
 EXTRAS = ("docs",)
-
-# heading of the reference -> rooms whose public names stand below it
-ROOMS = {
-    "Data": ("data",),
-    "Models": ("models",),
-    "Training": ("training",),
-    "Predict, evaluate, diagnose": ("analysis",),
-    "Notebooks": ("notebook",),
-}
-
-KEYWORDS = """\
-## Keywords that mean the same everywhere
-
-| keyword | default | meaning |
-|---|---|---|
-| `layer` | `None` | layer with the raw counts; `None`: `X` |
-| `perturbation_key` | `"perturbation"` | column of `obs` with the perturbation; combinations are `A+B` |
-| `context_key` | `"cell_type"` | column, or columns, of `obs` inside which controls are matched; `None`: one context |
-| `control` | `"control"` | label of the unperturbed cells |
-| `dose_key` | `None` | column of `obs` with the dose |
-| `split_key` | `"split"` | column of `obs` that `split` wrote |
-| `use_rep` | `"X_nbvae"` | key of `obsm` with the latents |
-| `key_added` | | where the result is written |
-| `seed` | `0` | every random choice follows from it |
-| `progress` | `True` | show a progress bar |
-"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,101 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check(args: argparse.Namespace) -> None:
     """Refuse where there is nothing to build from: an installed wheel has no pages."""
-    if not (environment.ROOT / "docs" / "conf.py").is_file():
-        fix = "clone the repository and run the command there"
-        raise DataError(three_beats("a checkout with a docs/ folder", f"none in {environment.ROOT}", fix))
+    environment.require_checkout("docs")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Write the generated pages and build; a warning is an error."""
-    source = environment.ROOT / "docs"
-    out = (args.out or source / "_build" / "html").resolve()
-    with Status("building the site"):
-        prepare(source)
-        command = [
-            sys.executable,
-            "-m",
-            "sphinx",
-            "-q",
-            "-W",
-            "--keep-going",
-            "-j",
-            "auto",
-            str(source),
-            str(out),
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, env=_surroundings())
-    if done.returncode:
-        complain(done.stderr)
-        return 1
-    say(f"Open {out / 'index.html'}")
-    return 0
-
-
-def prepare(source: Path) -> None:
-    """Write what is made from elsewhere: the reference, the notebooks, the messages of the errors."""
-    for name in ("api", "notebooks"):
-        shutil.rmtree(source / name, ignore_errors=True)
-        (source / name).mkdir()
-    for path in environment.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"):
-        book = without_bars(json.loads(path.read_text(encoding="utf-8")))
-        (source / "notebooks" / path.name).write_text(json.dumps(book), encoding="utf-8")
-    for name, text in reference().items():
-        (source / "api" / f"{name}.md").write_text(text, encoding="utf-8")
-    errors = [sys.executable, "-m", "tests.bad_inputs", str(source / "errors.md")]
-    subprocess.run(errors, cwd=environment.ROOT, check=True, capture_output=True, env=_surroundings())
-
-
-def without_bars(book: dict) -> dict:
-    """A notebook without its progress bars: outside a kernel they stand at zero for ever."""
-    for cell in book["cells"]:
-        shown = cell.get("outputs", [])
-        cell |= {"outputs": [output for output in shown if not _is_bar(output)]} if shown else {}
-    return book
-
-
-def _is_bar(output: dict) -> bool:
-    text = "".join(output.get("data", {}).get("text/plain", ""))
-    return re.search(r"\d%\|.*\|.*\[\d\d:\d\d<", text) is not None
-
-
-def _surroundings() -> dict[str, str]:
-    path = os.pathsep.join(filter(None, [str(environment.ROOT), os.environ.get("PYTHONPATH")]))
-    return {**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}
-
-
-def reference() -> dict[str, str]:
-    """Pages of the reference: an index, and one for each room with its public names."""
-    import cellop_nb
-
-    pages, index = {}, ["# Reference", "", "All names are those of `import cellop_nb as co`.", ""]
-    for title, rooms in ROOMS.items():
-        page = "_".join(word for word in title.lower().replace(",", "").split())
-        names = sorted(n for n, module in cellop_nb._PUBLIC.items() if module.partition(".")[0] in rooms)
-        pages[page] = "\n\n".join([f"# {title}", *(_entry(name) for name in names)]) + "\n"
-        index.append(f"- [{title}]({page}.md): {', '.join(f'`{name}`' for name in names)}")
-    toctree = "\n".join(["```{toctree}", ":hidden:", "", *pages, "```"])
-    pages["index"] = "\n".join([*index, "", KEYWORDS, toctree]) + "\n"
-    return pages
-
-
-def _entry(name: str) -> str:
-    """Directive for one public name; a module's own names follow it."""
-    import inspect
-
-    import cellop_nb
-
-    value = getattr(cellop_nb, name)
-    if inspect.ismodule(value):
-        parts = [_directive("autofunction", f"{value.__name__}.{each}") for each in value.__all__]
-        about = (inspect.getdoc(value) or "").partition("\n")[0]
-        return "\n\n".join([f"## datasets\n\n`co.{name}`: {about}", *parts])
-    if inspect.isclass(value):
-        return _directive("autoclass", f"cellop_nb.{name}", ":members:")
-    return _directive("autofunction", f"cellop_nb.{name}")
-
-
-def _directive(kind: str, target: str, *options: str) -> str:
-    return "\n".join(
-        ["```{eval-rst}", f".. {kind}:: {target}", *(f"   {option}" for option in options), "```"]
-    )
+    """Build the site."""
+    folder = [args.out.resolve()] if args.out else []
+    return subprocess.call([sys.executable, "-m", "docs.build", *folder], cwd=environment.ROOT)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cellop_nb.commands.terminal import Status, clock, complain, say
-from cellop_nb.errors import SetupError, three_beats
+from cellop_nb.errors import DataError, SetupError, three_beats
 from cellop_nb.files import storing
 from cellop_nb.versions import missing, requirements
 
@@ -38,6 +38,19 @@ def notebooks() -> Path:
     """The checkout's notebooks; installed, a person's own copy in the current folder, else the package's."""
     own = home() / "notebooks"
     return own if next(own.glob("[0-9][0-9]_*.ipynb"), None) else NOTEBOOKS
+
+
+def require_checkout(folder: str) -> None:
+    """Refuse a command whose folder a wheel does not carry.
+
+    Raises
+    ------
+    DataError
+        Outside of a checkout.
+    """
+    if not (ROOT / folder).is_dir() or not IS_CHECKOUT:
+        fix = "clone the repository and run the command there"
+        raise DataError(three_beats(f"a checkout with a {folder}/ folder", f"none in {ROOT}", fix))
 
 
 def stamp() -> str:

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 from cellop_nb.commands import environment
-from cellop_nb.errors import DataError, three_beats
 
 SUMMARY = "run the tests, the notebooks' included"
 EXTRAS = ("test",)
@@ -27,9 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check(args: argparse.Namespace) -> None:
     """Refuse where there are no tests: an installed wheel has none."""
-    if not (environment.ROOT / "tests").is_dir():
-        fix = "clone the repository and run the command there"
-        raise DataError(three_beats("a checkout with a tests/ folder", f"none in {environment.ROOT}", fix))
+    environment.require_checkout("tests")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -44,7 +41,7 @@ def main(args: argparse.Namespace) -> int:
 
 def _everything() -> list[str]:
     has_notebooks = any((environment.ROOT / "notebooks").glob("*.ipynb"))
-    return ["tests", "notebooks"] if has_notebooks else ["tests"]
+    return ["tests", "notebooks", "benchmarks"] if has_notebooks else ["tests"]
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:

@@ -112,12 +112,6 @@ NOTEBOOKS: dict[str, tuple[Parameter, ...]] = {
         SEED, RUN_DIR,
     ),
     "07_virtual_cells": (*DATA, *VIRTUAL, SEED, RUN_DIR),
-    "08_benchmark": (
-        Parameter("record", "str", "", "file of `cellop_nb bench all --out FILE.json`; empty: the one that is shipped"),
-        Parameter("measure_here", "bool", True, "measure a quick set on this machine too"),
-        Parameter("threads", "int", 1, "threads of torch while measuring", minimum=1),
-        SEED, RUN_DIR,
-    ),
 }  # fmt: skip
 
 

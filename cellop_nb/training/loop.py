@@ -286,7 +286,7 @@ class Trainer(RemoteControl):
         Seeds every draw of the trainer (batches, latent samples).
     compile
         Whether the dense parts of the model run through ``torch.compile`` while it trains. What it brings is a row of
-        `python3 -m cellop_nb bench vae` and `operator`: nothing on a CPU, whose small parts are not what takes the
+        `python3 -m cellop_nb bench vae` and `operators`: nothing on a CPU, whose small parts are not what takes the
         time. Refused where there is no compiler; a part that cannot be compiled whole is an error.
     cuda_graphs
         Whether steps are recorded once as CUDA graphs and replayed: hundreds of calls become one, and small batches

@@ -16,7 +16,7 @@ import nbformat
 from .lab import Lab, NotebookPage, chromium, launch
 
 _CELL = """
-from cellop_nb.bench.explorer import CELLS, GENES, _cells
+from benchmarks.explorer import CELLS, GENES, _cells
 from cellop_nb.notebook.explorer import Explorer
 known = _cells(CELLS, GENES)
 explorer = Explorer(known.adata, known.vae, known.operators, context="T", perturbation="A")

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
+from benchmarks.gpu import Card, _endless
 from cellop_nb.analysis.combinations import order_effects, reversal
 from cellop_nb.analysis.holdout import OPERATORS, holdout
 from cellop_nb.analysis.predict import embed, predict
@@ -18,8 +19,6 @@ from cellop_nb.analysis.responses import axis_genes, response_genes
 from cellop_nb.analysis.stability import operator_health
 from cellop_nb.analysis.transfer import Complexity
 from cellop_nb.analysis.transport import transport_scores
-from cellop_nb.bench.card import Card
-from cellop_nb.bench.gpu import _endless
 from cellop_nb.data.resident import ResidentCounts
 from cellop_nb.data.splits import split
 from cellop_nb.data.synthetic import synthetic

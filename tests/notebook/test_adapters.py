@@ -140,7 +140,7 @@ def test_an_end_by_hand_is_not_a_failure(raised, word):
 
 @pytest.mark.slow
 def test_an_scvi_training_is_shown(pictures):
-    scvi = pytest.importorskip("scvi", reason="scvi-tools is not installed (the extra 'bench')")
+    scvi = pytest.importorskip("scvi", reason="scvi-tools is not installed (the extra 'benchmark')")
     adata = synthetic(n_contexts=1, n_perturbations=1, n_cells=60, n_genes=30, n_latent=4, seed=0)
     scvi.model.SCVI.setup_anndata(adata)
     live = LivePlot(publish=pictures.append, every=0.0, budget=1e9)

@@ -10,7 +10,7 @@ import torch
 from toy import small_operators, small_vae
 
 import cellop_nb as co
-from cellop_nb.bench.count import counts
+from benchmarks.measure import counts
 from cellop_nb.errors import ModelError
 from cellop_nb.models.energy import energy_distance, grouped_energy_distance, self_distance
 from cellop_nb.models.operators import spectral_excess

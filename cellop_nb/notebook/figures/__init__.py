@@ -16,14 +16,6 @@ from cellop_nb.notebook.figures.latent import embedding, predictive_checks, tran
 from cellop_nb.notebook.figures.operators import gradient_map, planted_vs_learned, response_axes, spectra
 from cellop_nb.notebook.figures.results import coverage, energy_bars, error_budget, predicted_vs_true
 from cellop_nb.notebook.figures.similarity import condition_similarity
-from cellop_nb.notebook.figures.speed import (
-    cells_scaling,
-    energy_scaling,
-    gpu_times,
-    stage_times,
-    step_times,
-    training_rates,
-)
 from cellop_nb.notebook.figures.style import (
     DIVERGING,
     OKABE_ITO,
@@ -44,13 +36,10 @@ __all__ = [
     "OKABE_ITO",
     "RANGE",
     "canvas",
-    "cells_scaling",
     "condition_similarity",
     "coverage",
     "embedding",
     "energy_bars",
-    "energy_scaling",
-    "gpu_times",
     "error_budget",
     "gradient_map",
     "group_counts",
@@ -68,12 +57,9 @@ __all__ = [
     "safe",
     "show",
     "spectra",
-    "stage_times",
-    "step_times",
     "strength_curves",
     "sweep_effects",
     "sweep_map",
     "training_curves",
-    "training_rates",
     "transport",
 ]

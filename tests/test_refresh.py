@@ -7,7 +7,7 @@ import pytest
 from nbclient.exceptions import CellExecutionError
 
 from cellop_nb.notebook import parameters
-from cellop_nb.notebook.refresh import clean, refresh
+from docs.refresh import clean, refresh
 
 
 def test_outputs_and_counts_stay_and_noise_goes(tmp_path, write_notebook):

@@ -1,4 +1,4 @@
-"""One run of the benchmarks as a record: numbers, the machine and its limits, versions; written and read as JSON."""
+"""One run of the benchmarks: measured, shown as tables, and kept as JSON with the machine, its limits and versions."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
-from ..errors import DataError, three_beats
-from ..files import write_whole
+from cellop_nb.commands.terminal import Status, say, table
+from cellop_nb.errors import DataError, three_beats
+from cellop_nb.files import write_whole
 
 SHIPPED = Path(__file__).with_name("record.json")
 """A full run on an idle machine. To make it anew: ``python3 -m cellop_nb bench all --threads 1 --out <this file>``."""
@@ -21,10 +23,45 @@ SHIPPED = Path(__file__).with_name("record.json")
 GPU = Path(__file__).with_name("gpu_record.json")
 """A run on a GPU: ``python3 -m cellop_nb bench gpu --threads 1 --out <this file>``."""
 
-SECTIONS = ("vae", "energy", "operator", "predict", "explorer", "scale")
+SECTIONS = ("vae", "energy", "operators", "predict", "explorer", "scale")
 PACKAGES = (
     "cellop_nb", "torch", "numpy", "scipy", "anndata", "scvi-tools", "geomloss", "pykeops", "dcor",
 )  # fmt: skip
+
+
+_UNITS = {  # column: (title, factor, format)
+    "seconds": ("ms", 1e3, "{:,.2f}"),
+    "cpu_seconds": ("CPU ms", 1e3, "{:,.2f}"),
+    "guard_seconds": ("guard CPU ms", 1e3, "{:.3f}"),
+    "bound_seconds": ("bound, ms", 1e3, "{:,.2f}"),
+    "busy_seconds": ("busy, ms", 1e3, "{:,.2f}"),
+    "gain": ("gain", 1, "{:.1f}"),
+    "bound_share": ("share of the bound", 100, "{:.0f} %"),
+    "bound_cells_per_cpu_s": ("bound, cells/CPU-s", 1, "{:,.0f}"),
+    "distance": ("times the bound", 1, "{:.1f}"),
+    "stage_seconds": ("s", 1, "{:,.1f}"),
+    "fit_seconds": ("fit, s", 1, "{:.1f}"),
+    "gflop": ("GFLOP", 1, "{:,.3f}"),
+    "mbyte": ("MB passed", 1, "{:,.0f}"),
+    "calls_share": ("calls' share", 100, "{:.0f} %"),
+    "products_share": ("products' share", 100, "{:.0f} %"),
+    "drawing_share": ("drawing's share", 100, "{:.0f} %"),
+    "bytes_share": ("bytes' share", 100, "{:.0f} %"),
+    "file_mb": ("file, MB", 1, "{:,.1f}"),
+    "extra_mb": ("extra MB", 1, "{:,.1f}"),
+    "extra_share": ("of before's", 100, "{:.1f} %"),
+    "share": ("share", 100, "{:.2f} %"),
+    "ratio": ("ratio", 1, "{:.2f}"),
+    "cpu_ratio": ("CPU ratio", 1, "{:.2f}"),
+    "cells_per_s": ("cells/s", 1, "{:,.0f}"),
+    "cells_per_cpu_s": ("cells/CPU-s", 1, "{:,.0f}"),
+    "time_exponent": ("time grows as cells to the", 1, "{:.2f}"),
+    "bytes_per_cell": ("bytes more per cell", 1, "{:,.0f}"),
+    "negative_elbo": ("negative ELBO", 1, "{:,.2f}"),
+}
+
+
+_WORDS = ("note", "between")  # told after the columns
 
 
 def record(
@@ -34,7 +71,7 @@ def record(
     memory: bool = True,
     peers: bool = True,
     threads: int | None = None,
-    measure: Callable[[str, Callable[[], list[dict]]], list[dict]] = lambda section, call: call(),
+    show: bool = False,
 ) -> dict:
     """Run sections of the benchmark.
 
@@ -48,8 +85,8 @@ def record(
         Whether the optional peers are measured, where they are installed.
     threads
         Threads of torch while it runs; as they are where None.
-    measure
-        Gets the name of each section and the call that measures it: room for progress and tables.
+    show
+        Whether progress and a table per kind of row are written to the terminal.
 
     Returns
     -------
@@ -58,19 +95,21 @@ def record(
     """
     import torch
 
-    from . import limits
-    from .card import Card
+    from .gpu import Card
+    from .measure import machine
 
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
         results = {}
         for section in sections:
-            run = import_module(f"cellop_nb.bench.{section}").run
+            run = import_module(f"benchmarks.{section}").run
             options = {"memory": memory, "peers": peers}
             options = {name: value for name, value in options.items() if name in run.__annotations__}
-            results[section] = measure(section, partial(run, quick, **options))
-        made = _surroundings(torch.get_num_threads(), quick) | {"limits": limits.machine()}
+            results[section] = (
+                _measure(section, partial(run, quick, **options)) if show else run(quick, **options)
+            )
+        made = _surroundings(torch.get_num_threads(), quick) | {"limits": machine()}
         if "gpu" in results:
             card = Card()
             made["machine"] |= {"device": card.name, "CUDA": torch.version.cuda}
@@ -137,10 +176,64 @@ def _processor() -> str:
 
 def _version(name: str) -> str | None:
     if name == "cellop_nb":
-        from .. import __version__
+        from cellop_nb import __version__
 
         return __version__
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+# -- tables in the terminal ------------------------------------------------------------------------------------
+
+
+def _measure(section: str, call: Callable[[], list[dict]]) -> list[dict]:
+    with Status(f"measuring {section}", every=60.0):
+        rows = call()
+    say(f"\n{section}\n")
+    for group in _alike(rows):
+        say(_text(group) + "\n")
+    for row in rows:
+        if row.get("between"):
+            named = ", ".join(
+                str(row[key])
+                for key in ("variant", "what", "stage", "n", "cells", "hidden", "batch")
+                if key in row
+            )
+            say(
+                f"{named}: {row['distance']:.1f} times the bound ({row['bound']}). Between: {row['between']}."
+            )
+    return rows
+
+
+def _alike(rows: list[dict]) -> list[list[dict]]:
+    """Rows in their order, cut where another kind of number begins."""
+    groups: list[list[dict]] = []
+    keys: set[str] = set()
+    for row in rows:
+        found = {key for key in row if key in _UNITS and row[key] is not None}
+        if not groups or (found and keys and not (found <= keys or keys <= found)):
+            groups.append([])
+            keys = set()
+        groups[-1].append(row)
+        keys |= found
+    return groups
+
+
+def _text(rows: list[dict]) -> str:
+    columns = list(dict.fromkeys(key for row in rows for key in row if key not in _WORDS))
+    shown = [c for c in columns if any(row.get(c) is not None for row in rows)]
+    titles = [_UNITS[c][0] if c in _UNITS else c for c in shown]
+    cells = [[*(_cell(c, row.get(c)) for c in shown), row.get("note") or ""] for row in rows]
+    numbers = [i for i, c in enumerate(shown) if c in _UNITS or any(isinstance(r.get(c), int) for r in rows)]
+    return table([*titles, ""], cells, right=numbers)
+
+
+def _cell(column: str, value: Any) -> str:
+    if value is None:
+        return ""
+    if column not in _UNITS:
+        return f"{value:,}" if isinstance(value, int) else str(value)
+    _, factor, form = _UNITS[column]
+    return form.format(factor * value)

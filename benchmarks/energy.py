@@ -8,10 +8,18 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..models.energy import energy_distance, grouped_energy_distance, self_distance
-from .count import Counts, counts
-from .limits import LATENT_COLUMNS, compared, product_rate
-from .measure import in_fresh_process, interleaved, missing
+from cellop_nb.models.energy import energy_distance, grouped_energy_distance, self_distance
+
+from .measure import (
+    LATENT_COLUMNS,
+    Counts,
+    compared,
+    counts,
+    in_fresh_process,
+    interleaved,
+    missing,
+    product_rate,
+)
 
 DIMENSIONS = 32
 BETWEEN = "an inverse root per pair, and two more passes over each tile of distances"

@@ -3,30 +3,18 @@
 from __future__ import annotations
 
 import json
+import runpy
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from benchmarks import energy, explorer, gpu, measure, operators, record, scale, vae
+from benchmarks.gpu import Card
+from benchmarks.measure import Counts, counts, interleaved
 from cellop_nb.__main__ import main
-from cellop_nb.bench import (
-    energy,
-    explorer,
-    gpu,
-    limits,
-    operator,
-    operator_forms,
-    overhead,
-    record,
-    scale,
-    scale_bounds,
-    scale_growth,
-    vae,
-)
-from cellop_nb.bench.card import Card
-from cellop_nb.bench.count import Counts, counts
-from cellop_nb.bench.measure import interleaved
 from cellop_nb.commands import bench
 from cellop_nb.errors import DataError
 from cellop_nb.models.energy import self_distance
@@ -35,7 +23,7 @@ from cellop_nb.models.energy import self_distance
 @pytest.fixture
 def problem():
     """The small problem in double precision, where the products in cdist lose nothing that matters."""
-    p = operator.problem(**operator_forms.TINY)
+    p = operators.problem(**operators.TINY)
     for name in ("x", "library", "latents", "target", "target_self"):
         setattr(p, name, getattr(p, name).double())
     p.vae.double()
@@ -50,16 +38,16 @@ def problem():
 def gradients(p, name):
     p.model.zero_grad()
     p.vae.zero_grad()
-    loss = operator.LOSSES[name](p)
+    loss = operators.LOSSES[name](p)
     loss.backward()
     found = {key: value.grad for key, value in p.model.named_parameters() if value.grad is not None}
     return loss.detach(), found
 
 
 def test_three_forms_of_the_operator_step_agree(problem):
-    value, found = gradients(problem, operator.OURS)
+    value, found = gradients(problem, operators.OURS)
     assert any(grad.abs().max() > 0 for grad in found.values())
-    for name in (operator.BEFORE, operator.FIX):
+    for name in (operators.BEFORE, operators.FIX):
         other, theirs = gradients(problem, name)
         torch.testing.assert_close(other, value, rtol=1e-7, atol=1e-9)
         for key, grad in found.items():
@@ -67,22 +55,22 @@ def test_three_forms_of_the_operator_step_agree(problem):
 
 
 def test_only_the_old_form_sends_gradients_to_the_frozen_encoder(problem):
-    for name in operator.LOSSES:
+    for name in operators.LOSSES:
         gradients(problem, name)
         reached = any(parameter.grad is not None for parameter in problem.vae.encoder.parameters())
-        assert reached == (name == operator.BEFORE)
+        assert reached == (name == operators.BEFORE)
 
 
 def test_steps_of_the_three_forms_lead_to_the_same_operators():
     models = {}
-    for name in operator.LOSSES:
-        p = operator.problem(**operator_forms.TINY)
-        step = operator.stepper(name, p)
+    for name in operators.LOSSES:
+        p = operators.problem(**operators.TINY)
+        step = operators.stepper(name, p)
         losses = [float(step()) for _ in range(3)]
         assert losses[2] < losses[0]
         models[name] = p.model.axis_shift.detach()
-    for name in (operator.BEFORE, operator.FIX):
-        torch.testing.assert_close(models[name], models[operator.OURS], rtol=1e-2, atol=1e-4)
+    for name in (operators.BEFORE, operators.FIX):
+        torch.testing.assert_close(models[name], models[operators.OURS], rtol=1e-2, atol=1e-4)
 
 
 def test_the_screen_has_the_wanted_share_of_nonzeros():
@@ -99,10 +87,10 @@ def test_dense_and_grouped_energy_agree():
 
 
 def test_the_guard_is_back_after_timing_and_its_bound_is_its_traffic(monkeypatch):
-    monkeypatch.setattr(overhead, "bandwidth", lambda: 1.0)
-    trainer = operator._latent_trainer(operator_forms.TINY, 4)
+    monkeypatch.setattr(measure, "bandwidth", lambda: 1.0)
+    trainer = operators.latent_trainer(operators.TINY, 4)
     guard = trainer.guard
-    row = overhead.guard_share(trainer, 3)
+    row = measure.guard_share(trainer, 3)
     assert trainer.guard is guard
     assert trainer.step == 9
     assert row["share"] == pytest.approx(row["guard_seconds"] / row["cpu_seconds"])
@@ -114,7 +102,7 @@ def test_the_guard_is_back_after_timing_and_its_bound_is_its_traffic(monkeypatch
 
 
 def test_the_live_picture_is_compared_with_drawing_it_again():
-    row = overhead.live_share(operator._latent_trainer, operator_forms.TINY, 4)
+    row = measure.live_share(operators.latent_trainer, operators.TINY, 4)
     assert row["bound"] == "drawing" and row["bound_seconds"] > 0
     assert row["distance"] == pytest.approx(row["seconds"] / row["bound_seconds"])
     assert ("between" in row) == (row["distance"] > 2)
@@ -170,26 +158,26 @@ def test_the_command_measures_and_writes(section, tmp_path, capsys):
 
 def test_the_bound_is_the_larger_of_products_and_memory_and_far_figures_are_explained():
     made = Counts(calls=2_000, operations=3 * 10**9, bytes=10**6)
-    near = limits.compared(1.5, products=1.0, memory=0.2, made=made, between="little")
+    near = measure.compared(1.5, products=1.0, memory=0.2, made=made, between="little")
     assert (near["bound_seconds"], near["bound"], near["distance"]) == (1.0, "products", 1.5)
     assert (near["calls"], near["gflop"], near["mbyte"]) == (2_000, 3.0, 1.0)
     assert "between" not in near
-    drawn = limits.compared(9.0, products=1.0, drawing=4.0, made=made, between="little")
+    drawn = measure.compared(9.0, products=1.0, drawing=4.0, made=made, between="little")
     assert (drawn["bound_seconds"], drawn["bound"]) == (
         5.0,
         "drawing, products",
     ) and "drawing_share" not in near
     assert Counts(3, 5, 7, ("item",)) + Counts(1, 1, 1) == Counts(4, 6, 8, ("item",))
     assert Counts(300, 500, 700).per(100) == Counts(3, 5, 7)
-    far = limits.compared(9.0, products=1.0, memory=3.0, made=made, between="much")
+    far = measure.compared(9.0, products=1.0, memory=3.0, made=made, between="much")
     assert far["bound"] == "memory" and far["distance"] == 3
     assert far["between"].startswith("2,000 torch calls") and far["between"].endswith("; much")
 
 
 def test_the_products_of_a_step_are_counted(monkeypatch):
-    monkeypatch.setattr(operator, "product_rate", lambda *shape: 1.0)
+    monkeypatch.setattr(operators, "product_rate", lambda *shape: 1.0)
     # 2 groups of 3 cells: 18 pairs across (distance and gradient), 9 within (half the distances, one gradient)
-    assert operator.step_products(2, 3) == 2 * 9 * 2 * 34 * (2 + 1.5)
+    assert operators.step_products(2, 3) == 2 * 9 * 2 * 34 * (2 + 1.5)
     monkeypatch.setattr(vae, "product_rate", lambda *shape: 1.0)
     assert vae.step_bounds(5, 4, 7)["products"] == 3 * 2 * 4 * 7 * (5 + vae.LATENT)
     assert vae.step_bounds(10, 4, 7)["memory"] > vae.step_bounds(5, 4, 7)["memory"]
@@ -216,7 +204,7 @@ def test_what_a_step_of_the_vae_asks_for_is_what_its_bound_counts():
 
 
 def test_the_machines_limits_are_positive():
-    assert all(value > 0 for value in (limits.product_rate(16, 8, 16, 2), limits.call_seconds()))
+    assert all(value > 0 for value in (measure.product_rate(16, 8, 16, 2), measure.call_seconds()))
 
 
 def test_a_file_that_is_no_record_is_refused(tmp_path):
@@ -240,7 +228,6 @@ def test_bench_refuses_what_it_could_not_do(capsys, tmp_path):
 def test_the_section_of_the_gpu_is_refused_without_one(capsys):
     assert main(["bench", "gpu", "--quick"]) == 2
     assert "a CUDA device" in capsys.readouterr().err
-    assert bench._if_there() == ()
 
 
 def test_the_section_of_the_gpu_measures_every_option_against_calls_one_by_one():
@@ -267,7 +254,7 @@ def test_growth_is_told_as_exponent_and_bytes_per_cell():
     common = {"variant": "cellop_nb", "stage": "train", "file": "h5ad"}
     rows = [common | {"cells": n, "cells_per_cpu_s": n / (1e-6 * n**1.5), "extra_mb": 50 + 2e-4 * n}
             for n in (10_000, 30_000, 100_000)]  # fmt: skip
-    (row,) = scale_growth.growth([*rows, common | {"file": "zarr", "cells": 1, "note": "left out"}])
+    (row,) = scale.growth([*rows, common | {"file": "zarr", "cells": 1, "note": "left out"}])
     assert row["time_exponent"] == pytest.approx(1.5) and row["bytes_per_cell"] == pytest.approx(200)
     assert "10,000 to 100,000" in row["what"]
 
@@ -277,26 +264,26 @@ def test_growth_says_what_is_held_of_every_cell():
     common = {"variant": scale.OURS, "file": "h5ad", "cells_per_cpu_s": 1e3}
     rows = [common | {"stage": stage, "cells": n, "extra_mb": slope * n / 1e6}
             for stage, slope in given for n in (1_000, 9_000)]  # fmt: skip
-    notes = {row["stage"]: row["note"] for row in scale_growth.growth(rows)}
+    notes = {row["stage"]: row["note"] for row in scale.growth(rows)}
     assert notes == {
         "names": None,
         "read": "of these bytes 100 names and labels",
         "encode": "of these bytes 100 names and labels, 128 latents",
         "predict": "of these bytes 100 names and labels, 256 latents",
     }
-    assert scale_growth.growth(rows[2:4])[0]["note"] is None, "nothing is said where names were not measured"
+    assert scale.growth(rows[2:4])[0]["note"] is None, "nothing is said where names were not measured"
 
 
 def test_bounds_of_scale_come_from_the_same_run(monkeypatch):
-    monkeypatch.setattr(scale_bounds, "product_rate", lambda *shape: 2.0 * 2_000 * 160)
-    monkeypatch.setattr(scale_bounds, "step_bounds", lambda *sizes: {"products": 0.64})
-    monkeypatch.setattr(scale_bounds, "bandwidth", lambda: 4e6)
+    monkeypatch.setattr(scale, "product_rate", lambda *shape: 2.0 * 2_000 * 160)
+    monkeypatch.setattr(scale, "step_bounds", lambda *sizes: {"products": 0.64})
+    monkeypatch.setattr(scale, "bandwidth", lambda: 4e6)
     rate = {(scale.OURS, "names"): 900, (scale.OURS, "read"): 100, (scale.OURS, "train"): 10,
             (scale.WITHIN, "train"): 40, (scale.OURS, "encode"): 60, (scale.OURS, "predict"): 20,
             (scale.PEER, "train"): 4}  # fmt: skip
     rows = [scale._row(variant, stage, 800, 2_000, "h5ad", {"seconds": 1.0, "cpu_seconds": 800 / r, "extra_mb": 1.0})
             | {"file_mb": 16.0} for (variant, stage), r in rate.items()]  # fmt: skip
-    found = {(row["variant"], row["stage"]): row for row in scale_bounds.bounded(rows)}
+    found = {(row["variant"], row["stage"]): row for row in scale.bounded(rows)}
     train, encode = found[scale.OURS, "train"], found[scale.OURS, "encode"]
     assert (train["bound_seconds"], train["distance"]) == (20, 4) and "60.00 CPU s more" in train["between"]
     assert encode["bound_seconds"] == 8 + 1_000 and "between" not in encode  # two million non-zeros
@@ -319,7 +306,7 @@ def test_short_calls_are_made_several_times_in_a_turn_and_long_ones_once(monkeyp
         clock[0] += seconds
 
     for kind in ("process_time", "perf_counter"):
-        monkeypatch.setattr(f"cellop_nb.bench.measure.time.{kind}", lambda: clock[0])
+        monkeypatch.setattr(f"benchmarks.measure.time.{kind}", lambda: clock[0])
     found = interleaved(
         {"short": lambda: call("short", 0.0045), "long": lambda: call("long", 1.0)}, repeats=3
     )
@@ -331,11 +318,26 @@ def test_short_calls_are_made_several_times_in_a_turn_and_long_ones_once(monkeyp
 def test_the_record_that_is_shipped_is_a_full_one():
     made = record.read(record.SHIPPED)
     assert not made["quick"] and made["threads"] == 1 and made["versions"]["torch"]
-    for section in ("energy", "operator", "vae", "predict", "scale"):
+    for section in ("energy", "operators", "vae", "predict", "scale"):
         variants = {row["variant"] for row in made["results"][section] if not row.get("note")}
         assert any(name.startswith("cellop_nb") for name in variants)
-    assert {vae.PEER, "torch.cdist", operator.BEFORE} <= {
+    assert {vae.PEER, "torch.cdist", operators.BEFORE} <= {
         row["variant"] for rows in made["results"].values() for row in rows if row.get("cpu_ratio")
     }
     assert any(row.get("time_exponent") for row in made["results"]["scale"])
     assert record.told(made)["sizes"] == "full"
+
+
+def test_a_wheel_says_that_a_checkout_is_needed(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("cellop_nb.commands.environment.ROOT", tmp_path)
+    for command in (["bench", "energy"], ["docs"], ["test"]):
+        assert main(command) == 2
+        assert "Expected a checkout with a" in capsys.readouterr().err
+
+
+def test_the_steps_that_are_counted_run():
+    """One of each: `benchmarks/steps.py` speaks the package's present names."""
+    steps = runpy.run_path(str(Path(record.__file__).with_name("steps.py")))["steps"]
+    assert set(steps) == {"one VAE step", "one operator step", "predict", "smallest hold-out"}
+    for name, step in steps.items():
+        assert step() is not None or name.endswith("step")

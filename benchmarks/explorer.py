@@ -9,13 +9,13 @@ import numpy as np
 from anndata import AnnData
 from scipy import sparse
 
-from ..notebook.figures.explorer import ExplorerSheet
-from ..notebook.questions import Question
-from ..notebook.virtual import VirtualCells
-from ..training.operators import new_operators
-from ..training.vae import new_vae
-from .count import counts
-from .limits import compared, cpu_seconds, product_rate
+from cellop_nb.notebook.figures.explorer import ExplorerSheet
+from cellop_nb.notebook.questions import Question
+from cellop_nb.notebook.virtual import VirtualCells
+from cellop_nb.training.operators import new_operators
+from cellop_nb.training.vae import new_vae
+
+from .measure import compared, counts, cpu_seconds, product_rate
 
 CELLS, GENES, LATENT = 5_000, 1_000, 32
 HIDDEN = 128

@@ -22,7 +22,7 @@ from cellop_nb.notebook.figures.style import (
 )
 
 Rows = Sequence[dict]
-"""Rows of one section of a record, as `cellop_nb.bench.record` makes them."""
+"""Rows of one section of a record, as `benchmarks.record` makes them."""
 
 
 def energy_scaling(rows: Rows) -> Figure:

@@ -11,13 +11,21 @@ import numpy as np
 from anndata import AnnData
 from scipy import sparse
 
-from ..training.callbacks import Callback
-from ..training.loop import Trainer
-from ..training.vae import VAETrainer, new_vae
-from .count import counts
-from .limits import bandwidth, compared, product_rate
-from .measure import in_fresh_process, missing, no_compiler
-from .overhead import guard_share, live_share
+from cellop_nb.training.callbacks import Callback
+from cellop_nb.training.loop import Trainer
+from cellop_nb.training.vae import VAETrainer, new_vae
+
+from .measure import (
+    bandwidth,
+    compared,
+    counts,
+    guard_share,
+    in_fresh_process,
+    live_share,
+    missing,
+    no_compiler,
+    product_rate,
+)
 
 LATENT = 32
 SIZES = ((128, 128), (128, 512), (512, 512))  # hidden, batch

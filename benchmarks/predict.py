@@ -10,16 +10,18 @@ from pathlib import Path
 
 from anndata import AnnData
 
-from ..analysis.predict import embed, predict
-from ..analysis.space import evaluation_genes
-from ..data.catalogue import load
-from ..data.splits import split
-from ..training.callbacks import EarlyStopping
-from ..training.operators import OperatorTrainer, new_operators
-from ..training.vae import VAETrainer, new_vae
-from . import operator, vae
-from .count import Counts, counts
-from .limits import compared, product_rate
+from cellop_nb.analysis.predict import embed, predict
+from cellop_nb.analysis.space import evaluation_genes
+from cellop_nb.data.catalogue import load
+from cellop_nb.data.splits import split
+from cellop_nb.training.callbacks import EarlyStopping
+from cellop_nb.training.operators import OperatorTrainer, new_operators
+from cellop_nb.training.vae import VAETrainer, new_vae
+
+from . import vae
+from .measure import Counts, compared, counts, product_rate
+from .operators import BETWEEN as operators_between
+from .operators import WHOLE, step_products
 
 KANG = "kang18_pbmc_ifnb.h5ad"
 GENES, LATENT, HIDDEN, BATCH, CELLS = 1_000, 32, 128, 128, 128
@@ -27,7 +29,7 @@ VAE, ENCODE, OPERATORS, PREDICT = "VAE", "encode all cells", "operators", "predi
 BETWEEN = {
     VAE: f"{vae.BETWEEN}; validation each epoch",
     ENCODE: "counts checked and copied",
-    OPERATORS: f"{operator.BETWEEN[operator.WHOLE]}; validation each epoch",
+    OPERATORS: f"{operators_between[WHOLE]}; validation each epoch",
     PREDICT: "sampled counts, checks and AnnData objects: the decoder's products are the smaller part",
 }
 
@@ -83,7 +85,7 @@ def run(quick: bool = False) -> list[dict]:
     made = counts(vae.trainer_step(operator_trainer(copy.deepcopy(operators))))
     second = operator_trainer(operators)
     _, taken = _timed(second.fit)
-    products = operator.step_products(len(second.groups), CELLS)
+    products = step_products(len(second.groups), CELLS)
     rows.append(_trained(OPERATORS, second, taken, made, {"products": products}))
     rows.append(_made(PREDICT, lambda: predict_all(adata, model, operators, second)))
     rows[-1]["conditions"] = len(second.groups)

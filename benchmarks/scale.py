@@ -13,10 +13,78 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from .measure import in_fresh_process, missing
-from .scale_bounds import BATCH, CONTEXTS, HIDDEN, LATENT, OURS, PERTURBATIONS, WITHIN, bounded
-from .scale_growth import growth
-from .vae import PEER
+from .measure import bandwidth, in_fresh_process, missing, product_rate
+from .vae import PEER, step_bounds
+
+OURS, WITHIN = "cellop_nb", "cellop_nb, all in memory"
+HIDDEN, LATENT, BATCH = 128, 32, 256
+CONTEXTS, PERTURBATIONS = 4, 4
+_MORE = "{over:.2f} CPU s more"
+BETWEEN = {
+    "read": f"{_MORE}, for chunks taken out of the file (in zarr out of their compression), copied into CSR matrices",
+    "train": f"{_MORE} than in memory, where a pass over the file takes {{reading:.2f}}: starting values, library sizes "
+    "and constants are a pass each, and every window of the shuffle is put together from blocks",
+    "encode": f"{_MORE}, for names and labels, the check of the values, logarithms of the non-zeros, and a first layer "
+    "whose rows are gathered one by one",
+    "predict": f"{_MORE}, for names and labels, noise floors and starts of the operators, an epoch of theirs, sampled "
+    "counts and writing them; reading takes {reading:.2f}",
+    WITHIN: f"{_MORE}, for reading and checking the file, starting values and constants, and in each step what "
+    "`bench vae` tells",
+}
+
+
+def bounded(rows: list[dict]) -> list[dict]:
+    """The rows, ours with their bound; CPU seconds."""
+    found = {
+        (row["variant"], row["stage"], row["file"], row["cells"]): row for row in rows if "extra_mb" in row
+    }
+    most = max((row["cells"] for row in rows if row["variant"] == WITHIN and "extra_mb" in row), default=None)
+    memory = found.get((WITHIN, "train", "h5ad", most))
+    for row in found.values():
+        once = found.get((OURS, "read", row["file"], row["cells"]))
+        if row["variant"] == PEER or row["stage"] == "names" or once is None:
+            continue
+        reading, kind = _seconds(once), WITHIN if row["variant"] == WITHIN else row["stage"]
+        bound = _bound(kind, row, reading, memory)
+        if bound is None:
+            continue
+        cpu = _seconds(row)
+        row |= {"bound": bound[0], "bound_seconds": bound[1], "distance": cpu / bound[1]}
+        if row["distance"] > 2:
+            row["between"] = BETWEEN[kind].format(reading=reading, over=cpu - bound[1])
+    return rows
+
+
+def _seconds(row: dict) -> float:
+    return row["cells"] / row["cells_per_cpu_s"]
+
+
+def _bound(kind: str, row: dict, reading: float, memory: dict | None) -> tuple[str, float] | None:
+    """What bounds a row, and its CPU seconds; `reading` is those of a pass over its file."""
+    cells, genes = row["cells"], row["genes"]
+    if kind == "read":
+        return "the file's bytes, copied once", row["file_mb"] * 1e6 / (bandwidth() / 2)
+    if kind == "train":
+        return None if memory is None else ("training in memory", cells / memory["cells_per_cpu_s"])
+    if kind == "encode":
+        return "reading the file once, encoder's products", reading + _encoding(row)
+    if kind == "predict":
+        # Every 16th cell is a control of the context: its neighbours are read too.
+        return "reading the file once, decoder's products", reading + _decoding(cells, genes)
+    return "products", cells / BATCH * step_bounds(HIDDEN, BATCH, genes)["products"]
+
+
+def _encoding(row: dict) -> float:
+    """CPU seconds of the products of the first layer at the non-zeros, which the share of them in the file counts."""
+    nonzeros = row["file_mb"] * 1e6 / 8  # a value and a gene each take four bytes
+    return 2.0 * nonzeros * (HIDDEN + LATENT) / product_rate(BATCH, HIDDEN, row["genes"])
+
+
+def _decoding(cells: int, genes: int) -> float:
+    """CPU seconds of the products that decode the predicted cells, before and after their move."""
+    moved = cells / (CONTEXTS * PERTURBATIONS)
+    return 2 * moved * 2.0 * genes * (HIDDEN + LATENT) / product_rate(1024, HIDDEN, genes)
+
 
 CELLS, GENES = (10_000, 30_000, 100_000, 300_000, 1_000_000), 2_000
 QUICK_CELLS, QUICK_GENES = (1_000, 2_000), 200
@@ -86,8 +154,8 @@ def _labels(start: int, context: np.ndarray, perturbation: np.ndarray, rng) -> p
 
 def read(path: str) -> Callable[[], object]:
     """Every row of the counts once, in order: what any use of the file costs at least."""
-    from ..data.catalogue import load
-    from ..data.on_disk import RowReader
+    from cellop_nb.data.catalogue import load
+    from cellop_nb.data.on_disk import RowReader
 
     def call():
         reader = RowReader(load(path, backed=True).X)
@@ -99,7 +167,7 @@ def read(path: str) -> Callable[[], object]:
 
 def names(path: str) -> Callable[[], object]:
     """The file opened: names and labels of all cells, which are held, and no counts."""
-    from ..data.catalogue import load
+    from cellop_nb.data.catalogue import load
 
     kept = []
     return lambda: kept.append(load(path, backed=True))
@@ -107,7 +175,8 @@ def names(path: str) -> Callable[[], object]:
 
 def peer(path: str) -> Callable[[], object]:
     """One epoch of SCVI with the same sizes, the file read into memory."""
-    from ..data.catalogue import load
+    from cellop_nb.data.catalogue import load
+
     from .vae import _peer_model, _peer_train
 
     def call():
@@ -119,9 +188,9 @@ def peer(path: str) -> Callable[[], object]:
 
 def train(path: str, backed: bool = True) -> Callable[[], object]:
     """One epoch of the VAE, from opening the file to the saved model."""
-    from ..data.catalogue import load
-    from ..training.checkpoint import save
-    from ..training.vae import VAETrainer, new_vae
+    from cellop_nb.data.catalogue import load
+    from cellop_nb.training.checkpoint import save
+    from cellop_nb.training.vae import VAETrainer, new_vae
 
     def call():
         adata = load(path, backed=backed)
@@ -135,9 +204,9 @@ def train(path: str, backed: bool = True) -> Callable[[], object]:
 
 def encode(path: str) -> Callable[[], object]:
     """Latents of every cell."""
-    from ..analysis.predict import embed
-    from ..data.catalogue import load
-    from ..training.checkpoint import load as load_model
+    from cellop_nb.analysis.predict import embed
+    from cellop_nb.data.catalogue import load
+    from cellop_nb.training.checkpoint import load as load_model
 
     def call():
         adata = load(path, backed=True)
@@ -149,10 +218,10 @@ def encode(path: str) -> Callable[[], object]:
 
 def predict(path: str) -> Callable[[], object]:
     """Operators fitted for an epoch, and every control cell moved and decoded into a file."""
-    from ..analysis.streaming import predict_to_file
-    from ..data.catalogue import load
-    from ..training.checkpoint import load as load_model
-    from ..training.operators import OperatorTrainer, new_operators
+    from cellop_nb.analysis.streaming import predict_to_file
+    from cellop_nb.data.catalogue import load
+    from cellop_nb.training.checkpoint import load as load_model
+    from cellop_nb.training.operators import OperatorTrainer, new_operators
 
     def call():
         adata = load(path, backed=True)
@@ -238,3 +307,40 @@ def _row(variant: str, stage: str, n_cells: int, n_genes: int, form: str, done: 
         return row | {"note": done["note"]}
     per_cell = {"stage_seconds": done["seconds"], "cells_per_cpu_s": n_cells / done["cpu_seconds"]}
     return row | {"note": None, "extra_mb": done["extra_mb"]} | per_cell
+
+
+def growth(rows: list[dict]) -> list[dict]:
+    """One row per variant, stage and file measured at several numbers of cells.
+
+    Returns
+    -------
+    Rows with ``time_exponent``, the slope of the logarithm of CPU seconds against that of cells (1: linear), and
+    ``bytes_per_cell``, the slope of extra memory; both over all sizes, by least squares. The note says what of that
+    are names and labels of the cells, and latents, which are held whole.
+    """
+    series: dict[tuple, list[dict]] = {}
+    for row in rows:
+        if row.get("cells_per_cpu_s"):
+            series.setdefault((row["variant"], row["stage"], row["file"]), []).append(row)
+    rows = [_slopes(key, points) for key, points in series.items() if len(points) > 1]
+    names = next((row["bytes_per_cell"] for row in rows if row["stage"] == "names"), None)
+    return [row | {"note": _held(row, names)} for row in rows]
+
+
+def _held(row: dict, names: float | None) -> str | None:
+    """What a stage of ours that reads from the file holds of every cell."""
+    if row["variant"] != OURS or row["stage"] == "names" or names is None:
+        return None
+    copies = {"encode": 1, "predict": 2}.get(row["stage"], 0)  # the operators' groups hold them once more
+    latents = f", {4 * LATENT * copies} latents" if copies else ""
+    return f"of these bytes {names:.0f} names and labels{latents}"
+
+
+def _slopes(key: tuple, points: list[dict]) -> dict:
+    cells = np.array([row["cells"] for row in points], dtype=float)
+    seconds = cells / [row["cells_per_cpu_s"] for row in points]
+    memory = 1e6 * np.array([row["extra_mb"] for row in points])
+    row = dict(zip(("variant", "stage", "file"), key, strict=True))
+    row["what"] = f"growth from {cells.min():,.0f} to {cells.max():,.0f} cells"
+    row["time_exponent"] = float(np.polyfit(np.log(cells), np.log(seconds), 1)[0])
+    return row | {"bytes_per_cell": float(np.polyfit(cells, memory, 1)[0]), "note": None}

@@ -1,6 +1,6 @@
 """Execute the committed notebooks again, in place and at their defaults.
 
-``python3 -m cellop_nb.notebook.refresh [NAME or NUMBER ...]`` brings each parameters cell in step with
+``python -m docs.refresh [NAME or NUMBER ...]`` brings each parameters cell in step with
 `parameters`, runs the notebook in a fresh kernel, and keeps outputs and execution counts, for these are what
 the tests compare. Times, widget state and text on stderr are left out: they differ from run to run.
 """
@@ -15,12 +15,17 @@ from pathlib import Path
 
 import nbformat
 
-from ..files import write_whole
-from . import kernels, parameters
+from cellop_nb.commands.run import choose
+from cellop_nb.files import write_whole
+from cellop_nb.notebook import kernels, parameters
 
 logger = logging.getLogger("cellop_nb")
 
-FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = [
+    *sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb")),
+    ROOT / "benchmarks" / "benchmark.ipynb",
+]
 _KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
 
@@ -94,12 +99,11 @@ def main(arguments: list[str] | None = None) -> None:
     """The command; all notebooks where none is named."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="names or numbers of notebooks; none: all")
-    chosen = [parameters.find(name) for name in parser.parse_args(arguments).names]
+    names = parser.parse_args(arguments).names
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for path in sorted(FOLDER.glob("[0-9][0-9]_*.ipynb")):
-        if not chosen or path.stem in chosen:
-            seconds = refresh(path)
-            logger.info("%s  %.1f s  %.0f kB", path.stem, seconds, path.stat().st_size / 1e3)
+    for path in [choose(name, NOTEBOOKS, "notebooks") for name in names] or NOTEBOOKS:
+        seconds = refresh(path)
+        logger.info("%s  %.1f s  %.0f kB", path.stem, seconds, path.stat().st_size / 1e3)
 
 
 if __name__ == "__main__":

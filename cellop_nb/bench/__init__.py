@@ -1,1 +1,0 @@
-"""Benchmarks: every variant in one run, interleaved; medians, CPU-seconds, and memory in fresh processes."""

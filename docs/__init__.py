@@ -1,0 +1,1 @@
+"""What builds the site, and runs the committed notebooks again; no part of the wheel."""
