@@ -1,4 +1,4 @@
-"""One VAE step, one operator step, a prediction and the smallest hold-out as calls: `steps`, to be counted or profiled."""
+"""A VAE step, an operator step, a prediction and the smallest hold-out as calls: `steps`, to be counted or profiled."""
 
 import cellop_nb as co
 from benchmarks.vae import trainer_step
