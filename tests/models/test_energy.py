@@ -7,10 +7,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from cellop_nb.bench.count import counts
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from benchmarks.measure import counts
 from cellop_nb.errors import ModelError
 from cellop_nb.models import energy
 from cellop_nb.models.energy import (
