@@ -57,11 +57,21 @@ class Parser(argparse.ArgumentParser):
         return suggestion + ";"
 
     def parse_args(self, args=None, namespace=None):
-        """Parse; an unknown option is reported by the subcommand that it was given to."""
-        known, rest = self.parse_known_args(args, namespace)
+        """Parse; an unknown option, or one that is there twice, is reported by the subcommand it was given to."""
+        parsed, rest = self.parse_known_args(args, namespace)
+        parser = getattr(parsed, "parser", self)
         if rest:
-            getattr(known, "parser", self).error(f"unrecognized arguments: {' '.join(rest)}")
-        return known
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        tokens = list(sys.argv[1:] if args is None else args)
+        tokens = [
+            token.partition("=")[0] for token in tokens[: tokens.index("--") if "--" in tokens else None]
+        ]
+        for action in parser._actions:  # the last one would win, without a word
+            if sum(tokens.count(option) for option in action.option_strings) > 1 and not isinstance(
+                action, argparse._AppendAction
+            ):
+                parser.error(f"argument {'/'.join(action.option_strings)} twice")
+        return parsed
 
 
 def build_parser() -> Parser:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import tempfile
 import time
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import nbformat
 
 from cellop_nb.commands.run import choose
 from cellop_nb.files import write_whole
-from cellop_nb.notebook import kernels, parameters
+from cellop_nb.notebook import parameters, runs
 
 logger = logging.getLogger("cellop_nb")
 
@@ -50,9 +49,9 @@ def refresh(path: str | Path, *, timeout: int | None = None) -> float:
     book = nbformat.read(path, 4)
     _set_parameters(book, path.stem)
     start = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="cellop-") as sockets, kernels.surroundings():
+    with runs.kernel_settings() as settings:
         resources = {"metadata": {"path": str(path.parent.resolve())}}
-        NotebookClient(book, resources=resources, timeout=timeout, **kernels.options(sockets)).execute()
+        NotebookClient(book, resources=resources, timeout=timeout, **settings).execute()
     seconds = time.monotonic() - start
     _write(clean(book), path)
     return seconds

@@ -13,7 +13,7 @@ import pytest
 
 from cellop_nb.__main__ import COMMANDS, build_parser, main
 from cellop_nb.commands import environment, test
-from cellop_nb.notebook import batch
+from cellop_nb.notebook import runs
 
 BOOKS = {
     "00_quickstart": "seed: int = 0",
@@ -24,9 +24,9 @@ BOOKS = {
 }
 
 
-WORK = """from cellop_nb.notebook import batch
+WORK = """from cellop_nb.notebook import runs
 numbers = {{name: value for name, value in list(globals().items()) if name in batch_names}}
-batch.write_metrics(run_dir, "{name}", numbers)"""
+runs.write_metrics(run_dir, "{name}", numbers)"""
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def nothing_runs(monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("something ran although the input was wrong")
 
-    monkeypatch.setattr(batch, "execute", never)
+    monkeypatch.setattr(runs, "execute", never)
     monkeypatch.setattr(environment, "make", never)
     monkeypatch.setattr(environment, "restart", never)
 
@@ -178,7 +178,7 @@ def test_run_leaves_notebooks_metrics_and_a_closing_table(run, tmp_path):
     folder = tmp_path / "runs" / "first"
     assert {path.stem for path in folder.glob("*.ipynb")} == set(BOOKS)
     # -p wins over -f, and false is a bool, not the text 'false'
-    metrics = batch.read_metrics(folder, "02_train_vae")
+    metrics = runs.read_metrics(folder, "02_train_vae")
     assert metrics == {"latent_dim": 8, "shuffle": False, "max_epochs": 5, "seed": 0}
     record = json.loads((folder / "run.json").read_text())
     assert record["notebooks"]["02_train_vae"]["parameters"]["latent_dim"] == 8
@@ -199,7 +199,7 @@ def test_run_leaves_notebooks_metrics_and_a_closing_table(run, tmp_path):
     )
     code, out, err = run("run", "--name", "first", "--only", "01", *words)
     assert code == 0, err
-    metrics = batch.read_metrics(folder, "01_data")
+    metrics = runs.read_metrics(folder, "01_data")
     assert metrics["context_key"] == ["cell_type", "donor"]
     assert (metrics["layer"], metrics["control"], metrics["data"]) == (None, "DMSO", "some_screen")
 
@@ -249,7 +249,7 @@ def test_a_relative_path_is_the_callers(run, small_screen, tmp_path):
     keys = ("--perturbation-key", "condition", "--context-key", "kind", "--control", "DMSO")
     code, _, err = run("run", "--only", "01", "--name", "mine", "--data", small_screen.name, *keys)
     assert code == 0, err
-    assert batch.read_metrics(tmp_path / "runs" / "mine", "01_data")["data"] == str(small_screen)
+    assert runs.read_metrics(tmp_path / "runs" / "mine", "01_data")["data"] == str(small_screen)
 
 
 def test_help_reads_well(run):
@@ -334,9 +334,9 @@ def test_the_real_screen_passes_the_first_look(run, kang_file, monkeypatch, tmp_
 
     def execute(path, target, values, **_):
         done.append(values)
-        return batch.Outcome(Path(path).stem, Path(target), 0.0)
+        return runs.Outcome(Path(path).stem, Path(target), 0.0)
 
-    monkeypatch.setattr(batch, "execute", execute)
+    monkeypatch.setattr(runs, "execute", execute)
     code, _, err = run("run", "--only", "01", "--data", os.path.relpath(kang_file, tmp_path))
     assert code == 0, err
     assert Path(done[0]["data"]) == kang_file.resolve()

@@ -137,10 +137,10 @@ def shown_holdouts():
 
 
 def shown_sweep():
-    from cellop_nb.notebook.sweeps.report import Sweep
+    from cellop_nb.notebook.sweep import Sweep
 
     frame = pd.DataFrame({"run": ["a1"], "context": [EVIL], "notebook": [f'x" onclick="{EVIL}']})
-    return Sweep.linked(None, frame).data
+    return Sweep.linked(frame).to_html()
 
 
 def shown_sentence():

@@ -17,7 +17,7 @@ from cellop_nb.commands import environment, users_file
 from cellop_nb.commands.terminal import Status, clock, complain, say, table
 from cellop_nb.errors import DataError, LabelError, did_you_mean, three_beats
 from cellop_nb.files import storing
-from cellop_nb.notebook import batch, parameters
+from cellop_nb.notebook import parameters, runs
 
 SUMMARY = "run the numbered notebooks, on the embedded data or on yours"
 
@@ -125,15 +125,17 @@ def settings(
 ) -> dict[str, dict[str, Any]]:
     """Typed values for each notebook: those of the file, then `-p`, then the named options."""
     content = _from_file(args.file) if with_file and args.file else {}
-    given = [(name, value, False) for name, value in content.items()]
-    given += [(name, value, True) for name, value in args.values]
-    given += [
+    typed_in = [(name, value, True) for name, value in args.values]
+    typed_in += [
         (name, getattr(args, name), True)
         for name in ("data", *users_file.KEYS)
         if getattr(args, name) is not None
     ]
+    names = [name for name, _, _ in typed_in]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise LabelError(three_beats("each parameter once", f"{twice[0]!r} twice", "leave one of them out"))
     values: dict[str, dict[str, Any]] = {path.stem: {} for path in selected}
-    for name, value, text in given:
+    for name, value, text in [(name, value, False) for name, value in content.items()] + typed_in:
         plain = name.rpartition(".")[2]
         if plain == "run_dir":
             fix = "use --runs and --name"
@@ -179,15 +181,16 @@ def folder_name(name: str) -> str:
     return name
 
 
-def _execute(selected: list[Path], target: Path, values: dict[str, dict[str, Any]]) -> list[batch.Outcome]:
+def _execute(selected: list[Path], target: Path, values: dict[str, dict[str, Any]]) -> list[runs.Outcome]:
     """Run two lanes side by side: notebooks that read what others wrote, in their order, and the rest."""
-    from cellop_nb.notebook import kernels  # needs the environment
-
     lanes = [[p for p in selected if (p.stem in _ALONE) is alone] for alone in (False, True)]
     lanes = [lane for lane in lanes if lane]
-    _share_cores(len(lanes))
     stages: dict[str, str] = {}
-    with Status("  running") as status, kernels.surroundings(), ThreadPoolExecutor(len(lanes)) as pool:
+    with (
+        Status("  running") as status,
+        runs.surroundings(_shares(len(lanes))),
+        ThreadPoolExecutor(len(lanes)) as pool,
+    ):
 
         def progress(notebook: str, stage: str) -> None:
             stages[notebook] = stage
@@ -204,13 +207,13 @@ def _tell(progress: Callable[[str, str], None], name: str, cell: int, of: int) -
 
 def _lane(
     lane: list[Path], target: Path, values: dict[str, dict[str, Any]], progress: Callable[[str, str], None]
-) -> list[batch.Outcome]:
+) -> list[runs.Outcome]:
     """Outcomes up to the first failure: later notebooks of a lane read what earlier ones wrote."""
-    outcomes: list[batch.Outcome] = []
+    outcomes: list[runs.Outcome] = []
     for path in lane:
         progress(path.stem, "starts")
         tell = partial(_tell, progress, path.stem)
-        outcome = batch.execute(path, target, values[path.stem], on_cell=tell)
+        outcome = runs.execute(path, target, values[path.stem], on_cell=tell)
         outcomes.append(outcome)
         progress(path.stem, "")
         say(f"  {path.stem}  {clock(outcome.seconds)}  {'FAILED' if outcome.error else 'done'}")
@@ -219,15 +222,14 @@ def _lane(
     return outcomes
 
 
-def _share_cores(lanes: int) -> None:
+def _shares(lanes: int) -> dict[str, str]:
     """Give each kernel its share of the cores; its waiting threads must not keep one from the other."""
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // lanes))
-    for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
-        os.environ.setdefault(name, threads)
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    shares = {"OMP_NUM_THREADS": threads, "NUMBA_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE"}
+    return {name: os.environ.get(name, value) for name, value in shares.items()}
 
 
-def _record(target: Path, values: dict[str, dict[str, Any]], outcomes: list[batch.Outcome]) -> None:
+def _record(target: Path, values: dict[str, dict[str, Any]], outcomes: list[runs.Outcome]) -> None:
     """Write `run.json`: what ran, with which values and versions."""
     from importlib.metadata import version
 
@@ -241,10 +243,10 @@ def _record(target: Path, values: dict[str, dict[str, Any]], outcomes: list[batc
         for outcome in outcomes
     }
     content = {"python": platform.python_version(), "versions": {name: version(name) for name in packages}}
-    batch.write_json(target / "run.json", {**content, "notebooks": notebooks})
+    runs.write_json(target / "run.json", {**content, "notebooks": notebooks})
 
 
-def _close(outcomes: list[batch.Outcome], selected: list[Path], seconds: float) -> None:
+def _close(outcomes: list[runs.Outcome], selected: list[Path], seconds: float) -> None:
     """Print the closing table."""
     rows = [[o.notebook, f"{o.seconds:.1f}", _headline(o), o.output.name] for o in outcomes]
     ran = {outcome.notebook for outcome in outcomes}
@@ -258,7 +260,7 @@ def _close(outcomes: list[batch.Outcome], selected: list[Path], seconds: float) 
             complain(f"\n{outcome.notebook} failed in {where}: {outcome.error}\nSee {outcome.output}")
 
 
-def _headline(outcome: batch.Outcome) -> str:
+def _headline(outcome: runs.Outcome) -> str:
     """The first three numbers of `metrics.json`."""
     if outcome.error:
         return "FAILED"

@@ -10,7 +10,7 @@ from cellop_nb.commands import environment, users_file
 from cellop_nb.commands import run as single
 from cellop_nb.commands.terminal import clock, complain, say, table
 from cellop_nb.errors import DataError, three_beats
-from cellop_nb.notebook.sweeps import cluster, plan
+from cellop_nb.notebook import sweep
 
 SUMMARY = "run a notebook for many parameter values, on this machine or a cluster"
 EXTRAS: tuple[str, ...] = ()
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where = parser.add_argument_group("where")
     where.add_argument(
         "--cluster", default="local", metavar="WHERE",
-        help="local (default), slurm, pbs, sge, or the address tcp://HOST:PORT of a Dask scheduler",
+        help="local (default), slurm, pbs, sge, or the address tls://HOST:PORT of a Dask scheduler",
     )  # fmt: skip
     where.add_argument("--workers", type=int, metavar="N", help="notebooks at once (default: what fits here)")
     where.add_argument("--memory", default="4GB", help="of a job of slurm, pbs, sge (default: 4GB)")
@@ -60,8 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def check(args: argparse.Namespace) -> None:
     """Refuse wrong parameters, values and places before the environment exists."""
     prepare(args)
-    cluster.check_where(args.cluster)
-    cluster.check_job(args.memory, args.walltime)
+    sweep.check_where(args.cluster)
+    job(args)
     for option in ("workers", "timeout"):
         value = getattr(args, option)
         if value is not None and value < 1:
@@ -70,29 +70,27 @@ def check(args: argparse.Namespace) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run what is missing and write the report; 0 when all runs are done, 1 when one failed."""
-    from cellop_nb.notebook.sweeps import execute
-
     notebook, runs = prepare(args, with_file=True)
     folder = place(args, notebook)
-    todo = execute.missing(folder, runs, retry_failed=args.retry_failed)
+    todo = sweep.missing(folder, runs, retry_failed=args.retry_failed)
     done = len(runs) - len(todo)
     say(f"{_runs(len(runs))} of {notebook.stem} in {folder}: {done} finished, {len(todo)} to do")
     if args.dry_run:
         _list(runs, todo)
         return 0
-    cluster.check_queue(args.cluster)
+    sweep.check_queue(args.cluster)
     users_file.check_data({notebook.stem: runs[0].values})
     _run(args, notebook, folder, runs, n_done=done)
     return _report(args, notebook, folder, runs)
 
 
-def prepare(args: argparse.Namespace, *, with_file: bool = False) -> tuple[Path, list[plan.Run]]:
+def prepare(args: argparse.Namespace, *, with_file: bool = False) -> tuple[Path, list[sweep.Run]]:
     """The notebook and its planned runs, every value checked."""
     notebook = find(args)
-    axes = [plan.read_axis(notebook, text) for text in args.axes]
+    axes = [sweep.read_axis(notebook, text) for text in args.axes]
     axes = [_located(axis) if axis.name == "data" else axis for axis in axes]
     fixed = single.settings(args, [notebook], with_file=with_file)[notebook.stem]
-    return notebook, plan.plan(notebook, axes, fixed, n_random=args.random, seed=args.sample_seed)
+    return notebook, sweep.plan(notebook, axes, fixed, n_random=args.random, seed=args.sample_seed)
 
 
 def find(args: argparse.Namespace) -> Path:
@@ -103,7 +101,7 @@ def find(args: argparse.Namespace) -> Path:
     return single.choose(args.notebook, single.numbered(args.notebooks), "notebooks, or an .ipynb file")
 
 
-def _located(axis: plan.Axis) -> plan.Axis:
+def _located(axis: sweep.Axis) -> sweep.Axis:
     assert isinstance(axis.values, tuple), "only numbers are drawn from an interval"
     return replace(axis, values=tuple(users_file.locate(value) for value in axis.values))
 
@@ -114,11 +112,17 @@ def place(args: argparse.Namespace, notebook: Path) -> Path:
     return parent / single.folder_name(args.name or notebook.stem)
 
 
+def job(args: argparse.Namespace) -> sweep.Job:
+    """What a job of the batch system gets."""
+    logs = place(args, find(args)) / "jobs" if args.cluster in sweep.QUEUES else None
+    return sweep.Job(args.memory, args.walltime, args.queue, args.account, logs)
+
+
 def _runs(number: int) -> str:
     return f"{number} run{'s' * (number != 1)}"
 
 
-def _list(runs: list[plan.Run], todo: list[plan.Run]) -> None:
+def _list(runs: list[sweep.Run], todo: list[sweep.Run]) -> None:
     names = [name for name in runs[0].values if len({repr(run.values[name]) for run in runs}) > 1]
     rows = [
         [run.key, *(str(run.values[name]) for name in names), "to do" if run in todo else "finished"]
@@ -127,16 +131,12 @@ def _list(runs: list[plan.Run], todo: list[plan.Run]) -> None:
     say(table(["run", *names, ""], rows))
 
 
-def _run(args, notebook: Path, folder: Path, runs: list[plan.Run], *, n_done: int) -> None:
+def _run(args, notebook: Path, folder: Path, runs: list[sweep.Run], *, n_done: int) -> None:
     from tqdm.auto import tqdm
 
-    from cellop_nb.notebook.sweeps.execute import execute
-
-    queue = {name: getattr(args, name) for name in ("memory", "walltime", "queue", "account")}
-    queue["logs"] = folder / "jobs"
-    ended = execute(
-        notebook, folder, runs, where=args.cluster, workers=args.workers or cluster.default_workers(),
-        timeout=args.timeout, options=queue, retry_failed=args.retry_failed, tell=tqdm.write,
+    ended = sweep.execute(
+        notebook, folder, runs, where=args.cluster, workers=args.workers or sweep.default_workers(),
+        timeout=args.timeout, job=job(args), retry_failed=args.retry_failed, tell=tqdm.write,
     )  # fmt: skip
     failed = 0
     with tqdm(total=len(runs), initial=n_done, desc=notebook.stem, unit="run", dynamic_ncols=True) as bar:
@@ -148,10 +148,8 @@ def _run(args, notebook: Path, folder: Path, runs: list[plan.Run], *, n_done: in
             bar.update()
 
 
-def _report(args, notebook: Path, folder: Path, runs: list[plan.Run]) -> int:
-    from cellop_nb.notebook.sweeps import report
-
-    frame = report.write(notebook, folder, runs, metric=args.metric, best=args.best)
+def _report(args, notebook: Path, folder: Path, runs: list[sweep.Run]) -> int:
+    frame = sweep.write_report(notebook, folder, runs, metric=args.metric, best=args.best)
     failed = frame[frame["status"] == "failed"]
     say(f"Table: {folder / 'runs.csv'} and .parquet. Report: {folder / 'summary.ipynb'}")
     if len(failed):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .panel import words
-from .values import Parameter
+from .parameters import Parameter
 
 
 def widget_for(parameter: Parameter, value: object = None):

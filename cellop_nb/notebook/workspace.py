@@ -29,7 +29,7 @@ from ..models.vae import NBVAE
 from ..training.checkpoint import load, save
 from ..training.operators import OperatorTrainer, new_operators
 from ..training.vae import VAETrainer, new_vae
-from . import batch, parameters
+from . import parameters, runs
 from .figures.style import show
 
 _SCREEN = ("data", "layer", "perturbation_key", "context_key", "control", "n_genes", "seed")
@@ -198,7 +198,7 @@ class Workspace:
     def metrics(self, **numbers) -> Path:
         """Write the notebook's key numbers, and beside them its parameters and where its inputs came from."""
         content = {**numbers, "inputs": self.origin, "parameters": self.values}
-        return batch.write_metrics(self.run_dir, self.notebook, content)
+        return runs.write_metrics(self.run_dir, self.notebook, content)
 
     def _write(self, name: str, writer) -> Path:
         return write_whole(inside(self.folder, name), writer)

@@ -118,14 +118,14 @@ def _(place):
 
 @case(FILES, "a full disk while a run writes its numbers")
 def _(place):
-    from cellop_nb.notebook import batch
+    from cellop_nb.notebook import runs
 
     def half(path, text, **_):
         path.write_bytes(text[: len(text) // 2].encode())
         raise OSError(28, "No space left on device")
 
     with mock.patch.object(Path, "write_text", half):
-        batch.write_metrics(place.folder, "02_train_vae", {"val_elbo": 1.0})
+        runs.write_metrics(place.folder, "02_train_vae", {"val_elbo": 1.0})
 
 
 @case(FILES, "a folder for checkpoints that is a file")

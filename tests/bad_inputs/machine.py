@@ -12,12 +12,12 @@ def _(place):
     from jupyter_client.kernelspec import NoSuchKernel
 
     from cellop_nb.commands import environment
-    from cellop_nb.notebook import batch
+    from cellop_nb.notebook import runs
 
     shipped = next(environment.NOTEBOOKS.glob("00_*.ipynb"))
     book = place.put(shipped.name, shipped.read_bytes())
     with mock.patch("papermill.execute_notebook", side_effect=NoSuchKernel("python3")):
-        batch.execute(book, place.folder / "run")
+        runs.execute(book, place.folder / "run")
 
 
 def with_version(package: str, found: str):

@@ -93,6 +93,37 @@ def _(place):
     return command(place, "sweep", "02", "-g", "seed=0..2", "--walltime", "a day")
 
 
+@case(SWEEPS, "more runs than a disk holds", code=2)
+def _(place):
+    return command(place, "sweep", "02", "-g", "seed=0..99999999")
+
+
+@case(SWEEPS, "the same option twice", code=2)
+def _(place):
+    return command(place, "sweep", "02", "-g", "seed=0..2", "--workers", "1", "--workers", "2")
+
+
+@case(SWEEPS, "the same fixed value twice", code=2)
+def _(place):
+    return command(place, "sweep", "02", "-g", "seed=0..2", "-p", "hidden", "8", "-p", "hidden", "16")
+
+
+@case(SWEEPS, "a scheduler that whoever reaches it may use", code=2)
+def _(place):
+    return command(place, "sweep", "02", "-g", "seed=0..2", "--cluster", "tcp://10.0.0.1:8786")
+
+
+@case(SWEEPS, "an account of two lines", code=2)
+def _(place):
+    where = ("--cluster", "slurm", "--account", "lab7\n#SBATCH --uid=0")
+    return command(place, "sweep", "02", "-g", "seed=0..2", *where)
+
+
+@case(SWEEPS, "a folder that a job script would read as two words", code=2)
+def _(place):
+    return command(place, "sweep", "02", "-g", "seed=0..2", "--cluster", "slurm", "--runs", "my runs")
+
+
 @case(SWEEPS, "a data file that is not there", code=2)
 def _(place):
     return command(place, "sweep", "02", "-g", "seed=0..2", "--data", "screen.h5ad")
@@ -120,7 +151,7 @@ def _(place):
 def _(place):
     import pandas as pd
 
-    from cellop_nb.notebook.sweeps import table
+    from cellop_nb.notebook.sweep import Sweep
 
     runs = pd.DataFrame({"run": ["a", "b"], "seed": [0, 1], "status": "done", "val_elbo": [1.0, 2.0]})
-    table.metric_of(runs, ["seed"], "val_loss")
+    Sweep(runs, ["seed"], "val_loss")

@@ -17,7 +17,7 @@ from cellop_nb.errors import LabelError
 from cellop_nb.notebook import figures
 from cellop_nb.notebook.figures import sheet, style
 from cellop_nb.notebook.figures.quick_png import palette, quick_png
-from cellop_nb.notebook.sweeps.table import effects
+from cellop_nb.notebook.sweep import Sweep
 
 GROUPS = ["B, IFNb", "CD14+ Mono, IFNb", "_hidden, $odd_label$"]
 rng = np.random.default_rng(0)
@@ -69,7 +69,7 @@ COUNTS = rng.poisson(1.0, (60, 40))
 FIGURES = {
     "sweep_map": lambda: figures.sweep_map(_runs(), ["width", "rate"], "loss"),
     "sweep_effects": lambda: figures.sweep_effects(
-        effects(_runs(), ["width", "rate", "kind"], "loss"), "loss"
+        Sweep(_runs(), ["width", "rate", "kind"], "loss").effects(), "loss"
     ),
     "parallel_coordinates": lambda: figures.parallel_coordinates(_runs(), ["width", "rate", "kind"], "loss"),
     "coverage": lambda: figures.coverage(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cellop_nb import datasets
-from cellop_nb.notebook import batch, parameters
+from cellop_nb.notebook import parameters, runs
 
 KEYS = {"perturbation_key": "condition", "context_key": "celltype", "control": "ctrl"}
 SMALL = {
@@ -41,6 +41,6 @@ def test_a_notebook_ends_on_a_users_screen(name, folder, root):
     known = {parameter.name for parameter in parameters.NOTEBOOKS[name]}
     values = {key: value for key, value in {**KEYS, **SMALL}.items() if key in known}
     values |= {"data": str(folder / "screen.h5ad")}
-    outcome = batch.execute(root / "notebooks" / f"{name}.ipynb", folder / "run", values, timeout=120)
+    outcome = runs.execute(root / "notebooks" / f"{name}.ipynb", folder / "run", values, timeout=120)
     assert outcome.error == "", f"cell {outcome.cell}"
     assert outcome.metrics

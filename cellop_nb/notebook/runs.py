@@ -1,27 +1,35 @@
 """Notebooks executed without a browser: papermill runs them, each in the folder of its run.
 
 A run folder holds the executed notebooks and, beside each, a folder of the same name with what it wrote:
-`02_train_vae.ipynb` and `02_train_vae/metrics.json`, figures, tables, checkpoints.
+`02_train_vae.ipynb` and `02_train_vae/metrics.json`, figures, tables, checkpoints. What executes notebooks is imported
+when one is executed: the command line refuses wrong values before there is an environment.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import math
+import os
 import re
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
-from cellop_nb.errors import SetupError, three_beats
-from cellop_nb.files import write_whole
-from cellop_nb.notebook import parameters
+from ..errors import SetupError, three_beats
+from ..files import write_whole
+from . import parameters
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
+_PATIENCE = 2.0
+"""Seconds that a kernel is given to end by itself; an idle one takes a fraction of a second."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +97,8 @@ def execute(
     ------
     LabelError, ParameterError
         When a parameter is unknown or its value does not fit; nothing has run then.
+    SetupError
+        When this environment has no Python kernel.
     """
     notebook, folder = Path(notebook), Path(folder).resolve()
     values = parameters.validate(notebook, values or {})
@@ -110,18 +120,16 @@ def _papermill(
     from jupyter_client.kernelspec import NoSuchKernel
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
 
-    from cellop_nb.notebook import kernels  # not at the top: refusals come before there is an environment
-
     # papermill infers parameters with a pattern that does not know `str | None`, and warns of them as unknown
     logging.getLogger("papermill").setLevel(logging.ERROR)
-    with tempfile.TemporaryDirectory(prefix="cellop-") as sockets, kernels.surroundings():
+    with kernel_settings() as settings:
         try:
             papermill.execute_notebook(
                 str(notebook), str(folder / notebook.name), parameters=values,
                 # the kernel's folder alone: `cwd=` changes that of this process, which other lanes share
                 resources={"metadata": {"path": str(folder)}},
                 progress_bar=False, execution_timeout=timeout, on_cell_start=_counter(notebook, on_cell),
-                **kernels.options(sockets),
+                **settings,
             )  # fmt: skip
         except papermill.PapermillExecutionError as problem:
             return _ANSI.sub("", f"{problem.ename}: {problem.evalue}"), problem.exec_count
@@ -143,6 +151,90 @@ def _counter(notebook: Path, on_cell: Callable[[int, int], None] | None) -> Call
         on_cell(min(cell_index + 1, total), total)
 
     return started
+
+
+# -- kernels: how they are found, reached and ended
+
+
+@contextmanager
+def surroundings(variables: Mapping[str, str] | None = None) -> Iterator[None]:
+    """Kernels import this very package, and are those of this environment, not of the user's home.
+
+    `variables` are further environment variables for them; all are as before at the end.
+    """
+    package_home = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join(filter(None, [package_home, os.environ.get("PYTHONPATH")]))
+    during = {**(variables or {}), "PYTHONPATH": path, "JUPYTER_PREFER_ENV_PATH": "1"}
+    before = {name: os.environ.get(name) for name in during}
+    os.environ.update(during)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+
+
+@contextmanager
+def kernel_settings() -> Iterator[dict]:
+    """Keywords of a notebook client (nbclient, papermill) inside our :func:`surroundings`.
+
+    Its sockets lie in a folder of the run's own: no two kernels ever race for a port, and the path stays short.
+    """
+    from traitlets.config import Config
+
+    settings: dict[str, Any] = {
+        "kernel_name": "python3",
+        "kernel_manager_class": _patient_manager(),
+        "store_widget_state": False,
+    }
+    with tempfile.TemporaryDirectory(prefix="cellop-") as sockets, surroundings():
+        if os.name != "nt":
+            connection = {"transport": "ipc", "connection_file": os.path.join(sockets, "kernel.json")}
+            settings["config"] = Config({"KernelManager": connection})
+        yield settings
+
+
+_managers: WeakSet = WeakSet()
+
+
+def end_kernels() -> None:
+    """End the kernels of this process at once, in whichever thread their notebooks run; these then fail."""
+    for manager in list(_managers):
+        process = getattr(manager.provisioner, "process", None)
+        if process is not None and process.poll() is None:
+            process.kill()
+
+
+@cache
+def _patient_manager() -> type:
+    """A kernel manager that asks a kernel to end before it interrupts it.
+
+    jupyter_client interrupts first. The kernel may then still be at the end of its last answer, which it has sent
+    already, and says on the terminal that it was interrupted: an error message where nothing went wrong. A kernel that
+    is busy (a cell was given up) does not end when asked, and is interrupted as ever.
+    """
+    from jupyter_client import AsyncKernelManager
+
+    class PatientKernelManager(AsyncKernelManager):
+        async def start_kernel(self, *arguments, **settings) -> None:
+            """Start the kernel, and remember it for :func:`end_kernels`."""
+            _managers.add(self)
+            await super().start_kernel(*arguments, **settings)
+
+        async def shutdown_kernel(self, now: bool = False, restart: bool = False) -> None:  # type: ignore[override]
+            """End the kernel: by request, then by interrupt, then by force."""
+            if self.has_kernel and not now:
+                self.shutting_down = True
+                await self.request_shutdown(restart)
+                end = asyncio.get_running_loop().time() + _PATIENCE
+                while await self.is_alive() and asyncio.get_running_loop().time() < end:
+                    await asyncio.sleep(0.02)
+            await super().shutdown_kernel(now=now, restart=restart)
+
+    return PatientKernelManager
+
+
+# -- key numbers of a notebook
 
 
 def metrics_file(run_dir: str | Path, notebook: str) -> Path:

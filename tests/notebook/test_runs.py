@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from cellop_nb.errors import LabelError
-from cellop_nb.notebook import batch
+from cellop_nb.notebook import runs
 
 PARAMETERS = "n: int = 2  # how many\nlayer: str | None = None\nrun_dir: str = '.'"
-WORK = """from cellop_nb.notebook import batch
-batch.write_metrics(run_dir, "90_mine", {"square": n * n, "layer": layer})"""
+WORK = """from cellop_nb.notebook import runs
+runs.write_metrics(run_dir, "90_mine", {"square": n * n, "layer": layer})"""
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def book(tmp_path, write_notebook):
 
 def test_a_notebook_runs_in_its_folder_with_its_values(book, tmp_path, caplog):
     seen = []
-    outcome = batch.execute(book, tmp_path / "run", {"n": 3}, on_cell=lambda i, n: seen.append((i, n)))
+    outcome = runs.execute(book, tmp_path / "run", {"n": 3}, on_cell=lambda i, n: seen.append((i, n)))
     assert outcome.error == ""
     assert outcome.metrics == {"square": 9, "layer": None}
     assert (tmp_path / "run" / "90_mine" / "metrics.json").is_file()
@@ -40,7 +40,7 @@ def test_the_folder_is_that_of_the_kernel_and_not_of_this_process(tmp_path, writ
     """Notebooks run side by side in threads: a folder of the process would send results where another lane stood."""
     book = write_notebook(tmp_path / "90_mine.ipynb", PARAMETERS, "import os; print(os.getcwd())")
     before, seen = os.getcwd(), []
-    outcome = batch.execute(book, tmp_path / "run", on_cell=lambda *_: seen.append(os.getcwd()))
+    outcome = runs.execute(book, tmp_path / "run", on_cell=lambda *_: seen.append(os.getcwd()))
     assert set(seen) == {before}
     printed = nbformat.read(outcome.output, 4).cells[-1].outputs[0].text
     assert printed.strip() == str((tmp_path / "run").resolve())
@@ -49,8 +49,8 @@ def test_the_folder_is_that_of_the_kernel_and_not_of_this_process(tmp_path, writ
 def test_a_failing_notebook_is_kept_and_tells_its_cell(tmp_path, write_notebook):
     book = write_notebook(tmp_path / "90_mine.ipynb", PARAMETERS, "raise KeyError('gone')", "print('later')")
     folder = tmp_path / "run"
-    batch.write_metrics(folder, "90_mine", {"square": 1})
-    outcome = batch.execute(book, folder)
+    runs.write_metrics(folder, "90_mine", {"square": 1})
+    outcome = runs.execute(book, folder)
     assert outcome.error == "KeyError: 'gone'"
     executed = nbformat.read(outcome.output, 4)
     failing = next(
@@ -65,9 +65,9 @@ def test_a_dead_kernel_and_a_slow_cell_are_outcomes(tmp_path, write_notebook):
     dying = write_notebook(
         tmp_path / "91_dying.ipynb", "n = 1", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
     )
-    assert "DeadKernelError" in batch.execute(dying, tmp_path / "run").error
+    assert "DeadKernelError" in runs.execute(dying, tmp_path / "run").error
     slow = write_notebook(tmp_path / "92_slow.ipynb", "n = 1", "import time; time.sleep(60)")
-    assert "CellTimeoutError" in batch.execute(slow, tmp_path / "run", timeout=1).error
+    assert "CellTimeoutError" in runs.execute(slow, tmp_path / "run", timeout=1).error
 
 
 LINGERS = """import inspect, time
@@ -86,7 +86,7 @@ def test_a_kernel_is_not_interrupted_while_it_ends_its_last_answer(
     """As on a busy machine: it would report the interrupt on the terminal, where nothing went wrong."""
     monkeypatch.setenv("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # what old kernels have to say about debuggers
     book = write_notebook(tmp_path / "90_mine.ipynb", "n = 1", LINGERS)
-    assert batch.execute(book, tmp_path / "run").error == ""
+    assert runs.execute(book, tmp_path / "run").error == ""
     assert capfd.readouterr().err == ""
 
 
@@ -97,13 +97,13 @@ try:
 except KeyboardInterrupt:
     pathlib.Path("interrupted").touch()"""
     book = write_notebook(tmp_path / "90_mine.ipynb", "n = 1", cell)
-    assert "CellTimeoutError" in batch.execute(book, tmp_path / "run", timeout=1).error
+    assert "CellTimeoutError" in runs.execute(book, tmp_path / "run", timeout=1).error
     assert (tmp_path / "run" / "interrupted").exists()
 
 
 def test_wrong_values_stop_it_before_it_runs(book, tmp_path):
     with pytest.raises(LabelError, match="a parameter of 90_mine"):
-        batch.execute(book, tmp_path / "run", {"m": 3})
+        runs.execute(book, tmp_path / "run", {"m": 3})
     assert not (tmp_path / "run").exists()
 
 
@@ -115,9 +115,9 @@ def test_metrics_are_written_as_plain_json(tmp_path):
         "d": {"e": (1, True)},
         "f": tmp_path,
     }
-    path = batch.write_metrics(tmp_path, "90_mine", metrics)
+    path = runs.write_metrics(tmp_path, "90_mine", metrics)
     content = json.loads(path.read_text())
     assert content == {"a": 0.5, "b": [0, 1], "c": None, "d": {"e": [1, True]}, "f": str(tmp_path)}
-    assert batch.read_metrics(tmp_path, "90_mine") == content
+    assert runs.read_metrics(tmp_path, "90_mine") == content
     assert [p.name for p in path.parent.iterdir()] == ["metrics.json"]
-    assert batch.read_metrics(tmp_path, "91_other") == {}
+    assert runs.read_metrics(tmp_path, "91_other") == {}
