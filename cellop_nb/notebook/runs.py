@@ -216,7 +216,7 @@ def _patient_manager() -> type:
     from jupyter_client import AsyncKernelManager
 
     class PatientKernelManager(AsyncKernelManager):
-        async def start_kernel(self, *arguments, **settings) -> None:
+        async def start_kernel(self, *arguments, **settings) -> None:  # type: ignore[override]
             """Start the kernel, and remember it for :func:`end_kernels`."""
             _managers.add(self)
             await super().start_kernel(*arguments, **settings)

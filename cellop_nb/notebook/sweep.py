@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from html import escape
 from importlib.util import find_spec
 from pathlib import Path
@@ -403,7 +403,7 @@ class ClusterLost(DataError):
 
 def _windowed(submit: Callable[..., Future], tasks: Iterable[tuple[Run, tuple]], workers: int):
     """Runs with their futures as they end, never more than `workers` given out: nobody else bounds a kernel's memory."""
-    waiting, pending = iter(tasks), {}
+    waiting, pending = iter(tasks), dict[Future, Run]()
     while True:
         for run, task in itertools.islice(waiting, workers - len(pending)):
             pending[submit(*task)] = run
@@ -470,7 +470,7 @@ def _here(workers: int) -> Iterator[Callable[..., Future]]:
     stopped, futures = threading.Event(), []
 
     def submit(*task) -> Future:
-        futures.append(pool.submit(run_one, *task, stopped))
+        futures.append(pool.submit(partial(run_one, stopped=stopped), *task))
         return futures[-1]
 
     with runs.surroundings(_threads((os.cpu_count() or 1) // workers)), ThreadPoolExecutor(workers) as pool:
