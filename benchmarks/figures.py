@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from cellop_nb.notebook.figures.style import (
+from cellop_nb.notebook.style import (
+    CATEGORIES,
     HATCHES,
-    OKABE_ITO,
     QUIET,
     canvas,
     label,
@@ -64,7 +64,7 @@ def training_rates(rows: Rows) -> Figure:
         places = [k + (index - (len(names) - 1) / 2) * width for k, size in enumerate(sizes) if size in found]
         heights = [found[size]["cells_per_cpu_s"] for size in sizes if size in found]
         style = {
-            "color": OKABE_ITO[index],
+            "color": CATEGORIES[index],
             "hatch": HATCHES[index],
             "edgecolor": "white",
             "label": safe(name),
@@ -109,7 +109,7 @@ def stage_times(rows: Rows) -> Figure:
     """Seconds of each stage of the whole job, with its bound."""
     fig, (ax,) = canvas(height=0.4 * len(rows) + 1.0, width=7.0)
     seconds = [row["stage_seconds"] for row in rows]
-    ax.barh(range(len(rows)), seconds, 0.6, color=OKABE_ITO[0])
+    ax.barh(range(len(rows)), seconds, 0.6, color=CATEGORIES[0])
     for place, (row, value) in enumerate(zip(rows, seconds, strict=True)):
         note(ax, value, place, f" {value:.3g} s", transform=ax.transData, va="center")
         if row.get("bound_seconds"):

@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 # public name -> module that defines it (an empty name after the colon: the module itself)
 _PUBLIC = {
     "datasets": "data.catalogue",
+    "pl": "notebook.pl",
     "setup": "data.contract",
     "context_labels": "data.contract",
     "split": "data.splits",
@@ -64,7 +65,7 @@ _PUBLIC = {
     "TuningPanel": "notebook.tuning",
     "RunControls": "notebook.controls",
 }
-_MODULES = {"datasets"}
+_MODULES = {"datasets", "pl"}
 
 if TYPE_CHECKING:  # the names below are found by `__getattr__` while running
     from .analysis.abstain import support as support
@@ -104,6 +105,7 @@ if TYPE_CHECKING:  # the names below are found by `__getattr__` while running
     from .models.vae import Encoder as Encoder
     from .models.vae import elbo_loss as elbo_loss
     from .models.vae import sample_z as sample_z
+    from .notebook import pl as pl
     from .notebook.controls import RunControls as RunControls
     from .notebook.explorer import Explorer as Explorer
     from .notebook.live import LivePlot as LivePlot

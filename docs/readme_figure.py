@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 import cellop_nb as co
-from cellop_nb.notebook import figures
+from cellop_nb.notebook import style
 
 CONTEXT, PERTURBATION = "type C", "drug 1"
 METHODS = {
@@ -21,7 +21,7 @@ METHODS = {
     "latent shift": "latent shift",
     "operators": "operator",
 }
-BLUE, ORANGE, GREEN = figures.OKABE_ITO[0], figures.OKABE_ITO[1], figures.OKABE_ITO[2]
+BLUE, ORANGE, GREEN = style.BLUE, style.ORANGE, style.GREEN
 
 
 def held_out():
@@ -75,10 +75,10 @@ def distances(ax, result) -> None:
 def main() -> None:
     """Draw the three panels and write the picture."""
     result = held_out()
-    fig, axes = figures.canvas(1, 3, width=10.5, height=3.3)
+    fig, axes = style.canvas(1, 3, width=10.5, height=3.3)
     for draw, ax in zip((clouds, changes, distances), axes, strict=True):
         draw(ax, result)
-    figures.show(fig, Path(__file__).parent / "images" / "held_out.png", dpi=110)
+    style.finish(fig, save=Path(__file__).parent / "images" / "held_out.png")
 
 
 if __name__ == "__main__":

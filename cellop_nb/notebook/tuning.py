@@ -23,7 +23,7 @@ from ..training.operators import OperatorTrainer, new_operators
 from ..training.vae import VAETrainer, new_vae
 from ..views import grid
 from . import parameters
-from .figures import style as s
+from . import style as s
 from .inputs import read_value, shown_value, widget_for
 from .panel import button, panel, spoken, status_line
 from .workspace import Workspace, vae_sizes

@@ -30,7 +30,7 @@ from ..training.checkpoint import load, save
 from ..training.operators import OperatorTrainer, new_operators
 from ..training.vae import VAETrainer, new_vae
 from . import parameters, runs
-from .figures.style import show
+from .style import shown
 
 _SCREEN = ("data", "layer", "perturbation_key", "context_key", "control", "n_genes", "seed")
 _VAE, _OPERATORS, _MODEL = "02_train_vae", "04_train_operators", "model.safetensors"
@@ -183,7 +183,7 @@ class Workspace:
 
     def figure(self, figure, name: str):
         """Write the figure as PNG and show it."""
-        return show(figure, inside(self.folder / "figures", f"{name}.png"))
+        return shown(figure, inside(self.folder / "figures", f"{name}.png"))
 
     def picture(self, image, name: str):
         """Write an `IPython.display.Image` of PNG and show it."""

@@ -10,10 +10,9 @@ import pytest
 from cellop_nb.analysis.predict import embed
 from cellop_nb.data.splits import split
 from cellop_nb.data.synthetic import synthetic
-from cellop_nb.notebook import parameters
+from cellop_nb.notebook import parameters, style
 from cellop_nb.notebook.controls import RunControls
 from cellop_nb.notebook.explorer import Explorer
-from cellop_nb.notebook.figures import style
 from cellop_nb.notebook.tuning import TuningPanel
 from cellop_nb.notebook.workspace import Workspace
 from cellop_nb.training.operators import new_operators

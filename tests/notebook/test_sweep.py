@@ -26,7 +26,7 @@ from scipy import stats
 
 from cellop_nb.__main__ import main
 from cellop_nb.errors import DataError, LabelError
-from cellop_nb.notebook import figures
+from cellop_nb.notebook import figures, style
 from cellop_nb.notebook import sweep as s
 from cellop_nb.notebook.parameters import ParameterError
 
@@ -368,7 +368,7 @@ def test_the_picture_follows_the_number_of_parameters():
     assert {"8", "16", "32", "1e-4", "1"} <= set(texts(many))
     effect = figures.sweep_effects(s.Sweep(table, VARIED, "loss").effects(), "loss")
     assert [ax.get_xlabel() for ax in effect.axes] == ["width", "depth"]
-    assert all(figures.png(fig).startswith(b"\x89PNG") for fig in (one, two, many, effect))
+    assert all(style.png(fig).startswith(b"\x89PNG") for fig in (one, two, many, effect))
 
 
 # -- executing

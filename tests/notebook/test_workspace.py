@@ -118,7 +118,7 @@ def test_a_kept_vae_embeds_as_before(tmp_path, screen):
 
 
 def test_results_go_to_the_folder_of_the_notebook(tmp_path, screen):
-    from cellop_nb.notebook.figures import canvas
+    from cellop_nb.notebook.style import canvas
 
     work = work_in(tmp_path, "01_data", screen)
     work.table(pd.DataFrame({"a": [1, 2]}), "numbers")

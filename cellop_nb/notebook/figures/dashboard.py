@@ -8,15 +8,16 @@ from dataclasses import dataclass, field
 import numpy as np
 from matplotlib.collections import PolyCollection
 
-from cellop_nb.notebook.figures import style as s
 from cellop_nb.notebook.figures.changes import Change
 from cellop_nb.notebook.figures.panels import Columns, Panel
 from cellop_nb.notebook.figures.sheet import Plot, Sheet
 
+from .. import style as s
+
 # pixels
 _SIDE, _HEAD, _ROW, _FOOT, _GROUP_ROW = 256, 46, 130, 34, 212
 _COLUMNS, _MOST_LINES, _WORST, _MOST_CHANGES = 3, 6, 3, 3
-_BEST = s.OKABE_ITO[2]
+_BEST = s.CATEGORIES[2]
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Dashboard:
 
 _STAR = {"marker": "*", "color": _BEST, "markersize": 9, "linestyle": ""}
 _SHADE = {"color": _BEST, "alpha": 0.15, "linewidth": 8, "solid_capstyle": "butt"}
-_HAND = {"marker": "^", "color": s.OKABE_ITO[3], "markersize": 6, "linestyle": ""}
+_HAND = {"marker": "^", "color": s.CATEGORIES[3], "markersize": 6, "linestyle": ""}
 _CURVE = {"linewidth": 1.4, "markersize": 3}
 
 
@@ -109,7 +110,7 @@ class _Curves:
         self.star = sheet.line(moving=True, **_STAR)
         self.hand = sheet.line(moving=True, **_HAND)
         n_named = _MOST_CHANGES if self.monitored else 0
-        self.named = [sheet.text(0, 0, moving=True, color=s.OKABE_ITO[3]) for _ in range(n_named)]
+        self.named = [sheet.text(0, 0, moving=True, color=s.CATEGORIES[3]) for _ in range(n_named)]
 
     def update(self, epochs: np.ndarray, columns: Columns, marks: Marks) -> None:
         shown = [columns[column] for column in self.lines]
@@ -157,7 +158,7 @@ class _Groups:
         count = len(self.names) if self.few else 1 + _WORST
         sheet = plot.sheet
         self.bands = (
-            [] if self.few else [sheet.area(color=s.OKABE_ITO[0], alpha=alpha) for alpha in (0.10, 0.18)]
+            [] if self.few else [sheet.area(color=s.CATEGORIES[0], alpha=alpha) for alpha in (0.10, 0.18)]
         )
         dotted = {"linestyle": (0, (1, 2)), "linewidth": 1.0}
         self.floors = [sheet.line(moving=True, color=s.line(i)["color"], **dotted) for i in range(count)]

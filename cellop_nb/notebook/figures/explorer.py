@@ -11,15 +11,15 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from .. import style as s
 from ..questions import Answer
-from . import style as s
 from .frame import Frame, bar, equal, rounded, say, span
 from .sheet import Sheet
 
 WIDTH, HEIGHT = 768, 620
 N_GENES = 8  # a side
 _CLOUDS = (("start", 6, ":"), ("real", 1, "--"), ("moved", 0, "-"))
-_UP, _DOWN, _MEASURED = s.OKABE_ITO[3], s.OKABE_ITO[5], s.OKABE_ITO[1]
+_UP, _DOWN, _MEASURED = s.CATEGORIES[3], s.CATEGORIES[5], s.CATEGORIES[1]
 _BINS = 18
 
 
@@ -55,7 +55,7 @@ class ExplorerSheet:
         asked = answer.question
         self._head.set_text(s.safe(f"{asked.context}: {asked.label}", 90))
         self._why.set_text(s.safe(answer.why, 120))
-        self._why.set_color(s.OKABE_ITO[3] if answer.standing == "prediction" else s.INK)
+        self._why.set_color(s.CATEGORIES[3] if answer.standing == "prediction" else s.INK)
         words = Words.of(asked.reverse)
         for view in (self._map, self._genes, self._counts, self._energy, self._spectrum):
             view.update(answer, words)
@@ -214,7 +214,7 @@ class _Energy:
         for i, (name, index) in enumerate((("no change", 6), ("moved", 0))):
             self.marks[name] = sheet.line(moving=True, linestyle="", markersize=8, **s.mark(index))
             self.names[name] = sheet.text(0, 478 + 30 * i, name, moving=True)
-        self.floor = sheet.line(moving=True, color=s.OKABE_ITO[3], linestyle=(0, (1, 2)), linewidth=1.4)
+        self.floor = sheet.line(moving=True, color=s.CATEGORIES[3], linestyle=(0, (1, 2)), linewidth=1.4)
         self._limits, self._key = (0.0, 0.0), ()
 
     def update(self, answer: Answer, words: Words) -> None:

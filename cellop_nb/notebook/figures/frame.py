@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.markers import TICKDOWN, TICKLEFT
 from matplotlib.ticker import MaxNLocator
 
-from . import style as s
+from .. import style as s
 from .sheet import Sheet
 
 

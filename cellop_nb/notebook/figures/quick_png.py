@@ -10,7 +10,7 @@ from itertools import combinations
 import numpy as np
 from scipy.spatial import cKDTree
 
-from . import style as s
+from .. import style as s
 
 _ROWS = 64  # looked up at once: what lies between stays in the cache
 
@@ -40,10 +40,14 @@ def quick_png(pixels: np.ndarray, level: int = 1) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(kind, data) for kind, data in parts)
 
 
+def _rgb(codes) -> np.ndarray:
+    return np.array([[int(code[i : i + 2], 16) for i in (1, 3, 5)] for code in codes], dtype=float)
+
+
 @lru_cache(maxsize=1)
 def palette() -> np.ndarray:
     """(colour, 3) uint8, at most 256: ours, their tints as edges have them, and mixtures where dots overlap."""
-    ours, dots = s.rgb((*s.OKABE_ITO, s.INK, s.QUIET)), s.rgb(s.OKABE_ITO[:-1])
+    ours, dots = _rgb((*s.CATEGORIES, s.INK, s.QUIET)), _rgb(s.CATEGORIES[:-1])
     mixed = [share * a + (1 - share) * b for a, b in combinations(dots, 2) for share in (0.25, 0.5, 0.75)]
     tints = [255 + (ours - 255) * share for share in np.linspace(0, 1, 12)]
     tints += [255 + (np.array(mixed) - 255) * share for share in (0.55, 0.85)]

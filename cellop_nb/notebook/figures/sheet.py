@@ -23,8 +23,9 @@ from matplotlib.transforms import Affine2D
 from PIL import Image as Pixels
 from PIL import ImageDraw, ImageFont
 
-from cellop_nb.notebook.figures import style as s
 from cellop_nb.notebook.figures.quick_png import quick_png
+
+from .. import style as s
 
 
 class Sheet:

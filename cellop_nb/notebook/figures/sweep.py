@@ -11,7 +11,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from cellop_nb.notebook.figures import style as s
+from .. import style as s
 
 
 def sweep_map(table: pd.DataFrame, varied: Sequence[str], metric: str, *, best: str = "min") -> Figure:
@@ -42,7 +42,7 @@ def _points(done: pd.DataFrame, name: str, metric: str) -> Figure:
     place, names = _places(done[name])
     ax.plot(place, done[metric], linestyle="", alpha=0.6, markersize=5, **s.mark(0), label="run")
     means = done.groupby(place)[metric].mean()
-    ax.plot(means.index, means, color=s.OKABE_ITO[3], linewidth=1.4, label="mean")
+    ax.plot(means.index, means, color=s.CATEGORIES[3], linewidth=1.4, label="mean")
     _ticks(ax, "x", names)
     if names is None and _spans_decades(done[name]):
         ax.set_xscale("log")
@@ -63,7 +63,7 @@ def _heat_map(done: pd.DataFrame, names: Sequence[str], metric: str, best: str) 
             colour = "white" if value < middle else "black"
             ax.text(column, row, f"{value:.4g}", ha="center", va="center", fontsize=s.SMALL, color=colour)
     row, column = divmod(int((np.nanargmin if best == "min" else np.nanargmax)(wide.to_numpy())), columns)
-    ax.plot(column, row, marker="s", markersize=26, markerfacecolor="none", markeredgecolor=s.OKABE_ITO[3],
+    ax.plot(column, row, marker="s", markersize=26, markerfacecolor="none", markeredgecolor=s.CATEGORIES[3],
             markeredgewidth=2)  # fmt: skip
     s.long_names(ax, list(wide.columns), "x")
     s.long_names(ax, list(wide.index), "y")
@@ -125,7 +125,7 @@ def sweep_effects(effects: pd.DataFrame, metric: str) -> Figure:
         known = part["low"].notna()
         ax.axhline(0, color=s.QUIET, linewidth=0.8, linestyle=":")
         ax.vlines(
-            place[known], part["low"][known], part["high"][known], color=s.OKABE_ITO[i % 7], linewidth=1.8
+            place[known], part["low"][known], part["high"][known], color=s.CATEGORIES[i % 7], linewidth=1.8
         )
         ax.plot(place, part["effect"], linewidth=0.8, markersize=6, **s.mark(i % 7))
         s.long_names(ax, list(part["value"]), "x")
