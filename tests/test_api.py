@@ -31,7 +31,7 @@ DEFAULTS = {
     "seed": (0,),
     "progress": (True,),
 }
-GRAMMAR = {*DEFAULTS, "key_added"}
+GRAMMAR = {*DEFAULTS, "key_added", "ax", "show", "save"}
 FOREIGN = {
     "random_state", "rng", "groupby", "pert_key", "pert_col", "cell_type_key", "celltype_key", "condition_key",
     "ctrl", "control_key", "control_label", "counts_layer", "obsm_key", "rep", "embedding_key", "inplace", "copy",
@@ -41,8 +41,9 @@ FOREIGN = {
 def public() -> dict[str, object]:
     """Every callable behind `cellop_nb.__all__`, with the functions of `datasets`."""
     names = {name: getattr(cellop_nb, name) for name in cellop_nb.__all__}
-    datasets = names.pop("datasets")
-    names |= {f"datasets.{name}": getattr(datasets, name) for name in datasets.__all__}
+    for module in ("datasets", "pl"):
+        part = names.pop(module)
+        names |= {f"{module}.{name}": getattr(part, name) for name in part.__all__}
     return {name: value for name, value in names.items() if callable(value)}
 
 
@@ -257,7 +258,7 @@ def test_type_checkers_see_the_lazy_names():
         for alias in node.names:
             assert alias.asname, f"{alias.name}: `as` marks it as exported"
             seen[alias.asname] = node.module
-    modules = dict.fromkeys(cellop_nb._MODULES, "data")
+    modules = {name: cellop_nb._PUBLIC[name].rpartition(".")[0] for name in cellop_nb._MODULES}
     fix = "write `from .MODULE import NAME as NAME` into the TYPE_CHECKING block for each name of _PUBLIC"
     assert seen == {**cellop_nb._PUBLIC, **modules}, fix
     assert (PACKAGE / "py.typed").is_file()

@@ -1095,6 +1095,11 @@ def condition_similarity(
     -------
     Figure
 
+    Raises
+    ------
+    LabelError
+        Where rows and columns differ.
+
     References
     ----------
     Bar-Joseph, Gifford and Jaakkola (2001), Fast optimal leaf ordering for hierarchical clustering.
