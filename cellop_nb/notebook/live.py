@@ -17,8 +17,8 @@ from cellop_nb.notebook.figures import changes
 from cellop_nb.notebook.figures.dashboard import Dashboard, Marks
 from cellop_nb.notebook.figures.panels import Columns, pick_panels
 from cellop_nb.notebook.figures.sheet import Sheet
-from cellop_nb.notebook.style import compact
 from cellop_nb.notebook.figures.training import best_epoch, default_monitor
+from cellop_nb.notebook.style import compact
 from cellop_nb.training.callbacks import Callback
 
 log = logging.getLogger("cellop_nb")
