@@ -136,3 +136,109 @@ def carry_counts(mean: Tensor, generator: torch.Generator | None = None) -> Tens
     """
     uniform = torch.rand(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
     return torch.floor(mean + uniform)
+
+
+MOST_LEVEL = math.log1p(LEVEL_SCALE) - 0.1
+"""Mean level beyond which a gene would take nearly all counts of its cells."""
+
+
+def whole_levels(expected: Tensor, library: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Expected level (cell, gene) of the whole counts that :func:`carry_counts` makes of expected ones, and its slope.
+
+    .. math:: (1 - f)\, y(n) + f\, y(n + 1), \quad n = \lfloor x' \rfloor, \quad f = x' - n,
+        \quad y(n) = \log(1 + 10^4 n / l)
+
+    The level of the expected count itself is higher: the logarithm is concave, and most counts are 0 or 1.
+    """
+    whole = expected.floor()
+    low = levels(whole, library)
+    slope = levels(whole + 1, library).sub_(low)
+    return torch.addcmul(low, slope, expected - whole), slope
+
+
+def carry_to_mean(
+    expected: Tensor,
+    library: Tensor,
+    target: Tensor,
+    *,
+    dispersion: Tensor | None = None,
+    others: Tensor | None = None,
+    iterations: int = 12,
+    tolerance: float = 1e-4,
+) -> Tensor:
+    r"""Expected counts (cell, gene) of cells that are carried to a mean level per gene, and stay the cells they are.
+
+    Where the mean must fall, the gene's molecules are thinned; where it must rise, molecules are added in proportion to
+    the cell's own factor (:class:`Observed`), one number t per gene:
+
+    .. math:: x'' = (1 + t)\, x' \;\text{ if } -1 \le t < 0, \quad
+        x' + t\, l\, p\, \frac{r + x'}{r + l\, p} \;\text{ if } t \ge 0
+
+    with the gene's mean share p. The cells are then scaled to their library sizes. t is found by Newton's method, which
+    cannot overshoot here: the mean level is concave and grows with t. A gene whose counts are all 0 can rise, too.
+
+    Parameters
+    ----------
+    expected
+        (cell, gene) expected counts of moved cells, as of :meth:`Observed.mean`, or whole counts.
+    library
+        (cell,) counts of each cell over all genes, `others` included.
+    target
+        (gene,) mean over the cells of the level of the *whole* counts that are made of the result
+        (:func:`carry_counts`, :func:`balanced_counts`); kept between 0 and :data:`MOST_LEVEL`.
+    dispersion
+        (gene,) inverse dispersion r; where None that of the moments of `expected`.
+    others
+        (cell,) counts of the genes that are not among the columns; none where None.
+    iterations, tolerance
+        At most so many steps; done where every mean level is this near.
+
+    Returns
+    -------
+    (cell, gene); its rows sum to ``library - others`` to within the tolerance.
+    """
+    x, size = expected.clamp_min(0.0), library.clamp_min(MIN_MEAN).unsqueeze(-1)
+    wanted = target.to(x).clamp(0.0, MOST_LEVEL)
+    room = size if others is None else (size - others.unsqueeze(-1)).clamp_min(MIN_MEAN)
+    share = ((x / size).mean(0)).clamp_min(0.1 / (LEVEL_SCALE * len(x)))
+    mean = size * share
+    added = mean * _own_factor(x, mean, dispersion)
+    t, carried = torch.zeros_like(share), x
+    for _ in range(iterations):
+        scale = room / carried.sum(-1, keepdim=True).clamp_min(MIN_MEAN)
+        level, slope = whole_levels(carried * scale, library)
+        gap = wanted - level.mean(0)
+        if gap.abs().max() <= tolerance:
+            break
+        grown = (slope * torch.where(gap + t > 0, added, x) * scale).mean(0)
+        t = (t + gap / grown.clamp_min(MIN_MEAN)).clamp_min(-1.0)
+        carried = torch.addcmul(x * (1 + t.clamp_max(0.0)), added, t.clamp_min(0.0))
+    return carried * (room / carried.sum(-1, keepdim=True).clamp_min(MIN_MEAN))
+
+
+def _own_factor(x: Tensor, mean: Tensor, dispersion: Tensor | None) -> Tensor:
+    """(cell, gene) each cell's own factor of each gene, by what it holds of it."""
+    if dispersion is None:
+        excess = ((x - mean).square() - mean).mean(0).clamp_min(1e-8)
+        dispersion = (mean.square().mean(0) / excess).clamp(0.1, 100.0)
+    return (dispersion + x) / (dispersion + mean)
+
+
+def balanced_counts(mean: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    r"""Whole counts (cell, gene) with given expectations whose sum over the cells is nearly that of the expectations.
+
+    .. math:: n_c = \lfloor S_c + u \rfloor - \lfloor S_{c-1} + u \rfloor, \quad S_c = \sum_{c' \le c} x'_{c'}, \quad
+        u \sim U(0, 1)
+
+    for each gene, with its cells in random order: systematic sampling. Each count is the floor or the ceiling of its
+    expectation, as of :func:`carry_counts`, but the gene's total is off by less than 1.
+
+    References
+    ----------
+    Madow and Madow (1944), Annals of Mathematical Statistics 15:1.
+    """
+    whole = mean.floor()
+    order = torch.rand(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device).argsort(0)
+    offset = torch.rand(mean.shape[1], generator=generator, dtype=mean.dtype, device=mean.device)
+    steps = ((mean - whole).gather(0, order).double().cumsum(0) + offset).floor()
+    return whole.scatter_add(0, order, steps.diff(dim=0, prepend=steps.new_zeros(1, mean.shape[1])).to(mean))
