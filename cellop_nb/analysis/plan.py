@@ -643,8 +643,8 @@ def _errors(measured, planned, residuals, settings) -> tuple[np.ndarray, float]:
     .. math:: s_g^2 = \frac{\sum_c \max(e_{cg}^2 - v_{cg}, 0) + n_0\, (\alpha u_g + \beta \hat d_g^2)}{n + n_0}
 
     with residuals e of n contexts left out, their noise v, the mean noise u of the gene, and the planned change; alpha
-    and beta by least squares. The quantile is that of :math:`|e_{cg}| / \sqrt{s_g^2 + v_{cg}}` over all contexts and genes,
-    each with the error that the other contexts say (split conformal prediction).
+    and beta by least squares. The quantile is that of :math:`|e_{cg}| / \sqrt{s_g^2 + v_{cg}}` over all contexts and
+    genes, each with the error that the other contexts say (split conformal prediction).
 
     References
     ----------

@@ -138,7 +138,7 @@ def carry_counts(mean: Tensor, generator: torch.Generator | None = None) -> Tens
     return torch.floor(mean + uniform)
 
 
-MOST_LEVEL = math.log1p(LEVEL_SCALE) - 0.1
+MOST_LEVEL = math.log1p(COUNTS_PER_CELL) - 0.1
 """Mean level beyond which a gene would take nearly all counts of its cells."""
 
 
@@ -200,7 +200,7 @@ def carry_to_mean(
     x, size = expected.clamp_min(0.0), library.clamp_min(MIN_MEAN).unsqueeze(-1)
     wanted = target.to(x).clamp(0.0, MOST_LEVEL)
     room = size if others is None else (size - others.unsqueeze(-1)).clamp_min(MIN_MEAN)
-    share = ((x / size).mean(0)).clamp_min(0.1 / (LEVEL_SCALE * len(x)))
+    share = ((x / size).mean(0)).clamp_min(0.1 / (COUNTS_PER_CELL * len(x)))
     mean = size * share
     added = mean * _own_factor(x, mean, dispersion)
     t, carried = torch.zeros_like(share), x
