@@ -127,7 +127,7 @@ __all__ = sorted([*_PUBLIC, "__version__"])
 def __getattr__(name: str):
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .versions import refuse_outdated_once
+    from .packages import refuse_outdated_once
 
     refuse_outdated_once()
     module = import_module(f"{__name__}.{_PUBLIC[name]}")

@@ -45,17 +45,7 @@ def ours(path: Path) -> set[str]:
             if parts[0] == "cellop_nb":
                 name = parts[1] if len(parts) > 1 else ""
                 rooms.add(cellop_nb._PUBLIC.get(name, name).split(".")[0])
-    return rooms - {
-        "errors",
-        "files",
-        "settings",
-        "tables",
-        "threads",
-        "versions",
-        "views",
-        "__version__",
-        "",
-    }
+    return rooms - {"display", "errors", "files", "packages", "__version__", ""}
 
 
 @pytest.mark.parametrize("room", ALLOWED)

@@ -200,13 +200,13 @@ def shown_split():
 
 
 def shown_history():
-    from cellop_nb.tables import History
+    from cellop_nb.display import History
 
     return History.of([{"epoch": 0, EVIL: 1.0, "by_hand": f"{EVIL} 1 after step 0"}], EVIL)._repr_html_()
 
 
 def shown_scores():
-    from cellop_nb.tables import Scores
+    from cellop_nb.display import Scores
 
     return Scores(scores(EVIL))._repr_html_()
 

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 import cellop_nb
-from cellop_nb import versions
+from cellop_nb import packages
 from cellop_nb.commands import environment
 
 CONDA_NAMES = {"matplotlib-base": "matplotlib", "python-build": "build"}
@@ -49,7 +49,7 @@ def test_environment_yml_keeps_step_with_pyproject(root, project):
 def test_the_tested_versions_meet_the_declared_bounds(project, pins):
     for requirement in project["dependencies"] + project["optional-dependencies"]["test"]:
         name, bound = split(requirement)
-        assert versions.numbers(pins[name]) >= versions.numbers(bound.removeprefix(">=")), requirement
+        assert packages.numbers(pins[name]) >= packages.numbers(bound.removeprefix(">=")), requirement
     assert pins["torch"] == "2.13.0"
     assert not [name for name in pins if name.startswith(("nvidia", "triton", "cuda"))]
 
@@ -73,12 +73,12 @@ def test_ci_runs_the_test_command(root):
 
 
 def test_this_interpreter_has_what_the_tests_need():
-    assert versions.missing(versions.requirements("test")) == []
+    assert packages.missing(packages.requirements("test")) == []
 
 
 def test_absent_and_old_packages_are_missing():
     wanted = ["pytest", "pytest>=1", "pytest>=1000", "no-such-package-xyz>=1"]
-    assert versions.missing(wanted) == ["pytest>=1000", "no-such-package-xyz>=1"]
+    assert packages.missing(wanted) == ["pytest>=1000", "no-such-package-xyz>=1"]
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def fresh(tmp_path, monkeypatch):
         if not python.exists():
             python.symlink_to(sys.executable)
 
-    monkeypatch.setattr(versions, "_PROJECT", tmp_path / "pyproject.toml")
+    monkeypatch.setattr(packages, "_PROJECT", tmp_path / "pyproject.toml")
     monkeypatch.setattr(environment, "_follow", follow)
     monkeypatch.setattr(environment, "restart", lambda arguments: calls.append(["restart", *arguments]))
     return calls

@@ -14,7 +14,7 @@ import torch
 import cellop_nb as co
 from cellop_nb.models.energy import grouped_energy_distance
 from cellop_nb.models.likelihood import SparseCounts, nb_log_likelihood_head, nb_log_likelihood_logits
-from cellop_nb.threads import same_threads
+from cellop_nb.packages import same_threads
 from cellop_nb.training.operators import OperatorTrainer, new_operators
 from cellop_nb.training.vae import VAETrainer, new_vae
 

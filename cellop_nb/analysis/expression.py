@@ -8,7 +8,7 @@ import pandas as pd
 
 from ..data.contract import counts
 from ..errors import DataError, three_beats
-from ..threads import same_threads
+from ..packages import same_threads
 from .space import TARGET_SUM
 
 

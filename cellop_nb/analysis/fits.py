@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ..data.contract import perturbation_parts
+from ..errors import check_settings
 from ..models.carry import Remainder
 from ..models.operators import OperatorModel
-from ..settings import check_settings
 from ..training.operators import OperatorTrainer, new_operators
 from .combinations import response_operator
 from .predict import latents

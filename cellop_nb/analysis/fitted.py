@@ -11,9 +11,8 @@ import torch
 from scipy import sparse
 
 from ..data.batches import TOTAL_KEY
-from ..errors import HoldoutError, three_beats
+from ..errors import HoldoutError, check_settings, three_beats
 from ..models.vae import NBVAE
-from ..settings import check_settings
 from ..training.callbacks import EarlyStopping
 from ..training.vae import VAETrainer, new_vae
 from .baselines import latent_shift

@@ -14,8 +14,8 @@ from ..data.batches import TOTAL_KEY
 from ..data.contract import context_labels, library_size
 from ..data.on_disk import require_in_memory
 from ..data.splits import rows_of, split
+from ..display import Scores
 from ..errors import DataError, HoldoutError, LabelError, three_beats
-from ..tables import Scores
 from .abstain import group_support
 from .baselines import BASELINES
 from .choices import Choice, groups_of

@@ -11,8 +11,7 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from ..errors import CellopError, HoldoutError, three_beats
-from ..settings import check_settings
+from ..errors import CellopError, HoldoutError, check_settings, three_beats
 from .combinations import RULES
 from .fitted import check_vae_settings, settings_of
 from .holdout import OPERATORS, holdout

@@ -10,8 +10,8 @@ import pandas as pd
 from anndata import AnnData
 
 from ..data.contract import context_labels, obs_labels
+from ..display import Scores
 from ..errors import DataError, HoldoutError, did_you_mean, three_beats
-from ..tables import Scores
 from .baselines import BASELINES, run
 from .library import measured_totals
 from .noise import noise

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from ..data.contract import perturbation_parts
-from ..tables import Scores
+from ..display import Scores
 from . import formulas
 from .noise import noise
 from .scores import PDS, known_metrics, score

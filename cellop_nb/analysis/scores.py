@@ -10,7 +10,7 @@ import pandas as pd
 from anndata import AnnData
 
 from ..errors import HoldoutError, LabelError, did_you_mean, three_beats
-from ..threads import same_threads
+from ..packages import same_threads
 from . import formulas
 from .formulas import Undefined
 from .space import EvaluationSpace

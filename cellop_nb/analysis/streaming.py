@@ -13,12 +13,11 @@ from tqdm.auto import tqdm
 
 from ..data.contract import block_check, count_slot
 from ..data.on_disk import RowReader, is_on_disk
-from ..errors import DataError, three_beats
+from ..errors import DataError, check_settings, three_beats
 from ..files import write_whole
 from ..models.affine import AffineOperator
 from ..models.operators import OperatorModel
 from ..models.vae import NBVAE
-from ..settings import check_settings
 from .predict import predict, source_cells
 
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ..data.contract import Keys
 from ..data.groups import Group, Groups
+from ..display import Distances
 from ..models.energy import energy_distance
 from ..models.operators import Condition, OperatorModel
-from ..tables import Distances
 
 NO_CHANGE, MEAN_SHIFT, OPERATOR = "no change", "mean shift", "operator"
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from cellop_nb.commands.terminal import Status, clock, complain, say
 from cellop_nb.errors import DataError, SetupError, three_beats
 from cellop_nb.files import storing
-from cellop_nb.versions import missing, requirements
+from cellop_nb.packages import missing, requirements
 
 PACKAGE = Path(__file__).resolve().parents[1]
 ROOT = PACKAGE.parent

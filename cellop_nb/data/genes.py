@@ -9,7 +9,7 @@ from anndata import AnnData
 from scipy import sparse
 
 from ..errors import DataError, LabelError, did_you_mean, three_beats
-from ..threads import same_threads
+from ..packages import same_threads
 from .contract import count_slot, counts, obs_labels
 from .on_disk import RowReader, is_on_disk
 

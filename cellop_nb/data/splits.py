@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
+from ..display import SplitTable
 from ..errors import HoldoutError, LabelError, did_you_mean, three_beats
-from ..tables import SplitTable
 from .contract import context_labels, obs_labels, perturbation_parts, require_control
 
 SPLITS = ("train", "val", "test")

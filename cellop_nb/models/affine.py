@@ -11,8 +11,8 @@ import torch
 from scipy.linalg import expm, logm
 from torch import Tensor
 
+from ..display import card
 from ..errors import ModelError, three_beats
-from ..views import card
 
 MAX_STRENGTH = 1.5
 """Largest strength given out: nothing was measured beyond it, and a generator extrapolates exponentially."""

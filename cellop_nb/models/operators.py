@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..display import card
 from ..errors import LabelError, ModelError, did_you_mean, three_beats
-from ..views import card
 from . import host
 from .affine import AffineOperator
 

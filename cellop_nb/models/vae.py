@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Normal
 
+from ..display import card
 from ..errors import LabelError, three_beats
-from ..views import card
 from . import host
 from .likelihood import (
     GeneLinear,

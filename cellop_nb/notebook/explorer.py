@@ -15,9 +15,8 @@ from itertools import product
 from pathlib import Path
 
 from ..analysis.combinations import RULES
-from ..errors import CellopError, LabelError, did_you_mean, three_beats
+from ..errors import CellopError, LabelError, check_settings, did_you_mean, three_beats
 from ..files import write_whole
-from ..settings import check_settings
 from . import parameters
 from .figures.explorer import ExplorerSheet
 from .panel import button, panel, spoken, status_line

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from ..display import card
 from ..models.affine import AffineOperator
-from ..views import card
 
 
 @dataclass(frozen=True)

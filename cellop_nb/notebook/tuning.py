@@ -16,12 +16,12 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.ticker import MaxNLocator
 
+from ..display import grid
 from ..errors import CellopError, LabelError, did_you_mean, three_beats
 from ..files import write_whole
 from ..training.loop import Trainer
 from ..training.operators import OperatorTrainer, new_operators
 from ..training.vae import VAETrainer, new_vae
-from ..views import grid
 from . import parameters
 from . import style as s
 from .inputs import read_value, shown_value, widget_for

@@ -25,11 +25,10 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
+from ..display import History, card
 from ..errors import CheckpointError, DataError, LabelError, ModelError, did_you_mean, three_beats
 from ..models import host
 from ..models.host import looks_are_free
-from ..tables import History
-from ..views import card
 from .callbacks import Callback, HistoryCSV, ProgressBar, SaveCheckpoints
 from .checkpoint import plain, read_state, reason, refuse_other_run, write_state
 from .cuda_graph import check_compiler, compiled, recorder_of

@@ -12,10 +12,9 @@ from torch import Tensor
 
 from ..data.contract import Keys
 from ..data.groups import Group, Groups, GroupSample
-from ..errors import LabelError, ModelError, did_you_mean, three_beats
+from ..errors import LabelError, ModelError, check_settings, did_you_mean, three_beats
 from ..models.energy import energy_distance, grouped_energy_distance, moved_energy_distance, self_distance
 from ..models.operators import Condition, OperatorModel, spectral_excess
-from ..settings import check_settings
 from .checkpoint import digest
 from .loop import Trainer
 

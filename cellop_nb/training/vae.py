@@ -22,9 +22,9 @@ from ..data.batches import (
 )
 from ..data.resident import ResidentBatch, resident
 from ..data.splits import rows_of
+from ..errors import check_settings
 from ..models.likelihood import SparseCounts
 from ..models.vae import NBVAE, elbo_loss, moment_dispersion
-from ..settings import check_settings
 from .checkpoint import digest
 from .loop import Trainer
 

@@ -25,23 +25,23 @@ def with_version(package: str, found: str):
     from importlib import metadata
 
     known = metadata.version
-    return mock.patch("cellop_nb.versions.version", lambda name: found if name == package else known(name))
+    return mock.patch("cellop_nb.packages.version", lambda name: found if name == package else known(name))
 
 
 @case(MACHINE, "a torch that is too old")
 def _(place):
-    from cellop_nb import versions
+    from cellop_nb import packages
 
     with with_version("torch", "2.0.1"):
-        versions.refuse_outdated()
+        packages.refuse_outdated()
 
 
 @case(MACHINE, "an ipykernel that is too old")
 def _(place):
-    from cellop_nb import versions
+    from cellop_nb import packages
 
     with with_version("ipykernel", "5.5.6"):
-        versions.refuse_outdated()
+        packages.refuse_outdated()
 
 
 @case(MACHINE, "a package that is missing, in an installed package", code=1)
@@ -56,5 +56,5 @@ def _(place):
         return version(name)
 
     installed = mock.patch.object(environment, "IS_CHECKOUT", False)
-    with mock.patch("cellop_nb.versions.version", lacks), installed:
+    with mock.patch("cellop_nb.packages.version", lacks), installed:
         return command(place, "run", "--only", "00")

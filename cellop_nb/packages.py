@@ -1,8 +1,10 @@
-"""Which versions of other packages this one needs, and which of them are here: standard library only."""
+"""Other packages: which versions are needed, which are here, and the threads that some of them change."""
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 from functools import cache
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
@@ -22,24 +24,24 @@ def requirements(*extras: str) -> list[str]:
 
         project = tomllib.loads(_PROJECT.read_text(encoding="utf-8"))["project"]
         return [*project["dependencies"], *(r for e in extras for r in project["optional-dependencies"][e])]
-    found = []
+    lines = []
     for line in requires("cellop_nb") or []:
         requirement, _, marker = line.partition(";")
         extra = re.search(r"extra == ['\"](.+?)['\"]", marker)
         if not extra or extra[1] in extras:
-            found.append(requirement.strip())
-    return found
+            lines.append(requirement.strip())
+    return lines
 
 
-def missing(wanted: list[str]) -> list[str]:
-    """Those of the wanted requirements that the running interpreter does not meet."""
-    return [requirement for requirement in wanted if not _met(requirement, absent=False)]
+def missing(needed: list[str]) -> list[str]:
+    """Those of the requirements that the running interpreter does not meet."""
+    return [requirement for requirement in needed if not _met(requirement, absent=False)]
 
 
 def numbers(text: str) -> tuple[int, ...]:
     """The leading numbers of a version: (2, 13, 0) of "2.13.0+cpu"."""
-    found = re.match(r"\d+(?:\.\d+)*", text)
-    return tuple(int(part) for part in found[0].split(".")) if found else ()
+    leading = re.match(r"\d+(?:\.\d+)*", text)
+    return tuple(int(part) for part in leading[0].split(".")) if leading else ()
 
 
 def refuse_outdated() -> None:
@@ -52,9 +54,9 @@ def refuse_outdated() -> None:
     """
     old = [requirement for requirement in requirements() if not _met(requirement, absent=True)]
     if old:
-        found = ", ".join(f"{_name(r)} {version(_name(r))}" for r in old)
+        versions = ", ".join(f"{_name(r)} {version(_name(r))}" for r in old)
         command = " ".join(["pip install", *(f'"{requirement}"' for requirement in old)])
-        raise SetupError(three_beats(", ".join(old), found, f"run `{command}`"))
+        raise SetupError(three_beats(", ".join(old), versions, f"run `{command}`"))
 
 
 @cache
@@ -70,8 +72,25 @@ def _name(requirement: str) -> str:
 def _met(requirement: str, *, absent: bool) -> bool:
     """Whether an installed version is high enough; `absent` is the answer for a package that is not there."""
     try:
-        found = version(_name(requirement))
+        present = version(_name(requirement))
     except PackageNotFoundError:
         return absent
     lowest = re.search(r">=\s*([\d.]+)", requirement)
-    return lowest is None or numbers(found) >= numbers(lowest[1])
+    return lowest is None or numbers(present) >= numbers(lowest[1])
+
+
+@contextlib.contextmanager
+def same_threads() -> Iterator[None]:
+    """Leave torch with the number of threads it had; also a decorator.
+
+    Parallel functions of numba (scanpy's, for one) share torch's OpenMP and set their own number for the calling
+    thread: a process that was given one core would train on all of them from then on, and its threads would spend
+    their time waiting for each other.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -11,8 +11,7 @@ import torch
 from bs4 import BeautifulSoup
 
 import cellop_nb as co
-from cellop_nb.tables import Distances, History, Scores
-from cellop_nb.views import card, grid
+from cellop_nb.display import Distances, History, Scores, card, grid
 
 
 def facts(html: str) -> dict[str, str]:
