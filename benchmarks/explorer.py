@@ -10,8 +10,7 @@ from anndata import AnnData
 from scipy import sparse
 
 from cellop_nb.notebook.figures.explorer import ExplorerSheet
-from cellop_nb.notebook.questions import Question
-from cellop_nb.notebook.virtual import VirtualCells
+from cellop_nb.notebook.virtual import Question, VirtualCells
 from cellop_nb.training.operators import new_operators
 from cellop_nb.training.vae import new_vae
 

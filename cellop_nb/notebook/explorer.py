@@ -20,8 +20,7 @@ from ..files import write_whole
 from . import parameters
 from .figures.explorer import ExplorerSheet
 from .panel import button, panel, spoken, status_line
-from .questions import Answer, Question
-from .virtual import VirtualCells
+from .virtual import Answer, Question, VirtualCells
 
 log = logging.getLogger("cellop_nb")
 

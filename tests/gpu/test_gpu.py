@@ -24,8 +24,7 @@ from cellop_nb.data.splits import split
 from cellop_nb.data.synthetic import synthetic
 from cellop_nb.models.energy import energy_distance, grouped_energy_distance, self_distance
 from cellop_nb.models.likelihood import SparseCounts, nb_log_likelihood_logits
-from cellop_nb.notebook.questions import Question
-from cellop_nb.notebook.virtual import VirtualCells
+from cellop_nb.notebook.virtual import Question, VirtualCells
 from cellop_nb.training.callbacks import Callback
 from cellop_nb.training.checkpoint import load, save
 from cellop_nb.training.locate import NonFiniteError

@@ -10,9 +10,8 @@ import pytest
 
 from cellop_nb.errors import CellopError, DataError
 from cellop_nb.notebook.explorer import NOTHING, Explorer
-from cellop_nb.notebook.figures.explorer import N_GENES, leading
-from cellop_nb.notebook.questions import Question
-from cellop_nb.notebook.virtual import VirtualCells
+from cellop_nb.notebook.figures.explorer import N_GENES
+from cellop_nb.notebook.virtual import Question, VirtualCells, leading
 
 
 @pytest.fixture
@@ -166,7 +165,7 @@ def test_a_weaker_dose_shows_the_genes_of_the_stronger(explorer):
     genes = explorer._sheet._genes
     before = list(genes._shown)
     explorer.show(strength=0.1)
-    assert genes._shown == before == list(leading(explorer.show(strength=1.0).genes)["gene"])
+    assert genes._shown == before == list(leading(explorer.show(strength=1.0).genes, N_GENES)["gene"])
     assert len(before) == 2 * N_GENES
 
 

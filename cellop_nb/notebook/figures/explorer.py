@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from .. import style as s
-from ..questions import Answer
+from ..virtual import Answer, leading
 from .frame import Frame, bar, equal, rounded, say, span
 from .sheet import Sheet
 
@@ -145,7 +145,7 @@ class _Genes:
     def update(self, answer: Answer, words: Words) -> None:
         key, strength = _key(answer), answer.question.strength
         if key != self._key or strength > self._strength:  # a weaker dose shows the genes of the stronger one
-            self._shown, self._strength = list(leading(answer.genes)["gene"]), strength
+            self._shown, self._strength = list(leading(answer.genes, N_GENES)["gene"]), strength
         rows = pd.Index(answer.genes["gene"]).get_indexer(self._shown)
         values = answer.genes[["lfc", "low", "high", "measured"]].to_numpy(dtype=float)[rows]
         top = rounded(max(float(np.nanmax(np.abs(values), initial=0.0)), 0.25))
@@ -272,10 +272,3 @@ def _key(answer: Answer) -> tuple:
     """While this stays the same, axes stand still: the strength moves cells, not the ground."""
     asked = answer.question
     return asked.context, asked.perturbation, asked.rule, asked.reverse
-
-
-def leading(genes: pd.DataFrame, n: int = N_GENES) -> pd.DataFrame:
-    """The `n` genes that rise most, largest first, then the `n` that fall most, largest last."""
-    change = genes["lfc"].to_numpy()
-    up, down = (np.flatnonzero(sign * change > 0)[:n] for sign in (1, -1))
-    return genes.iloc[np.concatenate([up, down[::-1]])].reset_index(drop=True)
