@@ -12,8 +12,9 @@ from torch import Tensor
 from ..data.batches import model_counts
 from ..data.contract import context_labels, obs_labels
 from ..data.matrices import CountMatrix
-from ..models.carry import Observed, Remainder, carry_counts, levels
+from ..models.carry import Observed, Remainder, carry_counts
 from ..models.energy import energy_distance
+from ..models.likelihood import levels
 from ..models.vae import NBVAE
 from .formulas import e_distance
 from .predict import latents

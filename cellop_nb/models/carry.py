@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .likelihood import COUNTS_PER_CELL, MIN_MEAN, NegativeBinomial
+from .likelihood import MIN_MEAN, NegativeBinomial, counts_at, levels
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,26 +31,6 @@ class Remainder:
     def __add__(self, other: Remainder) -> Remainder:
         """What a combination misses: the sum over its parts."""
         return Remainder(self.level + other.level, self.growth + other.growth)
-
-
-def levels(x: Tensor, library: Tensor) -> Tensor:
-    r"""Expression levels (cell, gene) of counts.
-
-    .. math:: y = \log(1 + 10^4\, x / l)
-
-    Parameters
-    ----------
-    x
-        (cell, gene) counts, or expected counts.
-    library
-        (cell,) library sizes l.
-    """
-    return torch.log1p(x * (COUNTS_PER_CELL / library).unsqueeze(-1))
-
-
-def counts_at(level: Tensor, library: Tensor) -> Tensor:
-    """Counts (cell, gene) at expression levels: the inverse of :func:`levels`; a level below 0 is 0."""
-    return torch.expm1(level.clamp_min(0.0)) * (library / COUNTS_PER_CELL).unsqueeze(-1)
 
 
 class Observed:

@@ -90,9 +90,9 @@ def energy_distance(
     Statistical Planning and Inference 143:1249.
     """
     y_self = None if y_self is None else torch.as_tensor(y_self, device=x.device).reshape(1)
-    small = _small_pair(x, y, estimator, y_self) if tile is None else None
-    if small is not None:
-        value, *gradients = (None if part is None else part[0] for part in small)
+    energies = _small_pair(x, y, estimator, y_self) if tile is None else None
+    if energies is not None:
+        value, *gradients = (None if part is None else part[0] for part in energies)
         return _Energy.apply(value.to(x.dtype), gradients, ((len(x),), (len(y),)), x, y)
     return grouped_energy_distance(
         x, y, [len(x)], [len(y)], estimator=estimator, y_self=y_self, tile=tile, validate=validate
@@ -495,11 +495,11 @@ def _small_pair(x: Tensor, y: Tensor, estimator: str, y_self: Tensor | None) -> 
     plain = plain and x.shape[1] == y.shape[1] and estimator in ESTIMATORS and min(len(x), len(y)) > 1
     if not plain or not host.looks_are_free(x.device) or not _is_small(1, len(x), len(y), x.device):
         return None
-    if y_self is not None and y.requires_grad:
+    want_x, want_y = (torch.is_grad_enabled() and cloud.requires_grad for cloud in (x, y))
+    if want_y and (y_self is not None or not want_x):
         return None
     host.keep_freed_memory()
     (batch,) = batches((len(x),), (len(y),), x.device)
-    want_x, want_y = (torch.is_grad_enabled() and cloud.requires_grad for cloud in (x, y))
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         return _joint(x[None], y[None], batch, estimator, want_x=want_x, want_y=want_y, y_self=y_self)
 
@@ -530,6 +530,10 @@ def _energies(
 
     Gradients of padding rows are undefined.
     """
+    if want_y and not want_x:
+        turned = Batch(batch.groups, batch.y, batch.x)
+        energy, force, _ = _energies(y, x, turned, estimator, want_x=True, want_y=False, tile=tile)
+        return energy, None, force
     x, y = _precise(x), _precise(y)
     y_self = None if y_self is None else y_self[batch.groups]
     if tile is None and _is_small(len(x), x.shape[1], y.shape[1], x.device):
@@ -541,11 +545,7 @@ def _energies(
     scale = _scale_of(near_x, near_y)
     near_x, near_y = near_x.div_(scale), near_y.div_(scale)
     pads, counts = (batch.x.pad, batch.y.pad), batch.x.counts * batch.y.counts
-    if want_x or not want_y:
-        cross, cross_x, cross_y = _pair_sums(near_x, near_y, (x, y, scale), pads, tile, want_x, want_y)
-    else:
-        cross, cross_y, _ = _pair_sums(near_y, near_x, (y, x, scale), pads[::-1], tile, True, False)
-        cross_x = None
+    cross, cross_x, cross_y = _pair_sums(near_x, near_y, (x, y, scale), pads, tile, want_x, want_y)
     within, self_x = _mean_within(x, batch.x, estimator, want_x, tile)
     energy = cross * scale.flatten() * 2 / counts - within
     force_x = _combined(cross_x, counts, self_x, batch.x.pairs(estimator))
@@ -619,10 +619,6 @@ def _joint(
     None where two cells are so close that a product would blur their distance; on a device never, where products in
     float64 blur none.
     """
-    if want_y and not want_x:
-        turned = Batch(batch.groups, batch.y, batch.x)
-        energies = _joint(y, x, turned, estimator, want_x=True, want_y=False, y_self=None)
-        return None if energies is None else (energies[0], None, energies[1])
     n = x.shape[1]
     z, norms, widest = _stacked(x, y, batch)
     own, others = (z[:, :n], norms[:, :n]), (z[:, n:], norms[:, n:])

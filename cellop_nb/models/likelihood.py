@@ -162,14 +162,12 @@ class SparseCounts:
         cells, genes = self.shape
         return values.new_zeros(cells * genes).scatter_(0, self.flat, values).view(cells, genes)
 
-    def to(self, *args, **kwargs) -> SparseCounts:
+    def to(self, target: torch.device | torch.dtype | str) -> SparseCounts:
         """The same counts on another device or in another floating dtype."""
-        values = self.values.to(*args, **kwargs)
+        values, constant = self.values.to(target), self.__dict__.get("constant")
         indptr, columns = self.indptr.to(values.device), self.columns.to(values.device)
-        constant = self.__dict__.get("constant")
-        return SparseCounts(
-            self.shape, indptr, columns, values, None if constant is None else constant.to(values)
-        )
+        constant = None if constant is None else constant.to(values)
+        return SparseCounts(self.shape, indptr, columns, values, constant)
 
     def totals(self) -> Tensor:
         """(cell,) counts of each cell."""
@@ -189,10 +187,8 @@ def _refuse_negative(x: Tensor) -> None:
     """Refuse a negative count, naming where it is."""
     if x.numel() and x.amin() < 0:
         cell = tuple(int(i) for i in (x == x.amin()).nonzero()[0])
-        received, fix = (
-            f"{x.amin():g} at index {cell}",
-            "pass raw counts, not log-normalised or scaled values",
-        )
+        received = f"{x.amin():g} at index {cell}"
+        fix = "pass raw counts, not log-normalised or scaled values"
         raise ModelError(three_beats("counts x >= 0", received, fix))
 
 
@@ -599,10 +595,29 @@ def _deviance(x: Tensor, mu: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor]
 # -- a first layer on log-normalised counts ----------------------------------------------------------------------
 
 
-class LogNormalised:
-    r"""log1p of counts scaled to :data:`COUNTS_PER_CELL` per cell, dense or at the non-zeros.
+def levels(x: Tensor, library: Tensor) -> Tensor:
+    r"""Expression levels (cell, gene) of counts.
 
-    .. math:: \log(1 + 10^4\, x / l)
+    .. math:: y = \log(1 + 10^4\, x / l)
+
+    Parameters
+    ----------
+    x
+        (cell, gene) counts, or expected counts.
+    library
+        (cell,) library sizes l.
+    """
+    # In place: allocating a second (cell, gene) array costs as much as filling it.
+    return (x * (COUNTS_PER_CELL / library).unsqueeze(-1)).log1p_()
+
+
+def counts_at(level: Tensor, library: Tensor) -> Tensor:
+    """Counts (cell, gene) at expression levels: the inverse of :func:`levels`; a level below 0 is 0."""
+    return torch.expm1(level.clamp_min(0.0)) * (library / COUNTS_PER_CELL).unsqueeze(-1)
+
+
+class LogNormalised:
+    """Expression :func:`levels` as inputs of a layer, dense or at the non-zeros.
 
     Parameters
     ----------
@@ -616,12 +631,11 @@ class LogNormalised:
 
     def __init__(self, x: Tensor | SparseCounts, library: Tensor, covariates: Tensor | None = None):
         self.covariates = covariates
-        factor = COUNTS_PER_CELL / library.clamp_min(1.0)
         self.counts: SparseCounts | None = None
         if isinstance(x, Tensor):
-            # In place: allocating a second (cell, gene) array costs as much as filling it.
-            self.dense = (x * factor.unsqueeze(-1)).log1p_()
+            self.dense = levels(x, library.clamp_min(1.0))
             return
+        factor = COUNTS_PER_CELL / library.clamp_min(1.0)
         values = (x.values * factor.index_select(0, x.rows)).log1p_()
         if host.looks_are_free(values.device):
             self.counts, self.values = x, values

@@ -382,10 +382,8 @@ class NBVAE(nn.Module):
         covariates = covariates or {}
         missing = sorted(set(self.covariates) - set(covariates))
         if missing:
-            expected, fix = (
-                f"the covariates {sorted(self.covariates)}",
-                f"pass integer codes of {missing} too, one per cell",
-            )
+            expected = f"the covariates {sorted(self.covariates)}"
+            fix = f"pass integer codes of {missing} too, one per cell"
             raise LabelError(three_beats(expected, f"{sorted(covariates)}", fix))
         one_hot, labels = nn.functional.one_hot, self.covariates.items()
         columns = [one_hot(covariates[name], len(categories)) for name, categories in labels]

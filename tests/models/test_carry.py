@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cellop_nb.models.carry import Observed, Remainder, carry_counts, counts_at, levels
-from cellop_nb.models.likelihood import NegativeBinomial
+from cellop_nb.models.carry import Observed, Remainder, carry_counts
+from cellop_nb.models.likelihood import NegativeBinomial, counts_at, levels
 
 
 def generator(seed=0):
