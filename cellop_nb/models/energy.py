@@ -698,7 +698,7 @@ def _pair_sums(
     x: Tensor,
     y: Tensor | None,
     exact: tuple[Tensor, Tensor, Tensor],
-    pads: tuple[Tensor | None, Tensor | None],
+    pads: tuple[Tensor | None, ...],
     tile: int | None,
     want_x: bool,
     want_y: bool,
@@ -746,7 +746,7 @@ def _pair_sums(
         close.take_out(d2, i, j, 1 + (within and i is not j), want_x, both)
         if to_x is not None:
             _product(d2.rsqrt_(), left_y[:, j], to_x[:, i], beta=1)
-            if both:
+            if both and to_y is not None:
                 _product(d2.mT, left_x[:, i], to_y[:, j], beta=1)
             continue
         if diagonal is not None:
