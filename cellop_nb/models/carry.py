@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .likelihood import MIN_MEAN, NegativeBinomial, counts_at, levels
+from .likelihood import COUNTS_PER_CELL, MIN_MEAN, NegativeBinomial, counts_at, levels
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,7 +178,7 @@ def carry_to_mean(
     (cell, gene); its rows sum to ``library - others`` to within the tolerance.
     """
     x, size = expected.clamp_min(0.0), library.clamp_min(MIN_MEAN).unsqueeze(-1)
-    wanted = target.to(x).clamp(0.0, MOST_LEVEL)
+    aim = target.to(x).clamp(0.0, MOST_LEVEL)
     room = size if others is None else (size - others.unsqueeze(-1)).clamp_min(MIN_MEAN)
     share = ((x / size).mean(0)).clamp_min(0.1 / (COUNTS_PER_CELL * len(x)))
     mean = size * share
@@ -187,7 +187,7 @@ def carry_to_mean(
     for _ in range(iterations):
         scale = room / carried.sum(-1, keepdim=True).clamp_min(MIN_MEAN)
         level, slope = whole_levels(carried * scale, library)
-        gap = wanted - level.mean(0)
+        gap = aim - level.mean(0)
         if gap.abs().max() <= tolerance:
             break
         grown = (slope * torch.where(gap + t > 0, added, x) * scale).mean(0)
