@@ -7,6 +7,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from anndata import AnnData
@@ -15,7 +16,7 @@ from cellop_nb.analysis.predict import embed
 from cellop_nb.errors import ModelError, three_beats
 from cellop_nb.models.energy import energy_distance, grouped_energy_distance
 from cellop_nb.training.callbacks import EarlyStopping
-from cellop_nb.training.loop import Trainer
+from cellop_nb.training.loop import Machine, Trainer
 from cellop_nb.training.operators import OperatorTrainer, new_operators
 from cellop_nb.training.vae import VAETrainer, new_vae
 
@@ -153,11 +154,11 @@ class Card:
 
 
 PLAIN, RECORDED = "call by call", "recorded (default)"
-OPTIONS: dict[str, dict] = {
-    PLAIN: {"cuda_graphs": False},
-    RECORDED: {},
-    "recorded, bf16-mixed": {"precision": "bf16-mixed"},
-    "recorded, compiled": {"compile": True},
+OPTIONS: dict[str, Machine] = {
+    PLAIN: Machine(cuda_graphs=False),
+    RECORDED: Machine(),
+    "recorded, bf16-mixed": Machine(precision="bf16-mixed"),
+    "recorded, compiled": Machine(compile=True),
 }
 MANY = {"groups": 256, "cells": 256, "genes": 50, "hidden": 16}
 VAE_SIZES = (*vae.SIZES, (512, 4096))
@@ -275,10 +276,10 @@ def _endless(trainer: Trainer) -> Callable[[], object]:
 def _options(card: Card, quick: bool, make: Callable[..., Trainer]) -> Iterator[tuple[dict, Trainer]]:
     """A row of seconds, waits and gain for each option of a trainer."""
     plain = 0.0
-    for name, options in OPTIONS.items():
-        if (quick or not card.is_gpu) and options.get("compile"):
+    for name, machine in OPTIONS.items():
+        if (quick or not card.is_gpu) and machine.compile:
             continue
-        trainer = make(accelerator="cuda" if card.is_gpu else "cpu", **options)
+        trainer = make(machine=replace(machine, accelerator="cuda" if card.is_gpu else "cpu"))
         call = _endless(trainer)
         with trainer.compiled():
             for _ in range(5):
@@ -293,7 +294,9 @@ def _options(card: Card, quick: bool, make: Callable[..., Trainer]) -> Iterator[
 def _operators(card: Card, quick: bool) -> Iterator[dict]:
     for sizes in (QUICK,) if quick else (SIZES, MANY):
         groups, cells = sizes["groups"], sizes["cells"]
-        for row, _ in _options(card, quick, lambda sizes=sizes, **given: latent_trainer(sizes, 200, **given)):
+        for row, _ in _options(
+            card, quick, lambda machine, sizes=sizes: latent_trainer(sizes, 200, machine=machine)
+        ):
             row = {"what": "operator step", "groups": groups, "n": cells} | row
             yield _bounded(row, row["seconds"], products=_products(card, cells, groups, per_pair=3.5))
 
@@ -302,9 +305,9 @@ def _vaes(card: Card, quick: bool) -> Iterator[dict]:
     adata = vae.screen(600 if quick else 20_000, 100 if quick else 2_000)
     for hidden, batch in ((16, 64),) if quick else VAE_SIZES:
 
-        def make(hidden: int = hidden, batch: int = batch, **given) -> VAETrainer:
+        def make(machine: Machine, hidden: int = hidden, batch: int = batch) -> VAETrainer:
             model = new_vae(adata, n_latent=vae.LATENT, n_hidden=hidden)
-            return VAETrainer(adata, model, batch_size=batch, progress=False, **given)
+            return VAETrainer(adata, model, batch_size=batch, progress=False, machine=machine)
 
         for row, trainer in _options(card, quick, make):
             row = {"what": "VAE step", "hidden": hidden, "batch": batch} | row
@@ -336,7 +339,8 @@ def _encode(card: Card, quick: bool) -> Iterator[dict]:
 def _job(card: Card, quick: bool) -> Iterator[dict]:
     """The whole job of :mod:`.predict`, each stage once."""
     adata, name = job.screen(quick)
-    settings: dict = {"progress": False, "accelerator": "cuda" if card.is_gpu else "cpu"}
+    machine = Machine(accelerator="cuda" if card.is_gpu else "cpu")
+    settings: dict = {"progress": False, "machine": machine}
     model = new_vae(adata, n_latent=job.LATENT, n_hidden=job.HIDDEN)
     stops = [EarlyStopping(patience=20)]
     first = VAETrainer(

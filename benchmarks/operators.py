@@ -21,6 +21,7 @@ from cellop_nb.data.batches import count_matrix
 from cellop_nb.models.energy import moved_energy_distance, self_distance
 from cellop_nb.models.operators import Condition, OperatorModel
 from cellop_nb.models.vae import NBVAE
+from cellop_nb.training.loop import Machine
 from cellop_nb.training.operators import OperatorTrainer, new_operators
 
 from .measure import (
@@ -34,7 +35,7 @@ from .measure import (
     no_compiler,
     product_rate,
 )
-from .vae import screen
+from .vae import CPU, screen
 
 LATENT = 32
 SIZES = {"groups": 16, "cells": 128, "genes": 2_000, "hidden": 512}
@@ -207,15 +208,16 @@ def fit_ours(adata: AnnData, vae: NBVAE, steps: int, callbacks: tuple = ()) -> O
     return _trainer(adata, steps, callbacks)
 
 
-def _trainer(adata: AnnData, steps: int, callbacks: tuple = (), **options) -> OperatorTrainer:
-    settings = {"progress": False, "accelerator": "cpu", "callbacks": callbacks, **options}
+def _trainer(adata: AnnData, steps: int, callbacks: tuple = (), machine: Machine = CPU) -> OperatorTrainer:
     per_epoch = min(20, steps)
     return OperatorTrainer(
         adata,
         new_operators(adata),
         max_epochs=steps // per_epoch,
         steps_per_epoch=per_epoch,
-        **settings,
+        progress=False,
+        callbacks=callbacks,
+        machine=machine,
     )
 
 
@@ -260,7 +262,7 @@ def compiled_row(sizes: dict, quick: bool) -> dict:
     row = {"variant": f"{WHOLE}, compiled", "what": "step", "note": note}
     if note is not None:
         return row
-    trainer = latent_trainer(sizes, 200, compile=True)
+    trainer = latent_trainer(sizes, 200, machine=Machine(accelerator="cpu", compile=True))
     calls = {WHOLE: whole_step(sizes), COMPILED: _step_of(trainer)}
     with trainer.compiled():
         times = interleaved(calls, 40)
@@ -328,14 +330,14 @@ def run(quick: bool = False, memory: bool = True) -> list[dict]:
     return [*rows, {"variant": "live picture", "what": f"fit of {steps} steps"} | live]
 
 
-def latent_trainer(sizes: dict, steps: int, callbacks: tuple = (), **options) -> OperatorTrainer:
+def latent_trainer(sizes: dict, steps: int, callbacks: tuple = (), machine: Machine = CPU) -> OperatorTrainer:
     """On random latents: what the operators see of a screen."""
     adata = fit_screen(sizes["groups"], 2 * sizes["cells"], 50)
     latents = np.random.default_rng(0).normal(size=(adata.n_obs, LATENT)) + 1.0 * (
         adata.obs[["perturbation"]].to_numpy() != "control"
     )
     adata.obsm["X_nbvae"] = latents.astype(np.float32)
-    trainer = _trainer(adata, steps, callbacks, **options)
+    trainer = _trainer(adata, steps, callbacks, machine)
     trainer.cells_per_group = sizes["cells"]
     return trainer
 

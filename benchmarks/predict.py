@@ -65,7 +65,7 @@ def run(quick: bool = False) -> list[dict]:
     training (to convergence: until 20 epochs bring nothing, or 120 are over), bound_seconds and distance, note.
     """
     adata, name = screen(quick)
-    settings = {"progress": False, "accelerator": "cpu", "max_epochs": 2 if quick else 120}
+    settings = {"progress": False, "machine": vae.CPU, "max_epochs": 2 if quick else 120}
     model = new_vae(adata, n_latent=LATENT, n_hidden=HIDDEN)
 
     def vae_trainer(model, callbacks=()) -> VAETrainer:

@@ -190,13 +190,14 @@ def train(path: str, backed: bool = True) -> Callable[[], object]:
     """One epoch of the VAE, from opening the file to the saved model."""
     from cellop_nb.data.catalogue import load
     from cellop_nb.training.checkpoint import save
+    from cellop_nb.training.loop import Machine
     from cellop_nb.training.vae import VAETrainer, new_vae
 
     def call():
         adata = load(path, backed=backed)
         vae = new_vae(adata, n_latent=LATENT, n_hidden=HIDDEN)
-        settings = {"batch_size": BATCH, "max_epochs": 1, "progress": False, "accelerator": "cpu"}
-        VAETrainer(adata, vae, **settings).fit()
+        settings = {"batch_size": BATCH, "max_epochs": 1, "progress": False}
+        VAETrainer(adata, vae, machine=Machine(accelerator="cpu"), **settings).fit()
         save(_beside(path, "vae.safetensors"), vae)
 
     return call
@@ -221,6 +222,7 @@ def predict(path: str) -> Callable[[], object]:
     from cellop_nb.analysis.streaming import predict_to_file
     from cellop_nb.data.catalogue import load
     from cellop_nb.training.checkpoint import load as load_model
+    from cellop_nb.training.loop import Machine
     from cellop_nb.training.operators import OperatorTrainer, new_operators
 
     def call():
@@ -228,7 +230,9 @@ def predict(path: str) -> Callable[[], object]:
         vae = load_model(_beside(path, "vae.safetensors")).vae
         adata.obsm["X_nbvae"] = np.load(_beside(path, "latents.npy"), allow_pickle=False)
         operators = new_operators(adata)
-        OperatorTrainer(adata, operators, max_epochs=1, progress=False, accelerator="cpu").fit()
+        OperatorTrainer(
+            adata, operators, max_epochs=1, progress=False, machine=Machine(accelerator="cpu")
+        ).fit()
         predict_to_file(
             adata,
             vae,

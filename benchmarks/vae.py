@@ -12,7 +12,7 @@ from anndata import AnnData
 from scipy import sparse
 
 from cellop_nb.training.callbacks import Callback
-from cellop_nb.training.loop import Trainer
+from cellop_nb.training.loop import Machine, Trainer
 from cellop_nb.training.vae import VAETrainer, new_vae
 
 from .measure import (
@@ -28,6 +28,7 @@ from .measure import (
 )
 
 LATENT = 32
+CPU = Machine(accelerator="cpu")
 SIZES = ((128, 128), (128, 512), (512, 512))  # hidden, batch
 PEER, BFLOAT, COMPILED = "scvi-tools SCVI", "cellop_nb, bf16-mixed", "cellop_nb, compiled"
 BETWEEN = (
@@ -77,12 +78,14 @@ class _Clock(Callback):
         self._cpu = time.process_time()
 
 
-def ours(adata: AnnData, hidden: int, batch: int, **options) -> Callable[[], tuple[float, float]]:
+def ours(
+    adata: AnnData, hidden: int, batch: int, machine: Machine = CPU
+) -> Callable[[], tuple[float, float]]:
     """One more epoch at each call; returns its wall and CPU seconds."""
     clock = _Clock()
     model = new_vae(adata, n_latent=LATENT, n_hidden=hidden)
-    settings = {"progress": False, "callbacks": [clock], "accelerator": "cpu", **options}
-    trainer = VAETrainer(adata, model, batch_size=batch, **settings)
+    settings = {"progress": False, "callbacks": [clock]}
+    trainer = VAETrainer(adata, model, batch_size=batch, machine=machine, **settings)
 
     def epoch() -> tuple[float, float]:
         trainer.fit(trainer.epoch + 1)
@@ -94,7 +97,7 @@ def ours(adata: AnnData, hidden: int, batch: int, **options) -> Callable[[], tup
 def step(adata: AnnData, hidden: int, batch: int) -> Callable[[], object]:
     """One step of ours, after one that warms up."""
     model = new_vae(adata, n_latent=LATENT, n_hidden=hidden)
-    return trainer_step(VAETrainer(adata, model, batch_size=batch, progress=False, accelerator="cpu"))
+    return trainer_step(VAETrainer(adata, model, batch_size=batch, progress=False, machine=CPU))
 
 
 def trainer_step(trainer: Trainer) -> Callable[[], object]:
@@ -156,8 +159,8 @@ def peer(adata: AnnData, hidden: int, batch: int) -> Callable[[], tuple[float, f
 
 VARIANTS: dict[str, tuple[Callable, tuple[str, ...]]] = {
     "cellop_nb": (ours, ()),
-    BFLOAT: (partial(ours, precision="bf16-mixed"), ()),
-    COMPILED: (partial(ours, compile=True), ()),
+    BFLOAT: (partial(ours, machine=Machine(accelerator="cpu", precision="bf16-mixed")), ()),
+    COMPILED: (partial(ours, machine=Machine(accelerator="cpu", compile=True)), ()),
     PEER: (peer, ("scvi",)),
 }
 
@@ -188,7 +191,7 @@ def validation(
 ) -> list[dict]:
     """Negative ELBO of the validation cells, nats per cell, after the same number of epochs."""
     model = new_vae(adata, n_latent=LATENT, n_hidden=hidden)
-    settings = {"batch_size": batch, "progress": False, "accelerator": "cpu"}
+    settings = {"batch_size": batch, "progress": False, "machine": CPU}
     history = VAETrainer(adata, model, max_epochs=epochs, **settings).fit()
     common = {"hidden": hidden, "batch": batch, "epochs": epochs}
     best = float(history["val_loss"].min())
@@ -269,7 +272,7 @@ def _rates(cells: int, taken: list[tuple[float, float]]) -> dict[str, float]:
 def _shares(adata: AnnData, quick: bool) -> list[dict]:
     def trainer(batch: int, callbacks: tuple = ()) -> VAETrainer:
         model = new_vae(adata, n_latent=LATENT, n_hidden=128)
-        settings = {"progress": False, "accelerator": "cpu", "callbacks": callbacks}
+        settings = {"progress": False, "machine": CPU, "callbacks": callbacks}
         return VAETrainer(adata, model, batch_size=batch, max_epochs=1 if quick else 5, **settings)
 
     rows = [

@@ -33,6 +33,8 @@ _PUBLIC = {
     "new_vae": "training.vae",
     "OperatorTrainer": "training.operators",
     "new_operators": "training.operators",
+    "Machine": "training.loop",
+    "Penalties": "training.operators",
     "Callback": "training.callbacks",
     "EarlyStopping": "training.callbacks",
     "Replay": "training.callbacks",
@@ -116,7 +118,9 @@ if TYPE_CHECKING:  # the names below are found by `__getattr__` while running
     from .training.checkpoint import load as load
     from .training.checkpoint import save as save
     from .training.locate import NonFiniteError as NonFiniteError
+    from .training.loop import Machine as Machine
     from .training.operators import OperatorTrainer as OperatorTrainer
+    from .training.operators import Penalties as Penalties
     from .training.operators import new_operators as new_operators
     from .training.vae import VAETrainer as VAETrainer
     from .training.vae import new_vae as new_vae

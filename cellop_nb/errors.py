@@ -1,10 +1,18 @@
-"""Errors that say what was expected, what was found, and how to fix it."""
+"""Errors that say what was expected, what was found, and how to fix it; settings are checked here, before work."""
 
 from __future__ import annotations
 
+import functools
 import inspect
+import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from difflib import get_close_matches
+from numbers import Integral, Real
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class CellopError(ValueError):
@@ -86,12 +94,15 @@ def check_settings(names: Iterable[str], *receivers: Callable, of: str, taken: I
     """
     options = sorted(set().union(*map(_arguments, receivers)) - set(taken))
     for name in names:
-        if name in options:
-            continue
-        likely = _OTHER_WORDS.get(name)
-        hint = did_you_mean(likely if likely in options else name, options)
-        fix = hint if hint.startswith("did you mean") else "use one of these, or leave it out"
-        raise LabelError(three_beats(f"a setting of {of}: {', '.join(options)}", repr(name), fix))
+        if name not in options:
+            raise _unknown(name, options, of)
+
+
+def _unknown(name: str, options: list[str], owner: str) -> LabelError:
+    likely = _OTHER_WORDS.get(name)
+    hint = did_you_mean(likely if likely in options else name, options)
+    fix = hint if hint.startswith("did you mean") else "use one of these, or leave it out"
+    return LabelError(three_beats(f"a setting of {owner}: {', '.join(options)}", repr(name), fix))
 
 
 def _arguments(receiver: Callable) -> set[str]:
@@ -103,3 +114,79 @@ def _arguments(receiver: Callable) -> set[str]:
         p.name for f in functions for p in inspect.signature(f).parameters.values() if p.kind in named
     }
     return arguments - {"self"}
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """The numbers that a setting may be."""
+
+    low: float
+    high: float = math.inf
+    whole: bool = True
+    above: bool = False  # whether the lower end itself is left out
+    finite: bool = True
+
+    def __contains__(self, value: object) -> bool:
+        kind = Integral if self.whole else Real
+        if isinstance(value, bool) or not isinstance(value, kind) or (self.finite and math.isinf(value)):
+            return False
+        return (self.low < value if self.above else self.low <= value) and value <= self.high  # type: ignore[operator]
+
+    def __str__(self) -> str:
+        start = "a whole number" if self.whole else "a number"
+        end = "" if math.isinf(self.high) else f" and at most {self.high:,}"
+        return f"{start} {'above' if self.above else 'of at least'} {self.low:g}{end}"
+
+
+_POSITIVE, _WEIGHT = _Numbers(0, whole=False, above=True), _Numbers(0, whole=False)
+_VALUES = {
+    # sizes; one latent dimension has no axes to rotate into each other
+    "n_latent": _Numbers(2), "n_hidden": _Numbers(1), "n_layers": _Numbers(1),
+    "dropout": _Numbers(0, 0.99, whole=False),
+    "n_axes": _Numbers(1), "rank": _Numbers(0), "context_rank": _Numbers(0),
+    # training
+    "max_epochs": _Numbers(1), "steps_per_epoch": _Numbers(1), "warmup_epochs": _Numbers(0),
+    "batch_size": _Numbers(1), "cells_per_group": _Numbers(2), "patience": _Numbers(1),
+    "lr": _POSITIVE,
+    "weight_decay": _WEIGHT, "kl_weight": _WEIGHT, "ridge": _WEIGHT, "context_ridge": _WEIGHT,
+    "stability_weight": _WEIGHT, "max_norm": _POSITIVE,
+    "clip_norm": _Numbers(0, whole=False, above=True, finite=False),  # infinity: never clipped
+    # several draws of one call are seeded by numbers made from it
+    "seed": _Numbers(0, 2**32 - 1),
+    "num_nodes": _Numbers(1),
+}  # fmt: skip
+"""What a setting of a name may be, wherever it stands."""
+
+
+def check_values(settings: dict[str, object]) -> None:
+    """Refuse the first setting whose value cannot be; None, where a default is chosen, and other names pass.
+
+    Raises
+    ------
+    ModelError
+        With the values that can be.
+    """
+    for name, value in settings.items():
+        if value is not None and name in _VALUES and value not in _VALUES[name]:
+            problem = f"{name}={value!r}"
+            raise ModelError(three_beats(f"{name} to be {_VALUES[name]}", problem, "give such a number"))
+
+
+def checked(call: Callable[P, R]) -> Callable[P, R]:
+    """Decorator of a public function or ``__init__``: names and values of its keywords are checked before it runs."""
+    keywords = [
+        p.name
+        for p in inspect.signature(call).parameters.values()
+        if p.kind is inspect.Parameter.KEYWORD_ONLY
+    ]
+    named = {*inspect.signature(call).parameters}
+    owner = call.__qualname__.removesuffix(".__init__")
+
+    @functools.wraps(call)
+    def wrapper(*args: P.args, **settings: P.kwargs) -> R:
+        for name in settings.keys() - named:
+            raise _unknown(name, keywords, owner)
+        check_values(settings)
+        return call(*args, **settings)
+
+    return wrapper

@@ -86,7 +86,7 @@ REFUSED = [
     (["run", "--only", ""], "after --only"),
     (["run", "-p", "latnt_dim", "8"], "parameter of 00_quickstart, 01_data, 02_train_vae.*'latent_dim'"),
     (["run", "--only", "00", "-p", "latent_dim", "8"], "a parameter of 00_quickstart"),
-    (["run", "-p", "latent_dim", "0"], r"1 to 512.*Found int 0"),
+    (["run", "-p", "latent_dim", "0"], r"2 to 512.*Found int 0"),
     (["run", "-p", "latent_dim", "8.5"], "Expected int.*'8.5'"),
     (["run", "-p", "latent_dim", "many"], "Expected int.*'many'"),
     (["run", "-p", "shuffle", "maybe"], "Expected bool.*'maybe'"),
@@ -266,7 +266,7 @@ def test_params_shows_every_parameter_and_round_trips(run, tmp_path, write_noteb
     code, out, _ = run("params", "02")
     assert code == 0
     assert "latent_dim" in out
-    assert "1 to 512" in out
+    assert "2 to 512" in out
     code, out, _ = run("params")
     assert len(out.splitlines()) >= 7
     code, cell, _ = run("params", "02", "--cell")

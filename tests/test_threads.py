@@ -15,6 +15,7 @@ import cellop_nb as co
 from cellop_nb.models.energy import grouped_energy_distance
 from cellop_nb.models.likelihood import SparseCounts, nb_log_likelihood_head, nb_log_likelihood_logits
 from cellop_nb.packages import same_threads
+from cellop_nb.training.loop import Machine
 from cellop_nb.training.operators import OperatorTrainer, new_operators
 from cellop_nb.training.vae import VAETrainer, new_vae
 
@@ -121,7 +122,7 @@ def test_training_does_not_depend_on_the_threads(screen):
     for number in (1, 2):
         with threads(number):
             vae = new_vae(screen, n_latent=4, n_hidden=16)
-            settings = {"max_epochs": 3, "progress": False, "accelerator": "cpu"}
+            settings = {"max_epochs": 3, "progress": False, "machine": Machine(accelerator="cpu")}
             first = VAETrainer(screen, vae, batch_size=32, **settings).fit()
             co.embed(screen, vae)
             operators = new_operators(screen)

@@ -15,7 +15,8 @@ from ..data.contract import perturbation_parts
 from ..errors import check_settings
 from ..models.carry import Remainder
 from ..models.operators import OperatorModel
-from ..training.operators import OperatorTrainer, new_operators
+from ..training.loop import Machine
+from ..training.operators import OperatorTrainer, Penalties, new_operators
 from .combinations import response_operator
 from .predict import latents
 from .transfer import Complexity, Group, Response, own_condition
@@ -133,13 +134,14 @@ class Fits:
     def _train(self, cells, form: Complexity) -> OperatorModel:
         model = new_operators(cells, features=self.features, **self.keys, **form.model)
         if form.rank != 0:  # shifts already are where the moments put them
+            penalties = Penalties(ridge=form.ridge, context_ridge=form.context_ridge)
             settings = {
                 "progress": False,
-                "accelerator": "cpu",
+                "machine": Machine(accelerator="cpu"),
                 "steps_per_epoch": 20,
                 "lr": 2e-2,
             } | self.training
-            OperatorTrainer(cells, model, seed=self.seed, **self.keys, **form.training, **settings).fit()
+            OperatorTrainer(cells, model, seed=self.seed, penalties=penalties, **self.keys, **settings).fit()
         return model.cpu().eval()
 
     def _departures(

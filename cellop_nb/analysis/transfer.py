@@ -65,11 +65,6 @@ class Complexity:
         """Keywords of :func:`new_operators`."""
         return {"rank": self.rank, "context_rank": self.context_rank}
 
-    @property
-    def training(self) -> dict:
-        """Keywords of :class:`OperatorTrainer`."""
-        return {"ridge": self.ridge, "context_ridge": self.context_ridge}
-
 
 def borrowing(profile: np.ndarray, sources: Mapping[str, np.ndarray], locality: float) -> dict[str, float]:
     r"""Shares in which a context takes over what was found in others: inverse distance weighting.

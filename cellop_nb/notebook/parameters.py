@@ -217,7 +217,7 @@ DATA = (
     N_GENES,
 )
 
-LATENT_DIM = Parameter("latent_dim", "int", 32, "dimension of the latent space", minimum=1, maximum=512)
+LATENT_DIM = Parameter("latent_dim", "int", 32, "dimension of the latent space", minimum=2, maximum=512)
 HIDDEN = Parameter("hidden", "int", 128, "units of a hidden layer", minimum=1, maximum=4096)
 N_LAYERS = Parameter("n_layers", "int", 1, "hidden layers of encoder and decoder", minimum=1, maximum=8)
 BATCH_SIZE = Parameter("batch_size", "int", 256, "cells in a minibatch", minimum=2)
@@ -225,7 +225,7 @@ KL_WEIGHT = Parameter("kl_weight", "float", 1.0, "weight of the KL term after wa
 VAE_EPOCHS = Parameter("max_epochs", "int", 40, "passes over the training cells", minimum=1)
 VAE_RATE = Parameter("learning_rate", "float", 2e-3, "of Adam", minimum=1e-7, maximum=1)
 
-N_AXES = Parameter("n_axes", "int", 8, "shared response axes B_k", minimum=0, maximum=256)
+N_AXES = Parameter("n_axes", "int", 8, "shared response axes B_k", minimum=1, maximum=256)
 RANK = Parameter("rank", "int", 8, "rank of each axis' matrix; 0: shifts alone", minimum=0, maximum=512)
 RIDGE = Parameter("ridge", "float", 0.1, "pull of the operators towards the identity", minimum=0)
 STABILITY = Parameter("stability_weight", "float", 1.0, "weight of the norm penalty", minimum=0)

@@ -27,7 +27,7 @@ from ..files import inside, write_whole
 from ..models.operators import OperatorModel
 from ..models.vae import NBVAE
 from ..training.checkpoint import load, save
-from ..training.operators import OperatorTrainer, new_operators
+from ..training.operators import OperatorTrainer, Penalties, new_operators
 from ..training.vae import VAETrainer, new_vae
 from . import parameters, runs
 from .style import shown
@@ -129,9 +129,18 @@ class Workspace:
     def operator_settings(self, values: Mapping | None = None) -> dict:
         """Keywords of :class:`OperatorTrainer` from the parameters of 04_train_operators."""
         values = self.values if values is None else values
-        same = ("max_epochs", "cells_per_group", "ridge", "stability_weight", "max_norm")
-        settings = {name: values[name] for name in same}
-        return {**self.keys, **settings, "lr": values["learning_rate"], "seed": self.seed, "progress": False}
+        penalties = Penalties(
+            ridge=values["ridge"], stability_weight=values["stability_weight"], max_norm=values["max_norm"]
+        )
+        return {
+            **self.keys,
+            "max_epochs": values["max_epochs"],
+            "cells_per_group": values["cells_per_group"],
+            "penalties": penalties,
+            "lr": values["learning_rate"],
+            "seed": self.seed,
+            "progress": False,
+        }
 
     @property
     def layer(self) -> str | None:

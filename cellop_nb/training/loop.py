@@ -17,6 +17,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,7 +27,16 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from ..display import History, card
-from ..errors import CheckpointError, DataError, LabelError, ModelError, did_you_mean, three_beats
+from ..errors import (
+    CheckpointError,
+    DataError,
+    LabelError,
+    ModelError,
+    check_values,
+    checked,
+    did_you_mean,
+    three_beats,
+)
 from ..models import host
 from ..models.host import looks_are_free
 from .callbacks import Callback, HistoryCSV, ProgressBar, SaveCheckpoints
@@ -260,6 +270,63 @@ def _without_advice() -> Iterator[None]:
         log.setLevel(before)
 
 
+@dataclass(frozen=True)
+class Machine:
+    """Where and how fast a training runs; none of it changes what is trained.
+
+    Attributes
+    ----------
+    accelerator, devices, num_nodes, strategy, precision
+        Passed to ``lightning_fabric.Fabric``; "auto" takes a CUDA device where there is one (MPS has no float64). With
+        several processes (``devices=2, strategy="ddp"``, started by torchrun or SLURM) each takes its share of every
+        batch, and the numbers are those of one process with the joint batch; the first one writes the files.
+    compile
+        Whether the dense parts of the model run through ``torch.compile`` while it trains. What it brings is a row of
+        `python3 -m cellop_nb bench vae` and `operators`: nothing on a CPU, whose small parts are not what takes the
+        time. Refused where there is no compiler; a part that cannot be compiled whole is an error.
+    cuda_graphs
+        Whether steps are recorded once as CUDA graphs and replayed: hundreds of calls become one, and small batches
+        many times faster. None: wherever it can be (one GPU, ``on_nonfinite="stop"``, a trainer that declares itself
+        `recordable`); True is refused where it cannot.
+
+    Raises
+    ------
+    ModelError
+        For a precision whose gradients overflow by design.
+    """
+
+    accelerator: str = "auto"
+    devices: int | str = 1
+    num_nodes: int = 1
+    strategy: str = "auto"
+    precision: str = "32-true"
+    compile: bool = False
+    cuda_graphs: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.precision.startswith("16"):
+            fix = "pass precision='bf16-mixed', which has the range of single precision"
+            raise ModelError(
+                three_beats("a precision whose gradients stay finite", repr(self.precision), fix)
+            )
+        check_values({"num_nodes": self.num_nodes})
+
+    def launch(self) -> Fabric:
+        """The running processes of this training."""
+        with _without_advice():
+            fabric = Fabric(
+                accelerator=host.best() if self.accelerator == "auto" else self.accelerator,
+                devices=self.devices,
+                num_nodes=self.num_nodes,
+                strategy=self.strategy,
+                precision=self.precision,
+            )
+            fabric.launch()
+        if self.compile:
+            check_compiler(fabric.device)
+        return fabric
+
+
 class Trainer(RemoteControl):
     """Runs epochs, keeps history and the best state, and obeys requests made while it runs.
 
@@ -283,18 +350,13 @@ class Trainer(RemoteControl):
         Whether to show a progress bar.
     seed
         Seeds every draw of the trainer (batches, latent samples).
-    compile
-        Whether the dense parts of the model run through ``torch.compile`` while it trains. What it brings is a row of
-        `python3 -m cellop_nb bench vae` and `operators`: nothing on a CPU, whose small parts are not what takes the
-        time. Refused where there is no compiler; a part that cannot be compiled whole is an error.
-    cuda_graphs
-        Whether steps are recorded once as CUDA graphs and replayed: hundreds of calls become one, and small batches
-        many times faster. None: wherever it can be (one GPU, ``on_nonfinite="stop"``, a trainer that declares itself
-        `recordable`); True is refused where it cannot.
-    accelerator, devices, num_nodes, strategy, precision
-        Passed to ``lightning_fabric.Fabric``; "auto" takes a CUDA device where there is one (MPS has no float64). With
-        several processes (``devices=2, strategy="ddp"``, started by torchrun or SLURM) each takes its share of every
-        batch, and the numbers are those of one process with the joint batch; the first one writes the files.
+    machine
+        Device, processes, precision, compilation.
+
+    Raises
+    ------
+    LabelError, ModelError
+        For a setting that is not known, or whose value cannot be.
 
     Attributes
     ----------
@@ -320,6 +382,7 @@ class Trainer(RemoteControl):
     compilable: tuple[str, ...] = ()
     recordable = False
 
+    @checked
     def __init__(
         self,
         model: nn.Module,
@@ -333,34 +396,11 @@ class Trainer(RemoteControl):
         on_nonfinite: str = "stop",
         progress: bool = True,
         seed: int = 0,
-        compile: bool = False,  # noqa: A002 (its name in the field)
-        cuda_graphs: bool | None = None,
-        accelerator: str = "auto",
-        devices: int | str = 1,
-        num_nodes: int = 1,
-        strategy: str = "auto",
-        precision: str = "32-true",
+        machine: Machine = Machine(),  # noqa: B008 (frozen)
     ):
-        if max_epochs < 1:
-            raise ModelError(
-                three_beats("max_epochs of at least 1", str(max_epochs), "give a positive number")
-            )
-        if precision.startswith("16"):
-            fix = "pass precision='bf16-mixed', which has the range of single precision"
-            raise ModelError(three_beats("a precision whose gradients stay finite", repr(precision), fix))
         super().__init__(lr)
-        with _without_advice():
-            self.fabric = Fabric(
-                accelerator=host.best() if accelerator == "auto" else accelerator,
-                devices=devices,
-                num_nodes=num_nodes,
-                strategy=strategy,
-                precision=precision,
-            )
-            self.fabric.launch()
-        if compile:
-            check_compiler(self.fabric.device)
-        self._compiled_parts = self.compilable if compile else ()
+        self.fabric = machine.launch()
+        self._compiled_parts = self.compilable if machine.compile else ()
         self.processes = Processes(self.fabric)
         self.model, self.max_epochs, self.clip_norm, self.seed = model, max_epochs, clip_norm, seed
         self.folder = None if folder is None else Path(folder)
@@ -375,12 +415,12 @@ class Trainer(RemoteControl):
         self.cpu_generator = torch.Generator().manual_seed(seed)
         self.callbacks = self._standard_callbacks(progress) + list(callbacks)
         self.guard = NonFiniteGuard(model, self.optimizer, folder=self.folder, on_nonfinite=on_nonfinite)
-        self.recorder = recorder_of(self, cuda_graphs)
+        self.recorder = recorder_of(self, machine.cuda_graphs)
         self.patience, self.batch = None, None
         self.terms: dict[str, Any] = {}
         self.parameters = {
             "max_epochs": int(max_epochs), "lr": float(lr), "weight_decay": float(weight_decay),
-            "clip_norm": float(clip_norm), "seed": int(seed), "precision": precision,
+            "clip_norm": float(clip_norm), "seed": int(seed), "precision": machine.precision,
         }  # fmt: skip
         self.rows: list[dict] = []
         self.epoch = self.step = 0

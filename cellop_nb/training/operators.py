@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import combinations
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..data.contract import Keys
 from ..data.groups import Group, Groups, GroupSample
-from ..errors import LabelError, ModelError, check_settings, did_you_mean, three_beats
+from ..errors import LabelError, ModelError, check_values, checked, did_you_mean, three_beats
 from ..models.energy import energy_distance, grouped_energy_distance, moved_energy_distance, self_distance
 from ..models.operators import Condition, OperatorModel, spectral_excess
+from .callbacks import Callback
 from .checkpoint import digest
-from .loop import Trainer
+from .loop import Machine, Trainer
 
 MIN_SHOWN = 8
 """Held-out cells below which a group has no column of its own in the history: its energy is mostly noise."""
 
-_FROM_DATA = ("n_latent", "perturbations", "contexts", "pairs", "features")
 _REFERENCE = 2048  # cells of a group that its cells are compared with: beyond, cost without precision
 _ROWS = 1024
 
 
+@checked
 def new_operators(
     adata,
     *,
@@ -36,8 +38,10 @@ def new_operators(
     dose_key: str | None = None,
     split_key: str = "split",
     features=None,
-    form: type[OperatorModel] = OperatorModel,
-    **sizes,
+    form: Callable[..., OperatorModel] = OperatorModel,
+    n_axes: int | None = None,
+    rank: int | None = None,
+    context_rank: int | None = 0,
 ) -> OperatorModel:
     """An operator family for the conditions among the training cells, started from their moments.
 
@@ -49,9 +53,10 @@ def new_operators(
         DataFrame (perturbation, feature) of given descriptors; operators of perturbations that were never
         measured can then be asked for. It must hold every perturbation of the training cells.
     form
-        A subclass of :class:`OperatorModel`, for operators of another form.
-    **sizes
-        ``n_axes``, ``rank``, ``context_rank`` of :class:`OperatorModel`, or arguments of the form's own.
+        A subclass of :class:`OperatorModel`, for operators of another form; ``functools.partial`` of one sets
+        arguments of its own.
+    n_axes, rank, context_rank
+        As in :class:`OperatorModel`.
 
     Returns
     -------
@@ -64,35 +69,44 @@ def new_operators(
     DataError
         If the latents are missing or not finite, a context has no controls, or no perturbed group is left.
     """
-    check_settings(sizes, form, of="new_operators", taken=_FROM_DATA)
     keys = Keys(None, perturbation_key, context_key, control, dose_key)
     data = Groups(adata, use_rep=use_rep, keys=keys, split="train", split_key=split_key)
     conditions = [condition_of(group, control) for group in data.items]
     parts = sorted({part for condition in conditions for part in condition.perturbations})
     pairs = sorted({pair for c in conditions for pair in combinations(sorted(c.perturbations), 2)})
-    known = parts if features is None else list(features.index.astype(str))
-    given = None if features is None else _given(features, parts)
+    names = parts if features is None else list(features.index.astype(str))
+    descriptors = None if features is None else _descriptors(features, parts)
     contexts = sorted({str(condition.context) for condition in conditions})
     n_latent = data.items[0].cells.shape[1]
-    model = form(n_latent, known, contexts, pairs=pairs, features=given, **sizes)
+    model = form(
+        n_latent,
+        names,
+        contexts,
+        pairs=pairs,
+        features=descriptors,
+        n_axes=n_axes,
+        rank=rank,
+        context_rank=context_rank,
+    )
     controls = [data.control[group.context] for group in data.items]
     return model.start_from(conditions, controls, [group.cells for group in data.items])
 
 
-def _given(features, parts: Sequence[str]) -> Tensor:
+def _descriptors(features, parts: Sequence[str]) -> Tensor:
     """The features (perturbation, feature) as a tensor, once they are whole."""
-    known = features.index.astype(str)
-    missing = [part for part in parts if part not in set(known)]
+    names = features.index.astype(str)
+    missing = [part for part in parts if part not in set(names)]
     if missing:
-        found = f"none of {missing[:5]}"
-        fix = f"add their rows, or leave these cells out ({did_you_mean(missing[0], known)})"
-        raise LabelError(three_beats("features of every perturbation in training", found, fix))
+        fix = f"add their rows, or leave these cells out ({did_you_mean(missing[0], names)})"
+        raise LabelError(
+            three_beats("features of every perturbation in training", f"none of {missing[:5]}", fix)
+        )
     values = torch.tensor(features.to_numpy(dtype=float, copy=True), dtype=torch.float32)
     broken = ~values.isfinite().all(1).numpy()
-    if broken.any() or not known.is_unique:
-        found = f"{list(known[broken | known.duplicated()][:5])} with NaN, infinity or several rows"
+    if broken.any() or not names.is_unique:
+        problem = f"{list(names[broken | names.duplicated()][:5])} with NaN, infinity or several rows"
         raise ModelError(
-            three_beats("one row of finite features per perturbation", found, "repair the table")
+            three_beats("one row of finite features per perturbation", problem, "repair the table")
         )
     return values
 
@@ -118,11 +132,11 @@ class WithinTerm:
     """
 
     def __init__(self, groups: Groups):
-        found = [_mean_distances(group.cells) for group in groups]
-        controls = groups.pool.new_zeros(len(groups.pool) - sum(map(len, found)))
-        self.per_cell = torch.cat([controls, *found])  # in the order of the pool
-        self.means = torch.stack([part.mean() for part in found])
-        self._all = list(range(len(found)))
+        parts = [_mean_distances(group.cells) for group in groups]
+        controls = groups.pool.new_zeros(len(groups.pool) - sum(map(len, parts)))
+        self.per_cell = torch.cat([controls, *parts])  # in the order of the pool
+        self.means = torch.stack([part.mean() for part in parts])
+        self._all = list(range(len(parts)))
 
     def of(self, sample: GroupSample) -> Tensor:
         """(group,) constant term of the sampled groups, in the order of ``sample.which``."""
@@ -132,8 +146,8 @@ class WithinTerm:
         else:
             lengths = _on_device(tuple(sizes), drawn.device)
             means = torch.segment_reduce(drawn, "mean", lengths=lengths, unsafe=True)  # the sizes are our own
-        known = self.means if sample.which == self._all else self.means[sample.which]
-        return torch.add(-known, means, alpha=2)
+        over_all = self.means if sample.which == self._all else self.means[sample.which]
+        return torch.add(-over_all, means, alpha=2)
 
 
 @lru_cache(maxsize=64)
@@ -165,6 +179,37 @@ def split_half_floor(cells: Tensor, generator: torch.Generator, *, repeats: int 
     return sum(values) / repeats
 
 
+@dataclass(frozen=True)
+class Penalties:
+    """What holds operators near the identity and their norms bounded.
+
+    Attributes
+    ----------
+    ridge
+        Weight of the departure from the identity, :meth:`OperatorModel.ridge`.
+    context_ridge
+        Weight of the contexts' own parts, :meth:`OperatorModel.context_ridge`.
+    stability_weight, max_norm
+        Weight of :func:`spectral_excess` and the norm rho beyond which it acts.
+    weight_decay
+        Decay of all parameters in the optimiser.
+
+    Raises
+    ------
+    ModelError
+        For a negative or infinite weight.
+    """
+
+    ridge: float = 0.1
+    context_ridge: float = 1.0
+    stability_weight: float = 1.0
+    max_norm: float = 3.0
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_values(vars(self))
+
+
 class OperatorTrainer(Trainer):
     """Fits an :class:`OperatorModel` so that moved control cells match the perturbed cells of every group.
 
@@ -180,18 +225,14 @@ class OperatorTrainer(Trainer):
         The operators; see :func:`new_operators`.
     cells_per_group
         Cells drawn per side and group in each step.
-    ridge
-        Weight of the departure from the identity, :meth:`OperatorModel.ridge`.
-    context_ridge
-        Weight of the contexts' own parts, :meth:`OperatorModel.context_ridge`.
-    stability_weight, max_norm
-        Weight of :func:`spectral_excess` and the norm rho beyond which it acts.
     steps_per_epoch
         Steps between two lines of the history.
+    penalties
+        What holds the operators near the identity and their norms bounded.
     max_epochs, lr
         Lines of the history, and the base learning rate of Adam.
-    **settings
-        As in :class:`Trainer`.
+    clip_norm, callbacks, folder, on_nonfinite, progress, seed, machine
+        As in :class:`~cellop_nb.training.loop.Trainer`.
 
     Raises
     ------
@@ -207,6 +248,7 @@ class OperatorTrainer(Trainer):
     model: OperatorModel
     compilable = ("affine",)
 
+    @checked
     def __init__(
         self,
         adata,
@@ -219,17 +261,23 @@ class OperatorTrainer(Trainer):
         dose_key: str | None = None,
         split_key: str = "split",
         cells_per_group: int = 128,
-        ridge: float = 0.1,
-        context_ridge: float = 1.0,
-        stability_weight: float = 1.0,
-        max_norm: float = 3.0,
         steps_per_epoch: int = 20,
+        penalties: Penalties = Penalties(),  # noqa: B008 (frozen)
         max_epochs: int = 30,
         lr: float = 1e-2,
-        **settings,
+        clip_norm: float = 10.0,
+        callbacks: Sequence[Callback] = (),
+        folder: str | Path | None = None,
+        on_nonfinite: str = "stop",
+        progress: bool = True,
+        seed: int = 0,
+        machine: Machine = Machine(),  # noqa: B008 (frozen)
     ):
-        check_settings(settings, type(self), of="OperatorTrainer", taken=("adata", "model"))
-        super().__init__(model, max_epochs=max_epochs, lr=lr, **settings)
+        super().__init__(
+            model, max_epochs=max_epochs, lr=lr, weight_decay=penalties.weight_decay, clip_norm=clip_norm,
+            callbacks=callbacks, folder=folder, on_nonfinite=on_nonfinite, progress=progress, seed=seed,
+            machine=machine,
+        )  # fmt: skip
         keys = {
             "use_rep": use_rep,
             "keys": Keys(None, perturbation_key, context_key, control, dose_key),
@@ -238,14 +286,19 @@ class OperatorTrainer(Trainer):
         device = self.fabric.device
         self.groups = Groups(adata, split="train", **keys).to(device)
         if len(self.groups) < self.processes.size:
-            found = f"{len(self.groups)} groups for {self.processes.size} processes"
-            raise ModelError(three_beats("a condition for every process", found, "start fewer processes"))
+            problem = f"{len(self.groups)} groups for {self.processes.size} processes"
+            raise ModelError(three_beats("a condition for every process", problem, "start fewer processes"))
         self.held_out = Groups(adata, split="val", control_split="train", **keys).to(device)
-        self.weights = {"ridge": ridge, "context_ridge": context_ridge, "stability_weight": stability_weight}
-        self.cells_per_group, self.max_norm, self._steps = cells_per_group, max_norm, steps_per_epoch
+        self.weights = {
+            "ridge": penalties.ridge,
+            "context_ridge": penalties.context_ridge,
+            "stability_weight": penalties.stability_weight,
+        }
+        self.cells_per_group, self.max_norm = cells_per_group, penalties.max_norm
+        self._steps = steps_per_epoch
         self.parameters |= {
             "cells_per_group": int(cells_per_group), "steps_per_epoch": int(steps_per_epoch),
-            "max_norm": float(max_norm), **self.weights,
+            "max_norm": float(self.max_norm), **self.weights,
         }  # fmt: skip
         self.made_from |= {
             "cells_per_group": int(cells_per_group),
@@ -295,10 +348,10 @@ class OperatorTrainer(Trainer):
     def loss_terms(self, batch) -> dict[str, Tensor]:
         matrices, shifts = self.module.affine(self.design)
         clouds = batch.control, batch.perturbed, batch.control_sizes, batch.perturbed_sizes
-        known = self.within.of(batch)
+        within = self.within.of(batch)
         # NaN must reach the loss: the guard says where it came from, and may roll back.
         mine = slice(self.processes.rank, None, self.processes.size)
-        energy = moved_energy_distance(*clouds, matrices[mine], shifts[mine], y_self=known, validate=False)
+        energy = moved_energy_distance(*clouds, matrices[mine], shifts[mine], y_self=within, validate=False)
         term = self.processes.weighted({"energy": energy.mean()}, len(energy), len(matrices))
         return term | self._penalties(matrices)
 

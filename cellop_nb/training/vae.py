@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,13 +23,15 @@ from ..data.batches import (
 )
 from ..data.resident import ResidentBatch, resident
 from ..data.splits import rows_of
-from ..errors import check_settings
+from ..errors import checked
 from ..models.likelihood import SparseCounts
 from ..models.vae import NBVAE, elbo_loss, moment_dispersion
+from .callbacks import Callback
 from .checkpoint import digest
-from .loop import Trainer
+from .loop import Machine, Trainer
 
 
+@checked
 def new_vae(
     adata,
     *,
@@ -37,8 +40,12 @@ def new_vae(
     covariate_keys: Sequence[str] = (),
     total_key: str | None = TOTAL_KEY,
     split_key: str = "split",
+    n_latent: int = 32,
+    n_hidden: int = 128,
+    n_layers: int = 1,
+    dropout: float = 0.0,
+    encode_covariates: bool = False,
     seed: int = 0,
-    **sizes,
 ) -> NBVAE:
     """A VAE for the genes of `adata`, its decoder started at the training cells' gene means and dispersions.
 
@@ -57,10 +64,10 @@ def new_vae(
         Column of ``obs`` with each cell's counts over all measured genes, as scanpy's ``calculate_qc_metrics``
         writes it; the genes that `adata` no longer has are then modelled as one column (:class:`NBVAE`). The
         default column is used where it is there and says that genes were left out.
+    n_latent, n_hidden, n_layers, dropout, encode_covariates
+        As in :class:`NBVAE`.
     seed
         Seeds the initial weights.
-    **sizes
-        ``n_latent``, ``n_hidden``, ``n_layers``, ``dropout``, ``encode_covariates`` of :class:`NBVAE`.
 
     Returns
     -------
@@ -72,8 +79,9 @@ def new_vae(
         If a covariate, the column of totals or the split is missing, or a size is not known.
     DataError
         If the layer is missing, or the totals are smaller than the counts.
+    ModelError
+        For a size that cannot be.
     """
-    check_settings(sizes, NBVAE, of="new_vae", taken=("genes", "covariates", "total_key"))
     covariates = covariate_categories(adata, covariate_keys)
     fewer = genes is not None and TOTAL_KEY in adata.obs
     has_others = total_key != TOTAL_KEY or fewer or has_other_genes(adata, layer=layer)
@@ -81,7 +89,10 @@ def new_vae(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         names = list(adata.var_names) if genes is None else [str(gene) for gene in genes]
-        vae = NBVAE(names, covariates=covariates, total_key=total, **sizes)
+        vae = NBVAE(
+            names, n_latent=n_latent, n_hidden=n_hidden, n_layers=n_layers, covariates=covariates,
+            encode_covariates=encode_covariates, dropout=dropout, total_key=total,
+        )  # fmt: skip
     matrix, rows = model_counts(adata, vae, layer=layer), rows_of(adata, "train", split_key=split_key)
     totals, gene_mean, variance = _moments(matrix, rows)
     # Differences in library size are the model's own, not over-dispersion.
@@ -117,8 +128,8 @@ class VAETrainer(Trainer):
         Cells per step, of all processes together.
     kl_weight, warmup_epochs
         Final weight of the divergence and the epochs over which it grows from zero.
-    **settings
-        As in :class:`Trainer` (``max_epochs``, ``lr``, ``callbacks``, ``folder``, ``seed`` ...).
+    max_epochs, lr, weight_decay, clip_norm, callbacks, folder, on_nonfinite, progress, seed, machine
+        As in :class:`~cellop_nb.training.loop.Trainer`.
 
     Raises
     ------
@@ -127,6 +138,8 @@ class VAETrainer(Trainer):
     LabelError
         If ``obs[split_key]`` or a covariate is missing, or a category is unknown to the model, or a setting is
         not known.
+    ModelError
+        For the value of a setting that cannot be.
     """
 
     unit = "VAE"
@@ -134,6 +147,7 @@ class VAETrainer(Trainer):
     model: NBVAE
     compilable = ("encoder.after_genes", "decoder.features")
 
+    @checked
     def __init__(
         self,
         adata,
@@ -144,10 +158,22 @@ class VAETrainer(Trainer):
         batch_size: int = 128,
         kl_weight: float = 1.0,
         warmup_epochs: int = 20,
-        **settings,
+        max_epochs: int = 100,
+        lr: float = 1e-3,
+        weight_decay: float = 0.0,
+        clip_norm: float = 10.0,
+        callbacks: Sequence[Callback] = (),
+        folder: str | Path | None = None,
+        on_nonfinite: str = "stop",
+        progress: bool = True,
+        seed: int = 0,
+        machine: Machine = Machine(),  # noqa: B008 (frozen)
     ):
-        check_settings(settings, type(self), of="VAETrainer", taken=("adata", "model"))
-        super().__init__(model, **settings)
+        super().__init__(
+            model, max_epochs=max_epochs, lr=lr, weight_decay=weight_decay, clip_norm=clip_norm,
+            callbacks=callbacks, folder=folder, on_nonfinite=on_nonfinite, progress=progress, seed=seed,
+            machine=machine,
+        )  # fmt: skip
         self.weights = {"kl_weight": kl_weight}
         self.warmup_epochs = warmup_epochs
         self.cells, self.genes = np.asarray(adata.obs_names), model.columns

@@ -28,6 +28,7 @@ from cellop_nb.notebook.virtual import Question, VirtualCells
 from cellop_nb.training.callbacks import Callback
 from cellop_nb.training.checkpoint import load, save
 from cellop_nb.training.locate import NonFiniteError
+from cellop_nb.training.loop import Machine
 from cellop_nb.training.operators import OperatorTrainer, new_operators
 from cellop_nb.training.vae import VAETrainer, new_vae
 
@@ -110,30 +111,33 @@ def test_likelihood():
 
 
 @pytest.mark.parametrize("kind", MAKE)
-@pytest.mark.parametrize("options", [{}, {"precision": "bf16-mixed"}], ids=["float32", "bf16"])
-def test_recorded_steps_are_the_plain_ones(kind, options, adata):
-    trainer = MAKE[kind](adata, **options)
-    found, expected = trainer.fit(), MAKE[kind](adata, cuda_graphs=False, **options).fit()
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_recorded_steps_are_the_plain_ones(kind, precision, adata):
+    trainer = MAKE[kind](adata, machine=Machine(precision=precision))
+    plain = Machine(precision=precision, cuda_graphs=False)
+    found, expected = trainer.fit(), MAKE[kind](adata, machine=plain).fit()
     assert trainer.recorder.replayed > len(found)
-    torch.testing.assert_close(table(found), table(expected), rtol=2e-3 if options else 1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        table(found), table(expected), rtol=1e-4 if precision == "32-true" else 2e-3, atol=1e-4
+    )
 
 
 def test_recorded_dropout_is_drawn_anew_in_every_step(adata):
     """Its draws come from the GPU's own source, which each replay moves on."""
-    plain, recorded = (vae(adata, dropout=0.3, cuda_graphs=on).fit() for on in (False, None))
+    plain, recorded = (vae(adata, dropout=0.3, machine=Machine(cuda_graphs=on)).fit() for on in (False, None))
     torch.testing.assert_close(table(recorded), table(plain), rtol=1e-4, atol=1e-4)
 
 
 def test_a_fit_is_that_of_a_cpu(adata):
     """The operators draw their cells on the host, and nothing else is random."""
-    there, here = operators(adata).fit(), operators(adata, accelerator="cpu").fit()
+    there, here = operators(adata).fit(), operators(adata, machine=Machine(accelerator="cpu")).fit()
     torch.testing.assert_close(table(there), table(here), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("recorded", [True, False])
 @pytest.mark.parametrize("kind", MAKE)
 def test_the_host_does_not_wait(kind, recorded, adata):
-    trainer = MAKE[kind](adata, cuda_graphs=recorded)
+    trainer = MAKE[kind](adata, machine=Machine(cuda_graphs=recorded))
     call = _endless(trainer)
     for _ in range(12):
         call()
@@ -180,7 +184,7 @@ def test_changes_by_hand_reach_a_recorded_step(adata):
         trainer.change("learning_rate", 1e-4)
         return table(trainer.fit(4))
 
-    torch.testing.assert_close(history(), history(cuda_graphs=False), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(history(), history(machine=Machine(cuda_graphs=False)), rtol=1e-4, atol=1e-4)
 
 
 def test_the_counts_stay_on_the_device_and_a_run_is_resumed_exactly(adata, tmp_path):

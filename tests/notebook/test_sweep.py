@@ -87,7 +87,7 @@ def test_wrong_axes_of_itare_refused(book, text, message):
 
 
 def test_limits_of_the_typed_parameters_hold_here_too():
-    with pytest.raises(ParameterError, match="1 to 512"):
+    with pytest.raises(ParameterError, match="2 to 512"):
         s.read_axis("02_train_vae", "latent_dim=8,1024")
 
 

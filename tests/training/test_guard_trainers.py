@@ -12,8 +12,11 @@ import torch
 
 from cellop_nb.training.guard import random_state, replay, set_random_state
 from cellop_nb.training.locate import NonFiniteError
+from cellop_nb.training.loop import Machine
 from cellop_nb.training.operators import OperatorTrainer, new_operators
 from cellop_nb.training.vae import VAETrainer, new_vae
+
+CPU = Machine(accelerator="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +75,8 @@ def test_a_poisoned_encoder_weight(adata, tmp_path):
 
 
 def test_the_cell_and_gene_of_a_bad_count(adata, tmp_path):
-    trainer = vae_trainer(
-        adata, folder=tmp_path, accelerator="cpu"
-    )  # on a GPU batches are rows of held counts
+    # On a GPU batches are rows of held counts.
+    trainer = vae_trainer(adata, folder=tmp_path, machine=CPU)
     loader = trainer.batches()
 
     def batches():
@@ -90,12 +92,12 @@ def test_the_cell_and_gene_of_a_bad_count(adata, tmp_path):
     error = caught.value
     assert error.origin.kind == "batch" and len(error.cells) == 1
     assert error.genes == [adata.var_names[5]] and error.cells[0] in adata.obs_names
-    assert replay(error.reproducer, vae_trainer(adata, accelerator="cpu")).cells == error.cells
+    assert replay(error.reproducer, vae_trainer(adata, machine=CPU)).cells == error.cells
 
 
 def test_random_states_of_another_kind_of_device_are_left_out(adata):
     """A file written on a GPU is shown on a CPU: the state of a CUDA generator has another size."""
-    trainer = vae_trainer(adata, accelerator="cpu")
+    trainer = vae_trainer(adata, machine=CPU)
     states = random_state(trainer)
     expected = torch.rand(3, generator=trainer.cpu_generator)
     set_random_state(states | {"trainer.generator": torch.zeros(16, dtype=torch.uint8)}, trainer)

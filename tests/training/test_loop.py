@@ -13,7 +13,7 @@ from toy import Do, LineTrainer, assert_same_run
 from cellop_nb.errors import DataError
 from cellop_nb.training import loop
 from cellop_nb.training.locate import NonFiniteError
-from cellop_nb.training.loop import half_cosine
+from cellop_nb.training.loop import Machine, half_cosine
 
 # -- history and seeds ------------------------------------------------------------------------------------
 
@@ -151,7 +151,7 @@ def test_auto_is_a_device_that_has_float64(monkeypatch):
     """Lightning's own choice on a Mac would be MPS, which has none."""
     asked, plain = {}, loop.Fabric
     monkeypatch.setattr(loop, "Fabric", lambda **given: asked.update(given) or plain(**given))
-    LineTrainer(accelerator="auto")
+    LineTrainer(machine=Machine())
     assert asked["accelerator"] == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -161,7 +161,7 @@ def test_a_trainer_is_made_without_a_word(caplog):
     before = log.level
     log.addHandler(caplog.handler)
     try:
-        LineTrainer(precision="bf16-mixed")
+        LineTrainer(machine=Machine(precision="bf16-mixed"))
     finally:
         log.removeHandler(caplog.handler)
     assert caplog.messages == [] and log.level == before

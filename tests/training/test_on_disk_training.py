@@ -5,7 +5,7 @@ from __future__ import annotations
 import anndata as ad
 import numpy as np
 import pytest
-from toy import Do, assert_same_run, small_screen
+from toy import CPU, Do, assert_same_run, small_screen
 
 from cellop_nb.analysis.predict import embed, predict
 from cellop_nb.analysis.streaming import predict_to_file
@@ -26,7 +26,7 @@ def pair(tmp_path, monkeypatch):
 
 def trainer_of(adata, **settings):
     vae = new_vae(adata, covariate_keys=["batch"], n_latent=3, n_hidden=8)
-    given = {"max_epochs": 4, "batch_size": 16, "lr": 1e-2, "progress": False, "accelerator": "cpu"}
+    given = {"max_epochs": 4, "batch_size": 16, "lr": 1e-2, "progress": False, "machine": CPU}
     trainer = VAETrainer(adata, vae, **given | settings)
     trainer.loader.order = on_disk.chunked_order(8, 32)
     return trainer

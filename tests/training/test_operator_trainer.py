@@ -15,10 +15,17 @@ from cellop_nb.errors import LabelError
 from cellop_nb.models.energy import energy_distance, self_distance
 from cellop_nb.models.operators import Condition
 from cellop_nb.models.vae import NBVAE
-from cellop_nb.training.operators import OperatorTrainer, condition_of, new_operators, split_half_floor
+from cellop_nb.training.loop import Machine
+from cellop_nb.training.operators import (
+    OperatorTrainer,
+    Penalties,
+    condition_of,
+    new_operators,
+    split_half_floor,
+)
 
 REP = {"use_rep": "X_truth"}
-QUIET = {"progress": False, "accelerator": "cpu"}
+QUIET = {"progress": False, "machine": Machine(accelerator="cpu")}
 
 
 def screen_of(n_cells, n_contexts=2):
@@ -32,7 +39,8 @@ def screen_of(n_cells, n_contexts=2):
 def fitted(adata, epochs=12, **settings):
     """One affine map per perturbation for all contexts, as it was planted."""
     model = new_operators(adata, context_rank=None, **REP)
-    given = {"max_epochs": epochs, "steps_per_epoch": 10, "cells_per_group": 96, "ridge": 0.01} | settings
+    given = {"max_epochs": epochs, "steps_per_epoch": 10, "cells_per_group": 96} | settings
+    given = {"penalties": Penalties(ridge=0.01)} | given
     trainer = OperatorTrainer(adata, model, **given, **REP, **QUIET)
     trainer.fit()
     return trainer
@@ -197,7 +205,7 @@ def test_the_gradient_is_that_of_the_drawn_cells_and_the_constant_term_is_unbias
 
 def test_training_lowers_the_distance_from_the_identity_start(small):
     """From the identity, not from the moments: every sign of the energy distance is needed for this."""
-    trainer = small_trainer(small, max_epochs=15, ridge=0.0)
+    trainer = small_trainer(small, max_epochs=15, penalties=Penalties(ridge=0.0))
     with torch.no_grad():
         trainer.model.axis_left.zero_()
         trainer.model.axis_shift.zero_()
@@ -207,7 +215,9 @@ def test_training_lowers_the_distance_from_the_identity_start(small):
 
 def test_the_stability_penalty_holds_the_norm_down(small):
     free, held = (
-        small_trainer(small, max_norm=1.0, stability_weight=w, max_epochs=10).fit()["operator_norm"].iloc[-1]
+        small_trainer(small, penalties=Penalties(max_norm=1.0, stability_weight=w), max_epochs=10)
+        .fit()["operator_norm"]
+        .iloc[-1]
         for w in (0.0, 100.0)
     )
     assert held < min(free, 1.2)

@@ -12,6 +12,7 @@ from toy import LineTrainer, joint_run, small_operators, small_vae
 from cellop_nb.data.matrices import CountMatrix
 from cellop_nb.errors import ModelError
 from cellop_nb.models import vae as vae_module
+from cellop_nb.training.loop import Machine
 
 
 @pytest.fixture
@@ -92,7 +93,7 @@ def test_a_part_of_a_draw_holds_the_chosen_groups():
 @pytest.mark.parametrize("precision", ["64-true", "bf16-mixed"])
 @pytest.mark.parametrize("make", [small_vae, small_operators])
 def test_other_precisions_train(make, precision):
-    trainer = make(None, max_epochs=6, precision=precision)
+    trainer = make(None, max_epochs=6, machine=Machine(accelerator="cpu", precision=precision))
     history = trainer.fit()
     assert np.isfinite(history["train_loss"]).all()
     assert history["train_loss"].iloc[-1] < history["train_loss"][0]
@@ -109,4 +110,4 @@ def test_one_process_pays_nothing_and_changes_nothing(monkeypatch):
 
 def test_half_precision_whose_gradients_overflow_by_design_is_refused():
     with pytest.raises(ModelError, match="'16-mixed'.*bf16-mixed"):
-        LineTrainer(precision="16-mixed")
+        Machine(precision="16-mixed")

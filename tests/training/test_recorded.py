@@ -13,6 +13,7 @@ from cellop_nb.errors import ModelError
 from cellop_nb.training.cuda_graph import Recorder, recorder_of
 from cellop_nb.training.guard import TrainingState
 from cellop_nb.training.locate import NonFiniteError
+from cellop_nb.training.loop import Machine
 
 MAKE = {"vae": small_vae, "operators": small_operators}
 
@@ -146,9 +147,9 @@ def test_a_fault_in_a_replay_is_told_by_its_step(kind, held, monkeypatch):
 def test_what_cannot_be_recorded_is_said(held):
     assert recorder_of(small_vae(None), None) is None
     with pytest.raises(ModelError, match="the device cpu"):
-        small_vae(None, cuda_graphs=True)
+        small_vae(None, machine=Machine(accelerator="cpu", cuda_graphs=True))
     with pytest.raises(ModelError, match="recordable"):
-        LineTrainer(cuda_graphs=True)
+        LineTrainer(machine=Machine(accelerator="cpu", cuda_graphs=True))
 
     class Own(type(small_vae(None))):
         """Adds a term, and does not say that it can be recorded."""

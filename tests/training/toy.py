@@ -13,9 +13,11 @@ from cellop_nb.data.splits import split
 from cellop_nb.data.synthetic import synthetic
 from cellop_nb.models import vae as vae_module
 from cellop_nb.training.callbacks import Callback
-from cellop_nb.training.loop import Trainer
+from cellop_nb.training.loop import Machine, Trainer
 from cellop_nb.training.operators import OperatorTrainer, new_operators
 from cellop_nb.training.vae import VAETrainer, new_vae
+
+CPU = Machine(accelerator="cpu")
 
 
 class Line(nn.Module):
@@ -33,7 +35,7 @@ class LineTrainer(Trainer):
     """Four steps per epoch; `scripted` replaces the validation loss, epoch by epoch."""
 
     def __init__(self, model=None, *, scripted=None, steps=4, **settings):
-        settings = {"max_epochs": 6, "lr": 0.1, "progress": False, "accelerator": "cpu"} | settings
+        settings = {"max_epochs": 6, "lr": 0.1, "progress": False, "machine": CPU} | settings
         super().__init__(Line() if model is None else model, **settings)
         generator = torch.Generator().manual_seed(99)
         self.x = torch.randn(40, 3, generator=generator)
@@ -100,7 +102,7 @@ def small_vae(folder, *, max_epochs=12, pause=0.0, adata=None, **settings):
     """A VAE with dropout and covariates on a small screen, that writes its checkpoints to `folder`."""
     adata = small_screen() if adata is None else adata
     vae = new_vae(adata, covariate_keys=["batch"], n_latent=3, n_hidden=8, dropout=0.1)
-    given = {"max_epochs": max_epochs, "batch_size": 16, "lr": 1e-2, "progress": False, "accelerator": "cpu"}
+    given = {"max_epochs": max_epochs, "batch_size": 16, "lr": 1e-2, "progress": False, "machine": CPU}
     return VAETrainer(adata, vae, folder=folder, callbacks=[Pause(pause)], **given | settings)
 
 
@@ -114,7 +116,7 @@ def small_operators(folder, *, max_epochs=12, pause=0.0, **settings):
     operators = new_operators(adata, n_axes=1, rank=1)
     given = {"max_epochs": max_epochs, "steps_per_epoch": 5, "cells_per_group": 16, "progress": False}
     return OperatorTrainer(
-        adata, operators, folder=folder, accelerator="cpu", callbacks=[Pause(pause)], **given | settings
+        adata, operators, folder=folder, callbacks=[Pause(pause)], **given | {"machine": CPU} | settings
     )
 
 
@@ -143,36 +145,40 @@ def train(kind, folder, pause):
     make(folder, pause=pause).fit(resume=True)
 
 
-def one_of(rank, size, port, kind, folder, precision="32-true"):
+def together(size):
+    """The machine of one of `size` processes."""
+    return Machine(accelerator="cpu", devices=size, strategy="ddp") if size > 1 else CPU
+
+
+def one_of(rank, size, port, kind, folder):
     """In a process of its own: a short run as one of `size` processes; writes its first gradients and its end."""
     torch.set_num_threads(1)
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"}
     place |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "GROUP_RANK": "0"}
     os.environ.update({name: value for name, value in place.items() if size > 1})
-    together = {"devices": size, "strategy": "ddp"} if size > 1 else {}
-    trainer = joint_run(kind, folder, precision=precision, **together)
+    trainer = joint_run(kind, folder, machine=together(size))
     told = {"gradients": trainer.first_gradients, "weights": weights_of(trainer)}
     torch.save(
         told | {"val_loss": trainer.history["val_loss"].tolist(), "rows": trainer.rows}, f"{folder}/{rank}.pt"
     )
 
 
-def joint_run(kind, folder, **settings):
+def joint_run(kind, folder, machine=CPU):
     """Two epochs without noise or clipping, whose first gradients are kept."""
     vae_module.sample_z = lambda posterior, generator=None: posterior.loc
     if kind == "vae":
         adata = small_screen()
         model = new_vae(adata, n_latent=3, n_hidden=8)
         given = {"batch_size": 17, "lr": 1e-2, "warmup_epochs": 0}
-        trainer = VAETrainer(adata, model, **given, **COMMON, folder=folder, **settings)
+        trainer = VAETrainer(adata, model, **given, **COMMON, folder=folder, machine=machine)
     else:
-        trainer = small_operators(folder, clip_norm=1e9, max_epochs=2, **settings)
+        trainer = small_operators(folder, clip_norm=1e9, max_epochs=2, machine=machine)
     trainer.callbacks.append(KeepGradients())
     trainer.fit()
     return trainer
 
 
-COMMON = {"max_epochs": 2, "progress": False, "accelerator": "cpu", "clip_norm": 1e9}
+COMMON = {"max_epochs": 2, "progress": False, "clip_norm": 1e9}
 
 
 class KeepGradients(Callback):
