@@ -147,22 +147,22 @@ def shown_sentence():
     from IPython.display import Markdown  # noqa: F401 - what the notebooks' sentences are
     from nbconvert.filters import markdown2html
 
-    from cellop_nb.notebook.text import markdown
+    from cellop_nb.display import markdown
 
     return markdown2html(markdown(f"**{EVIL}** is at its floor").data)
 
 
 def shown_table():
-    from cellop_nb.notebook.text import styled
+    from cellop_nb.display import styled
 
     frame = pd.DataFrame({EVIL: [EVIL, "x"], "number": [0.5, 1.0]}, index=[EVIL, "y"])
     return styled(frame, caption=EVIL, precision=2).to_html()
 
 
 def shown_setting():
-    from cellop_nb.notebook.panel import words
+    from cellop_nb.notebook.controls import readable
 
-    return words(EVIL)
+    return readable(EVIL)
 
 
 def shown_vae():
@@ -216,7 +216,7 @@ SHOWN = {
     "Trainer": shown_trainer, "Answer": shown_answer,
     "Table": shown_split, "History": shown_history, "Scores": shown_scores,
     "Groups": shown_groups, "Holdout": shown_holdout, "Holdouts": shown_holdouts, "Sweep": shown_sweep,
-    "markdown": shown_sentence, "styled": shown_table, "words": shown_setting,
+    "markdown": shown_sentence, "styled": shown_table, "readable": shown_setting,
 }  # fmt: skip
 
 
@@ -240,7 +240,7 @@ def test_no_html_view_is_forgotten():
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebooks_escape_what_they_say(path):
-    """Sentences go through cellop_nb.notebook.text.markdown, and nothing is written as HTML."""
+    """Sentences go through cellop_nb.display.markdown, and nothing is written as HTML."""
     for cell in nbformat.read(path, 4).cells:
         if cell.cell_type == "code":
             assert not re.search(

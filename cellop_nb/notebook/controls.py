@@ -1,22 +1,22 @@
-"""Steer a training while it runs: stop, pause, learning rate, loss weights, a picture or a checkpoint now.
+"""Run controls: stop a training, pause it, change its learning rate and loss weights, draw or save now.
 
 A widget's callback only sets a flag or a number, which the training reads at the end of its step. The same
 methods can be called without any widget, and where there is no front end (papermill) the training simply
-runs to its end.
+runs to its end. What other panels of widgets need as well stands at the end of this file.
 """
 
 from __future__ import annotations
 
+import html
 import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from cellop_nb.errors import CellopError
 from cellop_nb.notebook.live import LivePlot, duration
-from cellop_nb.notebook.panel import button, panel, spoken, status_line, words
 from cellop_nb.training.callbacks import Callback
 
 log = logging.getLogger("cellop_nb")
@@ -144,7 +144,7 @@ class RunControls(Callback):
     def _write_status(self, trainer) -> None:
         self._said = self._clock()
         monitor, rows = trainer.monitor, trainer.rows
-        words = [
+        parts = [
             trainer.status,
             f"epoch {trainer.epoch} of {trainer.max_epochs}",
             f"step {trainer.step:,}",
@@ -153,7 +153,7 @@ class RunControls(Callback):
             duration(self._clock() - self._start),
             getattr(trainer, "stop_reason", ""),
         ]
-        self._say(self.status, " | ".join(word for word in words if word))
+        self._say(self.status, " | ".join(part for part in parts if part))
 
     def _say(self, label, text: str) -> None:
         """Write to a label that is no control: a control that speaks during the fit would go deaf."""
@@ -182,7 +182,9 @@ class RunControls(Callback):
         rate.observe(lambda change: self.set_learning_rate(change["new"]), "value")
         self.rate_slider, self.weight_sliders = rate, {}
         for name, value in self.trainer.weights.items():
-            slider = FloatSlider(description=words(name), readout_format=".3g", **weight_grid(value), **wide)
+            slider = FloatSlider(
+                description=readable(name), readout_format=".3g", **weight_grid(value), **wide
+            )
             slider.observe(lambda change, name=name: self.set_weight(name, change["new"]), "value")
             self.weight_sliders[name] = slider
         self.status, self.note = HTML(), HTML()
@@ -258,3 +260,53 @@ def ipykernel_version() -> str | None:
     from IPython import get_ipython
 
     return sys.modules["ipykernel"].__version__ if hasattr(get_ipython(), "kernel") else None
+
+
+# -- what the panels share: buttons with names, lines that are read aloud, colours of either theme
+
+_ARROW = (
+    "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 18 18'>"
+    "<path d='M5 7 L9 11 L13 7' fill='none' stroke='%23808080' stroke-width='2'/></svg>"
+)
+_LOOK = (
+    f"""<style>.cellop-panel {{ --jp-widgets-dropdown-arrow: url("data:image/svg+xml,{_ARROW}"); }}</style>"""
+)
+
+
+def panel(children: Sequence):
+    """The parts of a panel below each other.
+
+    The arrow of a drop-down list is grey: that of ipywidgets is black in a dark theme too.
+    """
+    from ipywidgets import HTML, Layout, VBox
+
+    box = VBox([*children, HTML(_LOOK, layout=Layout(display="none"))])
+    box.add_class("cellop-panel")
+    return box
+
+
+def spoken(widget, text: str, **kwargs) -> dict | tuple:
+    """MIME bundle of a widget whose text, all that a file or a printed page shows of it, is `text`."""
+    bundle = widget._repr_mimebundle_(**kwargs)
+    data, *rest = bundle if isinstance(bundle, tuple) else (bundle,)
+    data = {**data, "text/plain": text}
+    return (data, *rest) if rest else data
+
+
+def status_line(text: str) -> str:
+    """HTML of words that a screen reader reads out when they change."""
+    return f'<div role="status" style="line-height:1.4">{html.escape(text)}</div>'
+
+
+def button(description: str, tooltip: str, action: Callable[[], object]):
+    """A button with words, and more words for who points at it."""
+    from ipywidgets import Button, Layout
+
+    button = Button(description=description, tooltip=tooltip, layout=Layout(width="auto"))
+    button.on_click(lambda _: action())
+    return button
+
+
+def readable(name: str) -> str:
+    """A setting's name for people; letters that HTML would read as markup are escaped."""
+    return html.escape(name.replace("_", " "))

@@ -18,8 +18,8 @@ from ..analysis.combinations import RULES
 from ..errors import CellopError, LabelError, check_settings, did_you_mean, three_beats
 from ..files import write_whole
 from . import parameters
+from .controls import button, panel, spoken, status_line
 from .figures.explorer import ExplorerSheet
-from .panel import button, panel, spoken, status_line
 from .virtual import Answer, Question, VirtualCells
 
 log = logging.getLogger("cellop_nb")
@@ -87,10 +87,10 @@ class Explorer:
         self.folder, self.gene = Path(folder), gene or None
         self._sheet, self._lock = ExplorerSheet(), threading.RLock()
         self._following = False
-        first, place = perturbation or self.cells.perturbations[0], context or self.cells.contexts[0]
-        given = combined(first, second, together) if second else {"perturbation": first}
-        asked = Question(context=place, strength=float(strength), reverse=bool(reverse), **given)
-        self._ask(asked, self.gene)
+        first = perturbation or self.cells.perturbations[0]
+        both, rule = combined(first, second, together) if second else (first, "")
+        start = context or self.cells.contexts[0]
+        self._ask(Question(both, start, float(strength), rule or "axes", bool(reverse)), self.gene)
         self._prepare(prepare)
         self._build()
 
@@ -117,7 +117,8 @@ class Explorer:
 
     def choose(self, first: str, second: str = NOTHING, together: str = parameters.TOGETHER[0]) -> Answer:
         """Choose one perturbation, or two and how they are combined (a key of :data:`TOGETHER`)."""
-        return self.show(**combined(first, second, together))
+        perturbation, rule = combined(first, second, together)
+        return self.show(perturbation=perturbation, rule=rule or self.question.rule)
 
     def export(self, path: str | Path | None = None) -> Path:
         """Write the moved cells as AnnData (``.h5ad``), in one step.
@@ -127,8 +128,7 @@ class Explorer:
         The file; ``virtual_cells.h5ad`` in the explorer's folder where no path is given.
         """
         path = Path(path or self.folder / "virtual_cells.h5ad")
-        made = self.cells.to_adata(self.question)
-        return write_whole(path, made.write_h5ad)
+        return write_whole(path, self.cells.to_adata(self.question).write_h5ad)
 
     def png(self) -> bytes:
         """The present picture, small enough to be kept in a notebook."""
@@ -156,23 +156,23 @@ class Explorer:
 
     def _prepare(self, seconds: float) -> None:
         """Ask what may be asked next, the nearest first; the cells keep what no strength changes."""
-        asked, end = self.question, time.monotonic() + seconds
-        places = [asked.context, *(place for place in self.cells.contexts if place != asked.context)]
-        for place, name in product(places, self.cells.perturbations):
+        here, end = self.question.context, time.monotonic() + seconds
+        contexts = [here, *(context for context in self.cells.contexts if context != here)]
+        for context, name in product(contexts, self.cells.perturbations):
             if time.monotonic() > end:
                 break
             with suppress(CellopError):  # it is told when it is asked for
-                self.cells.ask(Question(name, place))
+                self.cells.ask(Question(name, context))
 
     def _follow(self) -> None:
         """Set the widgets to the question that a call has asked."""
-        asked, self._following = self.question, True
+        question, self._following = self.question, True
         try:
-            self.context.value, self.strength.value = asked.context, asked.strength
-            self.reverse.value, self.gene_box.value = asked.reverse, self.gene or ""
-            said = combined(*self._lists())
-            if said.get("perturbation") != asked.perturbation or said.get("rule", asked.rule) != asked.rule:
-                self.first.value, self.second.value, together = _parts(asked, self.cells.perturbations)
+            self.context.value, self.strength.value = question.context, question.strength
+            self.reverse.value, self.gene_box.value = question.reverse, self.gene or ""
+            perturbation, rule = combined(*self._lists())
+            if perturbation != question.perturbation or (rule or question.rule) != question.rule:
+                self.first.value, self.second.value, together = _parts(question, self.cells.perturbations)
                 if self.second.value != NOTHING:
                     self.together.value = together
             self._listed = self._lists()
@@ -192,13 +192,20 @@ class Explorer:
             if self._following:  # the widget follows the question, not the other way round
                 return
             try:
-                lists = self._lists()
+                lists, question = self._lists(), self.question
                 # three perturbations that a call has asked for are more than the lists can say
-                named = {} if lists == self._listed else combined(*lists)
-                plain = {name: getattr(self, name).value for name in ("context", "strength", "reverse")}
-                wanted = replace(self.question, **plain, **named), self.gene_box.value or None
-                if wanted != (self.question, self.gene) or self.refusal:
-                    self._ask(*wanted)
+                if lists != self._listed:
+                    perturbation, rule = combined(*lists)
+                    question = replace(question, perturbation=perturbation, rule=rule or question.rule)
+                question = replace(
+                    question,
+                    context=self.context.value,
+                    strength=self.strength.value,
+                    reverse=self.reverse.value,
+                )
+                gene = self.gene_box.value or None
+                if (question, gene) != (self.question, self.gene) or self.refusal:
+                    self._ask(question, gene)
                 self._listed = lists
             except CellopError as problem:
                 self.refusal = str(problem)
@@ -216,26 +223,23 @@ class Explorer:
     def _build(self) -> None:
         import ipywidgets as w
 
-        names, asked = self.cells.perturbations, self.question
+        names, question = self.cells.perturbations, self.question
         wide = {"style": {"description_width": "100px"}, "layout": w.Layout(width="340px")}
-        first, second, together = _parts(asked, names)
-        self.context = w.Dropdown(
-            options=self.cells.contexts, value=asked.context, description="context", **wide
-        )
-        self.first = w.Dropdown(options=names, value=first, description="perturbation", **wide)
-        self.second = w.Dropdown(options=[NOTHING, *names], value=second, description="and", **wide)
-        self.together = w.Dropdown(options=list(TOGETHER), value=together, description="how", **wide)
+
+        def choice(options, value: str, description: str):
+            return w.Dropdown(options=list(options), value=value, description=description, **wide)
+
+        first, second, together = _parts(question, names)
+        self.context = choice(self.cells.contexts, question.context, "context")
+        self.first = choice(names, first, "perturbation")
+        self.second = choice([NOTHING, *names], second, "and")
+        self.together = choice(TOGETHER, together, "how")
         self.strength = w.FloatSlider(
-            value=asked.strength,
-            min=0,
-            max=1.5,
-            step=0.05,
-            readout_format=".2f",
-            description="strength",
+            value=question.strength, min=0, max=1.5, step=0.05, readout_format=".2f", description="strength",
             **wide,
-        )
+        )  # fmt: skip
         self.reverse = w.Checkbox(
-            value=asked.reverse, description="reverse: lead perturbed cells back", indent=False
+            value=question.reverse, description="reverse: lead perturbed cells back", indent=False
         )
         self.gene_box = w.Combobox(
             value=self.gene or "", options=tuple(self.cells.vae.genes), description="gene",
@@ -263,25 +267,24 @@ class Explorer:
         return spoken(self.panel, "Virtual-cell explorer (it needs a running kernel)", **kwargs)
 
 
-def combined(first: str, second: str, together: str) -> dict[str, object]:
-    """Perturbation and rule of a question about one perturbation or two."""
+def combined(first: str, second: str, together: str) -> tuple[str | tuple[str, str], str]:
+    """Perturbation and rule of a question about one perturbation or two; an empty rule where none applies."""
     if together not in TOGETHER:
-        raise LabelError(
-            three_beats(f"one of {list(TOGETHER)}", repr(together), did_you_mean(together, TOGETHER))
-        )
+        fix = did_you_mean(together, TOGETHER)
+        raise LabelError(three_beats(f"one of {list(TOGETHER)}", repr(together), fix))
     if second in (NOTHING, first):
-        return {"perturbation": first}
-    way = TOGETHER[together]
-    if way in RULES:
-        return {"perturbation": f"{first}+{second}", "rule": way}
-    return {"perturbation": (first, second) if way == "sequence" else (second, first)}
+        return first, ""
+    rule = TOGETHER[together]
+    if rule in RULES:
+        return f"{first}+{second}", rule
+    return ((first, second) if rule == "sequence" else (second, first)), ""
 
 
 def _parts(question: Question, names: list[str]) -> tuple[str, str, str]:
     """Values of the three lists that stand for a perturbation; of more than two parts the first two are shown."""
-    given = question.perturbation
-    steps = (given,) if isinstance(given, str) else given
+    single = isinstance(question.perturbation, str)
+    steps = (question.perturbation,) if single else question.perturbation
     parts = [part for step in steps for part in step.split("+") if part in names]
-    wanted = "sequence" if steps is given or question.rule == "composition" else question.rule
-    together = next(words for words, way in TOGETHER.items() if way == wanted)
+    rule = question.rule if single and question.rule != "composition" else "sequence"
+    together = next(name for name, shown_rule in TOGETHER.items() if shown_rule == rule)
     return parts[0], parts[1] if len(parts) > 1 else NOTHING, together

@@ -636,10 +636,14 @@ def _connected(address: str):
     from distributed.security import Security
 
     check_where(address)
+    security = Security()
+    if not (security.tls_ca_file and security.tls_client_cert):
+        fix = "set distributed.comm.tls.ca-file, .client.cert and .client.key, as the scheduler's owner does"
+        raise DataError(three_beats("certificates in Dask's configuration", "none", fix))
     try:
-        client = Client(address, timeout=_SEARCH_SECONDS, security=Security(), set_as_default=False)
-    except (OSError, TimeoutError, ValueError, TypeError) as error:
-        fix = "start `dask scheduler` there, check host, port and firewall, and the certificates in Dask's configuration"
+        client = Client(address, timeout=_SEARCH_SECONDS, security=security, set_as_default=False)
+    except (OSError, TimeoutError, ValueError) as error:
+        fix = "start `dask scheduler` there, check host, port, firewall and certificates"
         raise DataError(three_beats(f"a Dask scheduler at {address}", f"none ({error})", fix)) from error
     try:
         client.wait_for_workers(1, timeout=_SEARCH_SECONDS)
@@ -898,7 +902,7 @@ class Sweep:
     @staticmethod
     def linked(frame: pd.DataFrame):
         """A table whose runs are links to their executed notebooks; markup in labels and values shows as text."""
-        from .text import styled
+        from ..display import styled
 
         links = [
             f'<a href="{escape(row["notebook"])}">{escape(row["run"])}</a>'

@@ -24,8 +24,8 @@ from ..training.operators import OperatorTrainer, new_operators
 from ..training.vae import VAETrainer, new_vae
 from . import parameters
 from . import style as s
-from .inputs import read_value, shown_value, widget_for
-from .panel import button, panel, spoken, status_line
+from .controls import button, panel, readable, spoken, status_line
+from .parameters import Parameter
 from .workspace import Workspace, vae_sizes
 
 _FIXED = {parameter.name for parameter in parameters.DATA} | {"seed", "run_dir", "max_epochs"}
@@ -83,8 +83,8 @@ class TuningPanel:
                 three_beats(f"the workspace of one of {list(TRAINERS)}", repr(work.notebook), fix)
             )
         self.adata, self.work, self.folder = adata, work, Path(folder or work.folder)
-        known = parameters.for_notebook(work.notebook)
-        self.parameters = {p.name: p for p in known if p.name not in _FIXED}
+        every = parameters.for_notebook(work.notebook)
+        self.parameters = {p.name: p for p in every if p.name not in _FIXED}
         self.results = pd.DataFrame()
         self.histories: list[pd.DataFrame] = []
         self.trainer: Trainer | None = None
@@ -230,8 +230,8 @@ class TuningPanel:
     def _name(self, fit: int) -> str:
         """A fit by its number and what tells it from the others."""
         values = {name.replace("_", " "): self.results[name].iloc[fit] for name in self._varied()}
-        said = ", ".join(f"{name} {value}" for name, value in values.items())
-        return s.safe(f"fit {fit + 1}: {said}" if said else f"fit {fit + 1}", 40)
+        differing = ", ".join(f"{name} {value}" for name, value in values.items())
+        return s.safe(f"fit {fit + 1}: {differing}" if differing else f"fit {fit + 1}", 40)
 
     def _collect(self, values: dict, history: pd.DataFrame) -> None:
         monitored = history[self.monitor]
@@ -268,7 +268,11 @@ class TuningPanel:
             name: widget_for(p, self.work.values.get(name)) for name, p in self.parameters.items()
         }
         row = w.Layout(flex_flow="row wrap", align_items="center")
-        rows = [w.HBox([box, self._help(name)], layout=row) for name, box in self.widgets.items()]
+        helps = {name: html.escape(self.parameters[name].comment) for name in self.widgets}
+        rows = [
+            w.HBox([box, w.HTML(f'<div style="line-height:1.4">{helps[name]}</div>')], layout=row)
+            for name, box in self.widgets.items()
+        ]
         self.epochs = w.BoundedIntText(
             value=epochs, min=1, max=100, description="epochs of a fit", style={"description_width": "140px"}
         )
@@ -287,12 +291,55 @@ class TuningPanel:
         below = [self.status, self.compared, self.curves, self.text]
         self.panel = panel([*rows, self.epochs, w.HBox(actions), *below])
 
-    def _help(self, name: str):
-        """What a parameter means, beside its widget."""
-        from ipywidgets import HTML
-
-        words = html.escape(self.parameters[name].comment)
-        return HTML(f'<div style="line-height:1.4">{words}</div>')
-
     def _repr_mimebundle_(self, **kwargs):
         return spoken(self.panel, "Tuning panel (it needs a running kernel)", **kwargs)
+
+
+# -- widgets of typed parameters: range, choices and help come from the definition
+
+
+def widget_for(parameter: Parameter, value: object = None):
+    """The widget of a typed parameter: its range, its choices, its help; it starts at `value` or at the default."""
+    import ipywidgets as w
+
+    value = parameter.default if value is None else parameter.check(value)
+    look = {
+        "description": readable(parameter.name),
+        "tooltip": parameter.comment,
+        "style": {"description_width": "140px"},
+    }
+    look["layout"] = w.Layout(width="300px", flex="0 0 auto")
+    if parameter.choices:
+        return w.Dropdown(options=list(parameter.choices), value=value, **look)
+    if parameter.type == "bool":
+        return w.Checkbox(value=value, **look)
+    if parameter.type not in ("int", "float"):
+        return w.Text(value=shown_value(parameter, value), **look)
+    low = -(2**31) if parameter.minimum is None else parameter.minimum
+    high = 2**31 if parameter.maximum is None else parameter.maximum
+    if parameter.type == "int":
+        return w.BoundedIntText(value=value, min=int(low), max=int(high), **look)
+    return w.BoundedFloatText(
+        value=value, min=float(low), max=float(high), step=abs(parameter.default) / 10 or 0.1, **look
+    )
+
+
+def shown_value(parameter: Parameter, value: object) -> object:
+    """A value as its widget holds it: what has no widget of its own is text."""
+    if parameter.choices or parameter.type in ("bool", "int", "float"):
+        return value
+    return "none" if value is None else str(value)
+
+
+def read_value(parameter: Parameter, widget) -> object:
+    """The value that a widget holds, checked.
+
+    Raises
+    ------
+    ParameterError
+        For a value that does not fit.
+    """
+    value = widget.value
+    return (
+        parameter.parse(value) if isinstance(value, str) and not parameter.choices else parameter.check(value)
+    )

@@ -15,7 +15,7 @@ KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}  
 
 SCREEN = f"""\
 import cellop_nb as co
-from cellop_nb.notebook.text import markdown, styled
+from cellop_nb.display import markdown, styled
 
 adata = co.datasets.synthetic(n_contexts=2, n_perturbations=2, n_cells=30, n_genes=20, library=200.0)
 for key, old in (("perturbation", "drug 1"), ("cell_type", "type A")):

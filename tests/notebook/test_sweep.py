@@ -610,21 +610,18 @@ def test_jobs_of_a_batch_system(working, monkeypatch):
 
 
 @pytest.fixture
-def certificate(tmp_path):
-    """Dask's configuration names the certificate of a cluster that is there."""
+def certificate(tmp_path, monkeypatch):
+    """Dask's configuration, here and in other processes, names the certificate of a cluster that is there."""
     import dask
     from distributed.security import Security
 
     own = Security.temporary()
     tls = own.get_tls_config_for_role("client")
-    files = {"ca-file": tls["ca_file"], "key": tls["key"], "cert": tls["cert"]}
-    for name, text in files.items():
-        (tmp_path / name).write_text(text)
-    paths = {name: str(tmp_path / name) for name in files}
-    client = {"key": paths["key"], "cert": paths["cert"]}
-    with dask.config.set(
-        {"distributed.comm.tls.ca-file": paths["ca-file"], "distributed.comm.tls.client": client}
-    ):
+    for name, variable in (("ca_file", "CA_FILE"), ("key", "CLIENT__KEY"), ("cert", "CLIENT__CERT")):
+        (tmp_path / name).write_text(tls[name])
+        monkeypatch.setenv(f"DASK_DISTRIBUTED__COMM__TLS__{variable}", str(tmp_path / name))
+    with dask.config.set():
+        dask.config.refresh()
         yield own
 
 
@@ -660,6 +657,14 @@ def test_a_stranger_cannot_connect_to_the_scheduler_of_a_sweep(tmp_path):
         for stranger, security in ((address.replace("tls", "tcp"), None), (address, Security.temporary())):
             with pytest.raises((OSError, TimeoutError)):
                 Client(stranger, security=security, timeout=2, set_as_default=False)
+
+
+def test_an_address_needs_certificates():
+    import dask
+
+    nothing = dask.config.set({"distributed.comm.tls.ca-file": None})
+    with nothing, pytest.raises(DataError, match="certificates in Dask's configuration"):
+        s._connected("tls://127.0.0.1:9")
 
 
 def test_a_scheduler_without_tls_is_refused(monkeypatch, certificate):

@@ -13,9 +13,8 @@ from cellop_nb.data.splits import split
 from cellop_nb.data.synthetic import synthetic
 from cellop_nb.errors import LabelError
 from cellop_nb.notebook import parameters
-from cellop_nb.notebook.inputs import widget_for
 from cellop_nb.notebook.parameters import Parameter, ParameterError
-from cellop_nb.notebook.tuning import TRAINERS, TuningPanel
+from cellop_nb.notebook.tuning import TRAINERS, TuningPanel, widget_for
 from cellop_nb.notebook.workspace import Workspace
 
 
