@@ -60,7 +60,7 @@ _PUBLIC = {
     "enrich": "analysis.enrichment",
     "response_similarity": "analysis.profiles",
     "predicted_expression": "analysis.expression",
-    "etest": "analysis.etest",
+    "etest": "analysis.distances",
     "gradient_audit": "analysis.diagnose",
     "LivePlot": "notebook.live",
     "Explorer": "notebook.explorer",
@@ -76,10 +76,10 @@ if TYPE_CHECKING:  # the names below are found by `__getattr__` while running
     from .analysis.combinations import reversal as reversal
     from .analysis.combinations import sequence as sequence
     from .analysis.diagnose import gradient_audit as gradient_audit
+    from .analysis.distances import etest as etest
     from .analysis.enrichment import enrich as enrich
     from .analysis.ensembles import bootstrap_operators as bootstrap_operators
     from .analysis.ensembles import operator_intervals as operator_intervals
-    from .analysis.etest import etest as etest
     from .analysis.exchange import cell_eval_pair as cell_eval_pair
     from .analysis.expression import predicted_expression as predicted_expression
     from .analysis.gene_intervals import change_intervals as change_intervals

@@ -132,22 +132,22 @@ def test_scores_show_means_over_groups_in_their_order():
     assert shown == [["metric", "mae"], ["method", ""], ["no change", "5.0"], ["a model", "1.5"]]
 
 
-def test_distances_show_means_and_how_many_groups_reach_the_floor():
+def test_distances_show_means_and_how_many_groups_lie_within_the_noise():
     values = {"no change": (0.5, 0.7), "operator": (0.1, 0.3), "inverse": (float("nan"), 0.2)}
     rows = [
-        {"group": group, "method": method, "energy": value, "floor": floor}
+        {"group": group, "method": method, "energy": value, "floor": 0.01, "limit": limit}
         for method, pair in values.items()
-        for group, value, floor in zip(("g", "h"), pair, (0.1, 0.2), strict=True)
+        for group, value, limit in zip(("g", "h"), pair, (0.1, 0.2), strict=True)
     ]
     html = Distances(rows)._repr_html_()
     said, shown = facts(html), cells(html)
     assert said["groups"] == "g, h"
     assert said["energy"].startswith("Euclidean, U-statistic")
-    assert shown[0] == ["", "energy", "floor", "groups within the floor"]
+    assert shown[0] == ["", "energy", "floor", "limit", "groups within the limit"]
     assert shown[2:] == [
-        ["no change", "0.6", "0.15", "0 of 2"],
-        ["operator", "0.2", "0.15", "1 of 2"],
-        ["inverse", "0.2", "0.20", "1 of 1"],
+        ["no change", "0.6", "0.01", "0.15", "0 of 2"],
+        ["operator", "0.2", "0.01", "0.15", "1 of 2"],
+        ["inverse", "0.2", "0.01", "0.20", "1 of 1"],
     ]
 
 

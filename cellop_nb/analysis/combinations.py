@@ -14,12 +14,11 @@ from ..data.groups import Groups
 from ..display import Distances
 from ..errors import LabelError, ModelError, did_you_mean, three_beats
 from ..models.affine import AffineOperator, check_strength, commutator, compose, sum_generators
-from ..models.energy import energy_distance
+from ..models.energy import energy_distance, noise_floor
 from ..models.operators import OperatorModel
 from .formulas import Undefined
 from .predict import latents, operator_for, source_cells
 from .transfer import Response
-from .transport import noise_floor
 
 RULES = ("axes", "composition", "generator")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..errors import CellopError, DataError, LabelError, did_you_mean, three_beats
-from .etest import benjamini_hochberg
+from .distances import benjamini_hochberg
 
 _VALUES = ("effect", "lfc", "predicted", "score")
 

@@ -86,7 +86,7 @@ def bootstrap_energy(
     Notes
     -----
     Where the clouds do not differ at all the statistic is degenerate and the interval is only a guide;
-    whether they differ is the question of :func:`~cellop_nb.analysis.etest.permutation_test`.
+    whether they differ is the question of :func:`~cellop_nb.analysis.distances.permutation_test`.
     """
     from scipy.spatial.distance import cdist
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import numpy as np
+import torch
 
+from ..models.energy import noise_floor
 from . import formulas
 from .formulas import Undefined
 from .scores import METRICS, Scored, Truth, known_metrics, value_of
@@ -18,8 +20,8 @@ CEILING = "noise ceiling (Spearman-Brown)"
 def noise(truth: Truth, metrics: Iterable[str] | None = None, *, n_splits: int = 10) -> list[dict]:
     r"""What a perfect prediction would score, from random halves of the real cells (mean over the splits).
 
-    E-distance: between the halves (about 0). Errors of means (mae, rmse, l2): half of the error between the
-    halves, which is the error that the truth's own sampling leaves. Correlations of changes: Spearman-Brown
+    E-distance: :func:`~cellop_nb.models.energy.noise_floor` (about 0). Errors of means (mae, rmse, l2): half of the error
+    between the halves, which is the error that the truth's own sampling leaves. Correlations of changes: Spearman-Brown
     :math:`2r/(1+r)`; the halves share the control cells, as prediction and truth do. Other metrics have no
     row.
 
@@ -49,6 +51,8 @@ def _halves(truth: Truth, metric: str, n_splits: int) -> float:
     """Mean over splits of the metric with one half of the real cells as the prediction of the other."""
     if len(truth.real) < 4:
         raise Undefined(f"{len(truth.real)} real cells cannot be split in two clouds")
+    if metric == "e_distance":
+        return noise_floor(torch.from_numpy(truth.real_points), n_splits=n_splits, seed=truth.seed)
     rng, values = np.random.default_rng([truth.seed, 2]), []
     for _ in range(n_splits):
         first, second = np.array_split(rng.permutation(len(truth.real)), 2)

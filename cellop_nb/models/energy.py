@@ -39,6 +39,7 @@ _DEVICE_BATCH_PAIRS = 1 << 22  # of a device, whose calls each cost as much as t
 _DEVICE_TILE_BYTES = 1 << 27  # of a device, large enough to keep it busy while the host makes the next calls
 _PADDING = 1.4  # largest ratio of padded to real pairs in one batch
 _PAIRS_AT_ONCE = 1 << 15
+_WHOLE_MATRIX = 4000  # cells whose matrix of distances is held at once: 128 MB
 
 Energies = tuple[Tensor, Tensor | None, Tensor | None]
 """Energy distances (group,) float64, and the gradients (group, cell, d) of x and y, None where nobody wants them."""
@@ -244,6 +245,96 @@ def self_distance(
             mean, _ = _mean_within(_precise(batch.y.gather(y)), batch.y, estimator, False, tile)
             out[batch.groups] = mean.to(y.dtype)
     return out.squeeze(0) if sizes is None else out
+
+
+def split_energies(distance: Tensor, first: Tensor) -> Tensor:
+    r"""Energy distance (Euclidean, U-statistic) of many splits of one pooled sample, from its distances alone.
+
+    .. math:: T(s) = \frac{2\,s^\top D(1-s)}{nm} - \frac{s^\top D s}{n(n-1)} - \frac{(1-s)^\top D(1-s)}{m(m-1)}
+
+    Parameters
+    ----------
+    distance
+        (cell, cell) distances D of the pooled cells, zero diagonal.
+    first
+        (split, cell): 1 for the n cells of the first sample, 0 for the m others; n is the same in every split.
+
+    Returns
+    -------
+    (split,)
+    """
+    to_first = first @ distance
+    return energies_of_sums(
+        (to_first * first).sum(1), to_first.sum(1), distance.sum(), first[0].sum(), len(distance)
+    )
+
+
+def energies_of_sums(
+    within: Tensor, from_first: Tensor, total: Tensor, n: Tensor | int, cells: int
+) -> Tensor:
+    """Energy distances (split,) of n cells to the others, from sums of distances: among them, from them to all `cells`,
+    and of all pairs."""
+    m = cells - n
+    between, rest = from_first - within, total - 2 * from_first + within
+    return 2 * between / (n * m) - within / (n * (n - 1)) - rest / (m * (m - 1))
+
+
+def noise_floor(cells: Tensor, *, n_splits: int = 10, seed: int = 0) -> float:
+    """The noise floor of a group: mean energy distance between random halves of its cells.
+
+    It is what a perfect prediction scores on average. The U-statistic has no bias, so it lies about 0, below or above;
+    how far a single perfect prediction may lie from 0 is what :func:`noise_limit` says.
+
+    Parameters
+    ----------
+    cells
+        (cell, d) of one group.
+    n_splits
+        Random halvings.
+
+    Returns
+    -------
+    float; NaN for fewer than 4 cells.
+    """
+    values = _between_parts(cells, len(cells) // 2, n_splits, seed)
+    return float("nan") if values is None else float(values.mean())
+
+
+def noise_limit(
+    cells: Tensor, n_cells: int | None = None, *, quantile: float = 0.95, n_splits: int = 20, seed: int = 0
+) -> float:
+    """An energy distance that two samples of one cloud stay below in 95 of 100 draws: what noise alone can show.
+
+    Parameters
+    ----------
+    cells
+        (cell, d) of one group.
+    n_cells
+        Cells of the first sample, the others make the second; half where None.
+    quantile, n_splits
+        Which quantile of the distances of how many random splits.
+
+    Returns
+    -------
+    float; NaN where a sample would have fewer than 2 cells.
+    """
+    first = len(cells) // 2 if n_cells is None else min(n_cells, len(cells) - 2)
+    values = _between_parts(cells, first, n_splits, seed)
+    return float("nan") if values is None else float(values.quantile(quantile))
+
+
+def _between_parts(cells: Tensor, first: int, n_splits: int, seed: int) -> Tensor | None:
+    """(split,) energy distances between `first` random cells and the others; None where a part has fewer than 2."""
+    if min(first, len(cells) - first) < 2:
+        return None
+    cells, generator = cells.detach().cpu(), torch.Generator().manual_seed(seed)
+    orders = [torch.randperm(len(cells), generator=generator) for _ in range(n_splits)]
+    if len(cells) > _WHOLE_MATRIX:
+        return torch.stack([energy_distance(cells[order[:first]], cells[order[first:]]) for order in orders])
+    centred = cells.double() - cells.double().mean(0)  # products then lose nothing that counts
+    distance = torch.cdist(centred, centred, compute_mode="use_mm_for_euclid_dist").fill_diagonal_(0.0)
+    chosen = [torch.zeros(len(cells)).index_fill(0, order[:first], 1.0) for order in orders]
+    return split_energies(distance, torch.stack(chosen).double())
 
 
 class _Energy(torch.autograd.Function):

@@ -19,7 +19,6 @@ from torch import Tensor
 from ..analysis.combinations import combine, sequence
 from ..analysis.predict import decode_cells, latents
 from ..analysis.stability import affine_health
-from ..analysis.transport import noise_floor
 from ..data.batches import model_counts
 from ..data.contract import context_labels, obs_labels, perturbation_parts
 from ..data.groups import Groups
@@ -30,7 +29,7 @@ from ..display import card
 from ..errors import DataError, LabelError, did_you_mean, three_beats
 from ..models.affine import AffineOperator, check_strength
 from ..models.carry import Observed, carry_counts
-from ..models.energy import energy_distance, self_distance
+from ..models.energy import energy_distance, noise_floor, self_distance
 from ..models.likelihood import COUNTS_PER_CELL, NegativeBinomial
 from ..models.operators import OperatorModel
 from ..models.vae import NBVAE

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..data.contract import Keys
 from ..data.groups import Group, Groups, GroupSample
 from ..errors import LabelError, ModelError, check_values, checked, did_you_mean, three_beats
-from ..models.energy import energy_distance, grouped_energy_distance, moved_energy_distance, self_distance
+from ..models.energy import grouped_energy_distance, moved_energy_distance, noise_floor, self_distance
 from ..models.operators import Condition, OperatorModel, spectral_excess
 from .callbacks import Callback
 from .checkpoint import digest
@@ -169,16 +169,6 @@ def _mean_distances(cells: Tensor) -> Tensor:
     return torch.cat(sums) / others
 
 
-def split_half_floor(cells: Tensor, generator: torch.Generator, *, repeats: int = 5) -> float:
-    """Mean energy distance (Euclidean, U-statistic) between random halves of one cloud (cell, d): the noise floor."""
-    values = []
-    for _ in range(repeats):
-        order = torch.randperm(len(cells), generator=generator)
-        half = len(cells) // 2
-        values.append(float(energy_distance(cells[order[:half]], cells[order[half:]])))
-    return sum(values) / repeats
-
-
 @dataclass(frozen=True)
 class Penalties:
     """What holds operators near the identity and their norms bounded.
@@ -313,10 +303,10 @@ class OperatorTrainer(Trainer):
 
     @cached_property
     def floors(self) -> dict[str, float]:
-        """Noise floor of each group: the energy distance between halves of its training cells."""
-        generator = torch.Generator().manual_seed(self.seed)
-        named = zip(self.groups.labels, self.groups.items, strict=True)
-        return {k: split_half_floor(g.cells.cpu(), generator) for k, g in named if len(g.cells) >= 4}
+        """:func:`noise_floor` of each group's training cells, where there are 4 or more."""
+        return {
+            group.label: noise_floor(group.cells, seed=self.seed) for group in self.groups if len(group) >= 4
+        }
 
     def _prepare_validation(self, control: str) -> None:
         """Cut the held-out groups to at most 256 cells a side, and cache what does not change."""

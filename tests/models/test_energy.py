@@ -17,7 +17,10 @@ from cellop_nb.models.energy import (
     energy_distance,
     grouped_energy_distance,
     moved_energy_distance,
+    noise_floor,
+    noise_limit,
     self_distance,
+    split_energies,
 )
 
 from .clouds import clouds, double_loop, value_and_gradient
@@ -483,3 +486,49 @@ def test_one_small_pair_takes_few_calls_and_makes_no_gradient_that_nobody_wants(
     pairs = {"both": 3 + 2, "known": 2 + 2, "value": 3}  # distances, and the gradient
     for name, number in pairs.items():
         assert found[name].operations == 2 * 32 * 200 * 200 * number
+
+
+# -- halves of one cloud: the noise floor and the noise limit
+
+
+def test_splits_from_the_distances_alone_equal_the_double_loop():
+    pooled, generator = torch.randn(9, 3, dtype=torch.float64), torch.Generator().manual_seed(0)
+    orders = [torch.randperm(9, generator=generator) for _ in range(6)]
+    splits = torch.stack([torch.zeros(9).index_fill(0, order[:4], 1.0) for order in orders]).double()
+    expected = [double_loop(pooled[order[:4]], pooled[order[4:]], "U") for order in orders]
+    np.testing.assert_allclose(split_energies(torch.cdist(pooled, pooled), splits), expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_floor_and_limit_are_mean_and_quantile_of_distances_between_parts(many, monkeypatch):
+    if many:
+        monkeypatch.setattr(energy, "_WHOLE_MATRIX", 10)
+    cells, generator = torch.randn(50, 4, generator=torch.Generator().manual_seed(1)), torch.Generator()
+    for first in (25, 10):
+        generator.manual_seed(3)
+        orders = [torch.randperm(50, generator=generator) for _ in range(7)]
+        values = torch.stack([energy_distance(cells[k[:first]], cells[k[first:]]) for k in orders])
+        limit = noise_limit(cells, first, quantile=0.9, n_splits=7, seed=3)
+        assert limit == pytest.approx(float(values.quantile(0.9)), abs=1e-5)
+        if first == 25:
+            assert noise_floor(cells, n_splits=7, seed=3) == pytest.approx(float(values.mean()), abs=1e-5)
+
+
+def test_the_floor_is_about_nothing_and_the_limit_above_it():
+    cells = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
+    assert abs(noise_floor(cells, n_splits=20)) < 0.02 < noise_limit(cells)
+    assert noise_floor(cells, n_splits=20) == noise_floor(cells, n_splits=20)
+    assert math.isnan(noise_floor(cells[:3])) and math.isnan(noise_limit(cells[:3]))
+
+
+def test_two_samples_of_one_cloud_lie_below_the_limit_19_times_out_of_20():
+    generator, below = torch.Generator().manual_seed(3), []
+    for _ in range(100):
+        cells = torch.randn(80, 3, generator=generator)
+        below.append(float(energy_distance(cells[:20], cells[20:])) < noise_limit(cells, 20, n_splits=40))
+    assert 0.88 < np.mean(below) < 1.0
+
+
+def test_the_limit_falls_with_more_cells():
+    cells = torch.randn(400, 5, generator=torch.Generator().manual_seed(0))
+    assert noise_limit(cells) < noise_limit(cells[:40])

@@ -12,7 +12,7 @@ from cellop_nb.data.groups import Groups
 from cellop_nb.data.splits import split
 from cellop_nb.data.synthetic import planted_operator, synthetic
 from cellop_nb.errors import LabelError
-from cellop_nb.models.energy import energy_distance, self_distance
+from cellop_nb.models.energy import energy_distance, noise_floor, self_distance
 from cellop_nb.models.operators import Condition
 from cellop_nb.models.vae import NBVAE
 from cellop_nb.training.loop import Machine
@@ -21,7 +21,6 @@ from cellop_nb.training.operators import (
     Penalties,
     condition_of,
     new_operators,
-    split_half_floor,
 )
 
 REP = {"use_rep": "X_truth"}
@@ -92,12 +91,11 @@ def small_trainer(adata, **settings):
 
 def test_held_out_groups_are_at_the_noise_floor(screen, trainer):
     held_out = Groups(screen, split="test", control_split="train", **REP)
-    generator = torch.Generator().manual_seed(0)
     for group in held_out.items:
         moved = trainer.model.operator(condition_of(group))(held_out.control[group.context])
         found = float(energy_distance(moved, group.cells))
         # The unbiased estimate scatters around zero: the size of that scatter is the noise floor.
-        halves = [split_half_floor(group.cells, generator, repeats=1) for _ in range(30)]
+        halves = [noise_floor(group.cells, n_splits=1, seed=seed) for seed in range(30)]
         assert found < 2 * np.mean(np.abs(halves)), group.label
         before = float(energy_distance(held_out.control[group.context], group.cells))
         assert before < 0.5 or found < 0.1 * before, group.label
@@ -313,13 +311,6 @@ def test_features_reach_a_perturbation_that_was_never_measured(small):
     assert model.shift(Condition(("drug 4",))).isfinite().all()
     with pytest.raises(LabelError, match="drug 3"):
         new_operators(small, features=table.drop(index="drug 3"), **REP)
-
-
-def test_the_noise_floor_is_that_of_two_halves():
-    cells = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
-    floor = split_half_floor(cells, torch.Generator().manual_seed(0), repeats=20)
-    assert abs(floor) < 0.05
-    assert split_half_floor(cells, torch.Generator().manual_seed(0), repeats=20) == floor
 
 
 def test_the_trainer_knows_the_floor_of_each_group(small):
