@@ -22,7 +22,8 @@ from cellop_nb.analysis.plan import (
     weigh,
 )
 from cellop_nb.errors import ModelError
-from cellop_nb.models.carry import balanced_counts, carry_counts, carry_to_mean, levels, whole_levels
+from cellop_nb.models.carry import balanced_counts, carry_counts, carry_to_mean, whole_levels
+from cellop_nb.models.likelihood import levels
 
 GENES = 200
 
