@@ -130,3 +130,20 @@ def _(place):
     import torch
 
     co.nb_log_likelihood(-torch.ones(2, 3), torch.ones(2, 3), torch.ones(3))
+
+
+@case(MODELS, "a penalty on the gradient of an energy distance")
+def _(place):
+    import torch
+
+    x = torch.randn(5, 2, requires_grad=True)
+    torch.autograd.grad(co.energy_distance(x, torch.zeros(5, 2)), x, create_graph=True)
+
+
+@case(MODELS, "the way back of an operator that is nearly singular")
+def _(place):
+    import torch
+
+    from cellop_nb.models.affine import AffineOperator
+
+    AffineOperator(torch.diag(torch.tensor([1.0, 1e-6])), torch.zeros(2), "type A, drug 1").inverse()
