@@ -9,15 +9,8 @@ import argparse
 import os
 import re
 import sys
-from importlib import import_module
 
-# A subcommand is a module of cellop_nb.commands with
-#   SUMMARY         one line for --help
-#   EXTRAS          extras of pyproject.toml that it needs beside the dependencies; None: needs no environment
-#   add_arguments(parser), main(args) -> exit code
-#   check(args)     optional: refuses bad input before the environment is made
-# and imports only the standard library at its top.
-COMMANDS = ("run", "test", "lab", "notebooks", "params", "sweep", "holdout", "bench", "docs")
+from cellop_nb import commands
 
 _DESCRIPTION = """\
 Learn what perturbations do to single cells, in notebooks.
@@ -30,6 +23,7 @@ examples:
   python3 -m cellop_nb params 02                               what can be changed there
   python3 -m cellop_nb sweep 02 -g latent_dim=8,16 -g seed=0..4   ten runs of it, compared
   python3 -m cellop_nb holdout screen.h5ad --over donor        predict every donor, beside baselines
+  python3 -m cellop_nb test science                            the tests that need no notebook
   python3 -m cellop_nb test -- -k energy                       some of the tests"""
 
 
@@ -49,9 +43,11 @@ class Parser(argparse.ArgumentParser):
         unknown = re.search(r"unrecognized arguments: (\S+)|invalid choice: '([^']*)'", message)
         if not unknown:
             return ""
-        options = [o for o in self._option_string_actions if o.startswith("--")] if unknown[1] else COMMANDS
+        options = (
+            [o for o in self._option_string_actions if o.startswith("--")] if unknown[1] else commands.MODULES
+        )
         suggestion = did_you_mean(unknown[1] or unknown[2], options)
-        passed_on = next((a.help for a in self._actions if str(a.metavar).startswith("-- ")), None)
+        passed_on = next((a.help for a in self._actions if "-- " in str(a.metavar)), None)
         if unknown[1] and passed_on and not suggestion.startswith("did you mean"):
             suggestion = f"write -- {unknown[1]} for what is {str(passed_on).partition(',')[0]}"
         return suggestion + ";"
@@ -87,21 +83,21 @@ def build_parser() -> Parser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"cellop_nb {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name in COMMANDS:
-        module = import_module(f"cellop_nb.commands.{name}")
-        title = f"{module.SUMMARY[0].upper()}{module.SUMMARY[1:]}."
-        sub = commands.add_parser(name, help=module.SUMMARY, description=title, allow_abbrev=False)
-        module.add_arguments(sub)
-        sub.set_defaults(module=module, parser=sub)
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name in commands.MODULES:
+        command = commands.load(name)
+        title = f"{command.summary[0].upper()}{command.summary[1:]}."
+        sub = subparsers.add_parser(name, help=command.summary, description=title, allow_abbrev=False)
+        command.add_arguments(sub)
+        sub.set_defaults(parser=sub)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; the exit code is 0, 1 (something failed) or 2 (the input was refused)."""
     if sys.version_info < (3, 11):  # noqa: UP036 - older ones still reach this line
-        found = sys.version.split()[0]
-        sys.stderr.write(f"Expected Python >= 3.11. Found {found}. To fix it: use a newer python3.\n")
+        version = sys.version.split()[0]
+        sys.stderr.write(f"Expected Python >= 3.11. Found {version}. To fix it: use a newer python3.\n")
         return 2
     from cellop_nb.errors import CellopError, SetupError
 
@@ -121,12 +117,11 @@ def main(argv: list[str] | None = None) -> int:
 def _dispatch(args: argparse.Namespace, argv: list[str]) -> int:
     from cellop_nb.commands import environment
 
-    check = getattr(args.module, "check", None)
-    if check:
-        check(args)
-    if args.module.EXTRAS is not None:
-        environment.ensure(args.module.EXTRAS, argv)
-    return args.module.main(args)
+    command = commands.load(args.command)
+    command.check(args)
+    if command.extras is not None:
+        environment.ensure(command.extras, argv)
+    return command.main(args)
 
 
 if __name__ == "__main__":

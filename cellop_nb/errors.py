@@ -46,6 +46,10 @@ class SetupError(CellopError):
     """The environment could not be made, lacks packages, or has packages that are too old."""
 
 
+class MissingExtraError(CellopError, ImportError):
+    """A function needs a package that one of the extras brings."""
+
+
 class StorageError(CellopError, OSError):
     """A file could not be written: no room, no permission, no such folder."""
 

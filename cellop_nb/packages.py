@@ -7,9 +7,10 @@ import re
 from collections.abc import Iterator
 from functools import cache
 from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.util import find_spec
 from pathlib import Path
 
-from cellop_nb.errors import SetupError, three_beats
+from cellop_nb.errors import MissingExtraError, SetupError, three_beats
 
 _PROJECT = Path(__file__).resolve().parents[1] / "pyproject.toml"
 
@@ -36,6 +37,28 @@ def requirements(*extras: str) -> list[str]:
 def missing(needed: list[str]) -> list[str]:
     """Those of the requirements that the running interpreter does not meet."""
     return [requirement for requirement in needed if not _met(requirement, absent=False)]
+
+
+def require(module: str, extra: str, *, of: str) -> None:
+    """Refuse where a package of an extra is not installed.
+
+    Parameters
+    ----------
+    module
+        What would be imported.
+    extra
+        The extra of this package that brings it.
+    of
+        What needs it, for the message.
+
+    Raises
+    ------
+    MissingExtraError
+        Naming the extra.
+    """
+    if find_spec(module) is None:
+        fix = f'run `pip install "cellop_nb[{extra}]"`'
+        raise MissingExtraError(three_beats(f"the package {module} for {of}", "it is not installed", fix))
 
 
 def numbers(text: str) -> tuple[int, ...]:

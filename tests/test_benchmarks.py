@@ -15,7 +15,7 @@ from benchmarks import energy, explorer, gpu, measure, operators, record, scale,
 from benchmarks.gpu import Card
 from benchmarks.measure import Counts, counts, interleaved
 from cellop_nb.__main__ import main
-from cellop_nb.commands import bench
+from cellop_nb.commands import tools
 from cellop_nb.errors import DataError
 from cellop_nb.models.energy import self_distance
 
@@ -130,7 +130,7 @@ def test_what_is_counted_at_fewer_cells_grows_with_the_pairs(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("section", bench.SECTIONS)
+@pytest.mark.parametrize("section", tools.SECTIONS)
 def test_the_command_measures_and_writes(section, tmp_path, capsys):
     target = tmp_path / "bench.json"
     assert main(["bench", section, "--quick", "--threads", "1", "--out", str(target)]) == 0
@@ -215,7 +215,7 @@ def test_a_file_that_is_no_record_is_refused(tmp_path):
 
 
 def test_the_sections_of_the_command_are_those_of_the_record():
-    assert bench.SECTIONS == record.SECTIONS
+    assert tools.SECTIONS == record.SECTIONS
 
 
 def test_bench_refuses_what_it_could_not_do(capsys, tmp_path):

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from cellop_nb.__main__ import COMMANDS, build_parser, main
-from cellop_nb.commands import environment, test
+from cellop_nb import commands
+from cellop_nb.__main__ import build_parser, main
+from cellop_nb.commands import environment, tools
 from cellop_nb.notebook import runs
 
 BOOKS = {
@@ -255,8 +256,8 @@ def test_a_relative_path_is_the_callers(run, small_screen, tmp_path):
 def test_help_reads_well(run):
     code, out, _ = run("--help")
     assert code == 0
-    assert all(command in out for command in COMMANDS)
-    for command in COMMANDS:
+    assert all(command in out for command in commands.MODULES)
+    for command in commands.MODULES:
         code, out, _ = run(command, "--help")
         assert code == 0
         assert "usage: python3 -m cellop_nb" in out
@@ -287,27 +288,36 @@ def test_it_works_from_another_folder(root, tmp_path):
 def test_every_command_is_a_complete_module():
     parser = build_parser()
     (actions,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
-    for name in COMMANDS:
-        module = actions.choices[name].get_default("module")
-        assert module.SUMMARY
-        assert module.EXTRAS is None or isinstance(module.EXTRAS, tuple)
-        assert callable(module.main)
-        assert module.__doc__.startswith(f"`{name}`")
+    for name in commands.MODULES:
+        command = commands.load(name)
+        assert command.summary and actions.choices[name].description.startswith(command.summary[0].upper())
+        assert command.extras is None or isinstance(command.extras, tuple)
 
 
 def test_test_passes_options_on_and_finds_paths(root, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").touch()
-    options, places = test._split(["-k", "energy", "tests/models", "mine.py::test_x", "-n", "0"])
+    options, paths = tools._split(["-k", "energy", "tests/models", "mine.py::test_x", "-n", "0"])
     assert options == ["-k", "energy", "-n", "0"]
-    assert places == ["tests/models", f"{tmp_path / 'mine.py'}::test_x"]
+    assert paths == ["tests/models", f"{tmp_path / 'mine.py'}::test_x"]
+
+
+def test_the_two_suites_are_all_tests(root):
+    """Every folder and file of tests/ belongs to one of them; the notebooks are of the second."""
+    science, tooling = map(tools.suite, tools.SUITES)
+    assert all((root / path).is_dir() for path in science)
+    assert tooling == ["tests", "notebooks", "benchmarks", *(f"--ignore={path}" for path in science)]
+    assert tools.suite(None) == ["tests", "notebooks", "benchmarks"]
+
+
+def test_a_suite_that_there_is_not_is_refused(run):
+    code, _, err = run("test", "scince")
+    assert code == 2 and "did you mean 'science'" in err
 
 
 def test_lab_opens_the_notebooks_of_the_project(run, monkeypatch, root):
-    from cellop_nb.commands import lab
-
     calls = []
-    monkeypatch.setattr(lab.subprocess, "call", lambda command, env: calls.append(command) or 0)
+    monkeypatch.setattr(subprocess, "call", lambda command, env: calls.append(command) or 0)
     code, out, _ = run("lab", "--", "--no-browser")
     assert code == 0
     assert calls[0][1:3] == ["-m", "jupyterlab"]

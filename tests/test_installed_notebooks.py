@@ -27,16 +27,16 @@ def installed(monkeypatch, tmp_path):
 
 
 def test_an_installed_package_gives_out_copies_of_its_notebooks(installed):
-    from cellop_nb.commands import lab
+    from cellop_nb.commands import run
 
-    home = lab.workplace()
+    home = run.workplace()
     (home / "notebooks" / "00_quickstart.ipynb").write_text("changed")
-    assert (lab.workplace() / "notebooks" / "00_quickstart.ipynb").read_text() == "changed"
+    assert (run.workplace() / "notebooks" / "00_quickstart.ipynb").read_text() == "changed"
     assert (installed / "notebooks" / "00_quickstart.ipynb").read_text() == "{}"
 
 
 def test_copied_notebooks_are_those_that_are_used(installed, tmp_path, monkeypatch, capsys):
-    from cellop_nb.commands import lab
+    from cellop_nb.commands import run
 
     assert environment.notebooks() == installed / "notebooks"
     assert main(["notebooks", "mine"]) == 0
@@ -44,7 +44,7 @@ def test_copied_notebooks_are_those_that_are_used(installed, tmp_path, monkeypat
     assert sorted(path.name for path in Path("mine").iterdir()) == ["data", "notebooks"]
     monkeypatch.chdir("mine")
     assert environment.notebooks() == tmp_path / "work" / "mine" / "notebooks"
-    assert lab.workplace() == tmp_path / "work" / "mine"
+    assert run.workplace() == tmp_path / "work" / "mine"
 
 
 def test_notebooks_never_overwrites(installed, capsys):

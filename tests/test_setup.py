@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import packages_distributions
+from pathlib import Path
 
 import pytest
 import yaml
@@ -14,6 +17,7 @@ import yaml
 import cellop_nb
 from cellop_nb import packages
 from cellop_nb.commands import environment
+from cellop_nb.errors import MissingExtraError
 
 CONDA_NAMES = {"matplotlib-base": "matplotlib", "python-build": "build"}
 
@@ -29,6 +33,12 @@ def pins(root):
     return dict(line.split("==") for line in lines if not line.startswith("#"))
 
 
+def needed(project):
+    """What the two commands of the README install."""
+    extras = project["optional-dependencies"]
+    return project["dependencies"] + extras["notebook"] + extras["test"]
+
+
 def split(requirement):
     name, bound = re.fullmatch(r"([\w.-]+)((?:>=[\d.]+)?)", requirement).groups()
     return CONDA_NAMES.get(name, name), bound
@@ -41,13 +51,72 @@ def test_environment_yml_keeps_step_with_pyproject(root, project):
     named = dict(split(entry) for entry in [*conda, *pip] if not entry.startswith("-e"))
     assert named.pop("python") == project["requires-python"]
     named.pop("pip")
-    assert named == dict(split(r) for r in project["dependencies"] + project["optional-dependencies"]["test"])
+    assert named == dict(split(r) for r in needed(project))
     assert "-e ." in pip
     assert content["channels"] == ["conda-forge", "nodefaults"]
 
 
+# declared, and used without an import
+NOT_IMPORTED = {
+    "ipykernel": "the kernels of notebooks that are executed",
+    "jupyterlab": "`lab` starts it as a program",
+    "nbformat": "what the client of a notebook reads",
+    "pyarrow": "pandas writes the table of a sweep with it",
+}
+
+
+def imports() -> tuple[set[str], set[str]]:
+    """Packages that the code imports at the top of a file, and inside a function."""
+    top, inside = set(), set()
+    for path in Path(cellop_nb.__file__).parent.rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module]
+            (top if node in tree.body else inside).update(name.partition(".")[0] for name in names)
+    own = {*sys.stdlib_module_names, "cellop_nb", "benchmarks"}
+    return top - own, inside - own
+
+
+def owners(modules: set[str]) -> dict[str, set[str]]:
+    """Names of what installs each module."""
+    table = packages_distributions()
+    return {name: {owner.lower().replace("_", "-") for owner in table.get(name, [name])} for name in modules}
+
+
+def test_what_is_imported_is_declared_and_what_is_declared_is_imported(project):
+    base = {split(r)[0] for r in project["dependencies"]}
+    extras = {name: {split(r)[0] for r in rs} for name, rs in project["optional-dependencies"].items()}
+    top, inside = map(owners, imports())
+    assert not [m for m, names in top.items() if not names & base], "a plain installation could not import it"
+    assert not [m for m, names in inside.items() if not names & base.union(*extras.values())]
+    imported = set().union(*top.values(), *inside.values())
+    assert base <= imported
+    assert extras["notebook"] - imported == set(NOT_IMPORTED)
+
+
+def test_a_function_that_needs_an_extra_says_which():
+    with pytest.raises(
+        MissingExtraError, match=r"no_such_package for speed.*not installed.*cellop_nb\[cluster\]"
+    ):
+        packages.require("no_such_package", "cluster", of="speed")
+
+
+def test_an_extra_is_added_to_what_the_environment_has(fresh):
+    (environment.ROOT / "pyproject.toml").write_text(
+        '[project]\ndependencies = ["no-such-package-xyz>=1"]\n'
+        "[project.optional-dependencies]\nnotebook = []\ntest = []\n"
+    )
+    environment.ensure(("notebook",), ["run"])
+    assert environment.is_ready(("notebook",)) and not environment.is_ready(("notebook", "test"))
+    environment.ensure(("test",), ["test"])
+    assert kinds(fresh) == ["venv", "pip", "restart", "pip", "restart"]
+    assert fresh[3][-1].endswith("[notebook,test]")
+
+
 def test_the_tested_versions_meet_the_declared_bounds(project, pins):
-    for requirement in project["dependencies"] + project["optional-dependencies"]["test"]:
+    for requirement in needed(project):
         name, bound = split(requirement)
         assert packages.numbers(pins[name]) >= packages.numbers(bound.removeprefix(">=")), requirement
     assert pins["torch"] == "2.13.0"
@@ -73,7 +142,7 @@ def test_ci_runs_the_test_command(root):
 
 
 def test_this_interpreter_has_what_the_tests_need():
-    assert packages.missing(packages.requirements("test")) == []
+    assert packages.missing(packages.requirements("notebook", "test")) == []
 
 
 def test_absent_and_old_packages_are_missing():
@@ -115,12 +184,12 @@ def kinds(calls):
 def test_the_environment_is_made_once_and_redone_when_pyproject_changes(fresh):
     environment.ensure((), ["run"])
     assert kinds(fresh) == ["venv", "pip", "restart"]
-    assert environment.is_ready()
+    assert environment.is_ready(())
     environment.ensure((), ["run"])
     assert kinds(fresh)[3:] == ["restart"]
     with (environment.ROOT / "pyproject.toml").open("a") as file:
         file.write("# changed\n")
-    assert not environment.is_ready()
+    assert not environment.is_ready(())
     environment.ensure((), ["run"])
     assert kinds(fresh)[4:] == ["pip", "restart"]
 
@@ -136,7 +205,7 @@ def test_a_broken_installation_is_redone_from_scratch(fresh, monkeypatch):
     monkeypatch.setattr(environment, "_follow", breaks)
     with pytest.raises(KeyboardInterrupt):
         environment.ensure((), ["run"])
-    assert not environment.is_ready()
+    assert not environment.is_ready(())
     monkeypatch.setattr(environment, "_follow", follow)
     monkeypatch.setattr(environment, "_is_alive", lambda process: False)
     fresh.clear()

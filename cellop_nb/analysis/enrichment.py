@@ -7,14 +7,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..errors import CellopError, DataError, LabelError, did_you_mean, three_beats
+from ..errors import DataError, LabelError, did_you_mean, three_beats
+from ..packages import require
 from .distances import benjamini_hochberg
 
 _VALUES = ("effect", "lfc", "predicted", "score")
-
-
-class MissingExtraError(CellopError, ImportError):
-    """An optional package is needed for what was asked."""
 
 
 def enrich(
@@ -71,7 +68,10 @@ def enrich(
     wide.columns = wide.columns.astype(str)
     _enough_overlap(sets, set(wide.columns), min_genes)
     names, wide.index = wide.index.to_frame(index=False), [str(k) for k in range(len(wide))]
-    scores, p = _decoupler().mt.ulm(wide, sets, tmin=min_genes)[:2]
+    require("decoupler", "enrichment", of="enrichment")
+    import decoupler
+
+    scores, p = decoupler.mt.ulm(wide, sets, tmin=min_genes)[:2]
     members = {name: wide.columns.intersection(genes) for name, genes in sets.groupby("source")["target"]}
     rows = [
         {
@@ -89,15 +89,6 @@ def enrich(
     adjusted = table.groupby(by, sort=False)["p"].transform(lambda p: benjamini_hochberg(p.to_numpy()))
     table.insert(table.columns.get_loc("p") + 1, "fdr", adjusted)
     return table.sort_values([*by, "p"], ignore_index=True)
-
-
-def _decoupler():
-    try:
-        import decoupler
-    except ImportError:
-        fix = "pip install 'cellop_nb[enrichment]'"
-        raise MissingExtraError(three_beats("decoupler for enrichment", "it is not installed", fix)) from None
-    return decoupler
 
 
 def _value_column(changes: pd.DataFrame, value: str | None) -> str:

@@ -12,6 +12,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from ..errors import CellopError, HoldoutError, check_settings, three_beats
+from ..packages import require
 from .combinations import RULES
 from .fitted import check_vae_settings, settings_of
 from .holdout import OPERATORS, holdout
@@ -214,6 +215,7 @@ def _runner(cluster, adata, n_tasks: int) -> Iterator:
 @contextmanager
 def _client(cluster, n_tasks: int) -> Iterator:
     """The caller's client; or one of our own, closed at the end, on a given cluster or on local workers."""
+    require("distributed", "notebook", of="cluster=")
     from distributed import Client, LocalCluster
 
     if isinstance(cluster, Client):

@@ -82,24 +82,32 @@ def ensure(extras: tuple[str, ...], arguments: list[str]) -> None:
     if not lacking:
         return
     if not IS_CHECKOUT:
-        wanted = " ".join(f'"{requirement}"' for requirement in lacking)
-        found = f"none of: {', '.join(lacking)}"
-        raise SetupError(
-            three_beats("the packages that this command needs", found, f"run `pip install {wanted}`")
-        )
+        named = f"cellop_nb[{','.join(extras)}]" if extras else "cellop_nb"
+        raise SetupError(three_beats(
+            "the packages that this command needs", f"none of: {', '.join(lacking)}", f'run `pip install "{named}"`',
+        ))  # fmt: skip
     if os.environ.get(_RESTARTED):
         raise SetupError(three_beats(
             "an environment with every package of pyproject.toml", f"none of: {', '.join(lacking)}",
             f"delete {VENV} and run the command again",
         ))  # fmt: skip
-    if not is_ready():
-        make()
+    if not is_ready(extras):
+        make(extras)
     restart(arguments)
 
 
-def is_ready() -> bool:
-    """Whether `.venv` was finished for the present pyproject.toml and constraints.txt."""
-    return _STAMP.is_file() and _STAMP.read_text(encoding="utf-8") == stamp() and _runs()
+def is_ready(extras: tuple[str, ...]) -> bool:
+    """Whether `.venv` was finished with these extras, for the present pyproject.toml and constraints.txt."""
+    return {*extras} <= {*_installed_extras()} and stamp() in _stamped() and _runs()
+
+
+def _stamped() -> list[str]:
+    """The fingerprint that `.venv` was finished with, and its extras."""
+    return _STAMP.read_text(encoding="utf-8").split() if _STAMP.is_file() else []
+
+
+def _installed_extras() -> list[str]:
+    return _stamped()[1:]
 
 
 def venv_python() -> Path:
@@ -114,9 +122,13 @@ def _runs() -> bool:
     return subprocess.run([venv_python(), "-c", probe], capture_output=True).returncode == 0
 
 
-def make() -> None:
-    """Create or complete `.venv`; the stamp is written last, so that a broken installation is redone."""
+def make(extras: tuple[str, ...]) -> None:
+    """Create or complete `.venv` with these extras and those that it had.
+
+    The stamp is written last, so that a broken installation is redone.
+    """
     _refuse_second()
+    extras = tuple(sorted({*extras, *_installed_extras()}))
     with storing(_LOG):
         _LOG.parent.mkdir(exist_ok=True)
         _STAMP.unlink(missing_ok=True)
@@ -128,18 +140,18 @@ def make() -> None:
             status.update("creating the environment")
             _follow([sys.executable, "-m", "venv", "--clear", str(VENV)], log, status)
         status.update("pip: resolving the packages")
-        _follow(_pip_command(), log, status)
+        _follow(_pip_command(extras), log, status)
         _UNFINISHED.unlink()
-        _STAMP.write_text(stamp(), encoding="utf-8")
+        _STAMP.write_text(" ".join([stamp(), *extras]), encoding="utf-8")
     say(f"Ready after {clock(status.seconds)}.")
 
 
-def _pip_command() -> list[str]:
+def _pip_command(extras: tuple[str, ...]) -> list[str]:
     quiet = ["--no-input", "--disable-pip-version-check", "--progress-bar", "off", "--prefer-binary"]
     quiet.append("--no-compile")  # most of the 2 GB is never imported; Python compiles what is, when it is
     return [
         str(venv_python()), "-m", "pip", "install", *quiet,
-        "-c", str(ROOT / "constraints.txt"), "-e", f"{ROOT}[test,docs]",
+        "-c", str(ROOT / "constraints.txt"), "-e", f"{ROOT}[{','.join(extras)}]" if extras else str(ROOT),
     ]  # fmt: skip
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from cellop_nb.commands import Command
 from cellop_nb.commands.terminal import say, table
 from cellop_nb.errors import DataError, three_beats
 from cellop_nb.files import write_whole
 
-SUMMARY = "hold out contexts, donors, perturbations or combinations in turn; score all methods"
-EXTRAS = ()
 SHOWN = ("e_distance", "pearson_delta")
 
 
@@ -67,12 +66,12 @@ def check(args: argparse.Namespace) -> None:
         raise DataError(three_beats("an existing folder for --out", str(args.out.parent), fix))
 
 
-def main(args: argparse.Namespace) -> int:
+def holdout(args: argparse.Namespace) -> int:
     """Run the hold-outs and show the methods side by side."""
-    from cellop_nb import datasets, holdout_all
+    import cellop_nb as co
 
-    found = holdout_all(
-        datasets.load(args.data),
+    result = co.holdout_all(
+        co.datasets.load(args.data),
         over=args.over,
         where=dict(pair.split("=", 1) for pair in args.where),
         layer=args.layer,
@@ -89,18 +88,18 @@ def main(args: argparse.Namespace) -> int:
         cluster=args.workers,
     )
     if args.out is not None:
-        write_whole(args.out, lambda part: found.table.to_csv(part, index=False))
-    several = found.table.groupby("heldout", sort=False)["group"].nunique().max() > 1
+        write_whole(args.out, lambda part: result.table.to_csv(part, index=False))
+    several = result.table.groupby("heldout", sort=False)["group"].nunique().max() > 1
     for metric in SHOWN:
         for by in ("group", "heldout") if several else ("group",):
             say(f"\n{metric} (mean over {args.seeds} seed{'s' if args.seeds > 1 else ''})")
-            _show(found.summary(metric, by=by))
-    chosen = found.choices[found.choices["chosen"]]
+            _show(result.summary(metric, by=by))
+    chosen = result.choices[result.choices["chosen"]]
     say("\nchosen: " + ", ".join(f"{n} x {name}" for name, n in chosen["complexity"].value_counts().items()))
     say("VAE: " + ", ".join(f"{n} x {name}" for name, n in chosen["vae"].value_counts().items()))
-    for row in found.left_out.itertuples():
+    for row in result.left_out.itertuples():
         say(f"left out: {row.heldout}: {row.reason}")
-    for row in found.behind().itertuples():
+    for row in result.behind().itertuples():
         say(f"behind: {row.group}: {row.operators:.2f} against {row.baseline:.2f} of {row.best_baseline}")
     return 0
 
@@ -128,3 +127,11 @@ def _sizes(text: str) -> list[int]:
 
 def _short(method: str) -> str:
     return method.partition(" (")[0]
+
+
+HOLDOUT = Command(
+    "hold out contexts, donors, perturbations or combinations in turn; score all methods",
+    add_arguments,
+    holdout,
+    check=check,
+)

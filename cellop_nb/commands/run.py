@@ -1,4 +1,4 @@
-"""`run`: the numbered notebooks in order, with papermill, into one run folder."""
+"""`run`, `lab`, `notebooks`, `params`: execute the numbered notebooks, open them, copy them, show what can be set."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import argparse
 import os
 import platform
 import re
+import shlex
+import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,22 +17,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cellop_nb.commands import environment, users_file
+from cellop_nb.commands import Command, environment
 from cellop_nb.commands.terminal import Status, clock, complain, say, table
-from cellop_nb.errors import DataError, LabelError, did_you_mean, three_beats
+from cellop_nb.errors import DataError, LabelError, StorageError, did_you_mean, three_beats
 from cellop_nb.files import storing
 from cellop_nb.notebook import parameters, runs
-
-SUMMARY = "run the numbered notebooks, on the embedded data or on yours"
-
-
-EXTRAS: tuple[str, ...] = ()
-
 
 _ALONE = ("00_quickstart", "06_predict")  # they make all they need themselves
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `run`."""
     add_data(parser.add_argument_group("your data"))
     what = parser.add_argument_group("what runs")
@@ -66,18 +64,18 @@ def add_values(group) -> None:
     )
 
 
-def check(args: argparse.Namespace) -> None:
+def check_run(args: argparse.Namespace) -> None:
     """Refuse what can be refused before the environment exists."""
     selected = select(args)
     settings(args, selected)
     folder(args)
 
 
-def main(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Run the selected notebooks; 0 when all ran to their end, 1 when one failed."""
     selected = select(args)
     values = settings(args, selected, with_file=True)
-    users_file.check_data(values)
+    check_data(values)
     target = folder(args)
     with storing(target):
         target.mkdir(parents=True, exist_ok=True)
@@ -127,9 +125,7 @@ def settings(
     content = _from_file(args.file) if with_file and args.file else {}
     typed_in = [(name, value, True) for name, value in args.values]
     typed_in += [
-        (name, getattr(args, name), True)
-        for name in ("data", *users_file.KEYS)
-        if getattr(args, name) is not None
+        (name, getattr(args, name), True) for name in ("data", *KEYS) if getattr(args, name) is not None
     ]
     names = [name for name, _, _ in typed_in]
     if twice := [name for name in names if names.count(name) > 1]:
@@ -141,7 +137,7 @@ def settings(
             fix = "use --runs and --name"
             raise LabelError(three_beats("a parameter that is free", "'run_dir', set by the run", fix))
         for stem, typed in parameters.assign(selected, name, value, text=text).items():
-            values[stem][plain] = users_file.locate(typed) if plain == "data" else typed
+            values[stem][plain] = locate(typed) if plain == "data" else typed
     return values
 
 
@@ -266,3 +262,174 @@ def _headline(outcome: runs.Outcome) -> str:
         return "FAILED"
     numbers = [(name, value) for name, value in outcome.metrics.items() if type(value) in (int, float)]
     return ", ".join(f"{name} {value:.4g}" for name, value in numbers[:3])
+
+
+KEYS = ("perturbation_key", "context_key", "control", "layer")
+
+
+def locate(data: str) -> str:
+    """The absolute path where `data` is one: kernels work in the run folder, the caller elsewhere."""
+    path = Path(data).expanduser()
+    if path.exists():
+        return str(path.resolve())
+    if path.suffix in {".h5ad", ".h5", ".zarr"} or os.sep in data:
+        near = [other.name for other in path.parent.glob("*") if other.suffix in {".h5ad", ".zarr"}]
+        fix = did_you_mean(path.name, near) if near else "a relative path starts in the current folder"
+        raise DataError(three_beats("an AnnData file", f"no file {path}", fix))
+    return data
+
+
+def check_data(values: dict[str, dict[str, Any]]) -> None:
+    """Look at the user's file before the first kernel starts: a wrong key shows now, not a minute later."""
+    asked = next((v for v in values.values() if Path(v.get("data", "")).suffix == ".h5ad"), None)
+    if asked is None:
+        return
+    import cellop_nb
+
+    adata = cellop_nb.datasets.load(asked["data"], backed=True)
+    try:
+        cellop_nb.setup(adata, **{key: asked[key] for key in KEYS if key in asked})
+    except DataError as refusal:
+        raise DataError(f"{refusal}{_counts_in_raw(Path(asked['data']))}") from None
+
+
+def _counts_in_raw(path: Path) -> str:
+    """The command that takes the counts from the raw slot, which no option reaches, where they lie there."""
+    import h5py
+
+    with h5py.File(path) as file:
+        slot = file.get("raw/X")
+        part = None if slot is None else (slot["data"] if isinstance(slot, h5py.Group) else slot)[:1000]
+    if part is None or part.size == 0 or (part < 0).any() or (part % 1 != 0).any():
+        return ""
+    new = path.with_name(f"{path.stem}_counts.h5ad")
+    lines = f"import anndata; anndata.read_h5ad({str(path)!r}).raw.to_adata().write_h5ad({str(new)!r})"
+    quoted = shlex.quote(lines) if set(lines) & set('"$`\\!') else f'"{lines}"'  # the latter reads better
+    command = f"{shlex.quote(sys.executable)} -c {quoted}"
+    return (
+        f" The raw slot has whole numbers; this writes them to a file of their own, for --data: `{command}`."
+    )
+
+
+def add_lab_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `lab`."""
+    parser.add_argument(
+        "jupyter", nargs="*", metavar="-- ARGUMENTS", help="passed on to jupyter lab, e.g. -- --no-browser"
+    )
+
+
+def lab(args: argparse.Namespace) -> int:
+    """Start JupyterLab and wait for its end."""
+    root = workplace()
+    first = next((root / "notebooks").glob("00_*.ipynb"), None)
+    start = f"/lab/tree/notebooks/{first.name}" if first else "/lab"
+    say(f"JupyterLab on {root / 'notebooks'}; stop it with Ctrl-C here.")
+    command = [
+        sys.executable,
+        "-m",
+        "jupyterlab",
+        f"--ServerApp.root_dir={root}",
+        f"--LabApp.default_url={start}",
+        "--ServerApp.ip=127.0.0.1",  # reached from this machine alone, and with the token that it prints
+    ]
+    return subprocess.call([*command, *args.jupyter], env={**os.environ, "JUPYTER_PREFER_ENV_PATH": "1"})
+
+
+def workplace() -> Path:
+    """The folder with notebooks to open; people change notebooks, so an installed package's are copied out."""
+    home = environment.home()
+    if environment.notebooks() != environment.NOTEBOOKS or environment.IS_CHECKOUT:
+        return home
+    target = home / "cellop_notebooks"
+    if not target.exists():
+        copy_notebooks(target)
+    return target
+
+
+def add_notebooks_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `notebooks`."""
+    parser.add_argument(
+        "folder", metavar="DIR", type=Path, help="folder to make; notebooks/ and data/ go there"
+    )
+
+
+def check_notebooks(args: argparse.Namespace) -> None:
+    """Refuse a folder that already has notebooks or data: nobody's work is overwritten."""
+    for name in ("notebooks", "data"):
+        if (args.folder / name).exists():
+            fix = "name another folder, or move that one away"
+            raise StorageError(three_beats("a folder without notebooks", f"{args.folder / name}", fix))
+
+
+def notebooks(args: argparse.Namespace) -> int:
+    """Copy, and say what to do next."""
+    copy_notebooks(args.folder)
+    say(f"Notebooks and example data are in {args.folder.resolve()}")
+    say(f"Next:  cd {args.folder} && python3 -m cellop_nb lab     (or: run)")
+    return 0
+
+
+def copy_notebooks(folder: Path) -> None:
+    """Copy both folders whole: each under another name first, then renamed."""
+    for name in ("notebooks", "data"):
+        target, part = folder / name, folder / f".{os.getpid()}.{name}"
+        unwanted = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
+        with storing(target):
+            try:
+                shutil.copytree(environment.SHARE / name, part, ignore=unwanted)
+                os.replace(part, target)
+            finally:
+                shutil.rmtree(part, ignore_errors=True)
+
+
+def add_params_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `params`."""
+    parser.add_argument(
+        "notebook", nargs="?", help="name or number (02_train_vae, 02), or the path of an .ipynb file"
+    )
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--yaml", action="store_true", help="as a file for `run -f`, to edit")
+    form.add_argument("--cell", action="store_true", help="as the text of the notebook's parameters cell")
+
+
+def params(args: argparse.Namespace) -> int:
+    """Print the parameters of one notebook, or the notebooks there are."""
+    if args.notebook is None:
+        for name in parameters.names():
+            say(f"{name}: {', '.join(p.name for p in parameters.for_notebook(name))}")
+        return 0
+    if args.yaml:
+        say(parameters.as_yaml(args.notebook).rstrip())
+    elif args.cell:
+        say(parameters.parameters_cell(args.notebook))
+    else:
+        notebook_parameters = parameters.for_notebook(args.notebook)
+        rows = [[p.name, p.type, repr(p.default), p.limits, p.help] for p in notebook_parameters]
+        say(table(["parameter", "type", "default", "range", "meaning"], rows))
+        example = next((p for p in notebook_parameters if p.limits), notebook_parameters[0])
+        where = Path(args.notebook).stem
+        say(f"\nChange one:  python3 -m cellop_nb run --only {where} -p {example.name} {example.default}")
+    return 0
+
+
+RUN = Command(
+    "run the numbered notebooks, on the embedded data or on yours",
+    add_run_arguments,
+    run,
+    extras=("notebook",),
+    check=check_run,
+)
+LAB = Command("open JupyterLab on the notebooks", add_lab_arguments, lab, extras=("notebook",))
+NOTEBOOKS = Command(
+    "copy the numbered notebooks and the example data into a folder of your own",
+    add_notebooks_arguments,
+    notebooks,
+    extras=None,
+    check=check_notebooks,
+)
+PARAMS = Command(
+    "show the parameters of a notebook: name, type, default, range, meaning",
+    add_params_arguments,
+    params,
+    extras=None,
+)

@@ -6,14 +6,11 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from cellop_nb.commands import environment, users_file
+from cellop_nb.commands import Command, environment
 from cellop_nb.commands import run as single
 from cellop_nb.commands.terminal import clock, complain, say, table
 from cellop_nb.errors import DataError, three_beats
 from cellop_nb.notebook import sweep
-
-SUMMARY = "run a notebook for many parameter values, on this machine or a cluster"
-EXTRAS: tuple[str, ...] = ()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,7 +65,7 @@ def check(args: argparse.Namespace) -> None:
             raise DataError(three_beats(f"--{option} of at least 1", str(value), "leave it out"))
 
 
-def main(args: argparse.Namespace) -> int:
+def sweep_notebook(args: argparse.Namespace) -> int:
     """Run what is missing and write the report; 0 when all runs are done, 1 when one failed."""
     notebook, runs = prepare(args, with_file=True)
     folder = place(args, notebook)
@@ -79,7 +76,7 @@ def main(args: argparse.Namespace) -> int:
         _list(runs, todo)
         return 0
     sweep.check_queue(args.cluster)
-    users_file.check_data({notebook.stem: runs[0].values})
+    single.check_data({notebook.stem: runs[0].values})
     _run(args, notebook, folder, runs, n_done=done)
     return _report(args, notebook, folder, runs)
 
@@ -103,7 +100,7 @@ def find(args: argparse.Namespace) -> Path:
 
 def _located(axis: sweep.Axis) -> sweep.Axis:
     assert isinstance(axis.values, tuple), "only numbers are drawn from an interval"
-    return replace(axis, values=tuple(users_file.locate(value) for value in axis.values))
+    return replace(axis, values=tuple(single.locate(value) for value in axis.values))
 
 
 def place(args: argparse.Namespace, notebook: Path) -> Path:
@@ -158,3 +155,12 @@ def _report(args, notebook: Path, folder: Path, runs: list[sweep.Run]) -> int:
     seconds = frame["seconds"].sum()
     say(f"{_runs(len(frame) - len(failed))} done, {clock(seconds)} of notebooks in all.")
     return 1 if len(failed) else 0
+
+
+SWEEP = Command(
+    "run a notebook for many parameter values, on this machine or a cluster",
+    add_arguments,
+    sweep_notebook,
+    extras=("notebook",),
+    check=check,
+)

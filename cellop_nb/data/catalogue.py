@@ -219,7 +219,6 @@ def _read(path: Path, backed: bool) -> AnnData:
 
 def _download(screen: Screen, path: Path, known: str | None, progress: bool) -> None:
     import pooch
-    import requests
 
     try:
         pooch.retrieve(screen.url, known, fname=path.name, path=path.parent, progressbar=progress)
@@ -228,7 +227,7 @@ def _download(screen: Screen, path: Path, known: str | None, progress: bool) -> 
         raise DataError(
             three_beats(f"{screen.name} as first downloaded", "another file at its source", fix)
         ) from error
-    except (requests.RequestException, OSError) as error:
+    except OSError as error:  # those of requests, which pooch uses, are some of them
         found = f"{type(error).__name__} at {screen.url}"
         fix = f"check the connection and try again; {_cached(path.parent)}"
         raise DataError(three_beats(f"a complete download of {screen.name}", found, fix)) from error

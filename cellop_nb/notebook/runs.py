@@ -25,6 +25,7 @@ from weakref import WeakSet
 
 from ..errors import SetupError, three_beats
 from ..files import write_whole
+from ..packages import require
 from . import parameters
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
@@ -116,6 +117,7 @@ def _papermill(
     notebook: Path, folder: Path, values: dict, on_cell: Callable | None, timeout: int | None
 ) -> tuple[str, int | None]:
     """Run papermill; the error and the failing cell, or `("", None)`."""
+    require("papermill", "notebook", of="executing notebooks")
     import papermill
     from jupyter_client.kernelspec import NoSuchKernel
     from nbclient.exceptions import CellTimeoutError, DeadKernelError

@@ -12,10 +12,10 @@ import torch
 from anndata import AnnData
 from scipy import stats
 
-from cellop_nb.analysis.enrichment import MissingExtraError, enrich
+from cellop_nb.analysis.enrichment import enrich
 from cellop_nb.analysis.expression import predicted_expression
 from cellop_nb.analysis.profiles import response_profiles, response_similarity
-from cellop_nb.errors import DataError, LabelError
+from cellop_nb.errors import DataError, LabelError, MissingExtraError
 from cellop_nb.models.operators import Condition, OperatorModel
 
 GENES = [f"GENE{k}" for k in range(60)]

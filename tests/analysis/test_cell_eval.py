@@ -31,7 +31,7 @@ def result():
 
 @pytest.fixture(scope="module")
 def theirs(result, tmp_path_factory):
-    reason = "cell-eval is not installed: pip install 'cellop_nb[parity]'"
+    reason = "cell-eval is not installed: pip install 'cellop_nb[evaluation]'"
     cell_eval = pytest.importorskip("cell_eval", reason=reason)
     predicted, real = cell_eval_pair(result)
     evaluator = cell_eval.MetricsEvaluator(
@@ -71,7 +71,7 @@ def test_rmse_is_the_root_of_their_mse(result, theirs):
 
 
 def test_their_energy_distance_is_our_v_form(result):
-    reason = "cell-eval is not installed: pip install 'cellop_nb[parity]'"
+    reason = "cell-eval is not installed: pip install 'cellop_nb[evaluation]'"
     pytest.importorskip("cell_eval", reason=reason)
     import torch
     from cell_eval._types import PerturbationAnndataPair

@@ -1,0 +1,177 @@
+"""`test`, `bench`, `docs`: for those who work on the package; each needs a checkout."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from cellop_nb.commands import Command, environment
+from cellop_nb.commands.terminal import say
+from cellop_nb.errors import DataError, LabelError, did_you_mean, three_beats
+
+SUITES = ("science", "tooling")
+SCIENCE = ("models", "data", "training", "analysis")
+"""Folders of tests/ that need no notebook, browser or second environment."""
+
+_NBVAL = ["--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=300"]
+
+
+def add_test_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `test`."""
+    parser.add_argument(
+        "pytest", nargs="*", metavar="SUITE, or -- ARGUMENTS",
+        help="passed on to pytest, e.g. -- -k energy, or -- tests/models -n 0; the suites are science (models, data, "
+        "training, analysis) and tooling (the rest, with the notebooks); default: both",
+    )  # fmt: skip
+
+
+def check_test(args: argparse.Namespace) -> None:
+    """Refuse where there are no tests, as in an installed wheel, and a suite that there is not."""
+    environment.require_checkout("tests")
+    name = next(iter(args.pytest), "-")
+    if not name.startswith("-") and name not in SUITES and not _split([name])[1]:
+        fix = did_you_mean(name, SUITES)
+        raise LabelError(three_beats("a suite, a path, or -- and options of pytest", repr(name), fix))
+
+
+def test(args: argparse.Namespace) -> int:
+    """Run pytest once over all that is chosen, so that its summary is the last thing printed."""
+    name = args.pytest[0] if args.pytest and args.pytest[0] in SUITES else None
+    options, paths = _split(args.pytest[name is not None :])
+    workers = min(os.cpu_count() or 1, 2)
+    # a module's tests and a notebook's cells stay in one worker, in order
+    parallel = ["-n", str(workers), "--dist", "loadscope"] if workers > 1 else []
+    command = [sys.executable, "-m", "pytest", *_NBVAL, *parallel, *options, *(paths or suite(name))]
+    return subprocess.call(command, cwd=environment.ROOT, env=_surroundings())
+
+
+def suite(name: str | None) -> list[str]:
+    """Paths below the project's folder that a suite consists of; None: both."""
+    science = [f"tests/{folder}" for folder in SCIENCE]
+    notebooks = ["notebooks", "benchmarks"] if any((environment.ROOT / "notebooks").glob("*.ipynb")) else []
+    if name == "science":
+        return science
+    left_out = [f"--ignore={path}" for path in science] if name == "tooling" else []
+    return ["tests", *notebooks, *left_out]
+
+
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Options, and paths: a relative path is the caller's where it exists there, else the project's."""
+    options, paths = [], []
+    for argument in arguments:
+        path, mark, rest = argument.partition("::")
+        if argument.startswith("-") or not ((environment.ROOT / path).exists() or Path(path).exists()):
+            options.append(argument)
+        else:
+            paths.append((str(Path(path).resolve()) if Path(path).exists() else path) + mark + rest)
+    return options, paths
+
+
+def _surroundings() -> dict[str, str]:
+    """One thread for each worker: two workers of two threads each would only wait for each other."""
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")
+    return {**threads, **os.environ, "JUPYTER_PREFER_ENV_PATH": "1"}
+
+
+SECTIONS = (
+    "vae",
+    "energy",
+    "operators",
+    "predict",
+    "explorer",
+    "scale",
+)  # those of bench.record, which needs torch
+GPU = "gpu"
+"""A section apart: it is of another machine, and `all` leaves it out where there is no GPU."""
+
+
+def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `bench`."""
+    parser.add_argument(
+        "section",
+        nargs="?",
+        default="all",
+        choices=(*SECTIONS, GPU, "all"),
+        help="what to measure (default: all)",
+    )
+    parser.add_argument("--quick", action="store_true", help="small sizes: whether it runs, not how fast")
+    parser.add_argument(
+        "--out", metavar="FILE.json", type=Path, help="file for numbers, machine and versions"
+    )
+    parser.add_argument(
+        "--threads", type=int, help="threads of torch (default: OMP_NUM_THREADS, else all cores)"
+    )
+
+
+def check_bench(args: argparse.Namespace) -> None:
+    """Refuse where the benchmarks are not, and what could not be written, before hours of work."""
+    environment.require_checkout("benchmarks")
+    if args.threads is not None and args.threads < 1:
+        fix = "leave it out for all cores"
+        raise DataError(three_beats("--threads of at least 1", str(args.threads), fix))
+    if args.out is not None and not args.out.absolute().parent.is_dir():
+        raise DataError(three_beats("--out in a folder that exists", str(args.out), "make the folder first"))
+
+
+def bench(args: argparse.Namespace) -> int:
+    """Measure, print one table per kind of row, and write the file."""
+    threads = args.threads or int(os.environ.get("OMP_NUM_THREADS", "0")) or os.cpu_count() or 1
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # for the fresh processes that measure memory
+    sys.path.insert(0, str(environment.ROOT))
+    import torch
+
+    from benchmarks.record import record, write
+
+    every = (*SECTIONS, GPU) if torch.cuda.is_available() else SECTIONS
+    run = record(
+        every if args.section == "all" else (args.section,), quick=args.quick, threads=threads, show=True
+    )
+    if args.out is not None:
+        write(args.out, run)
+        say(f"written: {args.out}")
+    return 0
+
+
+def add_docs_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `docs`."""
+    parser.add_argument(
+        "--out", metavar="FOLDER", type=Path, help="where the site goes (default: docs/_build/html)"
+    )
+
+
+def check_docs(args: argparse.Namespace) -> None:
+    """Refuse where there is nothing to build from: an installed wheel has no pages."""
+    environment.require_checkout("docs")
+
+
+def docs(args: argparse.Namespace) -> int:
+    """Build the site from the committed notebooks and the docstrings."""
+    folder = [args.out.resolve()] if args.out else []
+    return subprocess.call([sys.executable, "-m", "docs.build", *folder], cwd=environment.ROOT)
+
+
+TEST = Command(
+    "run the tests, the notebooks' included",
+    add_test_arguments,
+    test,
+    extras=("notebook", "test"),
+    check=check_test,
+)
+# the peers of a benchmark are optional: those that are absent are named as such
+BENCH = Command(
+    "measure speed and memory, beside the peers that are installed",
+    add_bench_arguments,
+    bench,
+    extras=("notebook",),
+    check=check_bench,
+)
+DOCS = Command(
+    "build the documentation site, from the notebooks as they are committed",
+    add_docs_arguments,
+    docs,
+    extras=("notebook", "test", "docs"),
+    check=check_docs,
+)
