@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ENGLISH, CHINESE = ROOT / "README.md", ROOT / "README.zh.md"
 BOTH = pytest.mark.parametrize("page", [ENGLISH, CHINESE], ids=lambda page: page.name)
 ELSEWHERE = {
-    "python3 -m pip install .",
+    'python3 -m pip install ".[notebook]"',
     "cd mine",
 }  # not ours; tests/test_installed.py does what they stand for
 
