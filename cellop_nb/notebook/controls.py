@@ -14,17 +14,34 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cellop_nb.errors import CellopError
 from cellop_nb.notebook.live import LivePlot, duration
 from cellop_nb.training.callbacks import Callback
+
+if TYPE_CHECKING:
+    from ipywidgets import VBox
 
 log = logging.getLogger("cellop_nb")
 
 _RESTING = {"idle", "paused", "finished", "stopped", "failed"}
 
 
-class RunControls(Callback):
+class Panel:
+    """What a notebook shows of an object with widgets: its `panel`; a file or a printed page shows `about` instead."""
+
+    about = ""
+    panel: VBox
+
+    def _repr_mimebundle_(self, include=None, exclude=None):
+        bundle = self.panel._repr_mimebundle_(include=include, exclude=exclude)
+        data, *rest = bundle if isinstance(bundle, tuple) else (bundle,)
+        data = {**data, "text/plain": self.about}
+        return (data, *rest) if rest else data
+
+
+class RunControls(Panel, Callback):
     """Buttons and sliders for a trainer; show it in a cell of its own, then ``await trainer.fit_async()``.
 
     Parameters
@@ -44,6 +61,8 @@ class RunControls(Callback):
     panel
         The widget.
     """
+
+    about = "Run controls (they need a running kernel)"
 
     def __init__(
         self,
@@ -170,31 +189,24 @@ class RunControls(Callback):
     def _build(self) -> None:
         from ipywidgets import HTML, FloatLogSlider, FloatSlider, HBox, Layout
 
-        wide = {"style": {"description_width": "140px"}, "layout": Layout(width="460px")}
-        wide |= {"continuous_update": False}
         self.stop_button = button("Stop", "End after the current step; the model stays usable", self.stop)
         self.pause_button = button("Pause", "Hold after the current step", self.toggle_pause)
         self.draw_button = button("Draw now", "Draw the live picture at the end of the step", self.draw_now)
         self.save_button = button("Save checkpoint", "Save model and history", self.save_checkpoint)
-        rate = FloatLogSlider(
-            **rate_grid(self.trainer), **wide, description="learning rate", readout_format=".2e"
-        )
+        rate = FloatLogSlider(**rate_grid(self.trainer), description="learning rate", readout_format=".2e")
         rate.observe(lambda change: self.set_learning_rate(change["new"]), "value")
         self.rate_slider, self.weight_sliders = rate, {}
         for name, value in self.trainer.weights.items():
-            slider = FloatSlider(
-                description=readable(name), readout_format=".3g", **weight_grid(value), **wide
-            )
+            slider = FloatSlider(description=readable(name), readout_format=".3g", **weight_grid(value))
             slider.observe(lambda change, name=name: self.set_weight(name, change["new"]), "value")
             self.weight_sliders[name] = slider
+        for slider in (rate, *self.weight_sliders.values()):
+            sized(slider, "460px").continuous_update = False
         self.status, self.note = HTML(), HTML()
         self._say(self.status, "ready")
         buttons = [self.stop_button, self.pause_button, self.draw_button, self.save_button]
         row = HBox(buttons, layout=Layout(flex_flow="row wrap"))
         self.panel = panel([row, rate, *self.weight_sliders.values(), self.status, self.note])
-
-    def _repr_mimebundle_(self, **kwargs):
-        return spoken(self.panel, "Run controls (they need a running kernel)", **kwargs)
 
 
 def rate_grid(trainer) -> dict[str, float]:
@@ -285,12 +297,10 @@ def panel(children: Sequence):
     return box
 
 
-def spoken(widget, text: str, **kwargs) -> dict | tuple:
-    """MIME bundle of a widget whose text, all that a file or a printed page shows of it, is `text`."""
-    bundle = widget._repr_mimebundle_(**kwargs)
-    data, *rest = bundle if isinstance(bundle, tuple) else (bundle,)
-    data = {**data, "text/plain": text}
-    return (data, *rest) if rest else data
+def sized(widget, width: str, label_width: str = "140px"):
+    """The widget, made so wide, with so much room for its label."""
+    widget.layout.width, widget.style.description_width = width, label_width
+    return widget
 
 
 def status_line(text: str) -> str:

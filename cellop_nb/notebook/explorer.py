@@ -18,7 +18,7 @@ from ..analysis.combinations import RULES
 from ..errors import CellopError, LabelError, check_settings, did_you_mean, three_beats
 from ..files import write_whole
 from . import parameters
-from .controls import button, panel, spoken, status_line
+from .controls import Panel, button, panel, sized, status_line
 from .figures.explorer import ExplorerSheet
 from .virtual import Answer, Question, VirtualCells
 
@@ -29,7 +29,7 @@ TOGETHER = dict(zip(parameters.TOGETHER, ("axes", "generator", "sequence", "reve
 """How two perturbations are combined, in words."""
 
 
-class Explorer:
+class Explorer(Panel):
     """Widgets that ask :class:`VirtualCells`; show it as the last line of a cell.
 
     Parameters
@@ -64,6 +64,8 @@ class Explorer:
     LabelError
         For a context, perturbation or gene that neither data nor model know, or an unknown setting.
     """
+
+    about = "Virtual-cell explorer (it needs a running kernel)"
 
     def __init__(
         self,
@@ -224,10 +226,9 @@ class Explorer:
         import ipywidgets as w
 
         names, question = self.cells.perturbations, self.question
-        wide = {"style": {"description_width": "100px"}, "layout": w.Layout(width="340px")}
 
         def choice(options, value: str, description: str):
-            return w.Dropdown(options=list(options), value=value, description=description, **wide)
+            return w.Dropdown(options=list(options), value=value, description=description)
 
         first, second, together = _parts(question, names)
         self.context = choice(self.cells.contexts, question.context, "context")
@@ -235,36 +236,31 @@ class Explorer:
         self.second = choice([NOTHING, *names], second, "and")
         self.together = choice(TOGETHER, together, "how")
         self.strength = w.FloatSlider(
-            value=question.strength, min=0, max=1.5, step=0.05, readout_format=".2f", description="strength",
-            **wide,
-        )  # fmt: skip
+            value=question.strength, min=0, max=1.5, step=0.05, readout_format=".2f", description="strength"
+        )
         self.reverse = w.Checkbox(
             value=question.reverse, description="reverse: lead perturbed cells back", indent=False
         )
         self.gene_box = w.Combobox(
             value=self.gene or "", options=tuple(self.cells.vae.genes), description="gene",
-            placeholder="the one that changes most", continuous_update=False, **wide,
+            placeholder="the one that changes most", continuous_update=False,
         )  # fmt: skip
         self.export_button = button(
             "Export", "Write the moved cells as AnnData (.h5ad)", self._export_by_button
         )
-        self.image = w.Image(
-            value=self.picture,
-            format="png",
-            layout=w.Layout(width="768px", max_width="100%", align_self="flex-start"),
-        )
+        layout = w.Layout(width="768px", max_width="100%", align_self="flex-start")
+        self.image = w.Image(value=self.picture, format="png", layout=layout)
         self.status = w.HTML()
         self._say(self.answer.sentence)
         row = w.Layout(flex_flow="row wrap", align_items="center")
-        chosen = [self.context, self.first, self.second, self.together, self.strength, self.gene_box]
+        fields = [self.context, self.first, self.second, self.together, self.strength, self.gene_box]
         self._listed = self._lists()
-        for widget in (*chosen, self.reverse):
+        for widget in fields:
+            sized(widget, "340px", "100px")
+        for widget in (*fields, self.reverse):
             widget.observe(self._by_widget, "value")
-        controls = w.HBox([*chosen, self.reverse, self.export_button], layout=row)
+        controls = w.HBox([*fields, self.reverse, self.export_button], layout=row)
         self.panel = panel([controls, self.status, self.image])
-
-    def _repr_mimebundle_(self, **kwargs):
-        return spoken(self.panel, "Virtual-cell explorer (it needs a running kernel)", **kwargs)
 
 
 def combined(first: str, second: str, together: str) -> tuple[str | tuple[str, str], str]:

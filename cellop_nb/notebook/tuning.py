@@ -24,7 +24,7 @@ from ..training.operators import OperatorTrainer, new_operators
 from ..training.vae import VAETrainer, new_vae
 from . import parameters
 from . import style as s
-from .controls import button, panel, readable, spoken, status_line
+from .controls import Panel, button, panel, readable, sized, status_line
 from .parameters import Parameter
 from .workspace import Workspace, vae_sizes
 
@@ -46,7 +46,7 @@ def operator_trainer(adata, work: Workspace, values: dict) -> Trainer:
 TRAINERS: dict[str, Callable] = {"02_train_vae": vae_trainer, "04_train_operators": operator_trainer}
 
 
-class TuningPanel:
+class TuningPanel(Panel):
     """Widgets for a notebook's hyper-parameters; show it as the last line of a cell.
 
     Parameters
@@ -75,6 +75,8 @@ class TuningPanel:
     LabelError
         For a notebook that trains nothing.
     """
+
+    about = "Tuning panel (it needs a running kernel)"
 
     def __init__(self, adata, work: Workspace, *, epochs: int = 5, folder: str | Path | None = None):
         if work.notebook not in TRAINERS:
@@ -273,26 +275,21 @@ class TuningPanel:
             w.HBox([box, w.HTML(f'<div style="line-height:1.4">{helps[name]}</div>')], layout=row)
             for name, box in self.widgets.items()
         ]
-        self.epochs = w.BoundedIntText(
-            value=epochs, min=1, max=100, description="epochs of a fit", style={"description_width": "140px"}
+        self.epochs = sized(
+            w.BoundedIntText(value=epochs, min=1, max=100, description="epochs of a fit"), "300px"
         )
         actions = [
             button("Train", "Run a short fit at these values", self.start),
             button("Stop", "End the running fit; what it has reached is kept", self.stop),
             button("Copy as parameters", "The YAML for papermill", lambda: self._safely(self.copy)),
         ]
-        hidden = {"display": "none"}
         self.status, self.compared = w.HTML(), w.HTML()
-        self.curves = w.Image(format="png", layout=w.Layout(width="768px", max_width="100%", **hidden))
-        self.text = w.Textarea(
-            rows=14, description="YAML", layout=w.Layout(width="768px", max_width="98%", **hidden)
-        )
+        self.curves = w.Image(format="png", layout=w.Layout(width="768px", max_width="100%", display="none"))
+        self.text = w.Textarea(rows=14, description="YAML")
+        self.text.layout = w.Layout(width="768px", max_width="98%", display="none")
         self._say("ready")
         below = [self.status, self.compared, self.curves, self.text]
         self.panel = panel([*rows, self.epochs, w.HBox(actions), *below])
-
-    def _repr_mimebundle_(self, **kwargs):
-        return spoken(self.panel, "Tuning panel (it needs a running kernel)", **kwargs)
 
 
 # -- widgets of typed parameters: range, choices and help come from the definition
@@ -303,25 +300,25 @@ def widget_for(parameter: Parameter, value: object = None):
     import ipywidgets as w
 
     value = parameter.default if value is None else parameter.check(value)
-    look = {
-        "description": readable(parameter.name),
-        "tooltip": parameter.comment,
-        "style": {"description_width": "140px"},
-    }
-    look["layout"] = w.Layout(width="300px", flex="0 0 auto")
-    if parameter.choices:
-        return w.Dropdown(options=list(parameter.choices), value=value, **look)
-    if parameter.type == "bool":
-        return w.Checkbox(value=value, **look)
-    if parameter.type not in ("int", "float"):
-        return w.Text(value=shown_value(parameter, value), **look)
     low = -(2**31) if parameter.minimum is None else parameter.minimum
     high = 2**31 if parameter.maximum is None else parameter.maximum
-    if parameter.type == "int":
-        return w.BoundedIntText(value=value, min=int(low), max=int(high), **look)
-    return w.BoundedFloatText(
-        value=value, min=float(low), max=float(high), step=abs(parameter.default) / 10 or 0.1, **look
+    if parameter.choices:
+        widget = w.Dropdown(options=list(parameter.choices), value=value)
+    elif parameter.type == "bool":
+        widget = w.Checkbox(value=value)
+    elif parameter.type == "int":
+        widget = w.BoundedIntText(value=value, min=int(low), max=int(high))
+    elif parameter.type == "float":
+        step = abs(parameter.default) / 10 or 0.1
+        widget = w.BoundedFloatText(value=value, min=float(low), max=float(high), step=step)
+    else:
+        widget = w.Text(value=shown_value(parameter, value))
+    widget.description, widget.tooltip, widget.layout.flex = (
+        readable(parameter.name),
+        parameter.comment,
+        "0 0 auto",
     )
+    return sized(widget, "300px")
 
 
 def shown_value(parameter: Parameter, value: object) -> object:
@@ -339,7 +336,5 @@ def read_value(parameter: Parameter, widget) -> object:
     ParameterError
         For a value that does not fit.
     """
-    value = widget.value
-    return (
-        parameter.parse(value) if isinstance(value, str) and not parameter.choices else parameter.check(value)
-    )
+    as_text = isinstance(widget.value, str) and not parameter.choices
+    return parameter.parse(widget.value) if as_text else parameter.check(widget.value)
