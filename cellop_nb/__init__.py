@@ -57,9 +57,9 @@ _PUBLIC = {
     "operator_intervals": "analysis.ensembles",
     "support": "analysis.abstain",
     "cell_eval_pair": "analysis.exchange",
-    "enrich": "analysis.enrichment",
-    "response_similarity": "analysis.profiles",
-    "predicted_expression": "analysis.expression",
+    "enrich": "analysis.genes",
+    "response_similarity": "analysis.genes",
+    "predicted_expression": "analysis.genes",
     "etest": "analysis.distances",
     "gradient_audit": "analysis.diagnose",
     "LivePlot": "notebook.live",
@@ -77,18 +77,18 @@ if TYPE_CHECKING:  # the names below are found by `__getattr__` while running
     from .analysis.combinations import sequence as sequence
     from .analysis.diagnose import gradient_audit as gradient_audit
     from .analysis.distances import etest as etest
-    from .analysis.enrichment import enrich as enrich
     from .analysis.ensembles import bootstrap_operators as bootstrap_operators
     from .analysis.ensembles import operator_intervals as operator_intervals
     from .analysis.exchange import cell_eval_pair as cell_eval_pair
-    from .analysis.expression import predicted_expression as predicted_expression
     from .analysis.gene_intervals import change_intervals as change_intervals
+    from .analysis.genes import enrich as enrich
+    from .analysis.genes import predicted_expression as predicted_expression
+    from .analysis.genes import response_similarity as response_similarity
     from .analysis.holdout import holdout as holdout
     from .analysis.holdouts import holdout_all as holdout_all
     from .analysis.metrics import evaluate as evaluate
     from .analysis.predict import embed as embed
     from .analysis.predict import predict as predict
-    from .analysis.profiles import response_similarity as response_similarity
     from .analysis.streaming import predict_to_file as predict_to_file
     from .analysis.uncertainty import metric_intervals as metric_intervals
     from .data import catalogue as datasets  # noqa: F401

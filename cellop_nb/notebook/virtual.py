@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from ..analysis.combinations import combine, sequence
+from ..analysis.diagnose import affine_health
 from ..analysis.predict import decode_cells, latents
-from ..analysis.stability import affine_health
 from ..data.batches import model_counts
 from ..data.contract import context_labels, obs_labels, perturbation_parts
 from ..data.groups import Groups
@@ -101,7 +101,7 @@ class Answer:
     eigenvalues
         (d,) complex, of the operator's matrix.
     health
-        :func:`cellop_nb.analysis.stability.affine_health` of the operator at full strength.
+        :func:`cellop_nb.analysis.diagnose.affine_health` of the operator at full strength.
     """
 
     question: Question

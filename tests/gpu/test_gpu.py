@@ -12,12 +12,11 @@ import torch
 
 from benchmarks.gpu import Card, _endless
 from cellop_nb.analysis.combinations import order_effects, reversal
+from cellop_nb.analysis.diagnose import operator_health
 from cellop_nb.analysis.distances import transport_scores
+from cellop_nb.analysis.genes import axis_genes, response_genes, response_profiles
 from cellop_nb.analysis.holdout import OPERATORS, holdout
 from cellop_nb.analysis.predict import embed, predict
-from cellop_nb.analysis.profiles import response_profiles
-from cellop_nb.analysis.responses import axis_genes, response_genes
-from cellop_nb.analysis.stability import operator_health
 from cellop_nb.analysis.transfer import Complexity
 from cellop_nb.data.resident import ResidentCounts
 from cellop_nb.data.splits import split
