@@ -1,4 +1,7 @@
-"""Watch a training while it runs: one picture that is drawn rarely enough to cost nothing."""
+"""Watch a training while it runs: one picture, drawn often enough to be alive and rarely enough to cost nothing.
+
+As a callback of our trainers, of Lightning and of scvi-tools, or fed with rows of any training.
+"""
 
 from __future__ import annotations
 
@@ -7,27 +10,24 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cellop_nb.files import write_whole
-from cellop_nb.notebook.figures import changes
-from cellop_nb.notebook.figures.dashboard import Dashboard, Marks
-from cellop_nb.notebook.figures.panels import Columns, pick_panels
-from cellop_nb.notebook.figures.sheet import Sheet
-from cellop_nb.notebook.figures.training import best_epoch, default_monitor
-from cellop_nb.notebook.style import compact
-from cellop_nb.training.callbacks import Callback
+from ..files import write_whole
+from ..training.callbacks import Callback
+from .curves import Columns, Dashboard, Marks, changes_of_trainer, pick_panels
+from .style import DPI, compact
 
 log = logging.getLogger("cellop_nb")
 
-
-FIRST_COST = 0.2
-"""Seconds that a picture is taken to cost before one was drawn; more on a machine that is slow or busy just now."""
-_OF_A_LINE = 20
-"""A picture costs about so many times as much as one line of text does."""
+A_MINUTE = 60.0
+"""Seconds: a shorter training may spend as much on pictures as one of this length."""
+_SOON = 0.3  # seconds until the first picture: what ends before gets the last one alone
+_OF_THE_TIME = 6.0  # while a training is young, the next picture comes after this part of its time
+_MOST_REST = 1.5  # an old one rests so many times as long as the budget asks for
 
 
 class LivePlot(Callback):
@@ -35,7 +35,8 @@ class LivePlot(Callback):
 
     Panels follow from the columns of the history: loss and its terms (training and validation), gradient
     norm, operator norm, learning rate, energy distance per group against its floor, and any other number. What
-    was changed by hand is marked at its step, with the name of the setting.
+    was changed by hand is marked at its step, with the name of the setting. The first picture comes with the first
+    steps, before the first epoch is over.
     Give it to a trainer as a callback, or call :meth:`update` with rows of any kind and :meth:`finish` at
     the end. Outside a notebook nothing is shown; with `path` the picture goes to a file.
 
@@ -46,8 +47,8 @@ class LivePlot(Callback):
     every
         Seconds between drawings, at least.
     budget
-        Largest part of the training time that drawing may take. The first picture comes with the first
-        epoch and the last at the end; what they cost is saved in between.
+        Largest part of the training time that drawing may take; a training of less than a minute may spend what one of
+        a minute may: 1.2 seconds.
     monitor
         Column whose minimum is the best epoch; that of the trainer, else `val_loss`, else `train_loss`.
     clock
@@ -62,14 +63,16 @@ class LivePlot(Callback):
     n_drawn
         Pictures drawn.
     picture
-        The last picture, PNG.
+        The last picture, PNG, twice as large as its place on the page.
+    headline
+        What stands above the curves.
     """
 
     def __init__(
         self,
         *,
         path: str | Path | None = None,
-        every: float = 0.5,
+        every: float = 0.7,
         budget: float = 0.02,
         monitor: str | None = None,
         clock: Callable[[], float] = time.perf_counter,
@@ -77,22 +80,22 @@ class LivePlot(Callback):
     ) -> None:
         self.path = None if path is None else Path(path)
         self.every, self.budget, self.monitor = every, budget, monitor
-        self._clock, self._given_publish = clock, publish
-        self._wanted, self._lock = threading.Event(), threading.RLock()
+        self._clock, self._own_outlet = clock, publish
+        self._requested, self._lock = threading.Event(), threading.RLock()
         self._begin()
 
     def _begin(self) -> None:
-        self.columns, self.picture = Columns(), b""
+        self.columns, self.picture, self.headline = Columns(), b"", ""
         self.cost_seconds, self.n_drawn = 0.0, 0
         self._board: Dashboard | None = None
         self._board_key: tuple = ()
         self._start = self._last = self._last_row = self._clock()
         self._end: float | None = None
-        self._expected = float("inf")  # seconds of the whole training, as far as they can be told
-        self._first_cost = self._last_cost = FIRST_COST
+        self._last_cost = 0.0
+        self._first_steps: list[dict[str, float]] = []
         self._durations: list[float] = []
         self._outlets: list[Callable[[bytes], None]] | None = None
-        self._wanted.clear()
+        self._requested.clear()
 
     # -- as a callback
 
@@ -102,16 +105,12 @@ class LivePlot(Callback):
         self._begin()
         if not getattr(getattr(trainer, "fabric", None), "is_global_zero", True):
             self._outlets = []  # one picture, not one per process
-        elif trainer.rows:
+        elif self._ready() and trainer.rows:
             self._draw(trainer, trainer.rows)
-        else:
-            self._safely(self._wait_for_first_row)
 
     def on_step_end(self, trainer) -> None:
-        """Draw when asked to, and now and then during a long epoch, so that the step count moves."""
-        if self._wanted.is_set() or (
-            self._clock() - self._last_row > 2 and self._due() and self.columns.n_rows
-        ):
+        """Draw if it is time, or when asked to."""
+        if self._requested.is_set() or self._due():
             self._draw(trainer, trainer.rows)
 
     def on_epoch_end(self, trainer, row: dict) -> None:
@@ -119,15 +118,11 @@ class LivePlot(Callback):
         now = self._clock()
         self._durations.append(now - self._last_row)
         self._last_row = now
-        per_epoch = (now - self._start) / len(self._durations)
-        self._expected = per_epoch * (getattr(trainer, "max_epochs", None) or float("inf"))
-        if self._wanted.is_set() or self._due():
-            self._draw(trainer, trainer.rows)
+        self.on_step_end(trainer)
 
     def on_fit_end(self, trainer) -> None:
         """Draw the picture that stays."""
-        self._end = self._clock()
-        self._draw(trainer, trainer.rows, last=True)
+        self.finish(trainer.rows, source=trainer)
 
     # -- for any other source of rows
 
@@ -143,7 +138,8 @@ class LivePlot(Callback):
         """
         if self._outlets is None or self._end is not None:  # the first rows, or another training
             self._begin()
-        if self._due() or self._wanted.is_set():
+            self._ready()
+        if self._requested.is_set() or self._due():
             self._draw(source, rows)
 
     def finish(self, rows: Sequence[Mapping[str, object]], *, source: object | None = None) -> None:
@@ -153,7 +149,7 @@ class LivePlot(Callback):
 
     def draw_now(self, trainer: Any = None) -> None:
         """Ask for a picture: drawn by the training at the end of its step, or here if `trainer` rests."""
-        self._wanted.set()
+        self._requested.set()
         if trainer is not None and getattr(trainer, "status", "running") != "running":
             self._draw(trainer, trainer.rows)
 
@@ -165,67 +161,80 @@ class LivePlot(Callback):
     # -- drawing
 
     def _due(self) -> bool:
-        """Not too soon after the last drawing, and with enough of the budget left for the one at the end."""
+        """Not too soon after the last picture, and with enough of the budget left for this one and the last."""
         now = self._clock()
-        if self.n_drawn == 0:  # a run too short to afford two pictures gets the last one
-            return self.budget * self._expected >= 2 * self._first_cost
-        rested = now - self._last >= max(self.every, self._last_cost / self.budget)
-        return rested and self.cost_seconds + 2 * self._last_cost <= self.budget * (now - self._start)
+        elapsed = now - self._start
+        if self.n_drawn == 0:
+            return elapsed >= min(_SOON, self.every)
+        rest = min(elapsed / _OF_THE_TIME, _MOST_REST * self._last_cost / self.budget)
+        allowed = self.budget * max(elapsed, A_MINUTE)
+        return (
+            now - self._last >= max(self.every, rest) and self.cost_seconds + 2 * self._last_cost <= allowed
+        )
 
     def _draw(self, source, rows: Sequence[Mapping], *, last: bool = False) -> None:
         with self._lock:
-            self._wanted.clear()
-            if not self._ready() or not rows:
+            self._requested.clear()
+            running = {} if last else _running(source, len(rows))
+            if not self._ready() or not (rows or running):
                 return
             start = self._clock()
-            built = self._safely(self._render, source, list(rows), last)
+            built = self._safely(self._render, source, list(rows), running, last)
             now = self._clock()
-            # a dashboard is made once or twice in a training: its cost says little about the next picture
+            # a dashboard is made twice in a training: its cost says little about the next picture
             self._last_cost = (now - start) / (3.0 if built else 1.0)
             self.cost_seconds += now - start
             self._last, self.n_drawn = now, self.n_drawn + 1
 
-    def _render(self, source, rows: list[Mapping], last: bool) -> bool:
+    def _render(self, source, rows: list[Mapping], running: dict[str, float], last: bool) -> bool:
         """Bring the dashboard up to date and publish it; whether it had to be made anew."""
-        self.columns.extend(rows)
-        monitor = self.monitor or getattr(source, "monitor", None) or default_monitor(self.columns)
+        if rows and self._first_steps:  # the first epoch is over: its mean stands for its steps
+            self.columns, self._first_steps = Columns(), []
+        if rows:
+            self.columns.extend(rows, running)
+        else:
+            self._first_steps.append(running)
+            self.columns.extend(self._first_steps)
+        monitor = self.monitor or getattr(source, "monitor", None) or self.columns.default_monitor()
         panels = pick_panels(self.columns.names(), self.columns.constant())
         key = (monitor, *panels)
         board, built = self._board, key != self._board_key
         if board is None or built:
             board = Dashboard(panels, monitor=monitor)
             self._board, self._board_key = board, key
-        board.update(self.columns, self._marks(source, monitor, last))
+        patience = getattr(source, "patience", None)
+        best = self.columns.best_epoch(monitor) if rows else None
+        self.headline = self._headline(source, rows, monitor, best, patience, last)
+        floors = getattr(source, "floors", None) or {}
+        board.update(
+            self.columns, Marks(self.headline, monitor, best, patience, floors, changes_of_trainer(source))
+        )
         self._publish(board.png(small=last))
         return built
 
-    def _marks(self, source, monitor: str, last: bool) -> Marks:
-        patience = getattr(source, "patience", None)
-        best = best_epoch(self.columns, monitor)
-        words = self._headline(source, monitor, best, patience, last)
-        floors, made = getattr(source, "floors", None) or {}, changes.of_trainer(source)
-        return Marks(words, monitor, best, patience, floors, made)
-
-    def _headline(self, source, monitor: str, best: float | None, patience: int | None, last: bool) -> str:
-        epochs, total = self.columns.epochs(), getattr(source, "max_epochs", None)
+    def _headline(
+        self, source, rows: list[Mapping], monitor: str, best: float | None, patience: int | None, last: bool
+    ) -> str:
+        total, step = getattr(source, "max_epochs", None), getattr(source, "step", None)
         status = getattr(source, "status", "finished" if last else "running")
-        words = [f"epoch {epochs[-1] + 1:g}" + (f" of {total}" if total else "")]
+        done = float(self.columns.epochs()[len(rows) - 1] + 1) if rows else 0.0
+        text = [(f"epoch {done:g}" if rows else "first epoch") + (f" of {total}" if total else "")]
         if status != "running":
-            words.insert(0, status)
-        elif step := getattr(source, "step", None):
-            words[0] += f", step {step:,}"
+            text.insert(0, status)
+        elif step:
+            text[0] += f", step {step:,}"
         if best is not None:
-            value = self.columns[monitor][np.flatnonzero(epochs == best)[0]]
-            words.append(f"best {best + 1:g} ({monitor} {value:.4g})")
+            value = self.columns[monitor][np.flatnonzero(self.columns.epochs() == best)[0]]
+            text.append(f"best {best + 1:g} ({monitor} {value:.4g})")
             if patience:
-                words.append(f"patience {epochs[-1] - best:g} of {patience}")
-        if "cells_per_s" in self.columns:
-            rate = self.columns["cells_per_s"][-1]
-            words.append(f"{compact(float(f'{rate:.2g}'))} cells/s")
-        words.append(self._time_words(epochs[-1] + 1, total, last))
-        return " | ".join(word for word in words if word)
+                text.append(f"patience {done - 1 - best:g} of {patience}")
+        if rows and "cells_per_s" in self.columns:
+            rate = self.columns.values["cells_per_s"][-1]
+            text.append(f"{compact(float(f'{rate:.2g}'))} cells/s")
+        text.append(self._time_left(done, total, last))
+        return " | ".join(part for part in text if part)
 
-    def _time_words(self, done: float, total: int | None, last: bool) -> str:
+    def _time_left(self, done: float, total: int | None, last: bool) -> str:
         if last:
             return duration((self._end or self._clock()) - self._start)
         if not total or not self._durations:
@@ -236,7 +245,7 @@ class LivePlot(Callback):
 
     def _ready(self) -> bool:
         if self._outlets is None:
-            outlets = [self._given_publish or _notebook(), self._write_file if self.path else None]
+            outlets = [self._own_outlet or self._notebook(), self._write_file if self.path else None]
             self._outlets = [outlet for outlet in outlets if outlet is not None]
         return bool(self._outlets)
 
@@ -248,15 +257,23 @@ class LivePlot(Callback):
     def _write_file(self, picture: bytes) -> None:
         write_whole(self.path, lambda part: part.write_bytes(picture))
 
-    def _wait_for_first_row(self) -> None:
-        if self._ready():
-            start = self._clock()
-            sheet = Sheet(768, 26)
-            sheet.text(9, 13, "training: the first epoch is running")
-            self._publish(sheet.png())
-            spent = self._clock() - start
-            self.cost_seconds += spent
-            self._first_cost = max(FIRST_COST, _OF_A_LINE * spent)
+    def _notebook(self) -> Callable[[bytes], None] | None:
+        """Shows pictures in place in the running cell; None where there is no notebook to show them in."""
+        if "IPython" not in sys.modules:
+            return None
+        from IPython import get_ipython
+
+        if not hasattr(get_ipython(), "kernel"):  # a terminal would print the object's name
+            return None
+        from IPython.display import Image, Markdown, display
+
+        handle = display(Markdown("training: the first steps are running"), display_id=True)
+
+        def show(picture: bytes) -> None:
+            alt = f"training curves; the numbers are in the history table; {self.headline}"
+            handle.update(Image(picture, format="png", width=8 * DPI, alt=alt))
+
+        return show
 
     def _safely(self, draw: Callable, *args):
         """A picture must never end a training: say once what went wrong, and draw no more."""
@@ -268,6 +285,18 @@ class LivePlot(Callback):
             return False
 
 
+def _running(source: Any, n_rows: int) -> dict[str, float]:
+    """The loss terms of a trainer's last step as a row within the epoch that runs; empty where nothing is known."""
+    terms, per_epoch = getattr(source, "terms", None), getattr(source, "steps_per_epoch", None)
+    if not terms or not callable(per_epoch):
+        return {}
+    epochs = source.step / per_epoch()
+    if epochs <= n_rows:  # an epoch is just over
+        return {}
+    losses = {f"train_{name}": float(value) for name, value in terms.items()}
+    return {"epoch": epochs - 1, "train_loss": sum(losses.values()), **losses}
+
+
 def duration(seconds: float) -> str:
     """Seconds in words: 0.8 s, 12 s, 3 min 20 s, 1 h 5 min."""
     if seconds < 60:
@@ -276,25 +305,84 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def _notebook() -> Callable[[bytes], None] | None:
-    """Shows pictures in place in the running cell; None where there is no notebook to show them in."""
-    if "IPython" not in sys.modules:
-        return None
-    from IPython import get_ipython
+# -- Lightning, and what is built on it (scvi-tools)
 
-    if not hasattr(get_ipython(), "kernel"):  # a terminal would print the object's name
-        return None
-    from IPython.display import Image, display
 
-    words = "training curves; the numbers are in the history table"
-    handle = None
+def lightning_callback(live: LivePlot):
+    """A Lightning callback that shows `trainer.callback_metrics` of each epoch.
 
-    def show(picture: bytes) -> None:
-        nonlocal handle
-        image = Image(picture, format="png", alt=words)
-        if handle is None:
-            handle = display(image, display_id=True)
-        else:
-            handle.update(image)
+    Works for `lightning`, `pytorch_lightning`, and ``model.train(callbacks=[...])`` of scvi-tools. Patience is shown
+    where the trainer stops early. Without either package it is a plain object with the same hooks.
 
-    return show
+    Returns
+    -------
+    A callback whose `rows` holds one row per epoch.
+    """
+
+    class LightningLive(*_lightning_bases()):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.live = live
+            self.rows: list[dict] = []
+
+        def on_train_start(self, trainer, module) -> None:
+            self.rows = []
+            self.live.update(self.rows, source=_LightningRun(trainer))
+
+        def on_train_epoch_end(self, trainer, module) -> None:
+            row = {"epoch": getattr(trainer, "current_epoch", len(self.rows))}
+            self.rows.append(row | row_from_metrics(trainer.callback_metrics))
+            self.live.update(self.rows, source=_LightningRun(trainer))
+
+        def on_train_end(self, trainer, module) -> None:
+            self.live.finish(self.rows, source=_LightningRun(trainer, "finished"))
+
+        def on_exception(self, trainer, module, exception) -> None:
+            status = "stopped" if isinstance(exception, KeyboardInterrupt) else "failed"
+            self.live.finish(self.rows, source=_LightningRun(trainer, status))
+
+    return LightningLive()
+
+
+class _LightningRun:
+    """What a picture asks about a training, answered by a Lightning trainer."""
+
+    def __init__(self, trainer, status: str = "running") -> None:
+        stopper = getattr(trainer, "early_stopping_callback", None)
+        most = getattr(trainer, "max_epochs", None)
+        self.status, self.step = status, getattr(trainer, "global_step", None)
+        self.max_epochs = most if most and most > 0 else None  # -1: without end
+        self.monitor = None if stopper is None else _column(stopper.monitor)
+        self.patience = None if stopper is None else stopper.patience
+
+
+def _lightning_bases() -> tuple[type, ...]:
+    """Callback classes of the packages in use: a trainer takes only those of its own."""
+    packages = ("lightning.pytorch", "pytorch_lightning")
+    loaded = [sys.modules[name].Callback for name in packages if name in sys.modules]
+    if loaded:
+        return tuple(loaded)
+    for name in packages:
+        try:
+            return (import_module(name).Callback,)
+        except ImportError:
+            continue
+    return (object,)
+
+
+def row_from_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Metric names as columns of our history: `elbo_validation` and `val_elbo_epoch` become `val_elbo`.
+
+    Per-step values are left out.
+    """
+    return {_column(name): float(value) for name, value in metrics.items() if not name.endswith("_step")}
+
+
+def _column(name: str) -> str:
+    name = name.removesuffix("_epoch")
+    for word, kind in (("validation", "val"), ("valid", "val"), ("val", "val"), ("train", "train")):
+        if name.startswith(f"{word}_"):
+            return f"{kind}_{name.removeprefix(f'{word}_')}"
+        if name.endswith(f"_{word}"):
+            return f"{kind}_{name.removesuffix(f'_{word}')}"
+    return name

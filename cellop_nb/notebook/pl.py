@@ -32,6 +32,7 @@ from scipy import sparse
 
 from ..errors import LabelError, did_you_mean, three_beats
 from . import style as s
+from .curves import Columns, Dashboard, Marks, changes_of_history, pick_panels
 
 __all__ = [
     "condition_similarity",
@@ -50,6 +51,7 @@ __all__ = [
     "response_genes",
     "spectra",
     "strength_curves",
+    "training_curves",
     "transport",
 ]
 
@@ -1165,7 +1167,48 @@ def _draw_tree(ax: Axes, tree: np.ndarray | None, size: int) -> None:
     ax.set_xlabel("1 - cos", fontsize=s.SMALL, color=s.INK)
 
 
-# -- virtual cells
+# -- a training, and virtual cells
+
+
+def training_curves(
+    history: pd.DataFrame,
+    *,
+    floors: Mapping[str, float] | None = None,
+    monitor: str | None = None,
+    patience: int | None = None,
+    title: str = "",
+    show: bool | None = None,
+    save: str | Path | None = None,
+) -> Figure:
+    """Every number of a training history, one panel each, with the best epoch and the changes by hand marked.
+
+    Parameters
+    ----------
+    history
+        One row per epoch, as `trainer.history`.
+    floors
+        Split-half noise floor by group label; drawn beside `val_energy[<group>]`.
+    monitor
+        Column whose minimum is the best epoch; `val_loss`, else `train_loss`.
+    patience
+        Epochs without improvement that early stopping allows, shaded behind the best epoch.
+    title
+        Words above the curves; the number of epochs and the best one by default.
+
+    Returns
+    -------
+    Figure
+    """
+    rows, columns = history.to_dict("records"), Columns()
+    columns.extend(rows)
+    monitor = monitor or columns.default_monitor()
+    best = columns.best_epoch(monitor)
+    title = title or f"{len(rows)} epochs" + (
+        f", best epoch {best + 1:g} ({monitor})" if best is not None else ""
+    )
+    board = Dashboard(pick_panels(columns.names(), columns.constant()), monitor=monitor)
+    board.update(columns, Marks(title, monitor, best, patience, floors or {}, changes_of_history(rows)))
+    return s.finish(board.figure, show, save)
 
 
 def strength_curves(

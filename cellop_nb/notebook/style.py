@@ -308,7 +308,7 @@ def energy_scale(ax: Axes, values, axis: str = "x") -> None:
 
 
 @cache
-def _families() -> list[str]:
+def families() -> list[str]:
     """Font families of this machine, tried in order for each letter."""
     present = {font.name for font in fontManager.ttflist}
     return [name for name in _FALLBACKS if name in present] or ["sans-serif"]
@@ -327,7 +327,7 @@ def finish(drawn: Any, show: bool | None = None, save: str | Path | None = None)
         File to write: vector (``.svg``, ``.pdf``) or ``.png``.
     """
     for text in drawn.findobj(Text):
-        text.set_fontfamily(_families())
+        text.set_fontfamily(families())
     figure = drawn if isinstance(drawn, Figure) else figure_of(drawn)
     if save is not None:
         write_whole(save, lambda part: figure.savefig(part, dpi=2 * DPI, facecolor="white"))

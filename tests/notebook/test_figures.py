@@ -24,13 +24,6 @@ def _table(**columns) -> pd.DataFrame:
     return pd.DataFrame({"group": GROUPS, **columns})
 
 
-def _history() -> list[dict]:
-    return [
-        {"epoch": i, "train_loss": 5 / (i + 1), "val_loss": 6 / (i + 1), "val_energy[B, IFNb]": 1 / (i + 1)}
-        for i in range(5)
-    ]
-
-
 def _runs() -> pd.DataFrame:
     """A sweep of three parameters, one of them words."""
     table = pd.DataFrame([(w, r, k) for w in (8, 16) for r in (1e-3, 1e-1) for k in GROUPS])
@@ -45,7 +38,6 @@ FIGURES = {
         Sweep(_runs(), ["width", "rate", "kind"], "loss").effects(), "loss"
     ),
     "parallel_coordinates": lambda: figures.parallel_coordinates(_runs(), ["width", "rate", "kind"], "loss"),
-    "training_curves": lambda: figures.training_curves(_history(), floors={"B, IFNb": 0.1}, patience=3),
     "energy_scaling": lambda: speed.energy_scaling(
         [
             {"variant": name, "n": n, "cpu_seconds": n**2 * 1e-8, "extra_mb": n / 10, "bound_seconds": bound}
@@ -145,11 +137,6 @@ def test_it_is_a_readable_white_picture(figure):
     assert len(picture.getcolors(1 << 24)) > 10, "something is drawn"
 
 
-def test_axes_carry_units(figure):
-    labelled = [ax for ax in figure.axes if ax.get_visible() and (ax.get_xlabel() or ax.get_ylabel())]
-    assert labelled or "epoch" in words(figure)
-
-
 @pytest.mark.parametrize("level", [1, 6])
 def test_a_quick_png_is_what_was_drawn(level):
     """What we draw with exactly, any other colour as the nearest of the palette."""
@@ -181,16 +168,6 @@ def test_figures_of_speed_name_their_bound_and_compare_what_took_turns():
     assert len(shown) == 2 and not any("apart" in name for name in shown)
 
 
-@pytest.mark.parametrize(
-    ("values", "scale"),
-    [([1.0, 2.0], "linear"), ([0.01, 5.0], "log"), ([-0.01, 5.0], "symlog"), ([0.0, 0.0], "linear")],
-)
-def test_scales_follow_the_values(values, scale):
-    found, low, high = sheet.scale_for(min(values), max(values), True)
-    assert found == scale
-    assert low <= min(values) <= max(values) <= high
-
-
 def test_a_value_lies_where_its_tick_says():
     board = sheet.Sheet(300, 200)
     plot = sheet.Plot(board, (50, 20, 200, 100), "loss")
@@ -203,19 +180,3 @@ def test_a_value_lies_where_its_tick_says():
     for text in plot._y_texts:
         if text.get_text():
             assert text.get_position()[1] == pytest.approx(float(plot.y(float(text.get_text()))))
-
-
-def test_a_live_frame_equals_a_fresh_drawing(vae_rows):
-    from cellop_nb.notebook.figures.dashboard import Dashboard, Marks
-    from cellop_nb.notebook.figures.panels import Columns, pick_panels
-
-    columns = Columns()
-    columns.extend(vae_rows(5))
-    kept = Dashboard(pick_panels(columns.names()))
-    for n in (5, 12, 30):
-        columns.extend(vae_rows(n))
-        kept.update(columns, Marks(f"{n} epochs", best_epoch=2))
-        picture = kept.png()
-    fresh = Dashboard(pick_panels(columns.names()))
-    fresh.update(columns, Marks("30 epochs", best_epoch=2))
-    assert fresh.png() == picture

@@ -1,0 +1,536 @@
+"""The picture of a training: which curves stand where, and how they follow the history.
+
+Plain matplotlib, drawn by Agg in the thread that trains. Panels, ticks and words stand still and are painted once;
+a picture moves the curves over them, and only a change of limits paints anew.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch, Rectangle
+from matplotlib.text import Text
+from matplotlib.ticker import MaxNLocator
+from PIL import Image as Pixels
+
+from . import style as s
+
+# -- which panels a history asks for
+
+_SKIPPED = {"epoch", "seconds", "step"}
+_ENERGY_OF_GROUP = re.compile(r"^(?:val_|train_)?energy\[(.*)\]$")
+_TITLES = {
+    "loss": "loss (sum of terms)",
+    "reconstruction": "reconstruction (nats per cell)",
+    "kl": "KL (nats per cell)",
+    "energy": "energy (mean of groups)",
+    "grad_norm": "gradient norm",
+    "operator_norm": "largest operator norm",
+    "lr": "learning rate",
+    "cells_per_s": "cells per second",
+}
+_LAST = ("grad_norm", "operator_norm", "lr", "cells_per_s")
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One panel: `columns` maps a column of the history to the name of its line."""
+
+    title: str
+    columns: tuple[tuple[str, str], ...]
+    groups: bool = False
+
+
+def pick_panels(columns: Iterable[str], constant: Container[str] = ()) -> list[Panel]:
+    """Panels for a history with these columns: loss, its terms, everything else, energy per group last.
+
+    A new loss term (`train_x`, `val_x`) or any other number gets a panel by itself; numbers of the settings
+    (loss weights) only once they change, so `constant` ones are left out.
+    """
+    names = [str(column) for column in columns]
+    groups = tuple((name, match.group(1)) for name in names if (match := _ENERGY_OF_GROUP.match(name)))
+    rest = [name for name in names if name not in {name for name, _ in groups} | _SKIPPED]
+    terms = list(dict.fromkeys(_term(name) for name in rest if _term(name)))
+    terms.sort(key=lambda term: term != "loss")
+    panels = [_term_panel(term, rest) for term in terms]
+    single = [name for name in rest if not _term(name) and (name in _TITLES or name not in constant)]
+    single.sort(key=lambda name: _LAST.index(name) if name in _LAST else -1)
+    panels += [Panel(_title(name) + " (weight)" * (name in terms), ((name, name),)) for name in single]
+    return panels + ([Panel("energy distance per group (validation)", groups, groups=True)] if groups else [])
+
+
+def _term(name: str) -> str:
+    """`reconstruction` for `train_reconstruction` or `val_reconstruction`, else an empty string."""
+    kind, _, term = name.partition("_")
+    return term if kind in {"train", "val"} else ""
+
+
+def _term_panel(term: str, names: Sequence[str]) -> Panel:
+    pairs = ((f"{kind}_{term}", label) for kind, label in (("train", "training"), ("val", "validation")))
+    return Panel(_title(term), tuple(pair for pair in pairs if pair[0] in names))
+
+
+def _title(name: str) -> str:
+    return _TITLES.get(name, name.replace("_", " "))
+
+
+# -- the numbers
+
+
+class Columns:
+    """Rows as growing columns; a row is read once, however often the picture is drawn.
+
+    Attributes
+    ----------
+    running
+        Numbers of the epoch that runs; they stand behind the rows until the next ones come.
+    """
+
+    def __init__(self) -> None:
+        self.values: dict[str, list[float]] = {}
+        self.running: Mapping[str, float] = {}
+        self.n_rows = 0
+
+    def extend(
+        self, rows: Sequence[Mapping[str, object]], running: Mapping[str, float] | None = None
+    ) -> None:
+        """Append the rows that are new; a shorter list starts again."""
+        if len(rows) < self.n_rows:
+            self.values, self.n_rows = {}, 0
+        for row in rows[self.n_rows :]:
+            for name in row:
+                self.values.setdefault(name, [np.nan] * self.n_rows)
+            for name, past in self.values.items():
+                past.append(_number(row.get(name)))
+            self.n_rows += 1
+        self.running = running or {}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        past = np.asarray(self.values[name], dtype=float)
+        return np.append(past, self.running.get(name, np.nan)) if self.running else past
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.values
+
+    def names(self) -> list[str]:
+        """Columns that hold at least one finite number."""
+        return [
+            name for name, past in self.values.items() if np.isfinite(np.asarray(past, dtype=float)).any()
+        ]
+
+    def constant(self) -> set[str]:
+        """Columns whose finite values are all the same."""
+        return {name for name in self.names() if np.unique(self[name][np.isfinite(self[name])]).size == 1}
+
+    def epochs(self) -> np.ndarray:
+        """The running epoch numbers, or 0, 1, ... where the rows do not say."""
+        return self["epoch"] if "epoch" in self else np.arange(self.n_rows + bool(self.running), dtype=float)
+
+    def best_epoch(self, monitor: str) -> float | None:
+        """Epoch of the smallest finite value of `monitor`; None where there is none."""
+        if monitor not in self.names():
+            return None
+        values = np.asarray(self.values[monitor], dtype=float)
+        return float(self.epochs()[np.nanargmin(np.where(np.isfinite(values), values, np.nan))])
+
+    def default_monitor(self) -> str:
+        """`val_loss`, else `train_loss`, whichever holds numbers."""
+        return "val_loss" if "val_loss" in self.names() else "train_loss"
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return np.nan
+
+
+# -- what was changed by hand
+
+
+@dataclass(frozen=True)
+class Change:
+    """One mark: `at`, the epochs done until then (parts of one count), and the setting's new value."""
+
+    at: float
+    name: str
+    value: float | str
+
+    @property
+    def text(self) -> str:
+        """The change as it is written beside its mark."""
+        return (
+            self.value if isinstance(self.value, str) else f"{self.name.replace('_', ' ')} {self.value:.3g}"
+        )
+
+
+def changes_of_trainer(trainer: object) -> list[Change]:
+    """What `trainer.changes` records, at its steps."""
+    changes = getattr(trainer, "changes", None) or []
+    per_epoch = getattr(trainer, "steps_per_epoch", None)
+    steps = per_epoch() if changes and callable(per_epoch) else 0
+    return joined(
+        Change(c["step"] / steps if steps else c["epoch"] + 0.5, c["name"], c["value"]) for c in changes
+    )
+
+
+def changes_of_history(rows: Sequence[Mapping[str, object]]) -> list[Change]:
+    """What the history's column `by_hand` tells; it knows the epoch, not where in it."""
+    return joined(
+        Change(_number(row.get("epoch", i)) + 0.5, name, float(value))
+        for i, row in enumerate(rows)
+        for name, value in re.findall(r"(\S+) (\S+) after step \d+", str(row.get("by_hand", "")))
+    )
+
+
+def joined(changes: Iterable[Change]) -> list[Change]:
+    """Presses that follow each other within half an epoch are one change, to the last value."""
+    kept: list[Change] = []
+    for change in changes:
+        if kept and kept[-1].name == change.name and change.at - kept[-1].at <= 0.5:
+            kept.pop()
+        kept.append(change)
+    return kept
+
+
+# -- the picture
+
+
+@dataclass(frozen=True)
+class Marks:
+    """What a dashboard marks besides the curves; `best_epoch` as the history counts, from zero."""
+
+    headline: str = ""
+    monitor: str = "val_loss"
+    best_epoch: float | None = None
+    patience: int | None = None
+    floors: Mapping[str, float] = field(default_factory=dict)
+    changes: Sequence[Change] = ()
+
+
+_SIDE, _HEAD, _ROW, _FOOT, _GROUP_ROW = 256, 46, 130, 34, 212  # pixels of the page
+_COLUMNS, _MOST_LINES, _WORST, _MOST_CHANGES = 3, 6, 3, 3
+_LOOKS = {
+    "training": {"color": s.INK, "linestyle": "-"},
+    "validation": {"color": s.VERMILION, "linestyle": "--"},
+}
+_STAR = {"marker": "*", "color": s.GREEN, "markersize": 9, "linestyle": ""}
+_HAND = {"marker": "^", "color": s.PURPLE, "markersize": 6, "linestyle": ""}
+
+
+class Dashboard:
+    """Panels for a fixed list of columns; `update` moves the curves, `png` draws them.
+
+    Parameters
+    ----------
+    panels
+        What :func:`pick_panels` gives.
+    monitor
+        Column whose panel has the star of the best epoch, the patience and the names of the changes.
+    """
+
+    def __init__(self, panels: Sequence[Panel], *, monitor: str = "val_loss") -> None:
+        small = [panel for panel in panels if not panel.groups]
+        wide = [panel for panel in panels if panel.groups]
+        foot = _HEAD + -(-len(small) // _COLUMNS) * _ROW + _FOOT * bool(small)
+        self._size = (_COLUMNS * _SIDE, foot + _GROUP_ROW * len(wide) + 4)
+        inches = (self._size[0] / s.DPI, self._size[1] / s.DPI)
+        self.figure = s.NotebookFigure(figsize=inches, dpi=2 * s.DPI, facecolor="white")
+        self._canvas = FigureCanvasAgg(self.figure)
+        self._ground: Any = None  # what stands still, as it was painted
+        self._stale: list[_View] = []
+        self._headline = self.figure.text(
+            9 / self._size[0],
+            1 - 13 / self._size[1],
+            "",
+            fontsize=s.TEXT,
+            color=s.INK,
+            va="center",
+            animated=True,
+        )
+        self.views: list[_Curves | _Groups] = []
+        for i, panel in enumerate(small):
+            box = (i % _COLUMNS * _SIDE + 50, _HEAD + i // _COLUMNS * _ROW + 24, _SIDE - 64, _ROW - 38)
+            last_row = i + _COLUMNS >= len(small)
+            self.views.append(
+                _Curves(self._axes(box, s.safe(panel.title, 34), last_row), box, panel, monitor)
+            )
+        for panel in wide:
+            box = (50, foot + 26, 2 * _SIDE - 64, _GROUP_ROW - 64)
+            self.views.append(_Groups(self._axes(box, panel.title, True), box, panel))
+        self._explained: bool | None = None
+        s.finish(self.figure)
+
+    def _axes(self, box: tuple[int, int, int, int], title: str, epochs: bool) -> Axes:
+        """A panel at (left, top, width, height) in pixels."""
+        (left, top, width, height), (w, h) = box, self._size
+        ax = s.plain_axes(self.figure.add_axes((left / w, 1 - (top + height) / h, width / w, height / h)))
+        ax.set_title(title, fontsize=s.TEXT, color=s.INK, loc="left", pad=4, y=1.0)
+        ax.xaxis.set_major_locator(MaxNLocator(3, integer=True))
+        ax.tick_params(axis="x", labelbottom=epochs)
+        ax.set_xlabel("epoch" if epochs else "", fontsize=s.SMALL, color=s.INK)
+        # fixed positions: to find them, matplotlib would measure every tick
+        ax.xaxis.set_label_coords(0.5, -18 / height)
+        ax.yaxis.set_label_coords(-0.1, 0.5)
+        return ax
+
+    def update(self, columns: Columns, marks: Marks) -> None:
+        """Move every curve to the values in `columns`."""
+        self._headline.set_text(s.safe(marks.headline, 130))
+        done = columns.epochs() + 1  # people count from one
+        self._stale += [view for view in self.views if view.update(done, columns, marks)]
+        if self._explained != bool(marks.changes):
+            self._explain(bool(marks.changes))
+
+    def _explain(self, changed: bool) -> None:
+        """The styles of lines and marks, once below the headline."""
+        self._explained, self._ground = changed, None
+        view = next((view for view in self.views if isinstance(view, _Curves) and view.monitored), None)
+        if view is None:
+            return
+        handles: list = [Line2D([], [], label=name, **_curve(look)) for name, look in view.looks.items()]
+        handles += [Line2D([], [], label="best epoch", **_STAR)]
+        handles += [Patch(color=s.GREEN, alpha=0.15, linewidth=0, label="patience")]
+        handles += [Line2D([], [], label="changed by hand", **_HAND)] * changed
+        for old in self.figure.legends:
+            old.remove()
+        style = {"loc": "upper left", "bbox_to_anchor": (0.003, 1 - 21 / self._size[1]), "columnspacing": 1.4}
+        s.legend(self.figure, *handles, columns=len(handles), frameon=False, **style)
+        s.finish(self.figure)
+
+    def png(self, *, small: bool = False) -> bytes:
+        """The picture as PNG, twice as large as its place on the page.
+
+        Parameters
+        ----------
+        small
+            Take longer for fewer bytes: for the picture that stays in the notebook.
+        """
+        canvas = self._canvas
+        if self._ground is None:
+            canvas.draw()
+            self._ground = canvas.copy_from_bbox(self.figure.bbox)
+        else:
+            canvas.restore_region(self._ground)
+            if self._stale:
+                self._repaint(self._stale)
+        self._stale = []
+        for view in self.views:
+            for artist in view.moving:
+                view.ax.draw_artist(artist)
+        self.figure.draw_artist(self._headline)
+        pixels = np.asarray(canvas.buffer_rgba())
+        picture, file = Pixels.fromarray(pixels).convert("RGB"), BytesIO()
+        if small:
+            return s.small_png(picture)
+        picture.save(file, format="png", compress_level=1)
+        return file.getvalue()
+
+    def _repaint(self, views: Sequence[_View]) -> None:
+        """Paint these panels anew, the others stay as they are."""
+        pixels = np.asarray(self._canvas.buffer_rgba())
+        for view in views:
+            left, top, right, low = (2 * edge for edge in view.place)
+            pixels[max(top, 0) : low, max(left, 0) : right] = 255
+            view.ax.draw(self._canvas.get_renderer())
+        self._ground = self._canvas.copy_from_bbox(self.figure.bbox)
+
+
+def _curve(look: Mapping[str, Any]) -> dict[str, Any]:
+    return {"linewidth": 1.4, "markersize": 3, **look}
+
+
+class _View:
+    """A panel with its moving artists and the limits it has now."""
+
+    def __init__(self, ax: Axes, box: tuple[int, int, int, int], room: int = 14) -> None:
+        left, top, width, height = box
+        self.ax, self.moving = ax, []
+        # all that belongs to the panel, in pixels of the page: its ticks, title and key, too
+        self.place = (
+            left - 50,
+            top - 22,
+            left + width + room,
+            top + height + (34 if ax.get_xlabel() else 10),
+        )
+        self._limits: tuple = ()
+
+    def line(self, **style: Any) -> Line2D:
+        (line,) = self.ax.plot([], [], animated=True, **style)
+        self.moving.append(line)
+        return line
+
+    def limit(self, epochs: np.ndarray, values: np.ndarray, *, energy: bool = False) -> bool:
+        """Choose scale and rounded limits; whether they changed, and the ground has to be painted anew."""
+        values = values[np.isfinite(values)]
+        low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 1.0)
+        scale, low, high = scale_for(low, high, energy)
+        threshold = s.linear_threshold(values) if scale == "symlog" else 0.0
+        first, last = (float(epochs[0]), round_up(float(epochs[-1]))) if epochs.size else (0.0, 10.0)
+        limits = (scale, threshold, low, high, min(first, 1.0), last)
+        if limits == self._limits:
+            return False
+        self._limits = limits
+        if scale == "symlog":
+            s.energy_scale(self.ax, values, "y")
+            self.ax.yaxis.get_major_locator().set_params(numticks=5)
+        else:
+            self.ax.set_yscale(scale)
+        self.ax.set(xlim=limits[-2:], ylim=(low, high))
+        if scale == "linear":
+            s.few_ticks(self.ax, "y", 3)
+        elif scale == "log":
+            s.log_ticks(self.ax, "y", 4)
+        return True
+
+
+class _Curves(_View):
+    """Training solid, validation dashed; best epoch starred; changes by hand marked at the axis.
+
+    Where the monitored column is shown, patience is shaded and the last changes are named.
+    """
+
+    def __init__(self, ax: Axes, box: tuple[int, int, int, int], panel: Panel, monitor: str) -> None:
+        super().__init__(ax, box)
+        self.monitor, self.monitored = monitor, monitor in dict(panel.columns)
+        across = ax.get_xaxis_transform()
+        self.band = Rectangle(
+            (0, 0), 0, 1, transform=across, color=s.GREEN, alpha=0.15, linewidth=0, animated=True
+        )
+        self.moving.append(ax.add_patch(self.band))
+        self.best = self.line(color=s.GREEN, linestyle=":", linewidth=1.2, transform=across)
+        self.looks = {name: _LOOKS.get(name, _LOOKS["training"]) for _, name in panel.columns}
+        self.lines = {column: self.line(**_curve(self.looks[name])) for column, name in panel.columns}
+        self.star = self.line(**_STAR)
+        self.hand = self.line(**_HAND, transform=across, clip_on=False)
+        text = {"fontsize": s.SMALL, "color": s.INK, "va": "top", "transform": across, "animated": True}
+        self.named = [ax.text(0, 0.98 - 0.14 * i, "", **text) for i in range(_MOST_CHANGES * self.monitored)]
+        self.moving += self.named
+
+    def update(self, epochs: np.ndarray, columns: Columns, marks: Marks) -> bool:
+        shown = [columns[column] for column in self.lines]
+        changed = self.limit(epochs, np.concatenate(shown))
+        for line, values in zip(self.lines.values(), shown, strict=True):
+            _move(line, epochs, values)
+        best = None if marks.best_epoch is None else marks.best_epoch + 1
+        self.best.set_data([] if best is None else [best] * 2, [] if best is None else [0, 1])
+        if self.monitored:
+            here = np.flatnonzero(epochs == best) if best is not None else []
+            self.star.set_data(epochs[here], columns[self.monitor][here])
+            end = self.ax.get_xlim()[1]
+            self.band.set_x(best or 0)
+            self.band.set_width(0 if best is None else min(marks.patience or 0, max(end - best, 0)))
+        self._mark_changes(marks.changes)
+        return changed
+
+    def _mark_changes(self, changes: Sequence[Change]) -> None:
+        """A tick for each change at its step; the last ones are named, each on a line of its own."""
+        first, last = self.ax.get_xlim()
+        at = np.clip([change.at for change in changes], first, last)
+        self.hand.set_data(at, np.full(len(changes), 0.03))
+        shown = list(zip(at, changes, strict=True))[-len(self.named) or len(changes) :]
+        for i, text in enumerate(self.named):
+            text.set_text(s.safe(shown[i][1].text, 26) if i < len(shown) else "")
+            if i < len(shown):
+                text.set(x=shown[i][0], ha="right" if shown[i][0] > (first + last) / 2 else "left")
+
+
+class _Groups(_View):
+    """Energy distance per group with its floor: each group when few, else median, bands and the worst."""
+
+    def __init__(self, ax: Axes, box: tuple[int, int, int, int], panel: Panel) -> None:
+        super().__init__(ax, box, room=_SIDE + 14)
+        self.columns = [column for column, _ in panel.columns]
+        self.names = [name for _, name in panel.columns]
+        self.few = len(self.names) <= _MOST_LINES
+        count = len(self.names) if self.few else 1 + _WORST
+        self.bands = []
+        for alpha in () if self.few else (0.10, 0.18):
+            band = ax.fill_between(
+                [], [], [], color=s.line(0)["color"], alpha=alpha, linewidth=0, animated=True
+            )
+            self.bands.append(band)
+            self.moving.append(band)
+        dotted = {"linestyle": (0, (1, 2)), "linewidth": 1.0, "transform": ax.get_yaxis_transform()}
+        self.floors = [self.line(color=s.line(i)["color"], **dotted) for i in range(count)]
+        self.lines = [self.line(**_curve(s.line(i))) for i in range(count)]
+        self._key: list[str] = []
+
+    def update(self, epochs: np.ndarray, columns: Columns, marks: Marks) -> bool:
+        values = np.stack([columns[column] for column in self.columns])
+        floors = np.array([marks.floors.get(name, np.nan) for name in self.names], dtype=float)
+        changed = self.limit(epochs, np.concatenate([values.ravel(), floors]), energy=True)
+        shown, labels, levels = (values, self.names, floors)
+        if not self.few:
+            shown, labels, levels = self._summary(epochs, values, floors, columns.n_rows - 1)
+        for line, floor, y, level in zip(self.lines, self.floors, shown, levels, strict=True):
+            _move(line, epochs, y)
+            floor.set_data([0, 1], [level, level])
+        return self._write_key(labels, bool(np.isfinite(levels).any())) or changed
+
+    def _summary(self, epochs: np.ndarray, values: np.ndarray, floors: np.ndarray, last: int):
+        """Median over groups, and the groups that ended furthest above their floor."""
+        ranked, n = np.sort(values, axis=0), len(values) - 1  # a NaN sorts to the top and leaves a gap
+        for band, cut in zip(self.bands, (0.0, 0.1), strict=True):
+            low, high = ranked[round(cut * n)], ranked[round((1 - cut) * n)]
+            whole = np.isfinite(low) & np.isfinite(high)
+            ends = np.append(low[whole], high[whole][::-1])
+            band.set_verts([np.column_stack([np.append(epochs[whole], epochs[whole][::-1]), ends])])
+        excess = values[:, last] - np.nan_to_num(floors)
+        worst = np.argsort(-np.nan_to_num(excess, nan=-np.inf), kind="stable")[:_WORST]
+        typical = np.median(floors[np.isfinite(floors)]) if np.isfinite(floors).any() else np.nan
+        labels = [f"median of {n + 1} (bands: 80 %, all)", *(self.names[i] for i in worst)]
+        return np.vstack([ranked[n // 2], values[worst]]), labels, np.array([typical, *floors[worst]])
+
+    def _write_key(self, labels: Sequence[str], floors: bool) -> bool:
+        """Names beside the panel; whether they changed."""
+        names = [*(s.safe(label, 34) for label in labels), *["split-half noise floor"] * floors]
+        if names == self._key:
+            return False
+        self._key = names
+        handles = [
+            Line2D([], [], label=name, **_curve(s.line(i))) for i, name in enumerate(names[: len(labels)])
+        ]
+        handles += [
+            Line2D([], [], label=names[-1], color=s.INK, linestyle=(0, (1, 2)), linewidth=1.0)
+        ] * floors
+        for text in s.legend(self.ax, *handles, outside=True).findobj(Text):
+            text.set_fontfamily(s.families())
+        return True
+
+
+def _move(line: Line2D, epochs: np.ndarray, values: np.ndarray) -> None:
+    """Move a curve; a short one shows its points."""
+    whole = np.isfinite(values)
+    line.set_data(epochs[whole], values[whole])
+    line.set_marker("o" if len(epochs) < 25 else "")
+
+
+def round_up(last: float) -> float:
+    """The next of 10, 15, 20, 30, 40, 60, 80, 100, ...: the axis of epochs grows in few steps."""
+    decade = 10.0 ** np.floor(np.log10(max(last, 10.0)))
+    return float(next(step * decade for step in (1, 1.5, 2, 3, 4, 6, 8, 10) if step * decade >= last))
+
+
+def scale_for(low: float, high: float, energy: bool) -> tuple[str, float, float]:
+    """Scale and rounded limits: log over a factor of 20, symlog for energies that reach zero, else linear."""
+    if low > 0 and high > 20 * low:
+        first, last = np.floor(np.log10(low) * 4 - 0.5) / 4, np.ceil(np.log10(high) * 4 + 0.5) / 4
+        return "log", float(10**first), float(10**last)
+    if energy and high > 0 and low < 0.05 * high:
+        bottom = -float(10 ** np.ceil(np.log10(-low))) if low < 0 else 0.0
+        return "symlog", bottom, float(10 ** (np.ceil(np.log10(high) * 4) / 4))
+    if low == high == 0:
+        return "linear", -0.05, 1.0
+    span = (high - low) or abs(high)
+    decade = 10 ** np.floor(np.log10(span))
+    step = decade * (0.25 if span < 4 * decade else 0.5)
+    return "linear", float(np.floor(low / step - 0.2) * step), float(np.ceil(high / step + 0.2) * step)
