@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 # public name -> module that defines it (an empty name after the colon: the module itself)
 _PUBLIC = {
     "datasets": "data.catalogue",
+    "errors": "errors",
     "pl": "notebook.pl",
     "setup": "data.contract",
     "context_labels": "data.contract",
@@ -67,9 +68,10 @@ _PUBLIC = {
     "TuningPanel": "notebook.tuning",
     "RunControls": "notebook.controls",
 }
-_MODULES = {"datasets", "pl"}
+_MODULES = {"datasets", "errors", "pl"}
 
 if TYPE_CHECKING:  # the names below are found by `__getattr__` while running
+    from . import errors as errors
     from .analysis.abstain import support as support
     from .analysis.combinations import combine as combine
     from .analysis.combinations import order_effects as order_effects

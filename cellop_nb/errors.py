@@ -14,6 +14,18 @@ from typing import ParamSpec, TypeVar
 P = ParamSpec("P")
 R = TypeVar("R")
 
+__all__ = [
+    "CellopError",
+    "CheckpointError",
+    "DataError",
+    "HoldoutError",
+    "LabelError",
+    "MissingExtraError",
+    "ModelError",
+    "SetupError",
+    "StorageError",
+]
+
 
 class CellopError(ValueError):
     """Base class of every error that the package raises on bad input."""

@@ -20,6 +20,7 @@ ROOMS = {
     "Training": ("training",),
     "Predict, evaluate, diagnose": ("analysis",),
     "Notebooks": ("notebook",),
+    "Errors": ("errors",),
 }
 
 KEYWORDS = """\
@@ -122,9 +123,10 @@ def _entry(name: str) -> str:
 
     value = getattr(cellop_nb, name)
     if inspect.ismodule(value):
-        parts = [_directive("autofunction", f"{value.__name__}.{each}") for each in value.__all__]
+        kind = "autoclass" if name == "errors" else "autofunction"
+        parts = [_directive(kind, f"{value.__name__}.{each}") for each in value.__all__]
         about = (inspect.getdoc(value) or "").partition("\n")[0]
-        return "\n\n".join([f"## datasets\n\n`co.{name}`: {about}", *parts])
+        return "\n\n".join([f"## {name}\n\n`co.{name}`: {about}", *parts])
     if inspect.isclass(value):
         return _directive("autoclass", f"cellop_nb.{name}", ":members:")
     return _directive("autofunction", f"cellop_nb.{name}")

@@ -129,9 +129,25 @@ def test_what_is_counted_at_fewer_cells_grows_with_the_pairs(monkeypatch):
     assert "bound_seconds" not in energy._large(1_000, 100, Counts())
 
 
+def test_a_call_is_measured_in_a_fresh_process():
+    arguments = {"variant": "torch.cdist", "n": 40}
+    row = measure.in_fresh_process("benchmarks.energy", "step", arguments)
+    assert row["seconds"] > 0 and row["cpu_seconds"] > 0 and row["extra_mb"] >= 0, row
+    assert measure.in_fresh_process("benchmarks.energy", "no_such_step", {})["note"].startswith(
+        "AttributeError"
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("section", tools.SECTIONS)
-def test_the_command_measures_and_writes(section, tmp_path, capsys):
+def test_the_command_measures_and_writes(section, tmp_path, capsys, monkeypatch):
+    """In this process: the one above starts another, which a section does up to twenty times."""
+
+    def here(module, function, arguments, timeout=0.0):
+        return measure.child(module, function, arguments)
+
+    for module in (energy, operators, scale, vae):
+        monkeypatch.setattr(module, "in_fresh_process", here)
     target = tmp_path / "bench.json"
     assert main(["bench", section, "--quick", "--threads", "1", "--out", str(target)]) == 0
     written = json.loads(target.read_text())
@@ -141,7 +157,7 @@ def test_the_command_measures_and_writes(section, tmp_path, capsys):
     rows = written["results"][section]
     assert {row["variant"] for row in rows} >= {"cellop_nb"}
     for row in rows:
-        known = {key for key in row if row[key] is not None}
+        filled = {key for key in row if row[key] is not None}
         measured = {
             "seconds",
             "stage_seconds",
@@ -150,7 +166,7 @@ def test_the_command_measures_and_writes(section, tmp_path, capsys):
             "negative_elbo",
             "share",
             "time_exponent",
-        } & known
+        } & filled
         assert measured or row["note"].startswith(("not installed", "left out")), row
     out = capsys.readouterr().out
     assert all(row["variant"] in out for row in rows)
