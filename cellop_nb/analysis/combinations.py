@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from itertools import combinations
 
 import numpy as np
 import pandas as pd
 import torch
+from anndata import AnnData
 
-from ..data.contract import Keys, perturbation_parts
-from ..data.groups import Groups
+from ..data.contract import perturbation_parts
+from ..data.groups import Group, Groups
 from ..display import Distances
 from ..errors import LabelError, ModelError, did_you_mean, three_beats
 from ..models.affine import AffineOperator, check_strength, commutator, compose, sum_generators
-from ..models.energy import energy_distance, noise_floor
-from ..models.operators import OperatorModel
+from ..models.energy import energy_distance, noise_floor, noise_limit, self_distance
+from ..models.operators import Condition, OperatorModel
+from .distances import NO_CHANGE, OPERATOR, OWN_MEAN
 from .formulas import Undefined
-from .predict import latents, operator_for, source_cells
 from .transfer import Response
 
 RULES = ("axes", "composition", "generator")
@@ -29,7 +32,6 @@ def combine(
     context: str | None = None,
     *,
     rule: str = "axes",
-    control: str = "control",
 ) -> AffineOperator:
     r"""The operator of ``"A+B"`` by one of three rules.
 
@@ -69,11 +71,16 @@ def combine(
     ----------
     Higham (2008), Functions of Matrices, section 10.1 (exponential of a sum against the product).
     """
+    labels = operators.conditions.perturbations
+    return _by_rule(lambda name: _operator(operators, name, context), perturbation, rule, labels)
 
-    def operator(name: str) -> AffineOperator:
-        return operator_for(operators, name, context, control=control)[0]
 
-    return _by_rule(operator, perturbation, rule)
+def _operator(
+    operators: OperatorModel, perturbation: str, context: str | None, dose: float = 1.0
+) -> AffineOperator:
+    """The operator in a context; that of the shared response in a context that the operators were not fitted with."""
+    own = context if context in operators.conditions.contexts else None
+    return operators.operator(Condition.parse(perturbation, own, dose=dose))
 
 
 def response_operator(
@@ -102,12 +109,17 @@ def response_operator(
         raise Undefined(str(refusal)) from None
 
 
-def _by_rule(operator: Callable[[str], AffineOperator], perturbation: str, rule: str) -> AffineOperator:
+def _by_rule(
+    operator: Callable[[str], AffineOperator],
+    perturbation: str,
+    rule: str,
+    labels: Sequence[str] | None = None,
+) -> AffineOperator:
     if rule not in RULES:
         raise LabelError(three_beats(f"a rule among {list(RULES)}", repr(rule), did_you_mean(rule, RULES)))
     if rule == "axes":
         return operator(perturbation)
-    parts = [operator(name) for name in perturbation_parts(perturbation)]
+    parts = [operator(name) for name in perturbation_parts(perturbation, labels)]
     return compose(parts) if rule == "composition" else sum_generators(parts)
 
 
@@ -115,8 +127,6 @@ def sequence(
     operators: OperatorModel,
     steps: Iterable[str | tuple[str, float]],
     context: str | None = None,
-    *,
-    control: str = "control",
 ) -> AffineOperator:
     """Perturbations given one after the other, each at a strength.
 
@@ -141,34 +151,36 @@ def sequence(
     parts = []
     for step in steps:
         name, strength = (step, 1.0) if isinstance(step, str) else step
-        operator, _ = operator_for(operators, name, context, control=control)
-        parts.append(operator.power(check_strength(strength)))
+        parts.append(_operator(operators, name, context).power(check_strength(strength)))
     return compose(parts)
 
 
 def order_effects(
-    adata,
+    data: AnnData | Groups,
     operators: OperatorModel,
     pairs: Sequence[tuple[str, str]] | None = None,
     *,
     contexts: Sequence[str] | None = None,
     use_rep: str = "X_nbvae",
-    perturbation_key: str = "perturbation",
-    context_key: str | Sequence[str] | None = "cell_type",
-    control: str = "control",
+    max_pairs: int = 100,
+    max_cells: int = 1000,
 ) -> pd.DataFrame:
     """How much it matters which of two perturbations comes first.
 
     Parameters
     ----------
-    adata
-        With latents in ``obsm[use_rep]``; the control cells of each context are moved in both orders.
+    data
+        A screen that was set up, with latents in ``obsm[use_rep]``, or its groups; the control cells of each context
+        are moved in both orders.
     operators
         Fitted operators.
     pairs
-        Which pairs; all of the model's perturbations where None.
+        Which pairs. None takes all of the model's perturbations where that is at most `max_pairs` pairs, otherwise all
+        pairs of those few perturbations that move the mean control cells furthest: an order effect needs two moves.
     contexts
         Which contexts; all that the operators were fitted with where None.
+    max_cells
+        Control cells moved, evenly spread over the data where a context has more.
 
     Returns
     -------
@@ -177,26 +189,61 @@ def order_effects(
         ``commutator`` (relative Frobenius norm, 0 where they commute), ``gap`` (mean length of the difference
         between the two orders' cells), ``effect`` (mean length of the move), ``relative`` (their ratio), and
         ``energy`` between the two orders' clouds (Euclidean, U-statistic, latent).
+
+    Raises
+    ------
+    LabelError
+        For a context without control cells, or a perturbation that the operators do not know.
     """
-    keys = {"perturbation_key": perturbation_key, "context_key": context_key, "control": control}
-    pairs = list(combinations(operators.conditions.perturbations, 2)) if pairs is None else list(pairs)
-    z, rows = latents(adata, use_rep), []
+    groups = data if isinstance(data, Groups) else Groups(data, use_rep=use_rep)
+    starts = {}
     for context in operators.conditions.contexts if contexts is None else contexts:
-        start = z[source_cells(adata, context, **keys)]
+        groups.controls(context)  # refuses an unknown one
+        cells = groups.control[context]
+        starts[context] = cells[_spread(len(cells), max_cells)]
+    if pairs is None:
+        pairs = list(combinations(_strongest(operators, starts, max_pairs), 2))
+    rows = []
+    for context, start in starts.items():
+        names = dict.fromkeys(name for pair in pairs for name in pair)
+        single = {name: _operator(operators, name, context) for name in names}
         for first, second in pairs:
-            both = [operator_for(operators, name, context, control=control)[0] for name in (first, second)]
-            rows.append({"context": context, "first": first, "second": second, **_order(start, *both)})
+            effects = _order(start, single[first], single[second])
+            rows.append({"context": context, "first": first, "second": second, **effects})
     columns = ["context", "first", "second", "commutator", "gap", "effect", "relative", "energy"]
     return pd.DataFrame(rows, columns=columns).sort_values("energy", ascending=False, ignore_index=True)
 
 
-def _order(start: torch.Tensor, first: AffineOperator, second: AffineOperator) -> dict:
-    found = commutator(first, second)
+def _spread(cells: int, most: int) -> torch.Tensor:
+    """Positions of at most `most` of the cells, evenly over their order."""
+    return torch.arange(cells) if cells <= most else torch.linspace(0, cells - 1, most).round().long()
+
+
+@torch.no_grad()
+def _strongest(operators: OperatorModel, starts: Mapping[str, torch.Tensor], max_pairs: int) -> list[str]:
+    """The perturbations, in the model's order, that make at most `max_pairs` pairs: those that move mean cells most."""
+    names = operators.conditions.perturbations
+    most = int((1 + math.sqrt(1 + 8 * max_pairs)) / 2)  # n (n - 1) / 2 pairs
+    if len(names) <= most:
+        return list(names)
+    lengths = torch.zeros(len(names))
+    for context, start in starts.items():
+        own = context if context in operators.conditions.contexts else None
+        matrices, shifts = operators.affine(
+            operators.conditions.design([Condition((n,), own) for n in names])
+        )
+        mean = start.mean(0).to(shifts)
+        lengths += (matrices @ mean + shifts - mean).norm(dim=1).cpu()
+    return [names[k] for k in sorted(lengths.topk(most).indices.tolist())]
+
+
+def _order(start: torch.Tensor, first: AffineOperator, second: AffineOperator) -> dict[str, float]:
+    departure = commutator(first, second)
     forth, back = compose([first, second])(start), compose([second, first])(start)
-    gap = float(np.linalg.norm(found.displacement(start.numpy()), axis=1).mean())
+    gap = float(np.linalg.norm(departure.displacement(start.numpy()), axis=1).mean())
     effect = float((forth - start).norm(dim=1).mean())
     return {
-        "commutator": found.relative,
+        "commutator": departure.relative,
         "gap": gap,
         "effect": effect,
         "relative": gap / effect if effect > 0 else 0.0,
@@ -205,21 +252,19 @@ def _order(start: torch.Tensor, first: AffineOperator, second: AffineOperator) -
 
 
 def reversal(
-    adata,
+    adata: AnnData,
     operators: OperatorModel,
     *,
     split: str | None = "test",
     use_rep: str = "X_nbvae",
-    perturbation_key: str = "perturbation",
-    context_key: str | Sequence[str] | None = "cell_type",
-    control: str = "control",
-    split_key: str = "split",
     seed: int = 0,
-) -> pd.DataFrame:
+) -> Distances:
     """Perturbed cells led back by the inverse operators, compared with real control cells.
 
     Parameters
     ----------
+    adata
+        A screen that was set up, with latents in ``obsm[use_rep]`` and ``obs["split"]``.
     operators
         Fitted operators.
     split
@@ -228,46 +273,51 @@ def reversal(
 
     Returns
     -------
-    DataFrame
-        A row per group and method: ``context, perturbation, group, cells, method, energy, floor,
-        reason``. Methods: "no change" (perturbed against control cells), "mean shift" (less the difference of the
-        training means), "operator" (the inverse; NaN and the reason where it has none). Energy distances are
-        Euclidean, U-statistic, in the latent space; the floor compares parts of the control cells.
+    Distances
+        A row per group and method: ``context, perturbation, group, cells, method, energy, floor, limit,
+        reason``. Methods: "no change" (perturbed against control cells), "own mean" (less the difference of the
+        group's training means, an oracle), "operator" (the inverse; NaN and the reason where it has none). Energy
+        distances are Euclidean, U-statistic, in the latent space; floor and limit are those of the control cells, the
+        limit of as many as are led back.
 
     Raises
     ------
     LabelError
-        For a key, split or perturbation that is not known.
+        For a split or perturbation that is not known, or data that were not set up.
     """
-    keys = {
-        "use_rep": use_rep,
-        "keys": Keys(None, perturbation_key, context_key, control),
-        "split_key": split_key,
-    }
     training = None if split is None else "train"
-    seen = Groups(adata, split=training, **keys)
-    back = Groups(adata, split=split, control_split=training, **keys)
-    means = {group.label: group.cells.mean(0) - seen.control[group.context].mean(0) for group in seen}
+    seen = Groups(adata, use_rep=use_rep, split=training)
+    back = Groups(adata, use_rep=use_rep, split=split, control_split=training)
+    shifts = {group.label: group.cells.mean(0) - seen.control[group.context].mean(0) for group in seen}
+    own = {context: self_distance(cells) for context, cells in back.control.items()}
+    floors = {context: noise_floor(cells, seed=seed) for context, cells in back.control.items()}
+
+    @cache
+    def limit(context: str, n_cells: int) -> float:
+        return noise_limit(back.control[context], n_cells, seed=seed)
+
     rows = []
     for group in back:
-        real = back.control[group.context]
-        floor = noise_floor(real, len(group), seed=seed)
-        operator, _ = operator_for(operators, group.perturbation, group.context, control=control)
-        for method, cells, reason in _led_back(group, operator, means.get(group.label)):
-            energy = float("nan") if cells is None else float(energy_distance(cells, real))
+        real, noise = back.control[group.context], (floors[group.context], limit(group.context, len(group)))
+        operator = _operator(operators, group.perturbation, group.context, group.dose)
+        for method, cells, reason in _led_back(group, operator, shifts.get(group.label)):
+            energy = math.nan
+            if cells is not None:
+                energy = float(energy_distance(cells, real, y_self=own[group.context]))
             labels = (group.context, group.perturbation, group.label, len(group))
-            rows.append((*labels, method, energy, floor, reason))
-    columns = ["context", "perturbation", "group", "cells", "method", "energy", "floor", "reason"]
+            rows.append((*labels, method, energy, *noise, reason))
+    columns = ["context", "perturbation", "group", "cells", "method", "energy", "floor", "limit", "reason"]
     return Distances(rows, columns=columns)
 
 
-def _led_back(group, operator: AffineOperator, shift: torch.Tensor | None):
-    yield "no change", group.cells, ""
+def _led_back(group: Group, operator: AffineOperator, shift: torch.Tensor | None) -> Iterator[tuple]:
+    """Method, its cells (cell, d) or None, and the reason for None."""
+    yield NO_CHANGE, group.cells, ""
     if shift is None:
-        yield "mean shift", None, "no training cells of this group"
+        yield OWN_MEAN, None, "no training cells of this group"
     else:
-        yield "mean shift", group.cells - shift, ""
+        yield OWN_MEAN, group.cells - shift, ""
     try:
-        yield "operator", operator.inverse()(group.cells), ""
+        yield OPERATOR, operator.inverse()(group.cells), ""
     except ModelError as refusal:
-        yield "operator", None, str(refusal)
+        yield OPERATOR, None, str(refusal)

@@ -280,12 +280,10 @@ class VirtualCells:
                 fix = f"{did_you_mean(name, self.perturbations)}; no operator is guessed"
                 raise LabelError(three_beats("a perturbation that the operators know", repr(name), fix))
         if not isinstance(perturbation, str):
-            return sequence(
-                self.operators, [(step, strength) for step in steps], context, control=self.control
-            )
+            return sequence(self.operators, [(step, strength) for step in steps], context)
         whole = self._keep(
             ("operator", context, perturbation, rule),
-            lambda: combine(self.operators, perturbation, context, rule=rule, control=self.control),
+            lambda: combine(self.operators, perturbation, context, rule=rule),
         )
         return whole.power(check_strength(strength))
 

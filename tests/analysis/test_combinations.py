@@ -1,6 +1,7 @@
 """Combinations, sequences and reversal on planted operators, where the answer is known."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -16,6 +17,7 @@ from cellop_nb.analysis.combinations import (
 from cellop_nb.analysis.fits import fit_response
 from cellop_nb.analysis.formulas import Undefined
 from cellop_nb.analysis.transfer import Complexity, Response
+from cellop_nb.data.groups import Groups
 from cellop_nb.errors import LabelError, ModelError
 from cellop_nb.models.affine import AffineOperator
 from cellop_nb.models.carry import Remainder
@@ -106,18 +108,33 @@ def test_order_effects_are_largest_where_maps_do_not_commute(screen, response):
     assert strong["energy"].min() > 5 * nothing["energy"].max()
 
 
+def test_order_effects_of_many_are_those_of_the_few_that_move_cells_furthest(screen, response):
+    table = order_effects(screen, response.operators, max_pairs=1)
+    assert list(zip(table["first"], table["second"], strict=True)) == [("drug 1", "drug 2")] * 2
+    every = order_effects(Groups(screen, use_rep="X_nbvae"), response.operators, contexts=["type B"])
+    pd.testing.assert_series_equal(
+        table.set_index("context").loc["type B"], every.set_index("context").iloc[0]
+    )
+    few = order_effects(screen, response.operators, max_pairs=1, max_cells=100)
+    np.testing.assert_allclose(few["relative"], table["relative"], rtol=0.2)
+    with pytest.raises(LabelError, match="type A"):
+        order_effects(screen, response.operators, contexts=["typ A"])
+
+
 def test_reversal_leads_perturbed_cells_back(screen, response):
     table = reversal(screen, response.operators, split=None)
     wide = table[table["perturbation"].isin(["drug 1", "drug 2"])].pivot_table(
         index="group", columns="method", values="energy"
     )
     assert (wide["operator"] < 0.1 * wide["no change"]).all()
-    assert (wide["operator"] < wide["mean shift"]).all()
+    assert (wide["operator"] < wide["own mean"]).all()
+    floor, limit = table["floor"].abs().mean(), table["limit"].mean()
+    assert floor < limit and wide["operator"].mean() < 5 * limit
 
 
 def test_reversal_without_an_inverse_says_so(screen, response, monkeypatch):
     singular = AffineOperator(torch.zeros(4, 4), torch.zeros(4), "collapse")
-    monkeypatch.setattr("cellop_nb.analysis.combinations.operator_for", lambda *_, **__: (singular, True))
+    monkeypatch.setattr(type(response.operators), "operator", lambda *_: singular)
     table = reversal(screen, response.operators, split=None).set_index("method").loc["operator"]
     assert table["energy"].isna().all() and table["reason"].str.contains("condition number").all()
 
