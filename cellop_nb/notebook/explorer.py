@@ -278,9 +278,10 @@ def combined(first: str, second: str, together: str) -> tuple[str | tuple[str, s
 
 def _parts(question: Question, names: list[str]) -> tuple[str, str, str]:
     """Values of the three lists that stand for a perturbation; of more than two parts the first two are shown."""
-    single = isinstance(question.perturbation, str)
-    steps = (question.perturbation,) if single else question.perturbation
+    perturbation, rule = question.perturbation, question.rule
+    single = isinstance(perturbation, str)
+    steps = (perturbation,) if isinstance(perturbation, str) else perturbation
     parts = [part for step in steps for part in step.split("+") if part in names]
-    rule = question.rule if single and question.rule != "composition" else "sequence"
+    rule = rule if single and rule != "composition" else "sequence"
     together = next(name for name, shown_rule in TOGETHER.items() if shown_rule == rule)
     return parts[0], parts[1] if len(parts) > 1 else NOTHING, together

@@ -637,7 +637,8 @@ def _connected(address: str):
 
     check_where(address)
     security = Security()
-    if not (security.tls_ca_file and security.tls_client_cert):
+    tls = security.get_tls_config_for_role("client")
+    if not (tls["ca_file"] and tls["cert"]):
         fix = "set distributed.comm.tls.ca-file, .client.cert and .client.key, as the scheduler's owner does"
         raise DataError(three_beats("certificates in Dask's configuration", "none", fix))
     try:
