@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,6 +23,7 @@ from ..errors import CheckpointError, ModelError, did_you_mean, three_beats
 from ..files import write_whole
 from ..models import host
 from ..models.operators import OperatorModel
+from ..models.trace import is_finite
 from ..models.vae import NBVAE
 
 SCHEMA = 2
@@ -30,6 +31,7 @@ SCHEMA = 2
 
 
 _ENTRY = "cellop_nb"
+_SEAL = b"\ncellop_nb sha256 "
 _PACKAGES = ("cellop_nb", "torch", "anndata", "numpy", "safetensors")
 _FEATURES = "conditions.features"  # given to the constructor, not part of the configuration
 
@@ -141,22 +143,23 @@ def load(
     ModelError
         If there is no such device.
     """
-    place = _device(device)
+    target = _device(device)
     about, tensors = _read(Path(path))
     if about["schema"] > SCHEMA:
-        found = f"schema {about['schema']}, written by cellop_nb {about['versions'].get('cellop_nb')}"
+        writer = f"schema {about['schema']}, written by cellop_nb {about['versions'].get('cellop_nb')}"
         raise CheckpointError(
-            three_beats(f"schema {SCHEMA} or lower in {path}", found, "install that version of cellop_nb")
+            three_beats(f"schema {SCHEMA} or lower in {path}", writer, "install that version of cellop_nb")
         )
     _refuse_other_form(about, form, path)
+    _refuse_nonfinite(tensors, path)
     makers = {"vae": NBVAE, "operators": form}
     models = {name: _rebuild(name, makers, about, tensors, path) for name in about["config"]}
     for model in models.values():
-        model.to(place)
+        model.to(target)
     if genes is not None and "vae" in models:
         _refuse_other_genes(models["vae"].genes, [str(gene) for gene in genes], path)
-    known = {name: about.get(name, {}) for name in ("keys", "summary", "versions", "trained")}
-    return Saved(**models, **known)
+    notes = (about.get(name, {}) for name in ("keys", "summary", "versions", "trained"))
+    return Saved(models.get("vae"), models.get("operators"), *notes)
 
 
 def _device(device: torch.device | str) -> torch.device:
@@ -197,15 +200,52 @@ def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             about = json.loads((file.metadata() or {})[_ENTRY])
+        if not (
+            isinstance(about, dict)
+            and isinstance(about.get("schema"), int)
+            and all(isinstance(about.get(name, {}), dict) for name in ("config", "versions", "trained"))
+            and all(isinstance(config, dict) for config in about.get("config", [None]).values())
+        ):
+            raise ValueError("a description of something else")
     except KeyError:
         fix = "give the path that cellop_nb.save returned"
         raise CheckpointError(three_beats(expected, "tensors of another program", fix)) from None
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
-        found = "no such file" if not path.is_file() else f"a damaged or foreign file ({error})"
+    except (OSError, SafetensorError, ValueError, AttributeError, RecursionError) as error:
+        problem = "no such file" if not path.is_file() else f"a damaged or foreign file ({error})"
         raise CheckpointError(
-            three_beats(expected, found, "save the models again, or check the path")
+            three_beats(expected, problem, "save the models again, or check the path")
         ) from error
     return about, tensors
+
+
+def _refuse_nonfinite(tensors: dict[str, Tensor], path: str | Path) -> None:
+    broken = [name for name, tensor in tensors.items() if not is_finite(tensor)]
+    if broken:
+        fix = "save the models of a training that stayed finite"
+        raise CheckpointError(
+            three_beats(f"finite weights in {path}", f"NaN or infinity in {broken[:3]}", fix)
+        )
+
+
+def _refuse_oversized(maker: Callable, config: dict, path: Path) -> None:
+    """Refuse sizes that no file of this length can hold the tensors of, before anything of that size is made."""
+    length = path.stat().st_size
+    expected, fix = f"sizes that fit a file of {length:,} bytes", "save the models again; the file is damaged"
+    largest = max(_whole_numbers(config), default=0)
+    if largest > length:
+        raise CheckpointError(three_beats(expected, f"{largest:,} in {path}", fix))
+    with torch.device("meta"):
+        elements = sum(tensor.numel() for tensor in maker(**config).state_dict().values())
+    if elements > length:
+        raise CheckpointError(three_beats(expected, f"{elements:,} numbers in {path}", fix))
+
+
+def _whole_numbers(value: object) -> Iterator[int]:
+    if isinstance(value, int):
+        yield abs(value)
+    elif isinstance(value, (dict, list)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _whole_numbers(item)
 
 
 def _refuse_other_form(about: dict, form: type, path: str | Path) -> None:
@@ -219,13 +259,16 @@ def _rebuild(name: str, makers: dict, about: dict, tensors: dict[str, Tensor], p
     state = {
         key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")
     }
-    given = {"features": state[_FEATURES]} if _FEATURES in state else {}
     try:
-        model = makers[name](**about["config"][name], **given)
+        config = about["config"][name]
+        _refuse_oversized(makers[name], config, Path(path))
+        model = makers[name](**config, **({"features": state[_FEATURES]} if _FEATURES in state else {}))
         # Saved in double precision, loaded in double precision.
         model.to(next(iter(state.values())).dtype)
         model.load_state_dict(_from_schema_1(state, model) if about["schema"] < 2 else state)
-    except (KeyError, RuntimeError, StopIteration, TypeError) as error:
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever a damaged description makes the model's maker say
         fix = "save the models again with this version"
         raise CheckpointError(
             three_beats(f"the tensors of the {name} in {path}", f"{type(error).__name__}: {error}", fix)
@@ -257,8 +300,36 @@ def _refuse_other_genes(wanted: list[str], known: list[str], path: str | Path) -
 
 
 def write_state(path: str | Path, state: dict) -> Path:
-    """Write the state of a run, whole or not at all; readable with ``weights_only=True``."""
-    return write_whole(path, lambda part: torch.save(state, part))
+    """Write the state of a run, whole or not at all; readable with ``weights_only=True``.
+
+    The file ends with a digest of all that is before, so that no damage goes unseen.
+    """
+
+    def write(part: Path) -> None:
+        torch.save(state, part)
+        with part.open("rb+") as file:
+            seal = _SEAL + hashlib.file_digest(file, "sha256").hexdigest().encode()
+            file.write(seal)
+
+    return write_whole(path, write)
+
+
+def _check_seal(path: Path) -> None:
+    """Raise ValueError where the file is not what was written."""
+    with path.open("rb") as file:
+        size = file.seek(0, 2) - len(_SEAL) - 64
+        file.seek(max(size, 0))
+        seal = file.read()
+        file.seek(0)
+        content = hashlib.sha256()
+        while left := size - file.tell():
+            if left < 0:
+                break
+            content.update(file.read(min(left, 1 << 20)))
+    if seal[: len(_SEAL)] != _SEAL:
+        raise ValueError("it does not end with the digest that a checkpoint ends with")
+    if seal[len(_SEAL) :] != content.hexdigest().encode():
+        raise ValueError("its digest is that of other content")
 
 
 def read_state(path: str | Path, device: torch.device | str, expected: str) -> dict:
@@ -270,6 +341,7 @@ def read_state(path: str | Path, device: torch.device | str, expected: str) -> d
         If the file is missing or damaged; `expected` says what it should have been.
     """
     try:
+        _check_seal(Path(path))
         return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:
         fix = "give the path of a last.pt or best.pt, or start the run anew"

@@ -8,6 +8,7 @@ run again with every operation watched (:mod:`.locate`), and written to a file t
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import math
@@ -182,11 +183,12 @@ class Window:
         """Remember a step until the device has told that it was finite."""
         self._steps.append(_Step(trainer.step, trainer.batch, random, finite))
 
-    def look(self) -> list[_Step]:
+    def look(self, together: bool = False) -> list[_Step]:
         """The steps to be made again, from the first that was not finite; none as long as the device has told of none."""
         if self._question is None and len(self._steps) >= self._every:
             self._ask()
-        if self._question is None or not self._question.answered(wait=len(self) >= self.AHEAD * self._every):
+        late = len(self) >= self.AHEAD * self._every
+        if self._question is None or (together and not late) or not self._question.answered(wait=late):
             return []
         return self._read()
 
@@ -240,9 +242,10 @@ class NonFiniteGuard:
     folder
         Where reproducer files go; None writes none.
     on_nonfinite
-        ``"stop"`` raises :class:`NonFiniteError`. ``"rollback"`` restores the last kept state, halves the
-        learning rate and goes on, at most `max_rollbacks` times. A batch that holds NaN itself raises at
-        once: no learning rate cures it.
+        ``"stop"`` raises :class:`NonFiniteError`. ``"rollback"`` restores the last finite state, that after the
+        step before, halves the learning rate and goes on, at most `max_rollbacks` times; it looks at the
+        parameters and copies them after every step. A batch that holds NaN itself raises at once: no learning
+        rate cures it.
     max_rollbacks
         Number of rollbacks before the error is raised after all.
     check_every
@@ -260,8 +263,11 @@ class NonFiniteGuard:
     ----------
     last_finite
         :class:`TrainingState` to go back to; after an error the last state in which everything was finite.
-    rollbacks, errors
-        Number of rollbacks so far, and the errors that caused them.
+    rolled_back
+        Per rollback the ``epoch`` and ``step`` of the fault, the step after which the state was that it went
+        ``back_to``, the ``learning_rate`` from then on, and the ``reason``.
+    errors
+        The errors that caused them.
     finite
         Whether the last step was finite, on the device; only where checks are deferred.
 
@@ -293,10 +299,14 @@ class NonFiniteGuard:
         self.model, self.optimizer = model, optimizer
         self.folder = None if folder is None else Path(folder)
         self.on_nonfinite, self.max_rollbacks = on_nonfinite, max_rollbacks
-        self.check_every, self.snapshot_every = check_every, snapshot_every
+        each = (
+            on_nonfinite == "rollback"
+        )  # what it goes back to is the last finite state, not one of long ago
+        self.check_every, self.snapshot_every = (1, 1) if each else (check_every, snapshot_every)
         self.last_finite: TrainingState | None = None
         self.errors: list[NonFiniteError] = []
-        self.rollbacks, self.overflows = 0, 0
+        self.rolled_back: list[dict] = []
+        self.overflows = 0
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         on_cpu = all(looks_are_free(p.device) for p in self._parameters)
         self.deferred = not on_cpu if deferred is None else deferred
@@ -315,6 +325,11 @@ class NonFiniteGuard:
         """Whether the device itself holds the optimiser back, so that the host need not look."""
         return self._window is not None
 
+    @property
+    def rollbacks(self) -> int:
+        """Number of rollbacks so far."""
+        return len(self.rolled_back)
+
     # -- the calls of the loop ---------------------------------------------------------------------
 
     def begin_step(self, trainer) -> None:
@@ -331,9 +346,11 @@ class NonFiniteGuard:
         if self._random is None:
             self.begin_step(trainer)
         if self.deferred:
-            self._loss_flag = torch.isfinite(torch.stack(list(terms.values()))).all()
+            flag = torch.isfinite(torch.stack(list(terms.values()))).all()
+            self._loss_flag = flag if _alone(trainer) else trainer.processes.all(flag)
             return True
-        return all(math.isfinite(term.item()) for term in terms.values()) or self._loss_fault(trainer)
+        here = not all(math.isfinite(term.item()) for term in terms.values())
+        return not _in_any(trainer, here) or self._loss_fault(trainer, here=here)
 
     def after_backward(self, trainer, grad_norm: Tensor | float | None = None) -> bool:
         """Check the gradients, by their norm; the step has not been made yet."""
@@ -358,12 +375,12 @@ class NonFiniteGuard:
         window = self._window
         if window is not None:
             window.note(trainer, self._random, self.finite)
-            if not self._look(trainer, window, window.look()):
+            if not self._look(trainer, window, window.look(together=not _alone(trainer))):
                 return False
         if self._since % self.check_every == 0:
             if self._parameter_flag is not None and self.deferred:
                 self._parameter_flag.copy_(self._flag_of_parameters())
-            elif not self._parameters_are_finite():
+            elif _in_any(trainer, not self._parameters_are_finite()):
                 return self._fault("parameter", trainer)
         # Where the device holds the optimiser back, the state cannot turn bad unseen: the epoch's end is early enough.
         due = self._suspect or (self._since >= self.snapshot_every and not self.holds_back)
@@ -374,7 +391,7 @@ class NonFiniteGuard:
         if self._window is not None and not self._look(trainer, self._window, self._window.look_at_all()):
             return False
         self._lower_parameter_flag()
-        if not self._parameters_are_finite():
+        if _in_any(trainer, not self._parameters_are_finite()):
             return self._fault("parameter", trainer)
         return self.keep(trainer) if self._since >= self.snapshot_every else True
 
@@ -383,7 +400,8 @@ class NonFiniteGuard:
     def keep(self, trainer) -> bool:
         """Copy model, optimiser and random states, provided that all of them are finite."""
         self._since, self._suspect = 0, False
-        if nonfinite_state(self.model) or optimizer_faults(self.model, self.optimizer):
+        broken = bool(nonfinite_state(self.model) or optimizer_faults(self.model, self.optimizer))
+        if _in_any(trainer, broken):
             return self._fault("parameter", trainer)
         self.last_finite = TrainingState.of(trainer, self.model, self.optimizer, into=self.last_finite)
         return True
@@ -447,10 +465,10 @@ class NonFiniteGuard:
             _LOG.warning(text, trainer.step)
         return True
 
-    def _loss_fault(self, trainer) -> bool:
+    def _loss_fault(self, trainer, here: bool = True) -> bool:
         if nonfinite_state(self.model):  # broken since the step before; the loss only shows it
             return self._fault("parameter", trainer, late=1)
-        return self._fault("loss", trainer)
+        return self._fault("loss", trainer, here=here)
 
     def _deferred_fault(self, trainer) -> bool:
         suspect = self._parameter_flag is not None and not bool(self._parameter_flag)
@@ -460,14 +478,15 @@ class NonFiniteGuard:
         gradients_ok = math.isfinite(float(self._gradient_norm()))
         return True if gradients_ok else self._gradient_fault(trainer)
 
-    def _fault(self, stage: str, trainer, late: int = 0) -> bool:
+    def _fault(self, stage: str, trainer, late: int = 0, here: bool = True) -> bool:
+        """Describe a fault, of this process or (`here` False) of another, and go back or raise, all alike."""
         told = {"stage": stage, "epoch": trainer.epoch, "step": max(trainer.step - late, 0)}
-        told["learning_rate"] = self.optimizer.param_groups[0]["lr"]
-        random = self._random or random_state(trainer)
-        error = described(trainer, self.model, self.optimizer, told, random=random, folder=self.folder)
+        told |= {"learning_rate": self.optimizer.param_groups[0]["lr"], "elsewhere": not here}
+        random, folder = self._random or random_state(trainer), self.folder if here else None
+        error = described(trainer, self.model, self.optimizer, told, random=random, folder=folder)
         error.values["terms"] = {name: float(term) for name, term in self._terms.items()}
         self.errors.append(error)
-        in_data = error.origin is not None and error.origin.kind == "batch"
+        in_data = _in_any(trainer, error.origin is not None and error.origin.kind == "batch")
         kept = None if in_data else self.last_finite
         if self.on_nonfinite == "rollback" and self.rollbacks < self.max_rollbacks and kept is not None:
             return self._roll_back(trainer, error, kept.step)
@@ -480,7 +499,16 @@ class NonFiniteGuard:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         trainer.learning_rate = rate
-        self.rollbacks += 1
+        reason = f"{error.stage} {error.tensor!r}" if error.tensor else f"a {error.stage} in another process"
+        self.rolled_back.append(
+            {
+                "epoch": trainer.epoch,
+                "step": error.step,
+                "back_to": step,
+                "learning_rate": rate,
+                "reason": reason,
+            }
+        )
         _LOG.warning("%s Back to step %s with learning rate %g.", error, step, rate)
         self._drop_gradients()
         return False
@@ -492,6 +520,15 @@ class NonFiniteGuard:
             self.last_finite = TrainingState.of(trainer, self.model, self.optimizer)
         elif self.last_finite is not None:
             self.restore()
+
+
+def _alone(trainer) -> bool:
+    return getattr(trainer, "processes", None) is None or trainer.processes.size == 1
+
+
+def _in_any(trainer, flag: bool) -> bool:
+    """Whether it holds in one of the processes at least: all must go back, or stop, together."""
+    return flag if _alone(trainer) else trainer.processes.any(flag)
 
 
 def described(
@@ -514,7 +551,8 @@ def described(
     # One on a device by its rows: its values are told and saved.
     batch = getattr(batch, "whole", lambda: batch)()
     names = trainer.describe_batch(batch) if hasattr(trainer, "describe_batch") else {}
-    error = explain(model, loss_terms, batch, told=told, described=names, optimizer=optimizer)
+    with getattr(trainer, "by_itself", contextlib.nullcontext)():
+        error = explain(model, loss_terms, batch, told=told, described=names, optimizer=optimizer)
     set_random_state(now, trainer)
     if folder is not None:
         told = told | {"tensor": error.tensor, "module": error.module}

@@ -320,7 +320,9 @@ def explain(
     described
         Names of the batch's cells and genes, or groups.
     """
-    tensor, origin = search(model, loss_terms, batch, told["stage"], optimizer)
+    nothing = None, None  # here; the fault is in another process
+    elsewhere = told.get("elsewhere", False)
+    tensor, origin = nothing if elsewhere else search(model, loss_terms, batch, told["stage"], optimizer)
     tensor = tensor or told.get("tensor")
     module = origin.module if origin else told.get("module")
     people = involved(origin, described or {})
@@ -417,7 +419,8 @@ def _rows(masks: list[Tensor], n_names: int) -> list[bool] | None:
 def _message(told: dict, tensor: str | None, origin: Origin | None, people: dict[str, list[str]]) -> str:
     when = f"at epoch {told['epoch']}, step {told['step']} (learning rate {told['learning_rate']:g})"
     what = f"{told['stage']} {tensor!r}" if tensor else f"a {told['stage']}"
-    why = f": {origin}" if origin else " (a second run of the same batch was finite)"
+    unseen = "in another process" if told.get("elsewhere") else "a second run of the same batch was finite"
+    why = f": {origin}" if origin else f" ({unseen})"
     names = [f"{kind} {_short(who)}" for kind, who in people.items() if who]
     about = f"; {', '.join(names)}" if names else ""
     found = f"NaN or infinity in {what} {when}{why}{about}"

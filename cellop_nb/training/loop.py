@@ -112,6 +112,11 @@ class Processes:
         """The mean over processes."""
         return value if self.size == 1 else cast("Tensor", self.fabric.all_reduce(value, reduce_op="mean"))
 
+    def all(self, flag: Tensor) -> Tensor:
+        """Whether it holds in every process, still on the device."""
+        told = cast("Tensor", self.fabric.all_reduce(flag.to(torch.float32), reduce_op="mean"))
+        return told == 1
+
     def any(self, flag: bool) -> bool:
         """Whether it holds in one of the processes at least; all hear the same answer."""
         if self.size == 1:
@@ -615,6 +620,7 @@ class Trainer(RemoteControl):
             **means,
             **{name: float(value) for name, value in self.weights.items()},
             **self._changes_of_epoch(),
+            **self._rollbacks_of_epoch(),
         }
         self.model.eval()
         row |= self.validate()
@@ -622,6 +628,20 @@ class Trainer(RemoteControl):
         self._keep_best(row)
         self.epoch += 1
         self._call("on_epoch_end", row)
+
+    def _rollbacks_of_epoch(self) -> dict[str, str]:
+        """The history's column of rollbacks; none where there was none."""
+        lines = [
+            f"{one['reason']} in step {one['step']}: back to step {one['back_to']}, "
+            f"learning rate {one['learning_rate']:.4g}"
+            for one in self.guard.rolled_back
+            if one["epoch"] == self.epoch
+        ]
+        return {"rollback": "; ".join(lines)} if lines else {}
+
+    def by_itself(self) -> contextlib.AbstractContextManager:
+        """Where this process may run the module without the others."""
+        return self.fabric.no_backward_sync(self.module, enabled=self.processes.size > 1)
 
     def _call(self, hook: str, *args) -> None:
         for callback in self.callbacks:
@@ -649,7 +669,7 @@ class Trainer(RemoteControl):
         Where the guard's checks are deferred, nothing here looks at a value, so that it may be recorded.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        with self.fabric.no_backward_sync(self.module, enabled=self.processes.size > 1):
+        with self.by_itself():
             terms = self.loss_terms(batch)
             if not self.guard.before_backward(terms, self):
                 return None
@@ -688,6 +708,7 @@ class Trainer(RemoteControl):
             "best_epoch": self.best_epoch,
             self.monitor: float(self.best_value),
             "changes": list(self.changes),
+            "rollbacks": list(self.guard.rolled_back),
             "status": self.status,
             "stop_reason": self.stop_reason,
         }
@@ -704,6 +725,7 @@ class Trainer(RemoteControl):
             "generators": [self.generator.get_state(), self.cpu_generator.get_state()],
             "rows": self.rows,
             "changes": self.changes,
+            "rollbacks": self.guard.rolled_back,
             "seed": self.seed,
             "epoch": self.epoch,
             "step": self.step,
@@ -716,21 +738,27 @@ class Trainer(RemoteControl):
         }
 
     def load_state(self, state: dict) -> None:
-        """Go on exactly where :meth:`state` was taken; only the length (``max_epochs``) stays this trainer's.
+        """Go on exactly where :meth:`state` was taken; only the length (``max_epochs``) may be another.
 
         Raises
         ------
         CheckpointError
-            If the state was made from another model, split or data.
+            If the state was made from another model, split or data, or with other settings; :meth:`change` is for
+            those that are to change on the way.
         """
         refuse_other_run(state.get("made_from", {}), plain(self.made_from))
+        refuse_other_run(
+            state.get("parameters", {}) | {"max_epochs": self.max_epochs},
+            plain(self.parameters) | {"max_epochs": self.max_epochs},
+        )
         state = copy.deepcopy(state)  # the optimiser would change it in place
         self.model.load_state_dict(state["model"])
         self._best_state = state["best_model"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generators"][0].cpu())
         self.cpu_generator.set_state(state["generators"][1].cpu())
-        self.rows, self.changes = list(state["rows"]), list(state.get("changes", []))
+        self.rows, self.changes = list(state["rows"]), list(state["changes"])
+        self.guard.rolled_back, self.guard.last_finite = list(state["rollbacks"]), None
         self.seed, self.epoch, self.step = state["seed"], state["epoch"], state["step"]
         self.best_epoch, self.best_value = state["best"]
         self._base_lr = state["base_lr"]

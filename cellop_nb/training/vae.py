@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -189,12 +190,13 @@ class VAETrainer(Trainer):
         self.parameters |= {
             "batch_size": int(batch_size), "kl_weight": float(kl_weight), "warmup_epochs": int(warmup_epochs),
         }  # fmt: skip
+        constant, content = _constants(matrix, np.concatenate(list(rows.values())))
         self.made_from |= {
             "batch_size": int(batch_size),
             "split": {split: torch.as_tensor(which) for split, which in rows.items()},
-            "library": digest(matrix.library),
+            "counts": content,
         }
-        self._constant = _constants(matrix, np.concatenate(list(rows.values()))).to(device)
+        self._constant = constant.to(device)
 
     def batches(self) -> CountLoader:
         return self.loader
@@ -256,13 +258,21 @@ class VAETrainer(Trainer):
         return {"cells": self.cells[batch.index.cpu().numpy()].tolist(), "genes": self.genes}
 
 
-def _constants(matrix: CountMatrix, rows: np.ndarray) -> Tensor:
-    """(cell,) part of each cell's log-likelihood that no parameter enters; 0 for cells not in `rows`."""
-    constant = torch.zeros(len(matrix))
-    for block, counts in matrix.blocks(np.sort(rows)):
+def _constants(matrix: CountMatrix, rows: np.ndarray) -> tuple[Tensor, str]:
+    """(cell,) part of each cell's log-likelihood that no parameter enters, 0 for cells not in `rows`; and a
+    fingerprint of what the numbers of a training depend on: counts, library sizes and covariates of `rows`."""
+    constant, rows = torch.zeros(len(matrix)), np.sort(rows)
+    lengths, columns, values = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
+    for block, counts in matrix.blocks(rows):
+        lengths.update(np.diff(counts.indptr).astype(np.int64))
+        columns.update(counts.indices.astype(np.int64))
+        values.update(counts.data.astype(np.float32))
         for start in range(0, len(block), 4096):
             csr = counts[start : start + 4096]
             indices = (torch.from_numpy(part.astype(np.int64)) for part in (csr.indptr, csr.indices))
             part = SparseCounts(csr.shape, *indices, torch.from_numpy(csr.data))  # type: ignore[call-arg]
             constant[block[start : start + 4096]] = part.constant
-    return constant
+    beside = {"library": matrix.library, **matrix.covariates}
+    digests = [one.hexdigest() for one in (lengths, columns, values)]
+    digests += [f"{name} {digest(whole[torch.from_numpy(rows)])}" for name, whole in beside.items()]
+    return constant, hashlib.sha256("; ".join(digests).encode()).hexdigest()[:16]

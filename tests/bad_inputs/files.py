@@ -84,9 +84,9 @@ def _(place):
 
 @case(FILES, "a checkpoint that holds code")
 def _(place):
-    import torch
+    from cellop_nb.training.checkpoint import write_state
 
-    torch.save({"model": Place}, place.folder / "last.pt")
+    write_state(place.folder / "last.pt", {"model": Place})
     co.VAETrainer(place.split, place.vae, progress=False).load_checkpoint(
         place.keep(place.folder / "last.pt")
     )

@@ -51,6 +51,13 @@ def rewrite(path, **changes):
     save_file(load_file(path), path, {"cellop_nb": json.dumps(about)})
 
 
+def edit(path, **tensors):
+    """Change tensors inside a file."""
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    save_file(load_file(path) | tensors, path, metadata)
+
+
 def test_models_come_back_bit_by_bit(path, vae, operators):
     saved = load(path)
     for before, after in ((vae, saved.vae), (operators, saved.operators)):
@@ -236,3 +243,42 @@ def test_a_reader_of_the_earlier_file_is_not_disturbed(path, operators):
 def test_no_pickle_is_inside(path):
     assert b"\x80\x02" not in path.read_bytes()[:8]
     assert set(load_file(path)) > {"vae.decoder.log_dispersion", "operators.center"}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(path, value):
+    weight = load_file(path)["vae.encoder.mean.weight"]
+    weight[0, 0] = value
+    edit(path, **{"vae.encoder.mean.weight": weight})
+    with pytest.raises(CheckpointError, match="finite weights.*encoder.mean.weight.*To fix it"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"n_hidden": 10**6}, {"n_layers": 10**9}, {"n_latent": 10**12}, {"n_hidden": 3000}]
+)
+def test_sizes_are_checked_against_the_file_before_anything_of_that_size_is_made(
+    path, vae, sizes, monkeypatch
+):
+    rewrite(path, config={"vae": vae.config | sizes})
+    elements = []
+    plain = torch.nn.Module.register_parameter
+
+    def watched(module, name, value):
+        elements.append(0 if value is None or value.device.type == "meta" else value.numel())
+        plain(module, name, value)
+
+    monkeypatch.setattr(torch.nn.Module, "register_parameter", watched)
+    with pytest.raises(CheckpointError, match="sizes that fit a file of .* bytes.*To fix it"):
+        load(path)
+    assert sum(elements) < 10_000
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "{}", "3", '{"schema": 2}', '{"schema": "2", "config": {}}', '{"schema": 2, "config": []}',
+             '{"schema": 2, "config": {"vae": []}}', '{"schema": 2, "config": {"vae": {"genes": 7}}}', "[" * 100_000],
+)  # fmt: skip
+def test_a_damaged_description_is_refused_in_three_beats(path, text):
+    save_file(load_file(path), path, {"cellop_nb": text})
+    with pytest.raises(CheckpointError, match="(?s)Expected .*Found .*To fix it"):
+        load(path)

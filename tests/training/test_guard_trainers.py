@@ -131,4 +131,5 @@ def test_rollback_halves_the_rate_and_finishes(adata):
     history = trainer.fit()
     assert trainer.status == "finished" and trainer.guard.rollbacks == 1
     assert trainer.learning_rate == 0.5e-2 and len(history) == 2
+    assert trainer.guard.rolled_back[0]["back_to"] == 0 and "axis_shift" in history["rollback"][0]
     assert np.isfinite(history["train_loss"]).all() and is_finite(trainer.model)

@@ -119,17 +119,33 @@ def test_a_loss_that_is_not_finite_stops_at_once_with_a_finite_model():
 
 
 def test_rollback_goes_on_with_half_the_rate():
+    weights = {}
+
     class Spiky(LineTrainer):
         def loss_terms(self, batch):
+            weights[self.step] = self.model.slope.detach().clone()
             terms = super().loss_terms(batch)
             spike = self.step == 6 and self.learning_rate == 0.1
             return terms | {"error": terms["error"] / 0} if spike else terms
 
     trainer = Spiky(on_nonfinite="rollback")
     history = trainer.fit()
+    assert torch.equal(weights[7], weights[6]), (
+        "back to the state before the faulty step, and to no earlier one"
+    )
+    assert not torch.equal(weights[6], weights[5])
     assert trainer.learning_rate == 0.05
+    assert trainer.guard.rolled_back == [
+        {"epoch": 1, "step": 6, "back_to": 5, "learning_rate": 0.05, "reason": "loss 'error'"}
+    ]
+    said = ["", "loss 'error' in step 6: back to step 5, learning rate 0.05", "", "", "", ""]
+    assert history["rollback"].fillna("").tolist() == said
+    assert trainer.summary()["rollbacks"] == trainer.state()["rollbacks"] == trainer.guard.rolled_back
+    again = LineTrainer()
+    again.load_state(trainer.state())
+    assert again.guard.rollbacks == 1
     assert len(history) == 6
-    assert history.map(math.isfinite).all(axis=None)
+    assert history.drop(columns="rollback").map(math.isfinite).all(axis=None)
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.1, 100.0, math.nan])

@@ -7,7 +7,7 @@ import socket
 import numpy as np
 import pytest
 import torch
-from toy import LineTrainer, joint_run, small_operators, small_vae
+from toy import LineTrainer, joint_run, one_of, one_with_a_fault, small_operators, small_vae
 
 from cellop_nb.data.matrices import CountMatrix
 from cellop_nb.errors import ModelError
@@ -26,12 +26,10 @@ def free_port():
         return taken.getsockname()[1]
 
 
-def run_two(processes, kind, folder):
-    from toy import one_of
-
+def run_two(processes, kind, folder, target=one_of):
     folder.mkdir()
     port = free_port()
-    pair = [processes.Process(target=one_of, args=(rank, 2, port, kind, str(folder))) for rank in range(2)]
+    pair = [processes.Process(target=target, args=(rank, 2, port, kind, str(folder))) for rank in range(2)]
     for process in pair:
         process.start()
     for process in pair:
@@ -59,6 +57,21 @@ def test_two_processes_give_the_gradients_of_one_with_the_joint_batch(
         assert mine["train_loss"] == theirs["train_loss"] == pytest.approx(alone["train_loss"], rel=1e-3)
     written = {path.name for path in (tmp_path / "two").iterdir()}
     assert written == {"0.pt", "1.pt", "best.pt", "last.pt", "history.csv"}
+
+
+def test_a_fault_in_one_process_takes_both_back(processes, tmp_path):
+    first, second = run_two(processes, "rollback", tmp_path / "two", target=one_with_a_fault)
+    assert first["epochs"] == second["epochs"] == 2
+    assert [len(one["rolled_back"]) for one in (first, second)] == [1, 1]
+    assert first["rolled_back"][0]["back_to"] == second["rolled_back"][0]["back_to"] == 2
+    assert "in another process" in first["rolled_back"][0]["reason"]
+    assert all(torch.equal(first["weights"][name], value) for name, value in second["weights"].items())
+
+
+def test_a_fault_in_one_process_stops_both_and_each_says_where_it_was(processes, tmp_path):
+    first, second = run_two(processes, "stop", tmp_path / "two", target=one_with_a_fault)
+    assert "step 3" in first["message"] and "in another process" in first["message"]
+    assert "step 3" in second["message"] and "another process" not in second["message"]
 
 
 @pytest.mark.parametrize(("n", "size", "batch_size"), [(53, 2, 10), (53, 3, 10), (41, 4, 8), (7, 2, 3)])

@@ -87,15 +87,38 @@ def other_counts(adata):
     return adata
 
 
+def swapped_counts(adata):
+    """Other counts of equal library sizes and gene sums."""
+    dense = adata.X.toarray()
+    rows = np.flatnonzero(adata.obs["split"] == "train")
+    for one in rows[1:]:
+        up = np.flatnonzero(dense[rows[0]] > dense[one])
+        down = np.flatnonzero(dense[rows[0]] < dense[one])
+        if len(up) and len(down):
+            for cell, gene, change in (
+                (rows[0], up[0], -1),
+                (rows[0], down[0], 1),
+                (one, up[0], 1),
+                (one, down[0], -1),
+            ):
+                dense[cell, gene] += change
+            break
+    adata.X = type(adata.X)(dense)
+    return adata
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"adata": reseeded(small_screen())}, "split.train"),
-        ({"adata": other_counts(small_screen())}, "library"),
+        ({"adata": other_counts(small_screen())}, "counts"),
+        ({"adata": swapped_counts(small_screen())}, "counts"),
         ({"adata": small_screen()[:, ::-1].copy()}, "model.genes"),
         ({"batch_size": 8}, "batch_size 8, not 16"),
+        ({"kl_weight": 2.0}, "kl_weight 2.0, not 1.0"),
+        ({"warmup_epochs": 3}, "warmup_epochs 3, not 20"),
     ],
-    ids=["split", "counts", "genes", "batch_size"],
+    ids=["split", "counts", "counts of equal sums", "genes", "batch_size", "kl_weight", "warmup_epochs"],
 )
 def test_a_checkpoint_of_another_split_or_data_is_refused(tmp_path, settings, message):
     small_vae(tmp_path, max_epochs=1).fit()

@@ -9,6 +9,7 @@ from toy import Do, Line, LineTrainer, assert_same_run, comparable, weights_of
 
 from cellop_nb.errors import CheckpointError
 from cellop_nb.training.callbacks import SaveCheckpoints
+from cellop_nb.training.checkpoint import write_state
 
 
 @pytest.mark.parametrize("where", ["memory", "file"])
@@ -23,7 +24,7 @@ def test_a_resumed_run_equals_one_that_was_never_interrupted(tmp_path, where):
             Do(lambda t: t.save_checkpoint(tmp_path / "three.pt"), epoch=2),
         ],
     ).fit()
-    resumed = LineTrainer(Line(seed=5), seed=8, lr=9.0)
+    resumed = LineTrainer(Line(seed=5), seed=1)
     if where == "file":
         resumed.load_checkpoint(tmp_path / "three.pt")
     else:
@@ -54,7 +55,7 @@ def test_numbers_of_numpy_do_not_break_a_checkpoint(tmp_path):
     trainer = LineTrainer(lr=np.float64(0.1), weight_decay=np.float64(0.1))
     trainer.weights["ridge"] = np.float64(0.5)
     trainer.fit(1)
-    LineTrainer().load_checkpoint(trainer.save_checkpoint(tmp_path / "one.pt"))
+    LineTrainer(weight_decay=0.1).load_checkpoint(trainer.save_checkpoint(tmp_path / "one.pt"))
 
 
 def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -85,7 +86,7 @@ def test_a_damaged_or_missing_checkpoint_is_refused(tmp_path, content):
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     path = tmp_path / "other.pt"
-    torch.save({"model": {"weight": torch.ones(2)}}, path)
+    write_state(path, {"model": {"weight": torch.ones(2)}})
     with pytest.raises(CheckpointError, match="names and sizes of the run"):
         LineTrainer().load_checkpoint(path)
 
@@ -95,3 +96,25 @@ def test_a_second_fit_goes_on_where_the_first_ended():
     trainer.fit(2)
     assert comparable(trainer)["epoch"].tolist() == [0, 1]
     assert trainer.fit(4)["epoch"].tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "other", [{"lr": 9.0}, {"seed": 8}, {"weight_decay": 0.5}, {"clip_norm": 1.0}], ids=lambda one: [*one][0]
+)
+def test_a_run_with_other_settings_is_refused_and_not_gone_on_with_the_old_ones(tmp_path, other):
+    LineTrainer(folder=tmp_path).fit(2)
+    ((name, value),) = other.items()
+    with pytest.raises(CheckpointError, match=f"{name} {value}, not .*start anew in another folder"):
+        LineTrainer(folder=tmp_path, **other).fit(resume=True)
+    assert len(LineTrainer(folder=tmp_path, max_epochs=4).fit(resume=True)) == 4, "a longer run goes on"
+
+
+def test_every_flipped_bit_of_a_checkpoint_is_seen(tmp_path):
+    path = LineTrainer().save_checkpoint(tmp_path / "last.pt")
+    whole = path.read_bytes()
+    for position in range(0, len(whole), 97):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 4]) + whole[position + 1 :])
+        with pytest.raises(CheckpointError, match="a checkpoint of this Line.*last.pt.*To fix it"):
+            LineTrainer().load_checkpoint(path)
+    path.write_bytes(whole)
+    LineTrainer().load_checkpoint(path)

@@ -13,6 +13,7 @@ from cellop_nb.data.splits import split
 from cellop_nb.data.synthetic import synthetic
 from cellop_nb.models import vae as vae_module
 from cellop_nb.training.callbacks import Callback
+from cellop_nb.training.locate import NonFiniteError
 from cellop_nb.training.loop import Machine, Trainer
 from cellop_nb.training.operators import OperatorTrainer, new_operators
 from cellop_nb.training.vae import VAETrainer, new_vae
@@ -161,6 +162,28 @@ def one_of(rank, size, port, kind, folder):
     torch.save(
         told | {"val_loss": trainer.history["val_loss"].tolist(), "rows": trainer.rows}, f"{folder}/{rank}.pt"
     )
+
+
+def one_with_a_fault(rank, size, port, kind, folder):
+    """As :func:`one_of`; the loss of the second process is NaN in step 3. Writes what came of it."""
+    torch.set_num_threads(1)
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"}
+    address |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "GROUP_RANK": "0"}
+    os.environ.update(address)
+    trainer = small_operators(folder, max_epochs=2, machine=together(size), on_nonfinite=kind)
+    plain = trainer.loss_terms
+
+    def terms(batch):
+        spike = float("nan") if rank == 1 and trainer.step == 3 else 1.0
+        return {name: term * spike for name, term in plain(batch).items()}
+
+    trainer.loss_terms, message = terms, ""
+    try:
+        trainer.fit()
+    except NonFiniteError as error:
+        message = str(error)
+    state = {"weights": weights_of(trainer), "rolled_back": trainer.guard.rolled_back, "message": message}
+    torch.save(state | {"epochs": trainer.epoch}, f"{folder}/{rank}.pt")
 
 
 def joint_run(kind, folder, machine=CPU):
