@@ -70,7 +70,8 @@ def test_the_wheel_holds_the_notebooks_and_the_example_data(root, wheel):
         path for folder in ("notebooks", "data") for path in (root / folder).iterdir() if path.is_file()
     ]
     assert {f"cellop_nb/_share/{path.parent.name}/{path.name}" for path in shared} <= names
-    assert not [name for name in names if name.startswith("tests/") or "__pycache__" in name]
+    outside = ("tests/", "benchmarks/", "docs/")
+    assert not [name for name in names if name.startswith(outside) or "__pycache__" in name]
     assert "cellop_nb/notebook/summary.ipynb" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
 

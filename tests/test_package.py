@@ -60,6 +60,29 @@ def test_only_the_fits_of_holdouts_tie_analysis_to_training():
     assert tied == {"fits", "fitted"}
 
 
+def module_imports() -> dict[str, set[str]]:
+    """Modules of ours that each module imports, inside functions and for type checkers too."""
+    files = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path for path in sources()}
+    files = {name: path for name, path in files.items() if not name.endswith("__init__")}
+    graph = {}
+    for name, path in files.items():
+        graph[name] = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                above = name.split(".")[: -node.level] if node.level else []
+                base = ".".join([*above, *filter(None, [node.module])])
+                graph[name] |= {base, *(f"{base}.{alias.name}" for alias in node.names)} & set(files) - {name}
+    return graph
+
+
+@pytest.mark.xfail(reason="support and hold-outs import each other", strict=False)
+def test_no_module_imports_itself_by_way_of_others():
+    graph = module_imports()
+    while free := [name for name, needed in graph.items() if not needed & set(graph)]:
+        graph = {name: needed for name, needed in graph.items() if name not in free}
+    assert not graph, sorted(graph)
+
+
 def test_errors_import_nothing_of_ours():
     assert ours(PACKAGE / "errors.py") == set()
 
