@@ -196,25 +196,15 @@ def linear(
     Hoerl and Kennard (1970), Technometrics 12:55; Allen (1974), Technometrics 16:125 (the closed form).
     """
     n = len(control)
-    centred = control - control.mean(0)
-    kernel = centred @ centred.T
-    scale = max(np.trace(kernel) / n, np.finfo(float).tiny)
-    values, vectors = np.linalg.eigh(kernel)
-    values = np.maximum(values, 0.0)
-    best, lowest = None, np.inf
-    for ridge in ridges if n > 2 else (np.inf,):
-        inverse = (vectors / (values + ridge * scale)) @ vectors.T
-        hat = 1 / n + kernel @ inverse
-        left = (change - hat @ change) / np.maximum(1 - np.diag(hat), 1e-9)[:, None] if n > 1 else change[:0]
-        error = _shares_left(np.square(left).sum(1), change, noise)[0] if n > 1 else 0.0
-        if error < lowest * (1 - 1e-9):
-            pull = inverse @ (centred @ (target - control.mean(0)))
-            shares = 1 / n + pull - pull.mean()
-            best, lowest = (
-                (Estimate(shares @ change, change[: len(left)] - left, shares), float(ridge)),
-                error,
-            )
-    return best
+    ridges = tuple(ridges) if n > 2 else (np.inf,)
+    hats, pulls = _ridge_weights(control, target, ridges)
+    if n < 2:
+        return Estimate(pulls[0] @ change, change[:0], pulls[0]), float(ridges[0])
+    own = np.diagonal(hats, axis1=1, axis2=2)
+    left = (change - hats @ change) / np.maximum(1 - own, 1e-9)[:, :, None]
+    errors = _shares_left(np.square(left).sum(2).T, change, noise)[0]
+    best = len(ridges) - 1 - int(np.argmin(errors[::-1] - 1e-9 * np.arange(len(ridges))[::-1]))
+    return Estimate(pulls[best] @ change, change - left[best], pulls[best]), float(ridges[best])
 
 
 def _shares_left(squares: np.ndarray, change: np.ndarray, noise: np.ndarray) -> tuple[float, np.ndarray]:
@@ -313,7 +303,7 @@ def _products(measured: Measured, by_name: Mapping[str, Estimate]):
 def weigh(seen: Evidence, settings: PlanSettings = PlanSettings()) -> np.ndarray:
     r"""Weights (k,) of the estimators: not negative, of sum one.
 
-    .. math:: \min_w\; w^\top G w + \tau\,\frac{\mathrm{tr}\,G}{k}\,\|w - w^0\|^2, \quad \tau = \frac{n_0}{n}, \quad
+    .. math:: \min_w\; w^\top G w + \frac{n_0}{n} \Bigl(\sum_i w^0_i G_{ii}\Bigr) \|w - w^0\|^2, \quad
         w^0_i \propto 1 / G_{ii}^2
 
     with the mean products G of the errors left out. Contexts are few, so that the best combination of the n contexts
@@ -330,7 +320,7 @@ def weigh(seen: Evidence, settings: PlanSettings = PlanSettings()) -> np.ndarray
     errors = np.maximum(np.diag(products), settings.least_error)
     start = errors**-2.0
     start /= start.sum()
-    pull = settings.trust / max(seen.n_contexts, 1.0) * errors.mean()
+    pull = settings.trust / max(seen.n_contexts, 1.0) * float(start @ errors)
     return _nearest_on_simplex(products, start, pull)
 
 
@@ -357,16 +347,60 @@ def _diagonals(values: np.ndarray) -> np.ndarray:
     return values[:, :, None] * np.eye(values.shape[1])
 
 
-def stretch(average: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    r"""By how much an average a (..., gene) is shorter than the reference l.
+def stretch(
+    average: np.ndarray,
+    left_out: np.ndarray,
+    control: np.ndarray,
+    change: np.ndarray,
+    target: np.ndarray,
+    ridges: Sequence[float] = PlanSettings.ridges,
+) -> tuple[float, np.ndarray]:
+    r"""By how much averages are too short, never below 1: of the target, and (n,) of each context left out.
 
-    .. math:: \max(1,\ l^\top a / a^\top a)
+    .. math:: y_c = d_c^\top a / a^\top a, \quad
+        \hat y = \sum_\lambda u_\lambda \bigl(\bar y + k^\top (K + \lambda s I)^{-1} (y - \bar y)\bigr), \quad
+        u_\lambda \propto E_\lambda^{-n/2}
 
-    An average of noisy directions is too short; the linear estimate, which can extrapolate, says by how much.
+    An average of noisy directions is too short, and weights extrapolate nothing. The size of the measured responses along
+    the average a, one number per context, is regressed on the mean control cells as in :func:`linear`; ridges are
+    averaged by their errors E on contexts left out, to the power of a likelihood.
+
+    Parameters
+    ----------
+    average
+        (gene,) of the target.
+    left_out
+        (n, gene) of each measured context, from the others.
     """
-    along = np.square(average).sum(-1)
-    ratio = (average * reference).sum(-1) / np.where(along > 0, along, 1.0)
-    return np.where(along > 0, np.maximum(ratio, 1.0), 1.0)
+    hats, pulls = _ridge_weights(control, target, ridges)
+    own = np.diagonal(hats, axis1=1, axis2=2)
+    towards = np.concatenate([average[None], left_out])  # the target, then the contexts
+    along = np.square(towards).sum(1)
+    y = change @ towards.T / np.where(along > 0, along, 1.0)  # (n, 1 + n)
+    without = (hats @ y - own[:, :, None] * y) / np.maximum(1 - own, 1e-9)[:, :, None]  # (ridge, n, 1 + n)
+    errors = np.square(without - y).mean(1)
+    likelihood = (errors / np.maximum(errors.min(0), np.finfo(float).tiny) + 1e-12) ** (-len(change) / 2)
+    likelihood /= likelihood.sum(0)
+    size = likelihood[:, 0] @ (pulls @ y[:, 0])
+    others = (likelihood[:, 1:] * np.diagonal(without[:, :, 1:], axis1=1, axis2=2)).sum(0)
+    return float(max(size, 1.0)) if along[0] > 0 else 1.0, np.where(
+        along[1:] > 0, np.maximum(others, 1.0), 1.0
+    )
+
+
+def _ridge_weights(
+    control: np.ndarray, target: np.ndarray, ridges: Sequence[float]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Hat matrices (ridge, n, n) of the regression over contexts, and weights (ridge, n) of them at the target."""
+    n = len(control)
+    centre = control.mean(0)
+    centred = control - centre
+    kernel = centred @ centred.T
+    values, vectors = np.linalg.eigh(kernel)
+    penalty = np.asarray(ridges, dtype=float)[:, None] * max(np.trace(kernel) / n, np.finfo(float).tiny)
+    inverse = (vectors / (np.maximum(values, 0.0) + penalty)[:, None, :]) @ vectors.T
+    pulls = inverse @ (centred @ (target - centre))
+    return 1 / n + kernel @ inverse, 1 / n + pulls - pulls.mean(1, keepdims=True)
 
 
 def _trust_in_stretch(average, stretched, measured: Measured, settings: PlanSettings) -> float:
@@ -512,7 +546,7 @@ def plan(
         by_name = {MOVED: Estimate(np.asarray(moved), np.zeros((0, len(target))), np.zeros(0))}
     parts = _products(measured, by_name)
     weights = _weights(by_name, parts, also, settings)
-    mixed, size, shares = _mix(measured, by_name, weights, settings)
+    mixed, size, shares = _mix(measured, target, by_name, weights, settings)
     table, residuals = _leave_out(measured, by_name, parts, also, settings)
     error, quantile = _errors(measured, mixed, residuals, settings)
     explained, rival, rival_explained = _explained(table)
@@ -575,15 +609,17 @@ def _weights(by_name, parts, also, settings, without: int | None = None) -> dict
     return weights | dict(zip(seen.names, weigh(seen, settings).tolist(), strict=True))
 
 
-def _mix(measured, by_name, weights, settings) -> tuple[np.ndarray, float, np.ndarray]:
+def _mix(measured, target, by_name, weights, settings) -> tuple[np.ndarray, float, np.ndarray]:
     """(gene,) weighted mean of the estimators at its size, the size, and (n,) shares of the measured contexts."""
     average = sum(weights[name] * estimate.change for name, estimate in by_name.items())
     shares = sum(weights[name] * estimate.shares for name, estimate in by_name.items())
     if LINEAR not in by_name or len(measured) < 2:
         return average, 1.0, shares
     without = _average_left_out(by_name, weights)
-    trust = _trust_in_stretch(without, stretch(without, by_name[LINEAR].left_out), measured, settings)
-    size = float(1 + trust * (stretch(average, by_name[LINEAR].change) - 1))
+    longer, of_measured = stretch(
+        average, without, measured.control, measured.change, target, settings.ridges
+    )
+    size = float(1 + _trust_in_stretch(without, of_measured, measured, settings) * (longer - 1))
     return size * average, size, shares
 
 
@@ -605,7 +641,9 @@ def _leave_out(measured, by_name, parts, also, settings) -> tuple[pd.DataFrame, 
     for c, context in enumerate(measured.contexts):
         weights = _weights(by_name, parts, also, settings, without=c)
         average = _average_left_out(by_name, weights)
-        stretched = stretch(average, by_name[LINEAR].left_out)
+        stretched = stretch(
+            average[c], average, measured.control, measured.change, measured.control[c], settings.ridges
+        )[1]
         others = np.arange(len(measured)) != c
         rest = measured.without(context)
         trust = _trust_in_stretch(average[others], stretched[others], rest, settings)
@@ -669,7 +707,9 @@ def _gene_errors(squares, noise, predicted, planned, settings) -> np.ndarray:
     extra = squares - noise
     typical = noise.mean(0)
     design = np.stack([np.broadcast_to(typical, extra.shape).ravel(), predicted.ravel()], 1)
-    weight = 1 / np.square(design[:, 0] + 0.1 * design[:, 1] + np.finfo(float).tiny)
+    scale = design[:, 0] + 0.1 * design[:, 1]
+    heard = scale > 0  # genes without a count tell nothing
+    weight = np.divide(1.0, scale, out=np.zeros_like(scale), where=heard) ** 2
     alpha, beta = _two_not_negative(design, extra.ravel(), weight)
     prior = alpha * typical + beta * planned
     n, pseudo = len(squares), settings.pseudo_contexts

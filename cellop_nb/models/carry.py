@@ -143,7 +143,7 @@ def carry_to_mean(
     *,
     dispersion: Tensor | None = None,
     others: Tensor | None = None,
-    iterations: int = 12,
+    iterations: int = 8,
     tolerance: float = 1e-4,
 ) -> Tensor:
     r"""Expected counts (cell, gene) of cells that are carried to a mean level per gene, and stay the cells they are.
@@ -156,6 +156,9 @@ def carry_to_mean(
 
     with the gene's mean share p. The cells are then scaled to their library sizes. t is found by Newton's method, which
     cannot overshoot here: the mean level is concave and grows with t. A gene whose counts are all 0 can rise, too.
+
+    Planned levels need not add up to the cells' counts. Genes then miss their level in proportion to the counts that it
+    takes, which is the smallest miss (least squares over genes): the few loudest genes give or take the difference.
 
     Parameters
     ----------
@@ -183,11 +186,16 @@ def carry_to_mean(
     share = ((x / size).mean(0)).clamp_min(0.1 / (COUNTS_PER_CELL * len(x)))
     mean = size * share
     added = mean * _own_factor(x, mean, dispersion)
-    t, carried = torch.zeros_like(share), x
+    t, carried, miss = torch.zeros_like(share), x, 0.0
     for _ in range(iterations):
-        scale = room / carried.sum(-1, keepdim=True).clamp_min(MIN_MEAN)
+        total = carried.sum(-1, keepdim=True).clamp_min(MIN_MEAN)
+        # that of each cell; what all cells miss is left to the genes
+        scale = room / total * (total.sum() / room.sum())
         level, slope = whole_levels(carried * scale, library)
-        gap = aim - level.mean(0)
+        cost = (carried * scale / size).mean(0)
+        excess = cost.sum() - (room / size).mean()
+        miss = miss + excess / cost.square().sum().clamp_min(MIN_MEAN)
+        gap = (aim - miss * cost).clamp_min(0.0) - level.mean(0)
         if gap.abs().max() <= tolerance:
             break
         grown = (slope * torch.where(gap + t > 0, added, x) * scale).mean(0)
