@@ -52,10 +52,10 @@ _PUBLIC = {
     "sequence": "analysis.combinations",
     "order_effects": "analysis.combinations",
     "reversal": "analysis.combinations",
-    "metric_intervals": "analysis.uncertainty",
+    "metric_intervals": "analysis.metric_intervals",
     "change_intervals": "analysis.gene_intervals",
-    "bootstrap_operators": "analysis.ensembles",
-    "operator_intervals": "analysis.ensembles",
+    "bootstrap_operators": "analysis.uncertainty",
+    "operator_intervals": "analysis.uncertainty",
     "support": "analysis.abstain",
     "cell_eval_pair": "analysis.exchange",
     "enrich": "analysis.genes",
@@ -79,8 +79,6 @@ if TYPE_CHECKING:  # the names below are found by `__getattr__` while running
     from .analysis.combinations import sequence as sequence
     from .analysis.diagnose import gradient_audit as gradient_audit
     from .analysis.distances import etest as etest
-    from .analysis.ensembles import bootstrap_operators as bootstrap_operators
-    from .analysis.ensembles import operator_intervals as operator_intervals
     from .analysis.exchange import cell_eval_pair as cell_eval_pair
     from .analysis.gene_intervals import change_intervals as change_intervals
     from .analysis.genes import enrich as enrich
@@ -88,11 +86,13 @@ if TYPE_CHECKING:  # the names below are found by `__getattr__` while running
     from .analysis.genes import response_similarity as response_similarity
     from .analysis.holdout import holdout as holdout
     from .analysis.holdouts import holdout_all as holdout_all
+    from .analysis.metric_intervals import metric_intervals as metric_intervals
     from .analysis.metrics import evaluate as evaluate
     from .analysis.predict import embed as embed
     from .analysis.predict import predict as predict
     from .analysis.streaming import predict_to_file as predict_to_file
-    from .analysis.uncertainty import metric_intervals as metric_intervals
+    from .analysis.uncertainty import bootstrap_operators as bootstrap_operators
+    from .analysis.uncertainty import operator_intervals as operator_intervals
     from .data import catalogue as datasets  # noqa: F401
     from .data.contract import context_labels as context_labels
     from .data.contract import setup as setup

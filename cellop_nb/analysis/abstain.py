@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 
 from ..data.contract import context_labels
-from .intervals import support_distance
 from .space import EvaluationSpace
+from .uncertainty import support_distance
 
 if TYPE_CHECKING:
     from .holdout import Holdout
@@ -33,7 +33,7 @@ def support(
     result
         Of :func:`holdout`.
     threshold
-        As in :func:`~cellop_nb.analysis.intervals.support_distance`.
+        As in :func:`~cellop_nb.analysis.uncertainty.support_distance`.
 
     Returns
     -------

@@ -10,9 +10,9 @@ from scipy.stats import norm, t
 
 from ..errors import HoldoutError, three_beats
 from .holdout import Holdout
-from .intervals import change_error, gene_change, pool
 from .scores import FDR, differential
 from .sides import sides_of
+from .uncertainty import change_error, gene_change, pool
 
 LEVELS = (0.5, 0.8, 0.9, 0.95)
 

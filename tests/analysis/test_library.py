@@ -9,10 +9,10 @@ from cellop_nb import datasets
 from cellop_nb.analysis.baselines import BASELINES
 from cellop_nb.analysis.holdout import OPERATORS, holdout
 from cellop_nb.analysis.library import library_growth, measured_totals
+from cellop_nb.analysis.metric_intervals import metric_intervals
 from cellop_nb.analysis.metrics import evaluate, score_split
 from cellop_nb.analysis.space import EvaluationSpace
 from cellop_nb.analysis.transfer import Complexity
-from cellop_nb.analysis.uncertainty import metric_intervals
 
 GROWN = 1.5  # planted: perturbed cells hold half as many counts again, in genes that are not modelled
 HELD = {"cell_type": "type B", "perturbation": "drug 1"}

@@ -1,4 +1,6 @@
-"""Intervals that cover as often as they say, on synthetic data with planted truth; contexts outside the support."""
+"""Intervals: known standard errors, no bias of repeats, calibration that can fail, refits that hold the planted maps."""
+
+from __future__ import annotations
 
 import anndata as ad
 import numpy as np
@@ -6,145 +8,161 @@ import pandas as pd
 import pytest
 import torch
 
-from cellop_nb import datasets, holdout, split
-from cellop_nb.analysis.abstain import _contexts_with, support
-from cellop_nb.analysis.ensembles import bootstrap_operators, operator_interval, operator_intervals
-from cellop_nb.analysis.formulas import e_distance
-from cellop_nb.analysis.gene_intervals import change_intervals, coverage_table, model_error, widening
-from cellop_nb.analysis.selection import Complexity
-from cellop_nb.analysis.uncertainty import metric_intervals
-from cellop_nb.errors import HoldoutError, ModelError
+from cellop_nb.analysis.uncertainty import (
+    Interval,
+    bootstrap,
+    bootstrap_energy,
+    bootstrap_operators,
+    calibration,
+    change_error,
+    coverage,
+    gene_change,
+    operator_interval,
+    operator_intervals,
+    pool,
+    support_distance,
+)
+from cellop_nb.data.contract import Keys
+from cellop_nb.data.groups import Groups
+from cellop_nb.data.splits import split
+from cellop_nb.errors import DataError, ModelError
 from cellop_nb.models.operators import Condition
-
-METRICS = ["e_distance", "pearson_delta", "mae", "library_ratio", "de_score"]
-HELD = {"cell_type": "type B", "perturbation": "drug 1"}
+from cellop_nb.training.operators import Penalties, new_operators
 
 
-def fitted(screen, heldout=HELD, **options):
-    quick = {
-        "vae": {"n_latent": 6, "n_hidden": 32},
-        "training": {"max_epochs": 6, "lr": 8e-3, "batch_size": 64},
-        "candidates": [Complexity(rank=0)],
-        "progress": False,
-    }
-    return holdout(screen, heldout=heldout, metrics=METRICS, **(quick | options))
+def clouds(n=60, shift=1.0, seed=0, d=4):
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(n, d)), rng.normal(shift, 1, size=(n + 10, d))
 
 
-@pytest.fixture(scope="module")
-def screen():
-    return datasets.synthetic(n_perturbations=2, n_cells=60, n_genes=80, n_latent=4, library=200.0, seed=2)
+def test_width_of_a_mean_is_that_of_theory():
+    x = np.random.default_rng(0).normal(3, 2, size=(400, 1))
+    found = bootstrap(lambda cells: cells.mean(), x, n_replicates=2000)
+    assert found.estimate == x.mean()
+    assert found.high - found.low == pytest.approx(2 * 1.96 * x.std() / 20, rel=0.08)
 
 
-@pytest.fixture(scope="module")
-def result(screen):
-    return fitted(screen, n_seeds=2)
+def test_same_seed_same_interval_other_seed_other_interval():
+    x, y = clouds()
+
+    def low(seed):
+        return bootstrap(lambda a, b: a.mean() - b.mean(), x, y, n_replicates=50, seed=seed).low
+
+    assert low(1) == low(1) != low(2)
 
 
-# -- metrics
+def test_each_sample_is_resampled_on_its_own():
+    x, y = clouds()
+    found = bootstrap(lambda a, b: np.array([len(a), len(b)]), x, y, n_replicates=3)
+    np.testing.assert_array_equal(found.low, [60, 70])
 
 
-def test_every_metric_has_an_interval_around_its_value(result):
-    table = metric_intervals(result, n_replicates=20, progress=False).set_index("metric")
-    assert set(table.index) == set(METRICS)
-    assert (table["low"] < table["high"]).all()
-    assert ((table["low"] <= table["value"]) & (table["value"] <= table["high"])).all()
-    assert (
-        table.loc["e_distance", "high"] - table.loc["e_distance", "low"]
-        < 2 * table.loc["e_distance", "value"] + 1
-    )
+def test_energy_replicates_equal_a_naive_weighted_loop():
+    x, y = np.array([[0.0], [1.0], [3.0]]), np.array([[2.0], [5.0]])
+    found = bootstrap_energy(x, y, n_replicates=4, seed=5)
+    rng = np.random.default_rng(5)
+    w, v = (rng.multinomial(n, np.full(n, 1 / n), size=4) for n in (3, 2))
+    for b in range(4):
+        a, c = np.repeat(x, w[b], axis=0), np.repeat(y, v[b], axis=0)
+        within = [sum(abs(p - q)[0] for p in s for q in s) / (len(s) - 1) ** 2 for s in (a, c)]
+        between = np.mean([abs(p - q)[0] for p in a for q in c])
+        assert found.replicates[b] == pytest.approx(2 * between - sum(within))
 
 
-def test_same_seed_same_intervals(result):
-    options = {"metrics": ["e_distance", "mae"], "n_replicates": 10, "progress": False}
-    first, again = (metric_intervals(result, **options) for _ in range(2))
-    pd.testing.assert_frame_equal(first, again)
+def test_energy_replicates_centre_on_the_u_statistic_where_plain_resampling_does_not():
+    x, y = clouds(n=30, shift=0.3)
+    found = bootstrap_energy(x, y, n_replicates=4000)
+
+    def plain(a, b):
+        distance = [np.linalg.norm(p[:, None] - q[None], axis=2) for p, q in ((a, b), (a, a), (b, b))]
+        n, m = len(a), len(b)
+        return 2 * distance[0].mean() - distance[1].sum() / n / (n - 1) - distance[2].sum() / m / (m - 1)
+
+    assert found.estimate == pytest.approx(plain(x, y))
+    assert found.replicates.mean() == pytest.approx(float(found.estimate), abs=0.01)
+    biased = bootstrap(plain, x, y, n_replicates=200)
+    assert biased.replicates.mean() > biased.estimate + 0.1
 
 
-def test_intervals_of_the_energy_distance_cover_that_of_new_samples():
-    """Two Gaussians a known distance apart, sampled anew: the population's value lies inside as often as said."""
-    from cellop_nb.analysis.scores import Truth
-    from cellop_nb.analysis.sides import Sides
-    from cellop_nb.analysis.space import EvaluationSpace
-    from cellop_nb.analysis.uncertainty import _energy_replicates
+def test_gene_change_equals_resampling_of_means():
+    x, y = clouds(n=200)
+    fast = gene_change(y, x, n_replicates=3000)
+    slow = bootstrap(lambda a, b: a.mean(axis=0) - b.mean(axis=0), y, x, n_replicates=3000, seed=1)
+    np.testing.assert_allclose(fast.estimate, slow.estimate)
+    np.testing.assert_allclose(fast.low, slow.low, atol=0.02)
+    np.testing.assert_allclose(fast.high, slow.high, atol=0.02)
 
+
+def test_intervals_of_changes_cover_the_truth_as_often_as_they_say():
     rng = np.random.default_rng(0)
-    space = EvaluationSpace(np.arange(3), np.zeros(3), np.eye(3), 0)
-    draw = lambda n, shift: rng.normal(shift, 1, size=(n, 3))  # noqa: E731
-    population = e_distance(draw(3000, 0.0), draw(3000, 0.7))
-    inside = 0
-    for _ in range(120):
-        cells, real = draw(50, 0.0), draw(50, 0.7)
-        sides = Sides("c", "p", [cells], [None], real, None, cells)
-        values = _energy_replicates(sides, Truth(real, cells, space), 200, rng)
-        low, high = np.quantile(values - values.mean() + e_distance(cells, real), [0.05, 0.95])
-        inside += low <= population <= high
-    assert 0.82 < inside / 120 <= 0.97
+    truth = rng.normal(size=500)
+    cells, control = rng.normal(size=(150, 500)) + truth, rng.normal(size=(150, 500))
+    table = calibration(gene_change(cells, control, n_replicates=500), truth)
+    np.testing.assert_allclose(table["coverage"], table["level"], atol=0.05)
 
 
-# -- genes
-
-
-def test_spread_between_fits_widens_the_intervals(screen, result):
-    width = lambda found: (change_intervals(found)["high"] - change_intervals(found)["low"]).mean()  # noqa: E731
-    assert width(result) > width(fitted(screen))
-
-
-def test_coverage_of_a_perfect_prediction_is_nominal(result):
-    """Real cells in the place of the predicted ones: nothing but sampling is left, and the intervals hold it."""
-    from dataclasses import replace
-
-    real = ad.concat([result.real, result.real])
-    real.obs["fit"] = 0
-    half = np.random.default_rng(0).permutation(result.real.n_obs)[: result.real.n_obs // 2]
-    predicted, truth = result.real[half].copy(), result.real[np.setdiff1d(np.arange(result.real.n_obs), half)]
-    predicted.obs["fit"] = 0
-    table = coverage_table(replace(result, predictions=predicted, real=truth.copy()))
-    assert (table["coverage"] >= table["level"] - 0.12).all()
-
-
-def test_the_error_of_the_model_is_that_of_one_more_context():
-    """Normal errors of contexts, with or without a bias: the next one's error is inside as often as said, or more."""
-    from types import SimpleNamespace
-
+def test_calibration_shows_intervals_that_are_too_narrow():
     rng = np.random.default_rng(0)
-    scale = rng.uniform(0.1, 2.0, size=4000)
-    for bias in (0.0, 1.0):
-        errors = scale * (rng.normal(size=(6, 4000)) + bias)
-        fit = SimpleNamespace(response=SimpleNamespace(errors={"drug": errors[:5]}))
-        for level in (0.5, 0.8, 0.95):
-            half = model_error(SimpleNamespace(fits=[fit]), "drug", level)
-            assert level - 0.02 < (np.abs(errors[5]) <= half).mean() < level + 0.12
-    assert model_error(SimpleNamespace(fits=[fit]), "other") == 0
+    cells, control = rng.normal(0.5, 1, size=(150, 300)), rng.normal(size=(150, 300))
+    table = calibration(gene_change(cells, control), np.zeros(300)).set_index("level")
+    assert table.loc[0.95, "coverage"] < 0.1
 
 
-def test_intervals_hold_what_other_contexts_were_off_by(result):
-    errors = result.fits[0].response.errors["drug 1"]
-    others = {c for c, p in result.measured if p == "drug 1"}
-    assert errors.shape == (len(others), result.predictions.n_vars) and np.isfinite(errors).all()
-    table = change_intervals(result)
-    half = model_error(result, "drug 1")
-    assert ((table["high"] - table["predicted"]) >= half - 1e-6).all() and (half > 0).any()
+def test_error_of_the_measurement_is_part_of_the_coverage():
+    rng = np.random.default_rng(0)
+    cells, control = rng.normal(size=(2, 200, 400))
+    real, start = rng.normal(size=(2, 50, 400))
+    measured, error = real.mean(axis=0) - start.mean(axis=0), change_error(real, start)
+    interval = gene_change(cells, control, n_replicates=400)
+    assert coverage(interval, measured) < 0.75
+    assert coverage(interval, measured, error) == pytest.approx(0.95, abs=0.03)
 
 
-def test_coverage_shows_a_wrong_prediction(result):
-    from dataclasses import replace
+def test_pool_holds_the_spread_between_members():
+    members = [gene_change(*clouds(seed=s)[::-1]) for s in range(3)]
+    shifted = [Interval.of(m.estimate + s, m.replicates + s) for s, m in enumerate(members)]
+    pooled = pool(shifted)
+    np.testing.assert_allclose(pooled.estimate, np.mean([m.estimate for m in shifted], axis=0))
+    assert (pooled.high - pooled.low > 1.5).all()
+    with pytest.raises(DataError, match="as many replicates"):
+        pool([members[0], gene_change(*clouds(), n_replicates=10)])
 
-    wrong = result.predictions.copy()
-    wrong.X = wrong.X[:, ::-1].copy()
-    good = coverage_table(result).set_index("level")["coverage"]
-    bad = coverage_table(replace(result, predictions=wrong)).set_index("level")["coverage"]
-    assert bad[0.95] < good[0.95] - 0.2
+
+def test_nested_levels():
+    interval = gene_change(*clouds())
+    inner = interval.at(0.5)
+    assert (inner.low >= interval.low).all() and (inner.high <= interval.high).all()
+    with pytest.raises(DataError, match="between 0 and 1"):
+        interval.at(95)
 
 
-def test_widening_reaches_the_coverage_on_another_context(screen, result):
-    other = fitted(screen, {"cell_type": "type C", "perturbation": "drug 1"}, n_seeds=2)
-    factor = widening([other])
-    own = change_intervals(other, widen=factor)["inside"].mean()
-    assert own == pytest.approx(0.95, abs=0.03) or factor == 0
-    plain, wide = (change_intervals(result, widen=w)["inside"].mean() for w in (1.0, max(factor, 1.0)))
-    assert wide >= plain and wide > 0.85
-    with pytest.raises(HoldoutError, match="known answer"):
-        widening([])
+def test_one_cell_is_refused():
+    with pytest.raises(DataError, match="two cells or more"):
+        gene_change(np.zeros((1, 3)), np.zeros((5, 3)))
+
+
+def contexts(offsets, n=40, seed=0):
+    rng = np.random.default_rng(seed)
+    points = np.concatenate([rng.normal(size=(n, 2)) + offset for offset in offsets])
+    return points, np.repeat([f"c{i}" for i in range(len(offsets))], n)
+
+
+def test_context_inside_the_support_is_not_flagged_and_one_far_away_is():
+    training, labels = contexts([(0, 0), (4, 0), (0, 4), (4, 4)])
+    rng = np.random.default_rng(1)
+    near = support_distance(rng.normal(size=(40, 2)) + (2, 2), training, labels)
+    far = support_distance(rng.normal(size=(40, 2)) + (40, 0), training, labels)
+    assert not near["outlier"] and near["reason"] == ""
+    assert near["spacing"] == pytest.approx(4, rel=0.15) and near["relative"] < 1
+    assert far["outlier"] and far["nearest"] == "c1" and "spacings from 'c1'" in far["reason"]
+    assert far["mean_distance"] == pytest.approx(36, abs=0.5)
+
+
+def test_one_training_context_is_measured_in_cell_spreads():
+    training, labels = contexts([(0, 0)])
+    found = support_distance(np.random.default_rng(1).normal(size=(40, 2)) + (20, 0), training, labels)
+    assert np.isnan(found["relative"]) and found["outlier"]
+    assert found["cell_spread"] == pytest.approx(20 / np.sqrt(2), rel=0.2)
 
 
 # -- operators
@@ -165,71 +183,63 @@ def planted():
         obsm={"X_nbvae": np.concatenate(z).astype(np.float32)},
     )
     split(adata, test_fraction=0.0, context_key=None)
+    Keys(context_key=None).write(adata)
     return adata, maps
 
 
-@pytest.mark.parametrize("complexity", [Complexity(rank=0), Complexity(ridge=1e-3)])
-def test_intervals_of_the_operators_cover_the_planted_ones(planted, complexity):
+def family(adata, rank=None):
+    return new_operators(adata, context_key=None, rank=rank, context_rank=None)
+
+
+@pytest.mark.parametrize("rank", [0, None])
+def test_intervals_of_the_operators_cover_the_planted_ones(planted, rank):
     adata, maps = planted
-    options = {"context_key": None, "progress": False}
-    n = 20 if complexity.rank == 0 else 10
-    members = bootstrap_operators(adata, complexity, n_replicates=n, max_epochs=1, **options)
-    table = operator_intervals(adata, members, level=0.9, context_key=None)
+    members = bootstrap_operators(
+        adata,
+        family(adata, rank),
+        n_replicates=20 if rank == 0 else 10,
+        max_epochs=1,
+        penalties=Penalties(ridge=1e-3),
+        progress=False,
+    )
+    table = operator_intervals(adata, members, level=0.9)
     mean = np.ones(4)  # of the control population
     moves = table[table["quantity"].str.startswith("move")]
     truth = np.concatenate([(A - np.eye(4)) @ mean + b for A, b in maps.values()])
     inside = (moves["low"] <= truth) & (truth <= moves["high"])
     assert 0.75 <= inside.mean() <= 1.0
-    narrow = operator_intervals(adata, members, level=0.2, context_key=None)
+    narrow = operator_intervals(Groups(adata, use_rep="X_nbvae"), members, level=0.2)
     narrow = narrow[narrow["quantity"].str.startswith("move")]
     assert ((narrow["low"] <= truth) & (truth <= narrow["high"])).mean() < 0.6
 
 
 def test_entries_of_a_shift_are_certain_where_the_form_fixes_them(planted):
     adata, _ = planted
-    members = bootstrap_operators(adata, Complexity(rank=0), n_replicates=3, context_key=None, progress=False)
-    entries = operator_interval([m.operators.operator(Condition(("p0",))) for m in members])
+    members = bootstrap_operators(adata, family(adata, 0), n_replicates=3, progress=False)
+    entries = operator_interval([m.operator(Condition(("p0",))) for m in members])
     assert (entries.high - entries.low)[:4, :4].max() == 0 and (entries.high - entries.low)[:4, 4].min() > 0
 
 
 def test_one_refit_is_refused(planted):
     with pytest.raises(ModelError, match="two refits"):
-        bootstrap_operators(planted[0], Complexity(), n_replicates=1)
-
-
-# -- support
-
-
-def test_a_context_like_the_others_is_supported_and_one_far_away_is_flagged(screen):
-    once = {"training": {"max_epochs": 1}}  # the networks take no part in this
-    near = support(fitted(screen, **once))
-    assert not near["outlier"].any() and not near["known_context"].any()
-    alien = screen.copy()
-    held = (alien.obs["cell_type"] == "type B").to_numpy()
-    counts = alien.X.toarray()
-    turned = counts[held][:, ::-1]
-    counts[held] = np.random.default_rng(0).permutation(turned.T).T * 3
-    alien.X = counts
-    far = support(fitted(alien, **once), threshold=1.5).iloc[0]
-    assert far["mean_distance"] > 1.5 * near["mean_distance"].iloc[0]
-    assert far["outlier"] and "spacings from" in far["reason"]
-
-
-def test_a_measured_context_supports_itself(screen):
-    found = support(fitted(screen, {"donor": "donor 1"}, training={"max_epochs": 1}))
-    assert (
-        found["known_context"].all() and (found["mean_distance"] < 1e-8).all() and not found["outlier"].any()
-    )
-
-
-def test_contexts_that_know_every_part():
-    measured = [("x", "A"), ("x", "B"), ("y", "A"), ("z", "B+C")]
-    assert _contexts_with(measured, "A") == {"x", "y"}
-    assert _contexts_with(measured, "A+B") == {"x"}
-    assert _contexts_with(measured, "C") == {"z"} and not _contexts_with(measured, "D")
+        bootstrap_operators(planted[0], family(planted[0]), n_replicates=1)
 
 
 def test_members_differ_and_torch_seeds_do_not_leak(planted):
     state = torch.random.get_rng_state()
-    bootstrap_operators(planted[0], Complexity(rank=0), n_replicates=2, context_key=None, progress=False)
+    members = bootstrap_operators(planted[0], family(planted[0], 0), n_replicates=2, progress=False)
+    assert not torch.equal(members[0].axis_shift, members[1].axis_shift)
     assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_quantities_are_those_of_the_operators_one_by_one(planted):
+    adata, _ = planted
+    members = bootstrap_operators(adata, family(adata, 0), n_replicates=2, resample=False, progress=False)
+    table = operator_intervals(adata, members).set_index(["perturbation", "quantity"])["estimate"]
+    start = Groups(adata, use_rep="X_nbvae").control["all"].mean(0)
+    for name in ("p0", "p5"):
+        operator = members[0].operator(Condition((name,), "all"))
+        move = operator(start[None])[0] - start
+        assert table[name, "move[2]"] == pytest.approx(float(move[2]), abs=1e-5)
+        assert table[name, "length"] == pytest.approx(float(move.norm()), rel=1e-4)
+        assert table[name, "norm"] == pytest.approx(operator.norm, rel=1e-5)
