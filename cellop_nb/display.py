@@ -214,9 +214,9 @@ class Distances(Table):
         }
 
     def _shown(self) -> pd.DataFrame:
-        known = pd.DataFrame(self).dropna(subset=["energy"])
-        by_method = known.groupby("method", sort=False)
-        within = known["energy"].le(known["limit"]).groupby(known["method"], sort=False)
+        measured = pd.DataFrame(self).dropna(subset=["energy"])
+        by_method = measured.groupby("method", sort=False)
+        within = measured["energy"].le(measured["limit"]).groupby(measured["method"], sort=False)
         counts = within.sum().astype(str) + " of " + within.size().astype(str)
         means = by_method[["energy", "floor", "limit"]].mean().round(3)
         return means.assign(**{"groups within the limit": counts})

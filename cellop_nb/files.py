@@ -78,5 +78,5 @@ def storing(path: str | Path) -> Iterator[None]:
     except StorageError:
         raise
     except OSError as error:
-        found, fix = _REASONS.get(error.errno or 0, (str(error), "check the disk and the path"))
-        raise StorageError(three_beats(f"to write {path}", found, fix)) from error
+        reason, fix = _REASONS.get(error.errno or 0, (str(error), "check the disk and the path"))
+        raise StorageError(three_beats(f"to write {path}", reason, fix)) from error

@@ -90,31 +90,31 @@ def run(args: argparse.Namespace) -> int:
 
 def select(args: argparse.Namespace) -> list[Path]:
     """Notebooks to run, in order."""
-    found = numbered(args.notebooks)
+    notebooks = numbered(args.notebooks)
     if args.only is None:
-        return found
-    wanted = {choose(word.strip(), found, "notebooks after --only") for word in args.only.split(",")}
-    return [path for path in found if path in wanted]
+        return notebooks
+    chosen = {choose(word.strip(), notebooks, "notebooks after --only") for word in args.only.split(",")}
+    return [path for path in notebooks if path in chosen]
 
 
 def numbered(folder: str | None) -> list[Path]:
     """The numbered notebooks of a folder, by default the project's."""
-    place = Path(folder).resolve() if folder else environment.notebooks()
-    found = sorted(place.glob("[0-9][0-9]_*.ipynb"))
-    if not found:
+    parent = Path(folder).resolve() if folder else environment.notebooks()
+    notebooks = sorted(parent.glob("[0-9][0-9]_*.ipynb"))
+    if not notebooks:
         fix = "give --notebooks a folder that has some"
         raise DataError(
-            three_beats("numbered notebooks such as 00_quickstart.ipynb", f"none in {place}", fix)
+            three_beats("numbered notebooks such as 00_quickstart.ipynb", f"none in {parent}", fix)
         )
-    return found
+    return notebooks
 
 
-def choose(word: str, found: list[Path], what: str) -> Path:
+def choose(word: str, notebooks: list[Path], what: str) -> Path:
     """The notebook of that number or name."""
-    for path in found:
+    for path in notebooks:
         if word.removesuffix(".ipynb") in (path.stem, path.stem.partition("_")[0]):
             return path
-    fix = did_you_mean(word, [path.stem for path in found])
+    fix = did_you_mean(word, [path.stem for path in notebooks])
     raise LabelError(three_beats(f"numbers or names of {what}", repr(word), fix))
 
 
@@ -154,8 +154,8 @@ def _from_file(name: str) -> dict[str, Any]:
         reason = " ".join(str(error).split())
         raise DataError(three_beats("a YAML file of `name: value`", reason, f"mend {path}")) from error
     if not isinstance(content, dict):
-        found = f"a {type(content).__name__} in {path}"
-        raise DataError(three_beats("lines of `name: value`", found, "see `params NOTEBOOK --yaml`"))
+        kind = f"a {type(content).__name__} in {path}"
+        raise DataError(three_beats("lines of `name: value`", kind, "see `params NOTEBOOK --yaml`"))
     return {str(key): value for key, value in content.items()}
 
 
@@ -281,16 +281,16 @@ def locate(data: str) -> str:
 
 def check_data(values: dict[str, dict[str, Any]]) -> None:
     """Look at the user's file before the first kernel starts: a wrong key shows now, not a minute later."""
-    asked = next((v for v in values.values() if Path(v.get("data", "")).suffix == ".h5ad"), None)
-    if asked is None:
+    own = next((v for v in values.values() if Path(v.get("data", "")).suffix == ".h5ad"), None)
+    if own is None:
         return
     import cellop_nb
 
-    adata = cellop_nb.datasets.load(asked["data"], backed=True)
+    adata = cellop_nb.datasets.load(own["data"], backed=True)
     try:
-        cellop_nb.setup(adata, **{key: asked[key] for key in KEYS if key in asked})
+        cellop_nb.setup(adata, **{key: own[key] for key in KEYS if key in own})
     except DataError as refusal:
-        raise DataError(f"{refusal}{_counts_in_raw(Path(asked['data']))}") from None
+        raise DataError(f"{refusal}{_counts_in_raw(Path(own['data']))}") from None
 
 
 def _counts_in_raw(path: Path) -> str:
