@@ -452,7 +452,7 @@ def _drawing(picture: LivePlot) -> float:
     def seconds(small: bool) -> float:
         taken = []
         for _ in range(5):
-            board._ground = None
+            board.ground = None
             start = time.perf_counter()
             board.png(small=small)
             taken.append(time.perf_counter() - start)

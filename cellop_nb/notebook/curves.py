@@ -1,7 +1,7 @@
 """The picture of a training: which curves stand where, and how they follow the history.
 
-Plain matplotlib, drawn by Agg in the thread that trains. Panels, ticks and words stand still and are painted once;
-a picture moves the curves over them, and only a change of limits paints anew.
+Drawn on a :class:`Board` in the thread that trains: a picture moves the curves over panels that stand still, and only a
+panel whose limits change is painted anew.
 """
 
 from __future__ import annotations
@@ -9,19 +9,15 @@ from __future__ import annotations
 import re
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from io import BytesIO
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
-from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
-from PIL import Image as Pixels
 
 from . import style as s
+from .board import Board, Box, View
 
 # -- which panels a history asks for
 
@@ -226,7 +222,7 @@ _STAR = {"marker": "*", "color": s.GREEN, "markersize": 9, "linestyle": ""}
 _HAND = {"marker": "^", "color": s.PURPLE, "markersize": 6, "linestyle": ""}
 
 
-class Dashboard:
+class Dashboard(Board):
     """Panels for a fixed list of columns; `update` moves the curves, `png` draws them.
 
     Parameters
@@ -241,58 +237,28 @@ class Dashboard:
         small = [panel for panel in panels if not panel.groups]
         wide = [panel for panel in panels if panel.groups]
         foot = _HEAD + -(-len(small) // _COLUMNS) * _ROW + _FOOT * bool(small)
-        self._size = (_COLUMNS * _SIDE, foot + _GROUP_ROW * len(wide) + 4)
-        inches = (self._size[0] / s.DPI, self._size[1] / s.DPI)
-        self.figure = s.NotebookFigure(figsize=inches, dpi=2 * s.DPI, facecolor="white")
-        self._canvas = FigureCanvasAgg(self.figure)
-        self._ground: Any = None  # what stands still, as it was painted
-        self._stale: list[_View] = []
-        self._headline = self.figure.text(
-            9 / self._size[0],
-            1 - 13 / self._size[1],
-            "",
-            fontsize=s.TEXT,
-            color=s.INK,
-            va="center",
-            animated=True,
-        )
-        self.views: list[_Curves | _Groups] = []
+        super().__init__(_COLUMNS * _SIDE, foot + _GROUP_ROW * len(wide) + 4)
+        self.headline = self.text(9, 13)
+        self.views: list[_Curves | _Groups] = []  # type: ignore[assignment]
         for i, panel in enumerate(small):
             box = (i % _COLUMNS * _SIDE + 50, _HEAD + i // _COLUMNS * _ROW + 24, _SIDE - 64, _ROW - 38)
-            last_row = i + _COLUMNS >= len(small)
-            self.views.append(
-                _Curves(self._axes(box, s.safe(panel.title, 34), last_row), box, panel, monitor)
-            )
+            _Curves(self, box, panel, monitor, last_row=i + _COLUMNS >= len(small))
         for panel in wide:
-            box = (50, foot + 26, 2 * _SIDE - 64, _GROUP_ROW - 64)
-            self.views.append(_Groups(self._axes(box, panel.title, True), box, panel))
+            _Groups(self, (50, foot + 26, 2 * _SIDE - 64, _GROUP_ROW - 64), panel)
         self._explained: bool | None = None
-        s.finish(self.figure)
-
-    def _axes(self, box: tuple[int, int, int, int], title: str, epochs: bool) -> Axes:
-        """A panel at (left, top, width, height) in pixels."""
-        (left, top, width, height), (w, h) = box, self._size
-        ax = s.plain_axes(self.figure.add_axes((left / w, 1 - (top + height) / h, width / w, height / h)))
-        ax.set_title(title, fontsize=s.TEXT, color=s.INK, loc="left", pad=4, y=1.0)
-        ax.xaxis.set_major_locator(MaxNLocator(3, integer=True))
-        ax.tick_params(axis="x", labelbottom=epochs)
-        ax.set_xlabel("epoch" if epochs else "", fontsize=s.SMALL, color=s.INK)
-        # fixed positions: to find them, matplotlib would measure every tick
-        ax.xaxis.set_label_coords(0.5, -18 / height)
-        ax.yaxis.set_label_coords(-0.1, 0.5)
-        return ax
 
     def update(self, columns: Columns, marks: Marks) -> None:
         """Move every curve to the values in `columns`."""
-        self._headline.set_text(s.safe(marks.headline, 130))
+        self.headline.set_text(s.safe(marks.headline, 130))
         done = columns.epochs() + 1  # people count from one
-        self._stale += [view for view in self.views if view.update(done, columns, marks)]
+        for view in self.views:
+            view.update(done, columns, marks)
         if self._explained != bool(marks.changes):
             self._explain(bool(marks.changes))
 
     def _explain(self, changed: bool) -> None:
         """The styles of lines and marks, once below the headline."""
-        self._explained, self._ground = changed, None
+        self._explained, self.ground = changed, None
         view = next((view for view in self.views if isinstance(view, _Curves) and view.monitored), None)
         if view is None:
             return
@@ -302,74 +268,27 @@ class Dashboard:
         handles += [Line2D([], [], label="changed by hand", **_HAND)] * changed
         for old in self.figure.legends:
             old.remove()
-        style = {"loc": "upper left", "bbox_to_anchor": (0.003, 1 - 21 / self._size[1]), "columnspacing": 1.4}
+        style = {"loc": "upper left", "bbox_to_anchor": (0.003, 1 - 21 / self.height), "columnspacing": 1.4}
         s.legend(self.figure, *handles, columns=len(handles), frameon=False, **style)
-        s.finish(self.figure)
-
-    def png(self, *, small: bool = False) -> bytes:
-        """The picture as PNG, twice as large as its place on the page.
-
-        Parameters
-        ----------
-        small
-            Take longer for fewer bytes: for the picture that stays in the notebook.
-        """
-        canvas = self._canvas
-        if self._ground is None:
-            canvas.draw()
-            self._ground = canvas.copy_from_bbox(self.figure.bbox)
-        else:
-            canvas.restore_region(self._ground)
-            if self._stale:
-                self._repaint(self._stale)
-        self._stale = []
-        for view in self.views:
-            for artist in view.moving:
-                view.ax.draw_artist(artist)
-        self.figure.draw_artist(self._headline)
-        pixels = np.asarray(canvas.buffer_rgba())
-        picture, file = Pixels.fromarray(pixels).convert("RGB"), BytesIO()
-        if small:
-            return s.small_png(picture)
-        picture.save(file, format="png", compress_level=1)
-        return file.getvalue()
-
-    def _repaint(self, views: Sequence[_View]) -> None:
-        """Paint these panels anew, the others stay as they are."""
-        pixels = np.asarray(self._canvas.buffer_rgba())
-        for view in views:
-            left, top, right, low = (2 * edge for edge in view.place)
-            pixels[max(top, 0) : low, max(left, 0) : right] = 255
-            view.ax.draw(self._canvas.get_renderer())
-        self._ground = self._canvas.copy_from_bbox(self.figure.bbox)
 
 
 def _curve(look: Mapping[str, Any]) -> dict[str, Any]:
     return {"linewidth": 1.4, "markersize": 3, **look}
 
 
-class _View:
-    """A panel with its moving artists and the limits it has now."""
+class _View(View):
+    """A panel over epochs, and the limits it has now."""
 
-    def __init__(self, ax: Axes, box: tuple[int, int, int, int], room: int = 14) -> None:
-        left, top, width, height = box
-        self.ax, self.moving = ax, []
-        # all that belongs to the panel, in pixels of the page: its ticks, title and key, too
-        self.place = (
-            left - 50,
-            top - 22,
-            left + width + room,
-            top + height + (34 if ax.get_xlabel() else 10),
+    def __init__(self, board: Board, box: Box, title: str, *, epochs: bool, beside: int = 14) -> None:
+        super().__init__(
+            board, box, title, "epoch" if epochs else "", below=34 if epochs else 10, beside=beside
         )
+        self.ax.xaxis.set_major_locator(MaxNLocator(3, integer=True))
+        self.ax.tick_params(axis="x", labelbottom=epochs)
         self._limits: tuple = ()
 
-    def line(self, **style: Any) -> Line2D:
-        (line,) = self.ax.plot([], [], animated=True, **style)
-        self.moving.append(line)
-        return line
-
-    def limit(self, epochs: np.ndarray, values: np.ndarray, *, energy: bool = False) -> bool:
-        """Choose scale and rounded limits; whether they changed, and the ground has to be painted anew."""
+    def limit(self, epochs: np.ndarray, values: np.ndarray, *, energy: bool = False) -> None:
+        """Choose scale and rounded limits; where they change, the panel is painted anew."""
         values = values[np.isfinite(values)]
         low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 1.0)
         scale, low, high = scale_for(low, high, energy)
@@ -377,8 +296,9 @@ class _View:
         first, last = (float(epochs[0]), round_up(float(epochs[-1]))) if epochs.size else (0.0, 10.0)
         limits = (scale, threshold, low, high, min(first, 1.0), last)
         if limits == self._limits:
-            return False
+            return
         self._limits = limits
+        self.board.stale(self)
         if scale == "symlog":
             s.energy_scale(self.ax, values, "y")
             self.ax.yaxis.get_major_locator().set_params(numticks=5)
@@ -389,7 +309,6 @@ class _View:
             s.few_ticks(self.ax, "y", 3)
         elif scale == "log":
             s.log_ticks(self.ax, "y", 4)
-        return True
 
 
 class _Curves(_View):
@@ -398,8 +317,9 @@ class _Curves(_View):
     Where the monitored column is shown, patience is shaded and the last changes are named.
     """
 
-    def __init__(self, ax: Axes, box: tuple[int, int, int, int], panel: Panel, monitor: str) -> None:
-        super().__init__(ax, box)
+    def __init__(self, board: Board, box: Box, panel: Panel, monitor: str, *, last_row: bool) -> None:
+        super().__init__(board, box, s.safe(panel.title, 34), epochs=last_row)
+        ax = self.ax
         self.monitor, self.monitored = monitor, monitor in dict(panel.columns)
         across = ax.get_xaxis_transform()
         self.band = Rectangle(
@@ -411,13 +331,14 @@ class _Curves(_View):
         self.lines = {column: self.line(**_curve(self.looks[name])) for column, name in panel.columns}
         self.star = self.line(**_STAR)
         self.hand = self.line(**_HAND, transform=across, clip_on=False)
-        text = {"fontsize": s.SMALL, "color": s.INK, "va": "top", "transform": across, "animated": True}
-        self.named = [ax.text(0, 0.98 - 0.14 * i, "", **text) for i in range(_MOST_CHANGES * self.monitored)]
-        self.moving += self.named
+        self.named = [
+            self.text(0, 0.98 - 0.14 * i, va="top", transform=across)
+            for i in range(_MOST_CHANGES * self.monitored)
+        ]
 
-    def update(self, epochs: np.ndarray, columns: Columns, marks: Marks) -> bool:
+    def update(self, epochs: np.ndarray, columns: Columns, marks: Marks) -> None:
         shown = [columns[column] for column in self.lines]
-        changed = self.limit(epochs, np.concatenate(shown))
+        self.limit(epochs, np.concatenate(shown))
         for line, values in zip(self.lines.values(), shown, strict=True):
             _move(line, epochs, values)
         best = None if marks.best_epoch is None else marks.best_epoch + 1
@@ -429,7 +350,6 @@ class _Curves(_View):
             self.band.set_x(best or 0)
             self.band.set_width(0 if best is None else min(marks.patience or 0, max(end - best, 0)))
         self._mark_changes(marks.changes)
-        return changed
 
     def _mark_changes(self, changes: Sequence[Change]) -> None:
         """A tick for each change at its step; the last ones are named, each on a line of its own."""
@@ -446,8 +366,9 @@ class _Curves(_View):
 class _Groups(_View):
     """Energy distance per group with its floor: each group when few, else median, bands and the worst."""
 
-    def __init__(self, ax: Axes, box: tuple[int, int, int, int], panel: Panel) -> None:
-        super().__init__(ax, box, room=_SIDE + 14)
+    def __init__(self, board: Board, box: Box, panel: Panel) -> None:
+        super().__init__(board, box, panel.title, epochs=True, beside=_SIDE + 14)
+        ax = self.ax
         self.columns = [column for column, _ in panel.columns]
         self.names = [name for _, name in panel.columns]
         self.few = len(self.names) <= _MOST_LINES
@@ -462,19 +383,19 @@ class _Groups(_View):
         dotted = {"linestyle": (0, (1, 2)), "linewidth": 1.0, "transform": ax.get_yaxis_transform()}
         self.floors = [self.line(color=s.line(i)["color"], **dotted) for i in range(count)]
         self.lines = [self.line(**_curve(s.line(i))) for i in range(count)]
-        self._key: list[str] = []
+        self._names_shown: list[str] = []
 
-    def update(self, epochs: np.ndarray, columns: Columns, marks: Marks) -> bool:
+    def update(self, epochs: np.ndarray, columns: Columns, marks: Marks) -> None:
         values = np.stack([columns[column] for column in self.columns])
         floors = np.array([marks.floors.get(name, np.nan) for name in self.names], dtype=float)
-        changed = self.limit(epochs, np.concatenate([values.ravel(), floors]), energy=True)
+        self.limit(epochs, np.concatenate([values.ravel(), floors]), energy=True)
         shown, labels, levels = (values, self.names, floors)
         if not self.few:
             shown, labels, levels = self._summary(epochs, values, floors, columns.n_rows - 1)
         for line, floor, y, level in zip(self.lines, self.floors, shown, levels, strict=True):
             _move(line, epochs, y)
             floor.set_data([0, 1], [level, level])
-        return self._write_key(labels, bool(np.isfinite(levels).any())) or changed
+        self._write_key(labels, bool(np.isfinite(levels).any()))
 
     def _summary(self, epochs: np.ndarray, values: np.ndarray, floors: np.ndarray, last: int):
         """Median over groups, and the groups that ended furthest above their floor."""
@@ -490,21 +411,19 @@ class _Groups(_View):
         labels = [f"median of {n + 1} (bands: 80 %, all)", *(self.names[i] for i in worst)]
         return np.vstack([ranked[n // 2], values[worst]]), labels, np.array([typical, *floors[worst]])
 
-    def _write_key(self, labels: Sequence[str], floors: bool) -> bool:
-        """Names beside the panel; whether they changed."""
+    def _write_key(self, labels: Sequence[str], floors: bool) -> None:
+        """Names beside the panel."""
         names = [*(s.safe(label, 34) for label in labels), *["split-half noise floor"] * floors]
-        if names == self._key:
-            return False
-        self._key = names
+        if names == self._names_shown:
+            return
+        self._names_shown = names
         handles = [
             Line2D([], [], label=name, **_curve(s.line(i))) for i, name in enumerate(names[: len(labels)])
         ]
         handles += [
             Line2D([], [], label=names[-1], color=s.INK, linestyle=(0, (1, 2)), linewidth=1.0)
         ] * floors
-        for text in s.legend(self.ax, *handles, outside=True).findobj(Text):
-            text.set_fontfamily(s.families())
-        return True
+        self.key(*handles, outside=True)
 
 
 def _move(line: Line2D, epochs: np.ndarray, values: np.ndarray) -> None:
