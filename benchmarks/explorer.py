@@ -9,7 +9,7 @@ import numpy as np
 from anndata import AnnData
 from scipy import sparse
 
-from cellop_nb.notebook.figures.explorer import ExplorerSheet
+from cellop_nb.notebook.explorer_picture import ExplorerPicture
 from cellop_nb.notebook.virtual import Question, VirtualCells
 from cellop_nb.training.operators import new_operators
 from cellop_nb.training.vae import new_vae
@@ -35,7 +35,7 @@ def run(quick: bool = False) -> list[dict]:
     The bound: the counted products at the machine's rate, and drawing the same picture once more.
     """
     cells = _cells(200 if quick else CELLS, 50 if quick else GENES)
-    sheet, rows = ExplorerSheet(), []
+    sheet, rows = ExplorerPicture(), []
     _move(cells, sheet, Question("A", "T"))  # fonts are loaded once
     for name, question in MOVES.items():
         times = [_timed(cells, sheet, name, question) for _ in range(2 if quick else 7)]
@@ -47,13 +47,13 @@ def run(quick: bool = False) -> list[dict]:
     return rows
 
 
-def _compared(cells: VirtualCells, sheet: ExplorerSheet, name: str, question: Question, cpu: float) -> dict:
+def _compared(cells: VirtualCells, sheet: ExplorerPicture, name: str, question: Question, cpu: float) -> dict:
     """Bound and distance of a move that took `cpu` seconds."""
     first = _before(cells, sheet, name, question)
     made = counts(lambda: _move(cells, sheet, question))
 
     def draw() -> None:  # only a change of strength leaves the ground as it is
-        sheet.sheet.stale = name != STRENGTH
+        sheet.ground = sheet.ground if name == STRENGTH else None
         sheet.png()
 
     products = made.operations / product_rate(1024, HIDDEN, cells.adata.n_vars)
@@ -61,12 +61,12 @@ def _compared(cells: VirtualCells, sheet: ExplorerSheet, name: str, question: Qu
     return compared(cpu, products=products, drawing=cpu_seconds(draw), made=made, between=between)
 
 
-def _timed(cells: VirtualCells, sheet: ExplorerSheet, name: str, question: Question) -> tuple[float, float]:
+def _timed(cells: VirtualCells, sheet: ExplorerPicture, name: str, question: Question) -> tuple[float, float]:
     _before(cells, sheet, name, question)
     return _move(cells, sheet, question)
 
 
-def _before(cells: VirtualCells, sheet: ExplorerSheet, name: str, question: Question) -> bool:
+def _before(cells: VirtualCells, sheet: ExplorerPicture, name: str, question: Question) -> bool:
     """What was asked before this kind of move; whether the move is the first one of its perturbation."""
     first = "first time" in name
     if first:
@@ -75,7 +75,7 @@ def _before(cells: VirtualCells, sheet: ExplorerSheet, name: str, question: Ques
     return first
 
 
-def _move(cells: VirtualCells, sheet: ExplorerSheet, question: Question) -> tuple[float, float]:
+def _move(cells: VirtualCells, sheet: ExplorerPicture, question: Question) -> tuple[float, float]:
     start = time.perf_counter(), time.process_time()
     sheet.update(cells.ask(question))
     sheet.png()

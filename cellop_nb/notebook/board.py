@@ -127,7 +127,7 @@ class View:
         )
         self.ax.set_xlabel(x, fontsize=s.SMALL, color=s.INK)
         # fixed positions: to find them, matplotlib would measure every tick
-        self.ax.xaxis.set_label_coords(0.5, -18 / height)
+        self.ax.xaxis.set_label_coords(0.5, -20 / height)
         self.ax.yaxis.set_label_coords(-8 / width, 0.5)
         board.views.append(self)
 

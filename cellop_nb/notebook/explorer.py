@@ -1,7 +1,7 @@
 """The virtual-cell explorer: choose, move a slider, and see where the cells go.
 
 What the widgets do are plain methods that can be called without a widget. The picture is drawn by
-:class:`ExplorerSheet`; what it shows comes from :class:`VirtualCells`.
+:class:`ExplorerPicture`; what it shows comes from :class:`VirtualCells`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..errors import CellopError, LabelError, check_settings, did_you_mean, thre
 from ..files import write_whole
 from . import parameters
 from .controls import Panel, button, panel, sized, status_line
-from .figures.explorer import ExplorerSheet
+from .explorer_picture import ExplorerPicture
 from .virtual import Answer, Question, VirtualCells
 
 log = logging.getLogger("cellop_nb")
@@ -87,7 +87,7 @@ class Explorer(Panel):
         check_settings(settings, VirtualCells, of="the explorer", taken=("adata", "vae", "operators"))
         self.cells = VirtualCells(adata, vae, operators, **settings)
         self.folder, self.gene = Path(folder), gene or None
-        self._sheet, self._lock = ExplorerSheet(), threading.RLock()
+        self._sheet, self._lock = ExplorerPicture(), threading.RLock()
         self._following = False
         first = perturbation or self.cells.perturbations[0]
         both, rule = combined(first, second, together) if second else (first, "")

@@ -200,16 +200,19 @@ class _Counts(_Panel):
 
     def show(self, answer: Answer) -> None:
         question, clouds = answer.question, answer.counts
-        new = self.is_new(question.context, question.perturbation, question.rule, question.reverse, answer.gene)
+        new = self.is_new(
+            question.context, question.perturbation, question.rule, question.reverse, answer.gene
+        )
         top = float(np.ceil(max(1.0, *(cells.max(initial=0.0) for cells in clouds.values()))))
         edges = np.linspace(0, top, _BINS + 1)
         shares = {
-            name: np.histogram(cells[cells > 0], edges)[0] / max(len(cells), 1) for name, cells in clouds.items()
+            name: np.histogram(cells[cells > 0], edges)[0] / max(len(cells), 1)
+            for name, cells in clouds.items()
         }
         height = rounded(1.6 * max(share.max(initial=0.0) for share in shares.values()))
         self._height = height if new else max(self._height, height)
         if new:
-            self.ax.set_title(f"{s.safe(answer.gene, 20)}: share of cells", loc="left")
+            self.ax.set_title(f"{s.safe(answer.gene, 20)}: share of cells", loc="left", fontsize=s.TEXT)
             self.board.stale(self)
         self.limit((0.0, top), (0.0, self._height))
         looks = _looks(question.reverse)
@@ -217,7 +220,8 @@ class _Counts(_Panel):
             there = len(clouds[name]) > 0
             self.lines[name].set_color(looks[name]["color"])
             self.samples[name].set_color(looks[name]["color"])
-            self.lines[name].set_data(np.repeat(edges, 2) if there else [], np.r_[0, np.repeat(share, 2), 0] if there else [])  # fmt: skip
+            heights = np.r_[0, np.repeat(share, 2), 0]
+            self.lines[name].set_data(*((np.repeat(edges, 2), heights) if there else ([], [])))
             zeros = f"{100 * np.mean(clouds[name] == 0):.0f} % zeros" if there else "none"
             self.zeros[name].set_text(f"{name}: {zeros}")
 
@@ -228,7 +232,10 @@ class _Energy(_Panel):
     def __init__(self, board: Board, box: Box, title: str, *, below: int) -> None:
         super().__init__(board, box, title, below=below)
         self.ax.set_yticks([])
-        looks = {"no change": {"color": s.CONTROL, "marker": "X"}, "moved": {"color": s.PREDICTED, "marker": "o"}}
+        looks = {
+            "no change": {"color": s.CONTROL, "marker": "X"},
+            "moved": {"color": s.PREDICTED, "marker": "o"},
+        }
         self.marks = {name: self.line(linestyle="", markersize=8, **look) for name, look in looks.items()}
         self.names = {name: self.text(0, 0, va="center", transform=self.ax.transData) for name in looks}
         self.floor = self.line(color=s.INK, linestyle=(0, (1, 2)), linewidth=1.4)
@@ -254,7 +261,9 @@ class _Energy(_Panel):
         self.floor.set_data([answer.floor] * 2 if measured else [], [0, 1] if measured else [])
         cells = f"{answer.n_moved:,} moved and {answer.n_real:,} real cells" if measured else ""
         floor = f"dotted: noise floor {answer.floor:.3f}" if measured else "no real cells of this condition"
-        for text, line in zip(self.lines, (floor, cells, "Euclidean, U-statistic, latent space"), strict=True):
+        for text, line in zip(
+            self.lines, (floor, cells, "Euclidean, U-statistic, latent space"), strict=True
+        ):
             text.set_text(line)
 
 
@@ -292,7 +301,9 @@ def _span(values: np.ndarray) -> tuple[float, float]:
     return float(low - margin), float(high + margin)
 
 
-def _equal(x: Sequence[float], y: Sequence[float], ratio: float) -> tuple[tuple[float, float], tuple[float, float]]:
+def _equal(
+    x: Sequence[float], y: Sequence[float], ratio: float
+) -> tuple[tuple[float, float], tuple[float, float]]:
     """The same limits, widened so that one unit is as long upwards as sideways."""
     wide = max(x[1] - x[0], (y[1] - y[0]) * ratio)
     middle, centre = sum(x) / 2, sum(y) / 2

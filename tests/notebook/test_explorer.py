@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from cellop_nb.errors import CellopError, DataError
+from cellop_nb.notebook import style
 from cellop_nb.notebook.explorer import NOTHING, Explorer
-from cellop_nb.notebook.figures.explorer import N_GENES
+from cellop_nb.notebook.explorer_picture import N_GENES
 from cellop_nb.notebook.virtual import Question, VirtualCells, leading
 
 
@@ -162,10 +163,10 @@ def test_likely_questions_are_answered_beforehand(trained, monkeypatch):
 
 
 def test_a_weaker_dose_shows_the_genes_of_the_stronger(explorer):
-    genes = explorer._sheet._genes
-    before = list(genes._shown)
+    genes = explorer._sheet.genes
+    before = list(genes.leaders)
     explorer.show(strength=0.1)
-    assert genes._shown == before == list(leading(explorer.show(strength=1.0).genes, N_GENES)["gene"])
+    assert genes.leaders == before == list(leading(explorer.show(strength=1.0).genes, N_GENES)["gene"])
     assert len(before) == 2 * N_GENES
 
 
@@ -177,16 +178,26 @@ def test_genes_stand_from_the_largest_rise_to_the_largest_fall(explorer):
 
 def test_all_clouds_of_another_context_are_drawn(explorer):
     for change in ({}, {"context": "type B"}, {"strength": 0.4}, {"reverse": True}):
-        answer, view = explorer.show(**change), explorer._sheet._map
+        answer, view = explorer.show(**change), explorer._sheet.map
         for name, line in view.clouds.items():
-            seen = getattr(answer, name)[view.frame.holds(getattr(answer, name))]
-            np.testing.assert_allclose(line.get_xdata(), view.frame.x(seen[:, 0]))
-            np.testing.assert_allclose(line.get_ydata(), view.frame.y(seen[:, 1]))
+            np.testing.assert_allclose(np.column_stack(line.get_data()), getattr(answer, name))
+        (left, right), (low, high) = view.ax.get_xlim(), view.ax.get_ylim()
+        for cloud in (answer.start, answer.moved, answer.real):
+            assert (left < cloud.mean(0)[0] < right) and (low < cloud.mean(0)[1] < high)
+
+
+def test_a_colour_says_what_cells_are_in_both_directions(explorer):
+    view = explorer._sheet.map
+    assert view.clouds["start"].get_color() == style.CONTROL
+    explorer.show(reverse=True)
+    assert (view.clouds["start"].get_color(), view.clouds["real"].get_color()) == (style.REAL, style.CONTROL)
 
 
 def test_ground_is_painted_anew_only_where_it_changed(explorer):
     explorer.show(strength=0.9)
-    assert not explorer._sheet.sheet.stale
-    ground = explorer._sheet.sheet._ground
+    ground = explorer._sheet.ground
     explorer.show(strength=0.8)
-    assert explorer._sheet.sheet._ground is ground, "a slider moves cells, not the axes"
+    assert explorer._sheet.ground is ground, "a slider moves cells, not the axes"
+    live = explorer._sheet.png()
+    explorer._sheet.ground = None
+    assert explorer._sheet.png() == live, "copied or painted anew, it is the same picture"

@@ -11,9 +11,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from benchmarks import figures as speed
-from cellop_nb.notebook import figures, style
-from cellop_nb.notebook.figures import sheet
-from cellop_nb.notebook.figures.quick_png import palette, quick_png
+from cellop_nb.notebook import style
+from cellop_nb.notebook import sweep_figures as figures
 from cellop_nb.notebook.sweep import Sweep
 
 GROUPS = ["B, IFNb", "CD14+ Mono, IFNb", "_hidden, $odd_label$"]
@@ -127,7 +126,7 @@ def test_every_public_figure_is_tried_here():
         name for name, value in vars(speed).items() if getattr(value, "__module__", "") == speed.__name__
     }
     of_speed = {name for name in of_speed if not name.startswith("_")}
-    assert set(FIGURES) == set(figures.__all__) | of_speed
+    assert set(FIGURES) == {"sweep_map", "sweep_effects", "parallel_coordinates"} | of_speed
 
 
 def test_it_is_a_readable_white_picture(figure):
@@ -137,46 +136,9 @@ def test_it_is_a_readable_white_picture(figure):
     assert len(picture.getcolors(1 << 24)) > 10, "something is drawn"
 
 
-@pytest.mark.parametrize("level", [1, 6])
-def test_a_quick_png_is_what_was_drawn(level):
-    """What we draw with exactly, any other colour as the nearest of the palette."""
-    fixed = [*style.CATEGORIES, style.INK, style.QUIET, "#ffffff"]
-    exact = np.array([[int(code[i : i + 2], 16) for i in (1, 3, 5)] for code in fixed], dtype=np.uint8)
-    np.testing.assert_array_equal(_read_back(exact[None], level), exact[None])
-    other = np.random.default_rng(1).integers(
-        0, 256, (70, 5, 3), dtype=np.uint8
-    )  # more than one block of rows
-    nearest = np.linalg.norm(other.reshape(-1, 1, 3) - palette().astype(float), axis=-1).min(1)
-    chosen = np.linalg.norm((_read_back(other, level) - other.astype(int)).reshape(-1, 3), axis=-1)
-    assert (chosen <= nearest + 2 * 7).all(), "five bits tell a colour to 4 of 255 in each of three"
-
-
-def _read_back(pixels: np.ndarray, level: int) -> np.ndarray:
-    opaque = np.concatenate([pixels, np.full((*pixels.shape[:2], 1), 255, dtype=np.uint8)], axis=-1)
-    written = quick_png(opaque, level)
-    Image.open(io.BytesIO(written)).verify()  # the checksums
-    read = Image.open(io.BytesIO(written))
-    assert read.mode == "P" and read.size == pixels.shape[1::-1]
-    return np.asarray(read.convert("RGB")).astype(int)
-
-
 def test_figures_of_speed_name_their_bound_and_compare_what_took_turns():
     for name in ("energy_scaling", "cells_scaling", "training_rates", "gpu_times"):
         legends = [ax.get_legend() for ax in FIGURES[name]().axes if ax.get_legend()]
         assert any("bound" in text.get_text() for found in legends for text in found.get_texts()), name
     shown = [tick.get_text() for tick in FIGURES["step_times"]().axes[0].get_yticklabels()]
     assert len(shown) == 2 and not any("apart" in name for name in shown)
-
-
-def test_a_value_lies_where_its_tick_says():
-    board = sheet.Sheet(300, 200)
-    plot = sheet.Plot(board, (50, 20, 200, 100), "loss")
-    plot.limit(np.arange(10.0), np.array([0.01, 1.0]))
-    pixels = plot.y([0.01, 0.1, 1.0])
-    assert np.diff(pixels)[0] == pytest.approx(np.diff(pixels)[1]), "decades are equally long"
-    assert (np.diff(pixels) < 0).all(), "larger is higher"
-    assert pixels.min() >= 20
-    assert pixels.max() <= 120
-    for text in plot._y_texts:
-        if text.get_text():
-            assert text.get_position()[1] == pytest.approx(float(plot.y(float(text.get_text()))))

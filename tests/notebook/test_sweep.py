@@ -26,8 +26,9 @@ from scipy import stats
 
 from cellop_nb.__main__ import main
 from cellop_nb.errors import DataError, LabelError
-from cellop_nb.notebook import figures, style
+from cellop_nb.notebook import style
 from cellop_nb.notebook import sweep as s
+from cellop_nb.notebook import sweep_figures as figures
 from cellop_nb.notebook.parameters import ParameterError
 
 # -- which runs

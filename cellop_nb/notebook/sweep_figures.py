@@ -11,7 +11,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from .. import style as s
+from . import style as s
 
 
 def sweep_map(table: pd.DataFrame, varied: Sequence[str], metric: str, *, best: str = "min") -> Figure:
