@@ -10,10 +10,12 @@ from pathlib import Path
 
 from anndata import AnnData
 
-from cellop_nb.analysis.predict import embed, predict
+from cellop_nb.analysis.predict import Start, assemble, embed, modelled_counts
 from cellop_nb.analysis.space import evaluation_genes
 from cellop_nb.data.catalogue import load
+from cellop_nb.data.contract import keys_of, setup
 from cellop_nb.data.splits import split
+from cellop_nb.models.operators import Condition
 from cellop_nb.training.callbacks import EarlyStopping
 from cellop_nb.training.operators import OperatorTrainer, new_operators
 from cellop_nb.training.vae import VAETrainer, new_vae
@@ -39,6 +41,7 @@ def screen(quick: bool) -> tuple[AnnData, str]:
     path = Path(os.environ.get("CELLOP_REAL_DATA", "")) / KANG
     real = path.is_file() and not quick
     adata = load(path) if real else load()
+    setup(adata)
     split(adata)
     train = adata[adata.obs["split"] != "test"]
     adata = adata[:, evaluation_genes(train, 100 if quick else GENES)].copy()
@@ -117,5 +120,9 @@ def _made(what: str, call: Callable[[], object]) -> dict:
 
 def predict_all(adata: AnnData, vae, operators, trainer: OperatorTrainer) -> None:
     """Predict every condition that the trainer has."""
+    keys = keys_of(adata)
     for group in trainer.groups.items:
-        predict(adata, vae, operators, perturbation=group.perturbation, context=group.context)
+        rows = trainer.groups.controls(group.context)
+        start = Start.of(modelled_counts(adata[rows], vae, keys), vae)
+        drawn = start.moved(operators.operator(Condition((group.perturbation,), group.context)))
+        assemble(adata[rows], keys, vae.genes, drawn, group.perturbation)

@@ -219,28 +219,33 @@ def encode(path: str) -> Callable[[], object]:
 
 def predict(path: str) -> Callable[[], object]:
     """Operators fitted for an epoch, and every control cell moved and decoded into a file."""
-    from cellop_nb.analysis.streaming import predict_to_file
+    from cellop_nb.analysis.predict import Start, assemble, modelled_counts, write_parts
     from cellop_nb.data.catalogue import load
+    from cellop_nb.data.contract import keys_of
+    from cellop_nb.data.groups import controls_by_context
+    from cellop_nb.models.operators import Condition
     from cellop_nb.training.checkpoint import load as load_model
     from cellop_nb.training.loop import Machine
     from cellop_nb.training.operators import OperatorTrainer, new_operators
 
     def call():
         adata = load(path, backed=True)
-        vae = load_model(_beside(path, "vae.safetensors")).vae
+        vae, keys = load_model(_beside(path, "vae.safetensors")).vae, keys_of(adata)
         adata.obsm["X_nbvae"] = np.load(_beside(path, "latents.npy"), allow_pickle=False)
         operators = new_operators(adata)
         OperatorTrainer(
             adata, operators, max_epochs=1, progress=False, machine=Machine(accelerator="cpu")
         ).fit()
-        predict_to_file(
-            adata,
-            vae,
-            operators,
-            path=_beside(path, "predicted.h5ad"),
-            perturbation="drug 1",
-            context="type 0",
-        )
+        operator = operators.operator(Condition(("drug 1",), "type 0"))
+        rows = np.sort(controls_by_context(adata)["type 0"])
+        chunks = np.split(rows, range(1024, len(rows), 1024))
+
+        def parts():
+            for chunk in chunks:
+                drawn = Start.of(modelled_counts(adata[chunk], vae, keys), vae).moved(operator)
+                yield assemble(adata[chunk], keys, vae.genes, drawn, "drug 1")
+
+        write_parts(_beside(path, "predicted.h5ad"), parts(), {}, total=len(chunks))
 
     return call
 

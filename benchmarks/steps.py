@@ -1,8 +1,9 @@
 """A VAE step, an operator step, a prediction and the smallest hold-out as calls: `steps`, to be counted or profiled."""
 
+from dataclasses import replace
+
 import cellop_nb as co
 from benchmarks.vae import trainer_step
-from cellop_nb.analysis.transfer import Complexity
 
 adata = co.datasets.load("synthetic_screen")
 co.split(adata)
@@ -11,25 +12,22 @@ vae_step = trainer_step(co.VAETrainer(adata, vae, max_epochs=1, progress=False, 
 co.embed(adata, vae)
 operators = co.new_operators(adata)
 operator_step = trainer_step(co.OperatorTrainer(adata, operators, max_epochs=1, progress=False))
-small = co.datasets.synthetic(n_contexts=2, n_perturbations=1, n_cells=24, n_genes=30)
 
 
-def smallest_holdout():
-    """One group of 24 cells, predicted by operators that were trained for one epoch."""
-    return co.holdout(
-        small,
-        heldout={"cell_type": "type B", "perturbation": "drug 1"},
-        vae={"n_latent": 4, "n_hidden": 8},
-        candidates=[Complexity(rank=0)],
-        training={"max_epochs": 1},
-        progress=False,
-        metrics=["e_distance"],
-    )
+def small_model() -> co.CellOp:
+    """Two contexts of 24 cells a group, and as little training as there can be."""
+    screen = co.datasets.synthetic(n_contexts=2, n_perturbations=1, n_cells=24, n_genes=30)
+    model = co.CellOp(screen, n_latent=4, n_genes=None)
+    model.recipe = replace(model.recipe, n_hidden=8, vae_epochs=1, finish_epochs=1, operator_epochs=1)
+    return model
 
 
+fitted = small_model().fit(progress=False)
 steps = {
     "one VAE step": vae_step,
     "one operator step": operator_step,
-    "predict": lambda: co.predict(adata, vae, operators, perturbation="drug 1", context="type A"),
-    "smallest hold-out": smallest_holdout,
+    "predict": lambda: fitted.predict(context="type B", perturbation="drug 1"),
+    "smallest hold-out": lambda: co.holdout(
+        small_model(), "context", only=["type B"], metrics=["e_distance"], progress=False
+    ),
 }

@@ -42,21 +42,17 @@ _PUBLIC = {
     "NonFiniteError": "training.locate",
     "save": "training.checkpoint",
     "load": "training.checkpoint",
+    "CellOp": "analysis.cellop",
     "embed": "analysis.predict",
-    "predict": "analysis.predict",
-    "predict_to_file": "analysis.streaming",
-    "evaluate": "analysis.metrics",
+    "evaluate": "analysis.scores",
     "holdout": "analysis.holdout",
-    "holdout_all": "analysis.holdouts",
     "combine": "analysis.combinations",
     "sequence": "analysis.combinations",
     "order_effects": "analysis.combinations",
     "reversal": "analysis.combinations",
     "metric_intervals": "analysis.metric_intervals",
-    "change_intervals": "analysis.gene_intervals",
     "bootstrap_operators": "analysis.uncertainty",
     "operator_intervals": "analysis.uncertainty",
-    "support": "analysis.abstain",
     "cell_eval_pair": "analysis.exchange",
     "enrich": "analysis.genes",
     "response_similarity": "analysis.genes",
@@ -72,7 +68,7 @@ _MODULES = {"datasets", "errors", "pl"}
 
 if TYPE_CHECKING:  # the names below are found by `__getattr__` while running
     from . import errors as errors
-    from .analysis.abstain import support as support
+    from .analysis.cellop import CellOp as CellOp
     from .analysis.combinations import combine as combine
     from .analysis.combinations import order_effects as order_effects
     from .analysis.combinations import reversal as reversal
@@ -80,17 +76,13 @@ if TYPE_CHECKING:  # the names below are found by `__getattr__` while running
     from .analysis.diagnose import gradient_audit as gradient_audit
     from .analysis.distances import etest as etest
     from .analysis.exchange import cell_eval_pair as cell_eval_pair
-    from .analysis.gene_intervals import change_intervals as change_intervals
     from .analysis.genes import enrich as enrich
     from .analysis.genes import predicted_expression as predicted_expression
     from .analysis.genes import response_similarity as response_similarity
     from .analysis.holdout import holdout as holdout
-    from .analysis.holdouts import holdout_all as holdout_all
     from .analysis.metric_intervals import metric_intervals as metric_intervals
-    from .analysis.metrics import evaluate as evaluate
     from .analysis.predict import embed as embed
-    from .analysis.predict import predict as predict
-    from .analysis.streaming import predict_to_file as predict_to_file
+    from .analysis.scores import evaluate as evaluate
     from .analysis.uncertainty import bootstrap_operators as bootstrap_operators
     from .analysis.uncertainty import operator_intervals as operator_intervals
     from .data import catalogue as datasets  # noqa: F401

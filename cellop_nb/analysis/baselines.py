@@ -1,82 +1,241 @@
 """Simple predictions that every table carries. They beat most published models, so they are first-class code.
 
-A baseline is a function ``(training: Screen, target: Target) -> Prediction``. It raises
-:class:`~cellop_nb.analysis.formulas.Undefined` where the training cells do not determine it; it never falls
-back to something else. All of them add or average in log1p-CP10k space; :func:`latent_shift` does so in
-latent space.
+A method is a function ``(training: Training, target: Target) -> Prediction``. It raises
+:class:`~cellop_nb.analysis.metrics.Undefined` where the training cells do not determine it; it never falls back to
+something else. All baselines add or average in log1p-CP10k space.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
+from anndata import AnnData
 
-from ..data.contract import perturbation_parts
-from ..errors import ModelError, three_beats
-from .formulas import Undefined
-from .targets import Baseline, Prediction, Screen, Target
+from ..data.batches import measured_totals
+from ..data.groups import Groups
+from ..errors import DataError, ModelError, three_beats
+from .metrics import Undefined
+from .plan import Measured, linear, near_mean_shift, near_power
+from .space import EvaluationSpace
 
 
-def no_change(training: Screen, target: Target) -> Prediction:
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """What a method says of one group, in log1p-CP10k over the genes of the evaluation.
+
+    Attributes
+    ----------
+    mean : (gene,) predicted mean; None where nothing is predicted
+    cells : (cell, gene) predicted cells; None where the method predicts a mean only
+    counts : (cell, gene) predicted counts
+    library : (cell,) predicted counts over all measured genes, where some are not in the evaluation
+    reason : why there is no prediction
+    """
+
+    method: str
+    mean: np.ndarray | None = field(default=None, repr=False)
+    cells: np.ndarray | None = field(default=None, repr=False)
+    counts: Any = field(default=None, repr=False)
+    library: np.ndarray | None = field(default=None, repr=False)
+    reason: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("mean", "cells"):
+            value = getattr(self, name)
+            if value is not None and not np.isfinite(value).all():
+                problem = f"{int((~np.isfinite(value)).sum())} NaN or infinite values"
+                fix = "find out where the model breaks; they are not replaced"
+                raise DataError(three_beats(f"a finite {name} predicted by {self.method!r}", problem, fix))
+
+    @property
+    def mean_only(self) -> bool:
+        """Whether the method predicts a mean and no cells: metrics of clouds are then undefined."""
+        return self.mean is not None and self.cells is None
+
+    @classmethod
+    def of_cells(cls, method: str, cells: np.ndarray, counts=None, library=None) -> Prediction:
+        """From predicted cells (cell, gene) in log1p-CP10k."""
+        return cls(method, np.asarray(cells).mean(axis=0, dtype=np.float64), cells, counts, library)
+
+    @classmethod
+    def of_counts(cls, method: str, counts, space: EvaluationSpace, library=None) -> Prediction:
+        """From predicted counts (cell, gene) over the genes of `space`."""
+        return cls.of_cells(method, space.transform(counts), counts, library)
+
+
+@dataclass(frozen=True, eq=False)
+class Training:
+    """Training cells in log1p-CP10k with the index of their groups.
+
+    Attributes
+    ----------
+    cells : (cell, gene)
+    groups : the index; ``groups.rows(context, perturbation)`` are rows of `cells`
+    adata : the training cells themselves, for methods that need more
+    """
+
+    cells: np.ndarray = field(repr=False)
+    groups: Groups
+    adata: AnnData | None = field(default=None, repr=False)
+    _means: dict = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(cls, adata: AnnData, space: EvaluationSpace) -> Training:
+        """The cells of a screen that was set up, in `space`."""
+        return cls(space.transform(space.select(adata)), Groups(adata, min_cells=1), adata)
+
+    @property
+    def control(self) -> str:
+        """The label of unperturbed cells."""
+        return self.groups.keys.control
+
+    def rows(self, context: str, perturbation: str) -> np.ndarray:
+        """Rows of a group, (cell,)."""
+        return self.groups.rows(context, perturbation)
+
+    def mean(self, context: str, perturbation: str) -> np.ndarray:
+        """(gene,) mean of a group; Undefined where it has no cells."""
+        return self._moments(context, perturbation)[0]
+
+    def _moments(self, context: str, perturbation: str) -> tuple[np.ndarray, np.ndarray]:
+        """(gene,) mean of a group and the sampling variance of that mean."""
+        key = (context, perturbation)
+        if key not in self._means:
+            rows = self.rows(*key)
+            if not len(rows):
+                raise Undefined(f"no training cells of {perturbation!r} in {context!r}")
+            cells = self.cells[rows].astype(np.float64)
+            self._means[key] = cells.mean(axis=0), cells.var(axis=0) / len(rows)
+        return self._means[key]
+
+    def shift(self, context: str, perturbation: str) -> np.ndarray:
+        """(gene,) perturbed mean minus control mean inside one context."""
+        return self.mean(context, perturbation) - self.mean(context, self.control)
+
+    def others(self, target: Target) -> list[str]:
+        """Other contexts where the perturbation of `target` was measured; Undefined where there is none."""
+        contexts = [c for c in self.groups.contexts_of(target.perturbation) if c != target.context]
+        if not contexts:
+            raise Undefined(f"no other training context has both {target.perturbation!r} and control cells")
+        return contexts
+
+    def measured(self, target: Target) -> Measured:
+        """The response of the other contexts, with its noise."""
+        contexts, p = self.others(target), target.perturbation
+        noise = [self._moments(c, p)[1] + self._moments(c, self.control)[1] for c in contexts]
+        control = np.stack([self.mean(c, self.control) for c in contexts])
+        return Measured(
+            tuple(contexts), control, np.stack([self.shift(c, p) for c in contexts]), np.stack(noise)
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """The group to predict, and the control cells to start from.
+
+    Attributes
+    ----------
+    context, perturbation : labels of the group
+    control : (cell, gene) control cells of that context in log1p-CP10k
+    counts : (cell, gene) their counts, optional
+    adata : the control cells themselves, for methods that need more
+    space : the space in which `control` stands and predictions are scored
+    """
+
+    context: str
+    perturbation: str
+    control: np.ndarray = field(repr=False)
+    counts: object = field(default=None, repr=False)
+    adata: AnnData | None = field(default=None, repr=False)
+    space: EvaluationSpace | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if len(self.control) == 0:
+            raise Undefined(f"there are no control cells in {self.context!r} to start from")
+
+    @property
+    def mean(self) -> np.ndarray:
+        """(gene,) mean control cell."""
+        return self.control.mean(axis=0, dtype=np.float64)
+
+    @property
+    def library(self) -> np.ndarray | None:
+        """(cell,) counts of the control cells over all measured genes; None where no gene was left out."""
+        return None if self.adata is None else measured_totals(self.adata)
+
+
+Method = Callable[[Training, Target], Prediction]
+
+
+def no_change(training: Training, target: Target) -> Prediction:
     """The control cells themselves."""
     return Prediction.of_cells("no change", target.control, target.counts, target.library)
 
 
-def control_mean(training: Screen, target: Target) -> Prediction:
+def control_mean(training: Training, target: Target) -> Prediction:
     """The mean of the control cells (a mean only)."""
-    return Prediction("control mean", target.control.mean(axis=0, dtype=np.float64))
+    return Prediction("control mean", target.mean)
 
 
-def mean_of_perturbed(training: Screen, target: Target) -> Prediction:
+def mean_of_perturbed(training: Training, target: Target) -> Prediction:
     """The mean of the perturbed centroids (a mean only): of this context, else of all contexts.
 
     References
     ----------
     Viñas Torné et al. 2025, Nat Biotechnol (Systema), "perturbed mean".
     """
-    groups = training.measured()
-    chosen = [group for group in groups if group[0] == target.context] or groups
-    if not chosen:
-        raise Undefined("there are no perturbed training cells")
-    return Prediction("mean of perturbed", np.mean([training.mean(*group) for group in chosen], axis=0))
+    pairs = training.groups.pairs
+    chosen = [pair for pair in pairs if pair[0] == target.context] or pairs
+    return Prediction("mean of perturbed", np.mean([training.mean(*pair) for pair in chosen], axis=0))
 
 
 def _shifted(method: str, target: Target, shift: np.ndarray) -> Prediction:
     return Prediction.of_cells(method, target.control + shift)
 
 
-def mean_shift(training: Screen, target: Target) -> Prediction:
+def mean_shift(training: Training, target: Target) -> Prediction:
     """Control cells plus this perturbation's mean shift over the other contexts (each counts once)."""
-    shifts = [training.shift(context, target.perturbation) for context in training.others(target)]
-    return _shifted("mean shift", target, np.mean(shifts, axis=0))
+    return _shifted("mean shift", target, training.measured(target).change.mean(0))
 
 
-def nearest_context(training: Screen, target: Target) -> Prediction:
+def nearest_context(training: Training, target: Target) -> Prediction:
     """Control cells plus the shift seen in the context whose control mean is nearest (Euclid)."""
-    start = target.control.mean(axis=0, dtype=np.float64)
-
-    def distance(context: str) -> float:
-        return float(np.linalg.norm(training.mean(context, training.control) - start))
-
-    nearest = min(training.others(target), key=distance)
-    return _shifted("nearest context", target, training.shift(nearest, target.perturbation))
+    measured = training.measured(target)
+    nearest = np.linalg.norm(measured.control - target.mean, axis=1).argmin()
+    return _shifted("nearest context", target, measured.change[nearest])
 
 
-def _single_shifts(training: Screen, target: Target) -> list[np.ndarray]:
-    parts = perturbation_parts(target.perturbation)
+def near_shift(training: Training, target: Target) -> Prediction:
+    """Control cells plus the other contexts' shifts, near ones first, with a power chosen by leaving contexts out."""
+    measured = training.measured(target)
+    power = near_power(measured)
+    shift = near_mean_shift(measured.control, measured.change, target.mean, power).change
+    return _shifted("near mean shift", target, shift)
+
+
+def linear_shift(training: Training, target: Target) -> Prediction:
+    """Control cells plus a ridge regression of the shift on the mean control cell, over the other contexts."""
+    measured = training.measured(target)
+    estimate, _ = linear(measured.control, measured.change, target.mean, measured.noise.sum(1))
+    return _shifted("linear", target, estimate.change)
+
+
+def _single_shifts(training: Training, target: Target) -> list[np.ndarray]:
+    parts = training.groups.parts(target.perturbation)
     if len(parts) < 2:
-        raise Undefined(f"{target.perturbation!r} is not a combination")
+        raise Undefined(f"{target.perturbation!r} is not a combination of measured perturbations")
     return [training.shift(target.context, part) for part in parts]
 
 
-def best_single(training: Screen, target: Target) -> Prediction:
+def best_single(training: Training, target: Target) -> Prediction:
     """For A+B: control cells plus the larger of the two single shifts, chosen without a look at the truth."""
     return _shifted("best single", target, max(_single_shifts(training, target), key=np.linalg.norm))
 
 
-def additive(training: Screen, target: Target) -> Prediction:
+def additive(training: Training, target: Target) -> Prediction:
     """For A+B: control cells plus the sum of the single shifts measured in this context.
 
     References
@@ -86,45 +245,20 @@ def additive(training: Screen, target: Target) -> Prediction:
     return _shifted("additive", target, np.sum(_single_shifts(training, target), axis=0))
 
 
-def latent_shift(
-    training: Screen, target: Target, *, latents: np.ndarray, start: np.ndarray, decode: Callable
-) -> Prediction:
-    r"""scGen's rule: move control latents by the mean latent shift of the other contexts, then decode.
-
-    .. math:: \hat x = \mathrm{decode}\big(z + \tfrac1C \sum_c (\bar z_{c,p} - \bar z_{c,0})\big)
-
-    Parameters
-    ----------
-    latents : (cell, latent)
-        Of the training cells, in the order of ``training.cells``.
-    start : (cell, latent)
-        Of the control cells of the target, in the order of ``target.control``.
-    decode : callable
-        Latents (cell, latent) to *sampled* counts (cell, gene) over the genes of ``target.space``; row i is
-        decoded at the library size of control cell i.
-
-    References
-    ----------
-    Lotfollahi, Wolf, Theis 2019, Nat Methods 16:715 (contexts are balanced there by resampling, here by
-    equal weight).
-    """
-    latent = Screen(latents, training.contexts, training.perturbations, training.control)
-    shifts = [latent.shift(context, target.perturbation) for context in latent.others(target)]
-    return Prediction.of_counts("latent shift", decode(start + np.mean(shifts, axis=0)), target.space)
-
-
-BASELINES: Mapping[str, Baseline] = {
+BASELINES: Mapping[str, Method] = {
     "no change": no_change,
     "control mean": control_mean,
     "mean of perturbed": mean_of_perturbed,
     "mean shift": mean_shift,
     "nearest context": nearest_context,
+    "near mean shift": near_shift,
+    "linear": linear_shift,
     "best single": best_single,
     "additive": additive,
 }
 
 
-def run(method: str, rule: Baseline, training: Screen, target: Target) -> Prediction:
+def run(method: str, rule: Method, training: Training, target: Target) -> Prediction:
     """Apply `rule`; where it is undefined the prediction is empty and carries the reason.
 
     Raises
@@ -133,17 +267,16 @@ def run(method: str, rule: Baseline, training: Screen, target: Target) -> Predic
         Where it gives back something else than a prediction of the target's genes.
     """
     try:
-        found = rule(training, target)
+        prediction = rule(training, target)
     except Undefined as refusal:
         return Prediction(method, reason=str(refusal))
-    if not isinstance(found, Prediction):
+    if not isinstance(prediction, Prediction):
         fix = "return Prediction.of_cells(name, cells) or Prediction.of_counts(name, counts, target.space)"
-        raise ModelError(three_beats(f"a Prediction from {method!r}", type(found).__name__, fix))
+        raise ModelError(three_beats(f"a Prediction from {method!r}", type(prediction).__name__, fix))
     n_genes = target.control.shape[1]
-    for value in (found.mean, found.cells, found.counts):
+    for value in (prediction.mean, prediction.cells, prediction.counts):
         if value is not None and value.shape[-1] != n_genes:
             fix = "predict all genes of target.space.genes, in this order"
-            raise ModelError(
-                three_beats(f"{n_genes} genes predicted by {method!r}", str(value.shape[-1]), fix)
-            )
-    return replace(found, method=method)
+            problem = str(value.shape[-1])
+            raise ModelError(three_beats(f"{n_genes} genes predicted by {method!r}", problem, fix))
+    return replace(prediction, method=method)

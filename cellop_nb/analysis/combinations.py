@@ -20,8 +20,6 @@ from ..models.affine import AffineOperator, check_strength, commutator, compose,
 from ..models.energy import energy_distance, noise_floor, noise_limit, self_distance
 from ..models.operators import Condition, OperatorModel
 from .distances import NO_CHANGE, OPERATOR, OWN_MEAN
-from .formulas import Undefined
-from .transfer import Response
 
 RULES = ("axes", "composition", "generator")
 
@@ -81,32 +79,6 @@ def _operator(
     """The operator in a context; that of the shared response in a context that the operators were not fitted with."""
     own = context if context in operators.conditions.contexts else None
     return operators.operator(Condition.parse(perturbation, own, dose=dose))
-
-
-def response_operator(
-    response: Response, perturbation: str, context: str, *, rule: str | None = None
-) -> AffineOperator:
-    """As :func:`combine`, for a context that may take over from others (:meth:`Response.operator`).
-
-    Parameters
-    ----------
-    rule
-        That of the response's complexity where None; a single perturbation then has its operator.
-
-    Raises
-    ------
-    Undefined
-        Where a perturbation was not trained on, or the rule is not defined for it, with the reason.
-    """
-    single = len(perturbation_parts(perturbation)) < 2
-    if rule is None:
-        rule = "axes" if single else response.complexity.rule
-    if rule != "axes" and single:
-        raise Undefined(f"{perturbation!r} is not a combination")
-    try:
-        return _by_rule(lambda name: response.operator(name, context), perturbation, rule)
-    except (LabelError, ModelError) as refusal:
-        raise Undefined(str(refusal)) from None
 
 
 def _by_rule(

@@ -12,7 +12,6 @@ from anndata import AnnData
 from scipy.spatial.distance import cdist
 from torch import Tensor
 
-from ..data.contract import keys_of
 from ..data.groups import Group, Groups
 from ..display import Distances
 from ..errors import DataError, LabelError, did_you_mean, three_beats
@@ -194,9 +193,8 @@ def _groups_in(adata: AnnData, use_rep: str | None, seed: int) -> Groups:
     """All groups, those of one cell too, in `use_rep` or in principal components of log1p-CP10k."""
     if use_rep is not None:
         return Groups(adata, use_rep=use_rep, min_cells=1)
-    layer = keys_of(adata).layer
-    space = EvaluationSpace.fit(adata, layer=layer, seed=seed)
-    return Groups(adata, use_rep=space.project(space.transform(space.select(adata, layer))), min_cells=1)
+    space = EvaluationSpace.fit(adata, seed=seed)
+    return Groups(adata, use_rep=space.project(space.transform(space.select(adata))), min_cells=1)
 
 
 class _AgainstControl:

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import anndata as ad
 import numpy as np
 import pandas as pd
 
-from ..data.contract import context_labels
+from ..data.contract import keys_of
 from ..errors import HoldoutError, did_you_mean, three_beats
 from .holdout import Holdout
+from .scores import rows_by_group
 
 
 def cell_eval_pair(
-    result: Holdout,
-    *,
-    context: str | None = None,
-    layer: str | None = None,
-    perturbation_key: str = "perturbation",
-    context_key: str | Sequence[str] | None = "cell_type",
-    control: str = "control",
+    result: Holdout, *, context: str | None = None, seed: int | None = None
 ) -> tuple[ad.AnnData, ad.AnnData]:
     """A hold-out as the pair of AnnData that cell-eval compares: predicted and real, both with the same controls.
 
@@ -33,6 +26,8 @@ def cell_eval_pair(
         Of :func:`holdout`.
     context
         Which one; None where there is one alone.
+    seed
+        Of which fit; the first where None.
 
     Returns
     -------
@@ -44,19 +39,28 @@ def cell_eval_pair(
     HoldoutError
         For a context that was not held out, or several to choose from.
     """
-    contexts = list(dict.fromkeys(context_labels(result.real, context_key)))
+    questions = result.scores[["question", "context"]].drop_duplicates()
+    contexts = list(dict.fromkeys(questions["context"]))
     if context is None and len(contexts) == 1:
         context = contexts[0]
     if context not in contexts:
         fix = did_you_mean(context, contexts) if context else "pass context=..."
         raise HoldoutError(three_beats(f"one of the held-out contexts {contexts[:5]}", repr(context), fix))
+    question = questions[questions["context"] == context]["question"].iloc[0]
+    fit = next(fit for fit in result.fits if fit.question == question and seed in (None, fit.seed))
+    keys, space = keys_of(fit.real), fit.space
+    mine = (result.predictions.obs["question"] == question) & (result.predictions.obs["seed"] == fit.seed)
 
-    def side(adata, layer: str | None) -> ad.AnnData:
-        parts = [(result.control, layer), (adata, layer if adata is result.real else None)]
-        here = [(a[(context_labels(a, context_key) == context).to_numpy()], slot) for a, slot in parts]
-        cells = [result.space.transform(result.space.select(a, slot)) for a, slot in here]
-        obs = pd.concat([a.obs[[perturbation_key]].astype(str) for a, _ in here])
-        genes = pd.DataFrame(index=[str(gene) for gene in result.space.genes])
+    def side(adata: ad.AnnData, slot: str | None) -> ad.AnnData:
+        parts = [(fit.control, None), (adata, slot)]
+        rows = [
+            np.concatenate([r for pair, r in rows_by_group(a, keys).items() if pair[0] == context])
+            for a, _ in parts
+        ]
+        here = [(a[np.sort(chosen)], slot) for (a, slot), chosen in zip(parts, rows, strict=True)]
+        cells = [space.transform(space.select(a, slot)) for a, slot in here]
+        obs = pd.concat([a.obs[[keys.perturbation_key]].astype(str) for a, _ in here])
+        genes = pd.DataFrame(index=[str(gene) for gene in space.genes])
         return ad.AnnData(np.concatenate(cells), obs=obs, var=genes)
 
-    return side(result.predictions, layer), side(result.real, layer)
+    return side(result.predictions[mine.to_numpy()], "X"), side(fit.real, None)

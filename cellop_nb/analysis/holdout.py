@@ -1,298 +1,464 @@
-"""One call for an honest hold-out: split, train on the rest, predict from controls, score beside the baselines."""
+"""Hold measured cells out, fit a `CellOp` without them, predict them from controls, and score it beside the baselines."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from html import escape
 
 import anndata as ad
+import numpy as np
 import pandas as pd
+from tqdm.auto import tqdm
 
-from ..data.batches import TOTAL_KEY
-from ..data.contract import context_labels, library_size
+from ..data.batches import measured_totals
+from ..data.contract import obs_labels
+from ..data.groups import Groups
 from ..data.on_disk import require_in_memory
-from ..data.splits import rows_of, split
-from ..display import Scores
-from ..errors import DataError, HoldoutError, LabelError, three_beats
-from .abstain import group_support
-from .baselines import BASELINES
-from .choices import Choice, groups_of
-from .combinations import RULES
-from .fits import fit_response
-from .fitted import (
-    LATENT_SHIFT,
-    Fitted,
-    check_vae_settings,
-    fit_vae,
-    pooled_shift,
-    settings_of,
-    view_of,
-    virtual_cells,
-)
-from .formulas import Undefined
-from .library import measured_totals
-from .metrics import score_split
-from .selection import CANDIDATES
-from .space import EvaluationSpace, evaluation_genes
-from .targets import Baseline, Prediction, Screen, Target
-from .transfer import Complexity
+from ..errors import CellopError, HoldoutError, LabelError, did_you_mean, three_beats
+from ..models.vae import NBVAE
+from .baselines import BASELINES, Method, Prediction, Target, Training, run
+from .cellop import CellOp
+from .metrics import Undefined
+from .scores import MAX_CELLS, Truth, known_metrics, rows_by_group, shared_shift, table_of
+from .space import EvaluationSpace
 
-OPERATORS = "operators"
+CELLOP, LATENT_SHIFT = "CellOp", "latent shift"
+WAYS = ("context", "group", "perturbation", "combination")
 
 FEWEST_CELLS = 4
-"""Held-out cells that the energy distance and its noise floor need."""
+"""Held-out cells that an energy distance and its noise floor need."""
 
 
 @dataclass(frozen=True)
-class Holdout:
-    """What a hold-out gives back.
+class Question:
+    """What is left out together, and what is then asked.
 
     Attributes
     ----------
-    table : DataFrame
-        ``context, perturbation, group, method, metric, value, reason, outlier``; every method beside the noise
-        floor. Outliers are groups outside the support of the training contexts.
-    predictions : AnnData
-        Sampled counts of the virtual cells, pooled over seeds; ``layers["mean"]``, ``obsm``, the source cells' ``obs``,
-        of which ``total_counts`` (counts over all measured genes) is predicted.
-    real : AnnData
-        The held-out cells, over the same genes.
-    control : AnnData
-        The control cells that the predictions start from.
-    choice : DataFrame
-        Energy distance of each candidate complexity on training groups left out in turn.
-    complexity : Complexity
-        What was chosen.
-    support : DataFrame
-        A row per group: how far its context is from those that its perturbation was measured in (:func:`support`).
-    latent_choice : DataFrame
-        The same for each setting of the VAE; empty where one was given.
-    sizes : dict
-        The setting of the VAE that was taken.
-    fits : list of Fitted
-        The models, one per seed.
-    space : EvaluationSpace
-        In which the metrics were computed.
-    measured : list of (context, perturbation)
-        Perturbed groups of the training cells.
+    name : what a person calls it
+    left_out : (cell,) mask of the cells that take no part in fitting
+    pairs : (context, perturbation) to predict
+    source : (cell,) mask of the control cells to start from; None for all of the context
     """
 
-    table: pd.DataFrame
-    predictions: ad.AnnData
+    name: str
+    left_out: np.ndarray = field(repr=False)
+    pairs: list[tuple[str, str]]
+    source: np.ndarray | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """What one fit leaves for a closer look: the space of its scores, its VAE, the real cells and the controls."""
+
+    question: str
+    seed: int
+    space: EvaluationSpace
+    vae: NBVAE
     real: ad.AnnData
     control: ad.AnnData
-    choice: pd.DataFrame
-    complexity: Complexity
-    fits: list[Fitted]
-    space: EvaluationSpace
-    support: pd.DataFrame = field(default_factory=pd.DataFrame)
-    latent_choice: pd.DataFrame = field(default_factory=pd.DataFrame)
-    sizes: dict = field(default_factory=dict)
-    measured: list[tuple[str, str]] = field(default_factory=list, repr=False)
 
-    def summary(self, metrics: Sequence[str] = ("e_distance", "pearson_delta")) -> pd.DataFrame:
-        """Methods by metrics, the mean over the held-out groups."""
-        chosen = self.table[self.table["metric"].isin(metrics)]
-        order = list(dict.fromkeys(chosen["method"]))
-        return chosen.pivot_table(index="method", columns="metric", values="value").reindex(order)
+
+@dataclass(frozen=True, eq=False)
+class Holdout:
+    """What :func:`holdout` gives back.
+
+    Attributes
+    ----------
+    scores : DataFrame
+        ``question, seed, context, perturbation, group, method, metric, value, reason``: every method beside the noise
+        floor and ceiling of the real cells.
+    predictions : AnnData
+        Virtual cells of all questions and seeds, with ``obs["question"]`` and ``obs["seed"]``.
+    choices : DataFrame
+        ``question, seed, estimator, left, weight``: what each fit chose.
+    refused : DataFrame
+        ``question, seed, reason``: questions that could not be asked, and why.
+    fits : list of Fit
+        One per question and seed.
+    """
+
+    scores: pd.DataFrame
+    predictions: ad.AnnData
+    choices: pd.DataFrame
+    refused: pd.DataFrame
+    fits: list[Fit] = field(default_factory=list, repr=False)
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """A row per group, method and seed, with every metric as a column."""
+        index = ["question", "context", "perturbation", "group", "method", "seed"]
+        wide = self.scores.pivot_table(
+            index=index, columns="metric", values="value", sort=False, dropna=False, observed=True
+        )
+        wide = wide.dropna(how="all").reset_index().rename_axis(columns=None)
+        metrics = [name for name in dict.fromkeys(self.scores["metric"]) if name in wide]
+        return wide[[*index, *metrics]]
+
+    def summary(self, metric: str = "e_distance") -> pd.DataFrame:
+        """Groups by methods, the mean over seeds, and a last row with the mean over the groups that all predicted.
+
+        A method that predicted fewer than half of the groups, such as "additive" where few are combinations, has no mean;
+        the groups that others lack are left out of every mean. What was left out stands in ``attrs["left_out"]``.
+        """
+        rows = self.scores[self.scores["metric"] == metric]
+        if not len(rows):
+            fix = did_you_mean(metric, self.scores["metric"].unique())
+            raise LabelError(three_beats("a metric of the table", repr(metric), fix))
+        order = list(dict.fromkeys(rows["method"]))
+        wide = rows.pivot_table(index="group", columns="method", values="value", sort=False)
+        wide = wide[[method for method in order if method in wide]]
+        usual = [method for method in wide if wide[method].notna().mean() >= 0.5]
+        whole = wide[usual].notna().all(axis=1)
+        mean = wide.loc[whole, usual].mean()
+        wide.loc[f"mean of {int(whole.sum())} groups"] = mean
+        wide.attrs["left_out"] = {
+            "groups": [str(group) for group in whole.index[~whole]],
+            "methods": [str(method) for method in wide if method not in usual],
+        }
+        return wide.rename_axis(columns=None)
+
+    def behind(self, metric: str = "e_distance", *, share: float = 0.1, margin: float = 0.1) -> pd.DataFrame:
+        """Groups where CellOp is farther from the truth than the best baseline, mean over seeds.
+
+        Parameters
+        ----------
+        metric
+            One that is smaller where the prediction is better.
+        share, margin
+            Reported where CellOp exceeds the baseline by more than this share and by more than this much.
+
+        Returns
+        -------
+        DataFrame
+            ``group, cellop, best_baseline, baseline, excess``, the worst first; empty is good.
+        """
+        wide = self.summary(metric).iloc[:-1]
+        baselines = wide[[name for name in (*BASELINES, LATENT_SHIFT) if name in wide]]
+        best = baselines.min(axis=1)
+        table = pd.DataFrame(
+            {
+                "cellop": wide[CELLOP],
+                "best_baseline": baselines.idxmin(axis=1),
+                "baseline": best,
+                "excess": wide[CELLOP] - best,
+            }
+        )
+        worse = table["excess"] > np.maximum(share * best.abs(), margin)
+        return table[worse].sort_values("excess", ascending=False).rename_axis("group").reset_index()
 
     def _repr_html_(self) -> str:
-        outside = self.support.loc[self.support["outlier"].astype(bool), "group"] if len(self.support) else []
-        warning = (
-            f"<p>outside the training contexts: {escape('; '.join(outside))}</p>" if len(outside) else ""
-        )
-        chosen = f"<p>chosen: {escape(str(self.complexity))}</p>"
-        return chosen + warning + self.summary().to_html(float_format="%.3f")
+        return self.summary(self.scores["metric"].iloc[0]).to_html(float_format="%.3f", max_rows=40)
 
 
 def holdout(
-    adata,
+    adata: ad.AnnData | CellOp,
+    over: str = "context",
     *,
-    heldout: Mapping[str, object],
-    layer: str | None = None,
-    perturbation_key: str = "perturbation",
-    context_key: str | Sequence[str] | None = "cell_type",
-    control: str = "control",
-    n_genes: int = 1000,
-    vae: Mapping | Sequence[Mapping] | None = None,
-    training: Mapping | None = None,
-    candidates: Sequence[Complexity] = CANDIDATES,
-    features: pd.DataFrame | None = None,
-    methods: Mapping[str, Baseline] | None = None,
-    metrics: Sequence[str] | None = None,
+    only: Sequence[str] | None = None,
+    methods: Mapping[str, Method] | None = None,
+    metrics: Iterable[str] | None = None,
     n_seeds: int = 1,
-    nested: bool = True,
-    seed: int = 0,
+    client=None,
     progress: bool = True,
+    seed: int = 0,
 ) -> Holdout:
-    """Hold cells out, train on the rest, predict them from their context's controls, and score the prediction.
+    """Ask for cells that were measured as if they had not been, and say how good the answers are beside the baselines.
 
-    Nothing of the held-out cells reaches the variable genes, the VAE, the components of the evaluation space,
-    the operators or the choice of their complexity.
+    Each question leaves cells out, fits a :class:`CellOp` on the rest, predicts the missing cells from controls and
+    scores the prediction. Nothing of the cells left out reaches genes, models, weights or the space of the scores:
+    they are not in the data that the model is given.
 
     Parameters
     ----------
     adata
-        Raw counts.
-    heldout
-        Column of ``obs`` to value(s), as `holdout` of :func:`cellop_nb.split`.
-    n_genes
-        Variable genes, chosen on the training cells; 0 keeps all.
-    vae
-        Settings of :func:`new_vae`; of several, such as ``[{"n_latent": n} for n in (8, 16, 32)]``, the one whose
-        operators predict left-out training groups best is taken (three further VAEs for each). By default a choice
-        of two, 32 latents with 256 hidden units or 16 with 128; one setting alone, such as ``{}``, is taken as it is.
-    training
-        Settings of :class:`VAETrainer` that differ from the defaults.
-    candidates
-        Complexities to choose from; one alone is taken without a choice.
-    features
-        (perturbation, feature) descriptors of every perturbation, such as gene embeddings or fingerprints; a
-        perturbation that was never measured can then be held out, and is refused without them.
+        A screen that was set up; or an unfitted :class:`CellOp` on it, whose settings every fit takes.
+    over
+        What is left out in turn: the perturbed cells of each ``"context"``; each ``"group"`` (context, perturbation) that
+        was measured in another context, too; each ``"perturbation"`` everywhere, with its combinations, which
+        `features` of the CellOp must then describe; each ``"combination"`` whose parts were measured alone; or a
+        column of ``obs``: the perturbed cells of each of its labels, predicted from the controls of the same label.
+    only
+        Names of the questions to ask; all where None.
     methods
-        Further methods to score beside the baselines: name to ``(Screen, Target) -> Prediction``. They are given
-        training cells and the control cells of the target, as the baselines are.
+        Further methods to score: name to ``(Training, Target) -> Prediction``.
     metrics
         Names in :data:`cellop_nb.analysis.scores.METRICS`; all where None.
     n_seeds
-        Fits whose predicted cells are pooled.
-    nested
-        Choose the complexity with VAEs that have not seen the training groups left out either
-        (:class:`~cellop_nb.analysis.nested.NestedFits`): three further VAEs for each setting of the VAE. False takes
-        the first setting and judges the candidates in the latent space of the final VAE, three to four times faster;
-        it has seen those groups and flatters flexible operators; the genes' intervals then are somewhat narrow, too.
+        Independent fits of each question, with the seeds `seed`, `seed` + 1, ...
+    client
+        A Dask client that shares the questions out; the numbers are the same.
 
     Returns
     -------
     Holdout
-        The table of scores, the predicted and the real cells, and the fits.
+        ``.table`` (a row per group, method and seed), ``.summary(metric)``, ``.predictions``.
 
     Raises
     ------
     HoldoutError
-        Where the hold-out matches nothing, leaks, or leaves nothing to learn from.
+        Where `over` gives nothing that can be asked, with the reason of each refusal.
     LabelError
-        For a key, label or setting that is not known.
-    DataError
-        Where the counts lie on disk.
+        For a way, column, question, method or metric that is not known, or data that were not set up.
     """
-    settings = settings_of(vae, nested)
-    for sizes in settings:
-        check_vae_settings(sizes, training or {})
+    model = adata if isinstance(adata, CellOp) else CellOp(adata, seed=seed)
+    adata, metrics = model.adata, None if metrics is None else list(metrics)
+    require_in_memory(adata, model.keys.layer)
+    known_metrics(metrics)
     _own_names(methods or {})
-    keys = {"perturbation_key": perturbation_key, "context_key": context_key, "control": control}
     if n_seeds < 1:
         raise HoldoutError(three_beats("n_seeds of at least 1", str(n_seeds), "pass a positive number"))
-    require_in_memory(adata, layer)
-    work = adata.copy()
-    split(work, holdout=dict(heldout), seed=seed, **keys)
-    work = _variable(work, n_genes, layer)
-    train = work[rows_of(work, ("train", "val"))].copy()
-    real = work[rows_of(work, "test")].copy()
-    real = real[(real.obs[perturbation_key].astype(str) != control).to_numpy()].copy()
-    wanted = groups_of(real, keys)
-    _enough_cells(real, wanted, keys)
-    space = EvaluationSpace.fit(train, genes=list(train.var_names), layer=layer, seed=seed)
-    options = {"training": training or {}, "layer": layer, "progress": progress}
-    given = {"candidates": list(candidates), "space": space, "keys": keys, "features": features}
-    plan = Choice(train, wanted, settings, nested=nested, seed=seed, **given, **options)
-    options["sizes"] = settings[plan.setting]
-    models = [fit_vae(train, seed=seed + k, **options) for k in range(n_seeds)]
-    choice, complexity = plan.complexity(view_of(train, *models[0], space, layer=layer, keys=keys))
-    errors, fits = plan.errors(complexity), []
-    for k, (model, z) in enumerate(models):
-        view = view_of(train, model, z, space, layer=layer, keys=keys)
-        asked = {"view": view, "features": features, "asked": wanted, "errors": errors}
-        response = fit_response(train, complexity, seed=seed + k, **asked, **keys)
-        fits.append(Fitted(model, response, z, seed + k))
-    ask = partial(virtual_cells, train, fits, layer=layer, keys=keys)
-    virtual = _predictable(ask, wanted)
-    methods = {
-        **BASELINES,
-        **(methods or {}),
-        LATENT_SHIFT: partial(pooled_shift, fits=fits, layer=layer),
-        OPERATORS: partial(_from_operators, method=OPERATORS, ask=partial(_ready, virtual)),
-    }
-    if any("+" in perturbation for _, perturbation in wanted):
-        for rule in RULES:
-            methods[rule] = partial(_from_operators, method=rule, ask=partial(ask, rule=rule))
-    table = score_split(train, real, methods, space=space, layer=layer, metrics=metrics, seed=seed, **keys)
-    control_cells = train[(train.obs[perturbation_key].astype(str) == control).to_numpy()].copy()
-    labels = context_labels(control_cells, context_key).to_numpy()
-    inside = group_support(space, space.select(control_cells, layer), labels, wanted, plan.groups)
-    return Holdout(
-        table=Scores(
-            table.assign(outlier=table["group"].map(inside.set_index("group")["outlier"].astype(bool)))
-        ),
-        predictions=ad.concat([cells for cells in virtual.values() if not isinstance(cells, str)]),
-        real=real,
-        control=control_cells,
-        choice=choice,
-        complexity=complexity,
-        fits=fits,
-        space=space,
-        support=inside,
-        latent_choice=plan.compared if len(settings) > 1 else pd.DataFrame(),
-        sizes=dict(settings[plan.setting]),
-        measured=plan.groups,
-    )
+    questions, refused = questions_of(adata, over, described=model.features is not None)
+    if only is not None:
+        names = [question.name for question in questions]
+        unknown = [name for name in only if name not in names]
+        if unknown:
+            fix = did_you_mean(unknown[0], names)
+            raise LabelError(three_beats(f"questions over {over!r}", repr(unknown[0]), fix))
+        questions = [question for question in questions if question.name in only]
+    if not questions:
+        problem = "; ".join(f"{row['question']}: {row['reason']}" for row in refused) or "none"
+        fix = "hold out something else (over=...)"
+        raise HoldoutError(three_beats(f"something to hold out over {over!r}", problem, fix))
+    tasks = [(question, seed + k) for question in questions for k in range(n_seeds)]
+    work = partial(_answer, methods=methods or {}, metrics=metrics)
+    bar = tqdm(total=len(tasks), desc="hold-outs", disable=not progress)
+    results = []
+    for result in _shared_out(client, work, model, tasks):
+        results.append(result)
+        bar.update()
+    bar.close()
+    return _pooled(results, refused)
 
 
-def _own_names(methods: Mapping[str, Baseline]) -> None:
+def _own_names(methods: Mapping[str, Method]) -> None:
     """A method by the name of another one would silently take its place, or lose its own."""
-    shared = [name for name in methods if name in (*BASELINES, LATENT_SHIFT, OPERATORS, *RULES)]
+    shared = [name for name in methods if name in (*BASELINES, LATENT_SHIFT, CELLOP)]
     if shared:
         fix = "give it another name"
         raise LabelError(three_beats("a name that no other method of the table has", repr(shared[0]), fix))
 
 
-def _variable(work, n_genes: int, layer: str | None):
-    if not 0 < n_genes < work.n_vars:
-        return work
-    train = work[rows_of(work, ("train", "val"))]
-    work.obs[TOTAL_KEY] = library_size(work, layer)
-    return work[:, evaluation_genes(train, n_genes, layer=layer)].copy()
+# -- what is asked ----------------------------------------------------------------------------------------------------
 
 
-def _enough_cells(real, wanted: list[tuple[str, str]], keys: dict) -> None:
-    """Refuse a hold-out of which no group has cells enough; a small group beside larger ones gets reasons."""
-    sizes = dict.fromkeys(wanted, 0)
-    for group in zip(
-        context_labels(real, keys["context_key"]), real.obs[keys["perturbation_key"]], strict=True
-    ):
-        sizes[str(group[0]), str(group[1])] += 1
-    if sizes and max(sizes.values()) < FEWEST_CELLS:
-        found = ", ".join(f"{number} of {', '.join(group)}" for group, number in sizes.items())
-        expected = (
-            f"a held-out group of {FEWEST_CELLS} cells or more (two halves of two, for the noise floor)"
+def questions_of(
+    adata: ad.AnnData, over: str, *, described: bool = False
+) -> tuple[list[Question], list[dict]]:
+    """The questions over contexts, groups, perturbations, combinations or a column, and those refused with the reason."""
+    groups = Groups(adata, min_cells=1)
+    if over in adata.obs and over in WAYS:
+        fix = f"rename the column: adata.obs.rename(columns={{{over!r}: ...}})"
+        raise LabelError(three_beats(f"no column named like a way to hold out, {WAYS}", repr(over), fix))
+    if over == "perturbation" and not described:
+        fix = "pass holdout(CellOp(adata, features=...), over='perturbation')"
+        raise HoldoutError(
+            three_beats("descriptors of perturbations that were never measured", "no features", fix)
         )
-        raise HoldoutError(three_beats(expected, found, "hold out a larger group"))
+    if over in WAYS:
+        plans = {
+            "context": _contexts,
+            "group": _pairs,
+            "perturbation": _perturbations,
+            "combination": _combinations,
+        }
+        questions = list(plans[over](adata, groups))
+    elif over in adata.obs:
+        questions = list(_labels(adata, groups, over))
+    else:
+        fix = did_you_mean(over, [*WAYS, *map(str, adata.obs.columns)])
+        raise LabelError(three_beats(f"a way to hold out, {WAYS}, or a column of obs", repr(over), fix))
+    asked, refused = [], []
+    for question in questions:
+        reason = _refusal(adata, groups, question)
+        if reason:
+            refused.append({"question": question.name, "seed": np.nan, "reason": reason})
+        else:
+            asked.append(question)
+    return asked, refused
 
 
-def _predictable(ask, wanted: list[tuple[str, str]]) -> dict[tuple[str, str], ad.AnnData | str]:
-    """Virtual cells of each group, or why there are none; refused where there are none at all."""
-    virtual: dict = {}
-    for group in wanted:
-        try:
-            virtual[group] = ask(*group)
-        except (Undefined, DataError) as refusal:
-            virtual[group] = str(refusal)
-    if all(isinstance(cells, str) for cells in virtual.values()):
-        fix = "measure it elsewhere, give features=..., or hold out another group"
-        found = next(iter(virtual.values()))
-        raise HoldoutError(three_beats("a perturbation that can be predicted", found, fix))
-    return virtual
+def _mask(adata: ad.AnnData, rows: Iterable[np.ndarray]) -> np.ndarray:
+    mask = np.zeros(adata.n_obs, dtype=bool)
+    for part in rows:
+        mask[part] = True
+    return mask
 
 
-def _ready(virtual: Mapping, context: str, perturbation: str) -> ad.AnnData:
-    found = virtual[context, perturbation]
-    if isinstance(found, str):
-        raise Undefined(found)
-    return found
+def _contexts(adata, groups: Groups) -> Iterator[Question]:
+    for context in dict.fromkeys(c for c, _ in groups.pairs):
+        pairs = [pair for pair in groups.pairs if pair[0] == context]
+        yield Question(context, _mask(adata, (groups.rows(*pair) for pair in pairs)), pairs)
 
 
-def _from_operators(_: Screen, target: Target, *, method: str, ask) -> Prediction:
-    cells = ask(target.context, target.perturbation)
-    return Prediction.of_counts(method, cells.X, target.space, measured_totals(cells))
+def _pairs(adata, groups: Groups) -> Iterator[Question]:
+    for pair in groups.pairs:
+        yield Question(", ".join(pair), _mask(adata, [groups.rows(*pair)]), [pair])
+
+
+def _perturbations(adata, groups: Groups) -> Iterator[Question]:
+    singles = [p for p in groups.perturbations if len(groups.parts(p)) == 1]
+    for single in singles:
+        out = [pair for pair in groups.pairs if single in groups.parts(pair[1])]
+        pairs = [pair for pair in out if pair[1] == single]
+        yield Question(single, _mask(adata, (groups.rows(*pair) for pair in out)), pairs)
+
+
+def _combinations(adata, groups: Groups) -> Iterator[Question]:
+    for label in groups.perturbations:
+        if len(groups.parts(label)) > 1:
+            pairs = [pair for pair in groups.pairs if pair[1] == label]
+            yield Question(label, _mask(adata, (groups.rows(*pair) for pair in pairs)), pairs)
+
+
+def _labels(adata, groups: Groups, column: str) -> Iterator[Question]:
+    labels = obs_labels(adata, column).to_numpy()
+    perturbed = _mask(adata, (group.rows for group in groups))
+    for label in sorted(set(labels[perturbed])):
+        here = labels == label
+        pairs = [pair for pair in groups.pairs if here[groups.rows(*pair)].any()]
+        yield Question(label, here & perturbed, pairs, here)
+
+
+def _refusal(adata, groups: Groups, question: Question) -> str:
+    """Why a question cannot be asked, before anything is trained; or nothing."""
+    sizes = {", ".join(pair): int(question.left_out[groups.rows(*pair)].sum()) for pair in question.pairs}
+    if not sizes or max(sizes.values()) < FEWEST_CELLS:
+        largest = f"the largest group has {max(sizes.values(), default=0)} cells"
+        return f"{largest}; {FEWEST_CELLS} are needed, for the energy distance and its noise floor"
+    rest = [group for group in groups if not question.left_out[group.rows].all()]
+    if not rest:
+        return "no perturbed cells are left for training"
+    left = {group.perturbation for group in rest}
+    answerable = [p for _, p in question.pairs if p in left or set(p.split("+")) <= left]
+    if not answerable and question.name not in groups.perturbations:
+        return "none of its perturbations was measured elsewhere"
+    return ""
+
+
+# -- one answer -------------------------------------------------------------------------------------------------------
+
+
+def _answer(model: CellOp, question: Question, seed: int, shared: dict, *, methods, metrics) -> dict:
+    """Scores, predictions and choice of one question; a refusal becomes a reason, so that it does not sink the others."""
+    labels = {"question": question.name, "seed": seed}
+    try:
+        return labels | _scored(model, question, seed, shared, methods, metrics)
+    except CellopError as refusal:
+        return labels | {"reason": str(refusal)}
+
+
+def _scored(model: CellOp, question: Question, seed: int, shared: dict, methods, metrics) -> dict:
+    adata = model.adata
+    train, real = adata[~question.left_out].copy(), adata[question.left_out].copy()
+    fitted = model.unfitted(train, seed)
+    fitted._shared = shared
+    fitted.fit(progress=False)
+    source = (
+        fitted if question.source is None else fitted.on(adata[question.source & ~question.left_out].copy())
+    )
+    space = EvaluationSpace.fit(train, genes=fitted.genes, seed=seed)
+    training = Training.of(train, space)
+    cells: dict[tuple[str, str], ad.AnnData] = {}
+    rules = {**BASELINES, LATENT_SHIFT: partial(latent_shift, model=fitted), **methods}
+    rules[CELLOP] = partial(_by_cellop, model=source, cells=cells, seed=seed)
+    truths, unscored, guesses = {}, {}, {name: {} for name in rules}
+    measured, shift = rows_by_group(real, model.keys), shared_shift(training)
+    for pair in question.pairs:
+        rows, start = measured.get(pair, np.zeros(0, int)), source.control_rows(pair[0])
+        if min(len(rows), len(start)) < 2:
+            problem = f"{len(rows)} held-out cells and {len(start)} control cells in {pair[0]!r}"
+            unscored[pair] = f"{problem}; 2 of each are needed"
+            continue
+        counts, control = space.select(real[rows]), source.adata[start]
+        at_start = space.select(control)
+        target = Target(*pair, space.transform(at_start), at_start, control, space)
+        truths[pair] = Truth(
+            space.transform(counts),
+            target.control,
+            space,
+            counts=counts,
+            library=measured_totals(real[rows]),
+            shared_shift=shift,
+            max_cells=MAX_CELLS,
+            seed=seed,
+        )
+        for name, rule in rules.items():
+            guesses[name][pair] = run(name, rule, training, target)
+    if not truths:
+        problem = "; ".join(f"{', '.join(pair)}: {reason}" for pair, reason in unscored.items())
+        raise HoldoutError(three_beats("held-out cells and controls to start from", problem, "hold out more"))
+    pooled = ad.concat(cells.values(), merge="same") if cells else None
+    starts = np.concatenate([source.control_rows(context) for context in sorted({c for c, _ in truths})])
+    fit = Fit(question.name, seed, space, fitted.vae, real, source.adata[starts].copy())
+    scores = table_of(truths, guesses, metrics, unscored)
+    return {"scores": scores, "cells": pooled, "choice": fitted.choice.table, "fit": fit}
+
+
+def _by_cellop(training: Training, target: Target, *, model: CellOp, cells: dict, seed: int) -> Prediction:
+    pair = target.context, target.perturbation
+    try:
+        predicted = model.predict(context=pair[0], perturbation=pair[1], seed=seed)
+    except CellopError as refusal:
+        raise Undefined(str(refusal)) from None
+    cells[pair] = predicted
+    return Prediction.of_counts(
+        CELLOP, target.space.select(predicted, "X"), target.space, measured_totals(predicted)
+    )
+
+
+def latent_shift(training: Training, target: Target, *, model: CellOp) -> Prediction:
+    r"""scGen's rule: move control latents by the mean latent shift of the other contexts, then draw counts.
+
+    .. math:: x \sim \mathrm{decode}\big(z + \tfrac1C \sum_c (\bar z_{c,p} - \bar z_{c,0})\big)
+
+    References
+    ----------
+    Lotfollahi, Wolf, Theis 2019, Nat Methods 16:715 (contexts are balanced there by resampling, here by equal weight).
+    """
+    shift = model.latent_shift(training.others(target), target.perturbation)
+    return Prediction.of_counts(LATENT_SHIFT, model.fresh(target.adata, shift), target.space, target.library)
+
+
+def _shared_out(client, work, model: CellOp, tasks: list) -> Iterator[dict]:
+    """The results of the tasks in their order, made here or by the workers of a Dask client."""
+    if client is None:
+        shared: dict = {}
+        yield from (work(model, *task, shared) for task in tasks)
+        return
+    remote = client.scatter(model, broadcast=True, hash=False)
+    futures = [client.submit(work, remote, *task, {}, pure=False) for task in tasks]
+    try:
+        yield from (future.result() for future in futures)
+    finally:
+        client.cancel(futures)
+
+
+def _pooled(results: list[dict], refused: list[dict]) -> Holdout:
+    def labelled(result: dict, table: pd.DataFrame) -> pd.DataFrame:
+        return pd.DataFrame(table).assign(question=result["question"], seed=result["seed"])
+
+    good = [result for result in results if "scores" in result]
+    refused = refused + [
+        {"question": r["question"], "seed": r["seed"], "reason": r["reason"]}
+        for r in results
+        if "reason" in r
+    ]
+    if not good:
+        problem = "; ".join(f"{row['question']}: {row['reason']}" for row in refused)
+        raise HoldoutError(three_beats("a hold-out that can be made", problem, "change the hold-out"))
+    cells = []
+    for result in good:
+        if result["cells"] is not None:
+            result["cells"].obs = result["cells"].obs.assign(question=result["question"], seed=result["seed"])
+            cells.append(result["cells"])
+    scores = pd.concat([labelled(result, result["scores"]) for result in good], ignore_index=True)
+    first = ["question", "seed"]
+    return Holdout(
+        scores[[*first, *(column for column in scores if column not in first)]],
+        ad.concat(cells, merge="same", index_unique=None) if cells else ad.AnnData(),
+        pd.concat([labelled(result, result["choice"]) for result in good], ignore_index=True),
+        pd.DataFrame(refused, columns=["question", "seed", "reason"]),
+        [result["fit"] for result in good],
+    )

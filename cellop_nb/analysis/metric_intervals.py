@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy.spatial.distance import cdist
 from tqdm.auto import tqdm
 
-from .holdout import OPERATORS, Holdout
-from .scores import Truth, known_metrics, score
-from .sides import Sides, sides_of
-from .targets import Prediction
+from ..data.batches import measured_totals
+from ..data.contract import keys_of
+from .baselines import Prediction
+from .holdout import CELLOP, Holdout
+from .scores import MAX_CELLS, Truth, known_metrics, rows_by_group, score
 from .uncertainty import Interval
 
 
@@ -22,14 +25,10 @@ def metric_intervals(
     metrics: Iterable[str] | None = None,
     n_replicates: int = 100,
     level: float = 0.95,
-    layer: str | None = None,
-    perturbation_key: str = "perturbation",
-    context_key: str | Sequence[str] | None = "cell_type",
-    max_cells: int = 500,
     seed: int = 0,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Bootstrap interval of every metric of the operators' prediction, over cells and over the seeds' fits.
+    """Bootstrap interval of every metric of a prediction, over cells and over the seeds' fits.
 
     In each replicate the fits are drawn again, and so are each fit's predicted cells, the real cells and the
     control cells. Resampling adds noise to both sides, so replicates are moved by their mean's distance to the
@@ -44,8 +43,6 @@ def metric_intervals(
         replicate.
     n_replicates, level
         Bootstrap samples, and the nominal coverage.
-    max_cells
-        Cells a side of the E-distance.
 
     Returns
     -------
@@ -56,10 +53,10 @@ def metric_intervals(
     ----------
     Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapters 8 and 10.
     """
-    names = known_metrics(result.table["metric"].unique() if metrics is None else metrics)
+    names = known_metrics(result.scores["metric"].unique() if metrics is None else metrics)
     rows = []
-    for number, sides in enumerate(sides_of(result, layer, perturbation_key, context_key)):
-        truth = Truth(sides.real, sides.control, result.space, max_cells=max_cells, seed=seed)
+    for number, sides in enumerate(sides_of(result)):
+        truth = Truth(sides.real, sides.control, sides.space, max_cells=MAX_CELLS, seed=seed)
         rng = np.random.default_rng([seed, number])
         draws = range(n_replicates)
         bar = tqdm(draws, desc=f"bootstrap {sides.group}", disable=not progress)
@@ -67,10 +64,10 @@ def metric_intervals(
         values = (
             pd.DataFrame([_redrawn(sides, truth, others, rng) for _ in bar]) if others else pd.DataFrame()
         )
-        scored = result.table[(result.table["group"] == sides.group) & (result.table["method"] == OPERATORS)]
-        known = scored.set_index("metric")[["value", "reason"]]
+        scored = result.scores[(result.scores["group"] == sides.group) & (result.scores["method"] == CELLOP)]
+        by_metric = scored.groupby("metric")[["value", "reason"]].agg({"value": "mean", "reason": "first"})
         for name in names:
-            estimate, reason = known.loc[name]
+            estimate, reason = by_metric.loc[name]
             labels = {"group": sides.group, "metric": name, "value": estimate}
             if np.isfinite(estimate):
                 replicates = (
@@ -86,6 +83,52 @@ def metric_intervals(
             rows.append({"low": np.nan, "high": np.nan, **labels, "level": level, "reason": reason})
     columns = ["group", "metric", "value", "low", "high", "level", "reason"]
     return pd.DataFrame(rows, columns=columns)
+
+
+@dataclass(frozen=True, eq=False)
+class Sides:
+    """One held-out group in the space of its metrics: cells (cell, gene) in log1p-CP10k, their counts, and their
+    libraries (cell,) where genes were left out; predicted ones for each fit."""
+
+    group: str
+    space: Any = field(repr=False)
+    fits: list[np.ndarray] = field(repr=False)
+    fit_counts: list = field(repr=False)
+    fit_libraries: list[np.ndarray] | None = field(repr=False)
+    real: np.ndarray = field(repr=False)
+    real_counts: Any = field(repr=False)
+    real_library: np.ndarray | None = field(repr=False)
+    control: np.ndarray = field(repr=False)
+
+
+def sides_of(result: Holdout) -> Iterator[Sides]:
+    """The groups of a hold-out that were predicted, one after the other, in the space of their first fit."""
+    labels = result.scores[["question", "context", "perturbation", "group"]].drop_duplicates()
+    for question, context, perturbation, group in labels.itertuples(index=False, name=None):
+        fit = next(fit for fit in result.fits if fit.question == question)
+        keys, space = keys_of(fit.real), fit.space
+        cells = result.predictions[(result.predictions.obs["question"] == question).to_numpy()]
+        predicted = cells[rows_by_group(cells, keys).get((context, perturbation), np.zeros(0, int))]
+        if not predicted.n_obs:
+            continue  # its reason stands in the table
+        members = [
+            predicted[(predicted.obs["seed"] == seed).to_numpy()] for seed in predicted.obs["seed"].unique()
+        ]
+        counts = [space.select(member, "X") for member in members]
+        libraries = [measured_totals(member) for member in members]
+        real = fit.real[rows_by_group(fit.real, keys)[context, perturbation]]
+        control = fit.control[rows_by_group(fit.control, keys)[context, keys.control]]
+        yield Sides(
+            group,
+            space,
+            [space.transform(part) for part in counts],
+            counts,
+            None if libraries[0] is None else libraries,
+            space.transform(space.select(real)),
+            space.select(real),
+            measured_totals(real),
+            space.transform(space.select(control)),
+        )
 
 
 class _Redrawn(Truth):
@@ -114,7 +157,7 @@ def _redrawn(sides: Sides, truth: Truth, names: list[str], rng: np.random.Genera
     if sides.fit_libraries is not None:
         library = np.concatenate([sides.fit_libraries[fit][rows] for fit, rows in chosen])
     again = _Redrawn(truth, *sample, measured)
-    scored = score(Prediction.of_cells(OPERATORS, cells, counts, library), again, names)
+    scored = score(Prediction.of_cells(CELLOP, cells, counts, library), again, names)
     return {row["metric"]: row["value"] for row in scored}
 
 
@@ -125,7 +168,7 @@ def _dense(counts) -> np.ndarray:
 def _energy_replicates(sides: Sides, truth: Truth, n_replicates: int, rng) -> np.ndarray:
     """E-distances with multinomial weights on the cells; those of the predicted cells also redraw the fits.
 
-    As in :func:`~cellop_nb.analysis.uncertainty.bootstrap_energy`; drawing fits makes weights correlate, which
+    As in :func:`~cellop_nb.analysis.intervals.bootstrap_energy`; drawing fits makes weights correlate, which
     moves the mean (the caller centres) and widens the spread (which is what is asked).
     """
     most = max(1, truth.max_cells // len(sides.fits))

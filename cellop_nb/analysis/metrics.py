@@ -1,252 +1,228 @@
-"""Score experiments: predicted AnnData against real ones, and hold-outs in which every method runs."""
+"""The metrics of perturbation prediction on plain arrays: one formula, one function.
+
+Notation, per group: ``real`` and ``predicted`` are mean profiles (gene,) in log1p-CP10k space, ``control``
+is the mean of the *same* control cells on both sides, and the changes are real - control and predicted -
+control.
+"""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Mapping, Sequence
-
 import numpy as np
-import pandas as pd
-from anndata import AnnData
+import torch
 
-from ..data.contract import context_labels, obs_labels
-from ..display import Scores
-from ..errors import DataError, HoldoutError, did_you_mean, three_beats
-from .baselines import BASELINES, run
-from .library import measured_totals
-from .noise import noise
-from .score_table import table_of
-from .scores import METRICS, Truth, score, shared_shift
-from .space import EvaluationSpace, evaluation_genes, log1p_cp10k
-from .targets import Baseline, Prediction, Screen, Target
+from ..errors import CellopError
+from ..models.energy import energy_distance
 
-__all__ = [
-    "METRICS",
-    "EvaluationSpace",
-    "Truth",
-    "evaluate",
-    "log1p_cp10k",
-    "noise",
-    "score",
-    "score_contexts",
-    "score_holdout",
-    "score_split",
-]
-
-logger = logging.getLogger("cellop_nb")
+CONSTANT = 1e-7  # a change that varies less than this over the genes is rounding, not a prediction
 
 
-def evaluate(
-    predicted: AnnData,
-    real: AnnData,
-    control: AnnData,
-    *,
-    space: EvaluationSpace,
-    metrics: Iterable[str] | None = None,
-    method: str = "prediction",
-    training: Screen | None = None,
-    layer: str | None = None,
-    predicted_layer: str | None = None,
-    perturbation_key: str = "perturbation",
-    context_key: str | Sequence[str] | None = "cell_type",
-    max_cells: int = 500,
-    seed: int = 0,
-) -> pd.DataFrame:
-    """Score predicted cells against the real ones of the same (context, perturbation) group.
+class Undefined(CellopError):
+    """A number that cannot be known here; tables show NaN and this reason instead of a stand-in value."""
+
+
+def _pearson(x: np.ndarray, y: np.ndarray) -> float:
+    """Pearson correlation; a constant prediction `x` scores 0, a constant truth `y` is undefined."""
+    if len(y) < 2 or np.ptp(y) < CONSTANT:
+        raise Undefined(f"the real change is constant over {len(y)} genes, so no correlation exists")
+    if np.ptp(x) < CONSTANT:
+        return 0.0
+    x, y = x - x.mean(), y - y.mean()
+    return float(np.clip(x @ y / np.sqrt((x @ x) * (y @ y)), -1.0, 1.0))
+
+
+def pearson_delta(predicted: np.ndarray, real: np.ndarray, reference: np.ndarray, genes=None) -> float:
+    r"""Correlation of the predicted with the real change.
+
+    .. math:: \mathrm{pearson}(\hat\mu - c,\; \mu - c)
+
+    A prediction of no change has no direction and scores 0 (not NaN, which a mean over groups would skip).
 
     Parameters
     ----------
-    predicted, real, control : AnnData
-        Raw counts: sampled predictions, real perturbed cells, and the control cells of the same contexts.
-    space : EvaluationSpace
-        Fitted on training cells only.
-    metrics : names, optional
-        All of :data:`METRICS` and "discrimination" (PDS) by default.
-    method : str
-        Name of the prediction in the column `method`.
-    training : Screen, optional
-        Training cells in this space; without them the Systema correlation is undefined.
-    layer, predicted_layer : str, optional
-        Where the counts of (real and control) and of predicted cells are.
-    max_cells : int
-        Cells a side in the energy distance; more are subsampled (seeded).
-
-    Returns
-    -------
-    DataFrame
-        ``context, perturbation, group, method, metric, value, reason``: rows for `method`, and for the
-        noise floor and ceiling of the real cells. `e_distance` is Euclidean, U-statistic, in the components of
-        `space`.
+    predicted, real, reference : (gene,)
+        Means in log1p-CP10k. `reference` is the control mean; with the mean of the perturbed centroids it is
+        the score of Systema, from which the shift that all perturbations share is removed.
+    genes : index, optional
+        Restrict to these genes, e.g. the most differential ones.
 
     Raises
     ------
-    HoldoutError
-        No group is in both tables, or a group has too few cells.
+    Undefined
+        The real change is constant.
+
+    References
+    ----------
+    Roohani et al. 2024, Nat Biotechnol 42:927 (GEARS); Viñas Torné et al. 2025, Nat Biotechnol (Systema).
     """
-    keys = {"perturbation_key": perturbation_key, "context_key": context_key}
-    truth_rows, guess_rows = _groups(real, **keys), _groups(predicted, **keys)
-    _matching(truth_rows, guess_rows)
-    contexts = context_labels(control, context_key).to_numpy()
-    shift = None if training is None else shared_shift(training)
-    truths, guesses = {}, {}
-    for (context, perturbation), rows in truth_rows.items():
-        start = space.transform(space.select(control[contexts == context], layer))
-        counts = space.select(real[rows], layer)
-        options = {"shared_shift": shift, "max_cells": max_cells, "seed": seed}
-        options |= {"counts": counts, "library": measured_totals(real[rows])}
-        truths[context, perturbation] = Truth(space.transform(counts), start, space, **options)
-        guess = Prediction(method, reason="no predicted cells of this group")
-        if (context, perturbation) in guess_rows:
-            cells = predicted[guess_rows[context, perturbation]]
-            chosen = space.select(cells, predicted_layer)
-            guess = Prediction.of_counts(method, chosen, space, measured_totals(cells))
-        guesses[context, perturbation] = guess
-    return table_of(truths, {method: guesses}, metrics)
+    chosen = slice(None) if genes is None else genes
+    return _pearson((predicted - reference)[chosen], (real - reference)[chosen])
 
 
-def score_split(
-    training: AnnData,
-    real: AnnData,
-    methods: Mapping[str, Baseline] | None = None,
-    *,
-    space: EvaluationSpace | None = None,
-    genes: Sequence[str] | None = None,
-    metrics: Iterable[str] | None = None,
-    layer: str | None = None,
-    perturbation_key: str = "perturbation",
-    context_key: str | Sequence[str] | None = "cell_type",
-    control: str = "control",
-    max_cells: int = 500,
-    seed: int = 0,
-) -> pd.DataFrame:
-    """Run every method on every held-out group of `real`, starting from the training controls of its context.
+def mae(predicted: np.ndarray, real: np.ndarray) -> float:
+    r"""Mean absolute error of the means, :math:`\frac1G\sum_g |\hat\mu_g - \mu_g|` (log1p-CP10k)."""
+    return float(np.abs(predicted - real).mean())
+
+
+def rmse(predicted: np.ndarray, real: np.ndarray) -> float:
+    r"""Root mean squared error, :math:`\sqrt{\frac1G\sum_g (\hat\mu_g - \mu_g)^2}` of means (log1p-CP10k)."""
+    return float(np.sqrt(np.square(predicted - real).mean()))
+
+
+def l2_top_expressed(
+    predicted: np.ndarray, real: np.ndarray, control: np.ndarray, n_genes: int = 1000
+) -> float:
+    r"""Euclidean error :math:`\|\hat\mu - \mu\|_2` on the genes most expressed in control cells.
+
+    References
+    ----------
+    Ahlmann-Eltze, Huber, Anders 2025, Nat Methods 22:1657.
+    """
+    top = np.argsort(-control, kind="stable")[:n_genes]
+    return float(np.linalg.norm((predicted - real)[top]))
+
+
+def coefficient_of_determination(predicted: np.ndarray, real: np.ndarray) -> float:
+    r"""R2 as CPA reports it, :math:`1 - \sum(\mu-\hat\mu)^2 / \sum(\mu-\bar\mu)^2`; may be negative."""
+    total = np.square(real - real.mean()).sum()
+    if total < CONSTANT:
+        raise Undefined("the real mean profile is constant, so R2 is undefined")
+    return float(1.0 - np.square(real - predicted).sum() / total)
+
+
+def squared_pearson(predicted: np.ndarray, real: np.ndarray) -> float:
+    r"""R2 as scGen reports it, :math:`\mathrm{pearson}(\hat\mu, \mu)^2`, of means and not of changes."""
+    return _pearson(predicted, real) ** 2
+
+
+def e_distance(x: np.ndarray, y: np.ndarray) -> float:
+    r"""Energy distance of two clouds, Euclidean norm, U-statistic.
+
+    .. math:: 2\,E\|X-Y\| - E\|X-X'\| - E\|Y-Y'\|
 
     Parameters
     ----------
-    training, real : AnnData
-        Raw counts of the training cells (with the controls of all contexts) and of the held-out perturbed
-        cells.
-    methods : mapping of name to ``(Screen, Target) -> Prediction``
-        Beside, or in place of, :data:`~cellop_nb.analysis.baselines.BASELINES` (the default). `Screen.adata`,
-        `Target.adata` and `Target.space` hold what a model needs.
-    space : EvaluationSpace, optional
-        Fitted on `training` by default, over `genes`, or over the variable genes of `training`.
+    x, y : (cell, dimension)
+        At least two cells each, in memory n x m. Around 0 (also below) when the distributions are the same.
+
+    References
+    ----------
+    Székely and Rizzo 2013, J Stat Plan Inference 143:1249; Peidli et al. 2024, Nat Methods 21:531.
+    """
+    if min(len(x), len(y)) < 2:
+        raise Undefined(f"the U-statistic needs two cells a side; there are {len(x)} and {len(y)}")
+    clouds = (torch.from_numpy(np.array(cells, dtype=np.float64)) for cells in (x, y))
+    return float(energy_distance(*clouds))
+
+
+def direction_match(predicted_lfc: np.ndarray, real_lfc: np.ndarray, significant: np.ndarray) -> float:
+    """Share of the `significant` genes (mask) whose predicted log fold change has the right sign."""
+    if not significant.any():
+        raise Undefined("no gene is differential in the real cells")
+    return float((np.sign(predicted_lfc) == np.sign(real_lfc))[significant].mean())
+
+
+def lfc_spearman(predicted_lfc: np.ndarray, real_lfc: np.ndarray, significant: np.ndarray) -> float:
+    """Spearman correlation of log fold changes over the `significant` genes (mask; ties averaged)."""
+    from scipy.stats import rankdata
+
+    if significant.sum() < 3:
+        raise Undefined(
+            f"{significant.sum()} genes are differential in the real cells; a rank correlation needs 3"
+        )
+    return _pearson(rankdata(predicted_lfc[significant]), rankdata(real_lfc[significant]))
+
+
+def _ranked(lfc: np.ndarray, significant: np.ndarray) -> np.ndarray:
+    """Indices of the significant genes, largest absolute log fold change first."""
+    chosen = np.flatnonzero(significant)
+    return chosen[np.argsort(-np.abs(lfc[chosen]), kind="stable")]
+
+
+def precision_at_k(
+    predicted_lfc, predicted_significant, real_lfc, real_significant, k: int | None = 50
+) -> float:
+    r"""Share of the top predicted genes that are among the top real ones.
+
+    .. math:: |P_{k'} \cap R_{k'}| / k', \quad k' = \min(k, |P|)
+
+    P and R hold the differential genes of prediction and truth, ordered by absolute log fold change; no
+    predicted gene scores 0. Arguments are (gene,) arrays, the masks boolean.
+
+    References
+    ----------
+    Adduri et al. 2025, State (cell-eval, ``precision_at_k``).
+    """
+    if not real_significant.any():
+        raise Undefined("no gene is differential in the real cells")
+    top, truth = _ranked(predicted_lfc, predicted_significant), _ranked(real_lfc, real_significant)
+    k = len(top) if k is None else min(k, len(top))
+    return float(len(np.intersect1d(top[:k], truth[:k])) / k) if k else 0.0
+
+
+def de_score(predicted_lfc, predicted_significant, real_lfc, real_significant) -> float:
+    r"""Differential expression score: share of the real DE genes found, with no more guesses than there are.
+
+    .. math:: |P_{n} \cap R| / n, \quad n = |R|
+
+    References
+    ----------
+    Roohani et al. 2025, Cell 188:3370 (Virtual Cell Challenge); cell-eval ``overlap_at_N``.
+    """
+    if not real_significant.any():
+        raise Undefined("no gene is differential in the real cells")
+    truth = np.flatnonzero(real_significant)
+    top = _ranked(predicted_lfc, predicted_significant)[: len(truth)]
+    return float(len(np.intersect1d(top, truth)) / len(truth))
+
+
+def perturbation_discrimination(predicted: np.ndarray, real: np.ndarray, left_out=None) -> np.ndarray:
+    r"""PDS: is a predicted change nearer (L1) to its own real change than to those of the other
+    perturbations?
+
+    .. math:: 1 - \mathrm{rank}_p / N
+
+    with rank 0 for the nearest of the N real changes; ties count in full against the prediction.
+
+    Parameters
+    ----------
+    predicted, real : (perturbation, gene)
+        Changes against control, rows in the same order.
+    left_out : sequence of int arrays, optional
+        Genes to leave out for each perturbation: its targets, which a model is told.
 
     Returns
     -------
-    DataFrame
-        As :func:`evaluate`. A baseline that the training cells do not determine has NaN and its reason, and so
-        have all methods where a group of several has fewer than two cells.
+    (perturbation,), 1 is best; chance is about one half.
 
-    Raises
-    ------
-    HoldoutError
-        Held-out cells stand in `training` too, or no group has two cells and two controls there.
+    References
+    ----------
+    Wu et al. 2024, PerturBench; cell-eval ``discrimination_score_l1``.
     """
-    _no_leak(training, real)
-    keys = {"perturbation_key": perturbation_key, "context_key": context_key}
-    if space is None:
-        genes = evaluation_genes(training, layer=layer) if genes is None else genes
-        space = EvaluationSpace.fit(training, genes=genes, layer=layer, seed=seed)
-    counts = space.select(training, layer)
-    screen = Screen.of(training, space.transform(counts), control=control, **keys)
-    shift, methods = shared_shift(screen), BASELINES if methods is None else methods
-    guesses: dict[str, dict] = {name: {} for name in methods}
-    truths, unscored = {}, {}
-    for group, rows in _groups(real, **keys).items():
-        if group[1] == control:
-            continue
-        start = np.flatnonzero(screen.rows(group[0], control))
-        if min(len(rows), len(start)) < 2:
-            found = f"{len(rows)} held-out cells and {len(start)} training control cells in {group[0]!r}"
-            unscored[group] = f"{found}; 2 of each are needed"
-            continue
-        held = space.select(real[rows], layer)
-        options = {"shared_shift": shift, "max_cells": max_cells, "seed": seed}
-        options |= {"counts": held, "library": measured_totals(real[rows])}
-        truths[group] = Truth(space.transform(held), screen.cells[start], space, **options)
-        target = Target(*group, screen.cells[start], counts[start], training[start], space)
-        for name, rule in methods.items():
-            guesses[name][group] = run(name, rule, screen, target)
-    if not truths:
-        found = "; ".join(f"{', '.join(group)}: {reason}" for group, reason in unscored.items()) or "no group"
-        fix = "hold out a larger group, and keep its controls in training"
-        raise HoldoutError(three_beats("held-out cells and controls to start from", found, fix))
-    return table_of(truths, guesses, metrics, unscored)
+    scores = np.empty(len(real))
+    for p, row in enumerate(predicted):
+        distance = np.abs(real - row)
+        if left_out is not None:
+            distance[:, left_out[p]] = 0.0
+        distance = distance.sum(axis=1)
+        scores[p] = 1.0 - ((distance <= distance[p]).sum() - 1) / len(real)
+    return scores
 
 
-def score_holdout(
-    adata: AnnData,
-    methods: Mapping[str, Baseline] | None = None,
-    *,
-    context: str,
-    perturbation: str,
-    perturbation_key: str = "perturbation",
-    context_key: str | Sequence[str] | None = "cell_type",
-    **options,
-) -> pd.DataFrame:
-    """Hold out one (context, perturbation) group and score every method on it; `options` as
-    :func:`score_split`.
-
-    With ``genes=None`` the variable genes are chosen without the held-out cells.
-    """
-    contexts = context_labels(adata, context_key).to_numpy()
-    perturbations = obs_labels(adata, perturbation_key).to_numpy()
-    held = (contexts == context) & (perturbations == perturbation)
-    if not held.any() or perturbation == options.get("control", "control"):
-        known = sorted(set(zip(contexts, perturbations, strict=True)))
-        hint = did_you_mean(f"{context}, {perturbation}", [", ".join(group) for group in known])
-        found = f"{int(held.sum())} cells of {perturbation!r} in {context!r}"
-        raise HoldoutError(three_beats("a perturbed group to hold out", found, hint))
-    keys = {"perturbation_key": perturbation_key, "context_key": context_key}
-    return score_split(adata[~held], adata[held], methods, **keys, **options)
+def spearman_brown(half: float) -> float:
+    r"""Reliability of a whole from the correlation of halves, :math:`2r/(1+r)` (Spearman, Brown 1910)."""
+    if half <= -1.0:
+        raise Undefined("the halves correlate with -1")
+    return 2.0 * half / (1.0 + half)
 
 
-def score_contexts(
-    adata: AnnData,
-    methods: Mapping[str, Baseline] | None = None,
-    *,
-    perturbation: str,
-    perturbation_key: str = "perturbation",
-    context_key: str | Sequence[str] | None = "cell_type",
-    **options,
-) -> pd.DataFrame:
-    """Hold out this perturbation in each context in turn: the tables of :func:`score_holdout` together."""
-    perturbed = obs_labels(adata, perturbation_key).to_numpy() == perturbation
-    contexts = sorted(context_labels(adata, context_key)[perturbed].unique())
-    if len(contexts) < 2:
-        found = f"{len(contexts)} with {perturbation!r}"
-        raise HoldoutError(
-            three_beats("two contexts or more, to leave one out", found, "name another perturbation")
-        )
-    keys = {"perturbation": perturbation, "perturbation_key": perturbation_key, "context_key": context_key}
-    tables = [score_holdout(adata, methods, context=context, **keys, **options) for context in contexts]
-    return Scores(pd.concat(tables, ignore_index=True))
+def ratio_of_means(predicted: np.ndarray, real: np.ndarray) -> float:
+    """Mean counts of the predicted over those of the real cells, both (cell,); 1 is right."""
+    if not real.any():
+        raise Undefined("the real cells hold no counts")
+    return float(np.mean(predicted, dtype=np.float64) / np.mean(real, dtype=np.float64))
 
 
-def _groups(adata: AnnData, *, perturbation_key: str, context_key) -> dict[tuple[str, str], np.ndarray]:
-    """Rows of each (context, perturbation) group, sorted by name."""
-    labels = pd.DataFrame({"c": context_labels(adata, context_key), "p": obs_labels(adata, perturbation_key)})
-    return dict(sorted(labels.groupby(["c", "p"]).indices.items()))
-
-
-def _matching(real: Mapping, predicted: Mapping) -> None:
-    if not set(real) & set(predicted):
-        found = f"predicted {list(predicted)[:4]}, real {list(real)[:4]}"
-        raise HoldoutError(
-            three_beats("at least one group both predicted and real", found, "check the labels in obs")
-        )
-    extra = sorted(set(predicted) - set(real))
-    if extra:
-        logger.warning("evaluate: no real cells for %d predicted groups, such as %s", len(extra), extra[0])
-
-
-def _no_leak(training: AnnData, real: AnnData) -> None:
-    shared = training.obs_names.intersection(real.obs_names)
-    if len(shared):
-        found = f"{len(shared)} cells in both, such as {shared[0]!r}"
-        raise HoldoutError(
-            three_beats("held-out cells that are not in training", found, "split the cells first")
-        )
-    if real.n_obs == 0:
-        raise DataError(three_beats("held-out cells", "none", "check the hold-out"))
+def zero_fraction_difference(predicted_counts, real_counts) -> float:
+    """Share of zeros in the predicted minus that in the real (cell, gene) counts; 0 is right."""
+    nonzero = [(counts != 0).sum() / np.prod(counts.shape) for counts in (predicted_counts, real_counts)]
+    return float(nonzero[1] - nonzero[0])

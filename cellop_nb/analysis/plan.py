@@ -101,6 +101,16 @@ class Measured:
         names = tuple(np.asarray(self.contexts, dtype=object)[keep])
         return Measured(names, self.control[keep], self.change[keep], self.noise[keep], moved)
 
+    def near(self, target: np.ndarray) -> pd.DataFrame:
+        """A row per context: ``context, distance, response``.
+
+        The distance of its mean control cell to the `target` (gene,) is in units of the usual (median) distance between
+        nearest measured contexts, NaN where there is one alone; the response is the length of its measured change.
+        """
+        distance = _distances(np.asarray(target)[None], self.control)[0] / _spacing(self.control)
+        response = np.sqrt(np.maximum(np.square(self.change).sum(1) - self.noise.sum(1), 0.0))
+        return pd.DataFrame({"context": self.contexts, "distance": distance, "response": response})
+
 
 # -- estimators: the target's change, and each measured context's from the others ------------------------------------
 
@@ -143,6 +153,19 @@ def near_mean_shift(
     """
     shares = _inverse_distance(_distances(target[None], control), power)[0]
     return Estimate(shares @ change, _near_left_out(control, change, power), shares)
+
+
+def near_power(measured: Measured, powers: Sequence[float] = (0.0, 1.0, 2.0, 4.0, 8.0)) -> float:
+    """The power of :func:`near_mean_shift` with the smallest error on contexts left out; 0 of fewer than three."""
+    if len(measured) < 3:
+        return 0.0
+    noise = measured.noise.sum(1)
+
+    def left(power: float) -> float:
+        errors = measured.change - _near_left_out(measured.control, measured.change, power)
+        return float(_shares_left(np.square(errors).sum(1), measured.change, noise)[0])
+
+    return min(powers, key=left)
 
 
 def _near_left_out(control: np.ndarray, change: np.ndarray, power: float) -> np.ndarray:
@@ -570,7 +593,7 @@ def plan(
         rival=rival,
         rival_explained=rival_explained,
         shares=pd.Series(shares, index=list(measured.contexts), dtype=float),
-        nearest=_nearest(measured, target),
+        nearest=float(measured.near(target)["distance"].min()),
         extrapolated=bool(len(measured) and np.linalg.norm(mixed) > largest),
         measured=is_measured,
     )
@@ -666,13 +689,13 @@ def _explained(table: pd.DataFrame) -> tuple[float, str, float]:
     return float(explained["plan"]), str(simple.idxmin()), float(explained[simple.idxmin()])
 
 
-def _nearest(measured: Measured, target: np.ndarray) -> float:
-    if len(measured) < 2:
+def _spacing(control: np.ndarray) -> float:
+    """Median distance between nearest contexts; NaN of one alone."""
+    if len(control) < 2:
         return float("nan")
-    between = _distances(measured.control, measured.control)
+    between = _distances(control, control)
     np.fill_diagonal(between, np.inf)
-    spacing = float(np.median(between.min(1)))
-    return float(_distances(target[None], measured.control).min() / max(spacing, np.finfo(float).tiny))
+    return max(float(np.median(between.min(1))), np.finfo(float).tiny)
 
 
 def _errors(measured, planned, residuals, settings) -> tuple[np.ndarray, float]:

@@ -1,30 +1,46 @@
-"""From models to cells: embed counts, move latents, and give the moved cells back as AnnData."""
+"""From models to cells: embed counts, move control cells, carry them to a planned mean, and give them back as AnnData."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import anndata as ad
+import h5py
 import numpy as np
+import pandas as pd
 import torch
 from scipy import sparse
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..data.batches import model_counts
-from ..data.contract import context_labels, obs_labels
+from ..data.batches import TOTAL_KEY, has_other_genes, measured_totals, model_counts
+from ..data.contract import Keys, context_labels, counts, keys_of, obs_labels
 from ..errors import DataError, LabelError, did_you_mean, three_beats
-from ..models.affine import AffineOperator, check_strength
-from ..models.carry import Observed, Remainder, carry_counts
+from ..files import write_whole
+from ..models.affine import AffineOperator
+from ..models.carry import (
+    Observed,
+    Remainder,
+    balanced_counts,
+    carry_counts,
+    carry_to_mean,
+    levels,
+    whole_levels,
+)
 from ..models.likelihood import SparseCounts
 from ..models.operators import Condition, OperatorModel
 from ..models.vae import NBVAE
+from .plan import Plan
+
+REP = "X_nbvae"
+"""Slot of ``obsm`` with latents."""
 
 
 @torch.no_grad()
-def embed(
-    adata, vae: NBVAE, *, layer: str | None = None, key_added: str = "X_nbvae", batch_size: int = 2048
-) -> None:
+def embed(adata, vae: NBVAE, *, key_added: str = REP, batch_size: int = 2048) -> None:
     """Posterior means of all cells.
 
     Parameters
@@ -33,25 +49,34 @@ def embed(
         Raw counts with the model's genes.
     vae
         A trained VAE.
-    layer
-        Layer that holds the counts; ``X`` where None.
     batch_size
         Cells that are encoded at a time.
 
     Returns
     -------
     None; writes ``obsm[key_added]``, (cell, latent) float32.
+
+    Raises
+    ------
+    LabelError
+        If the data were not set up.
+    DataError
+        If genes are missing, or a latent is not finite.
     """
     vae.eval()
     device = next(vae.parameters()).device
-    counts = model_counts(adata, vae, layer=layer)
-    loader = counts.loader(batch_size=batch_size, shuffle=False, device=device)
+    matrix = model_counts(adata, vae, layer=keys_of(adata).layer)
+    loader = matrix.loader(batch_size=batch_size, shuffle=False, device=device)
     # A bar is for work that takes long enough to wonder about.
     loader = tqdm(loader, desc="embedding", disable=len(loader) < 20)
     latents, start = np.empty((adata.n_obs, vae.n_latent), dtype=np.float32), 0
     for batch in loader:
-        found = vae.encode(SparseCounts.of(batch), batch.library, batch.covariates).loc
-        latents[start : (start := start + len(found))] = found.float().cpu().numpy()
+        z = vae.encode(SparseCounts.of(batch), batch.library, batch.covariates).loc
+        latents[start : (start := start + len(z))] = z.float().cpu().numpy()
+    broken = ~np.isfinite(latents).all(1)
+    if broken.any():
+        problem = f"{int(broken.sum())} cells with NaN or infinity, such as {adata.obs_names[broken][0]!r}"
+        raise DataError(three_beats("finite latents", problem, "use a model whose weights are finite"))
     adata.obsm[key_added] = latents
 
 
@@ -65,90 +90,6 @@ def operator_for(
     known = context in operators.conditions.contexts
     condition = Condition.parse(perturbation, context if known else None, control=control)
     return operators.operator(condition), known
-
-
-@torch.no_grad()
-def predict(
-    adata,
-    vae: NBVAE,
-    operators: OperatorModel | AffineOperator,
-    *,
-    perturbation: str,
-    context: str | None = None,
-    strength: float = 1.0,
-    layer: str | None = None,
-    use_rep: str = "X_nbvae",
-    perturbation_key: str = "perturbation",
-    context_key: str | Sequence[str] | None = "cell_type",
-    control: str = "control",
-    carry: bool = True,
-    max_cells: int | None = None,
-    seed: int = 0,
-) -> ad.AnnData:
-    """Virtual cells: the control cells of a context, moved by an operator and decoded to counts.
-
-    Parameters
-    ----------
-    adata
-        With raw counts and latents (:func:`embed`); its control cells of `context` are the source.
-    vae, operators
-        Trained models; an :class:`AffineOperator` (a composition, an inverse) may stand for the family.
-    perturbation
-        Label of the perturbation, or ``"A+B"``; for an :class:`AffineOperator` the label that is written.
-    context
-        Whose control cells are moved; all control cells where None. A context that the operators were not
-        fitted with is moved by the shared response, and marked.
-    strength
-        Power of the operator, 0 to 1.5: 0 leaves the cells, 1 is the measured strength.
-    carry
-        Whether each cell keeps its own counts and gains or loses what the decoder says
-        (:class:`cellop_nb.models.carry.Observed`); otherwise counts are drawn afresh.
-    max_cells
-        Take at most this many source cells, drawn with `seed`.
-    seed
-        Seeds the sampled counts.
-
-    Returns
-    -------
-    AnnData
-        Of the source cells, with sampled counts in ``X``, expected
-        counts in ``layers["mean"]``, moved latents in ``obsm[use_rep]``, the source cells' ``obs`` with
-        ``obs[perturbation_key]`` set, and ``uns["cellop_nb"]["prediction"]``.
-
-    Raises
-    ------
-    LabelError
-        For an unknown context or perturbation.
-    ModelError
-        For a strength out of range, or a part strength of an operator without a real logarithm.
-    """
-    check_strength(strength)
-    source = source_cells(
-        adata, context, perturbation_key=perturbation_key, context_key=context_key, control=control
-    )
-    if max_cells is not None and len(source) > max_cells:
-        source = np.sort(np.random.default_rng(seed).choice(source, max_cells, replace=False))
-    known = True
-    if isinstance(operators, OperatorModel):
-        operator, known = operator_for(operators, perturbation, context, control=control)
-    else:
-        operator = operators
-    start = latents(adata[source], use_rep)
-    moved = operator.power(strength)(start.to(operator.matrix))
-    options = {"layer": layer, "key_added": use_rep, "seed": seed}
-    predicted = decode_cells(adata[source], vae, moved, start=start if carry else None, **options)
-    predicted.obs[perturbation_key] = perturbation
-    predicted.uns["cellop_nb"] = {
-        "prediction": {
-            "operator": operator.label,
-            "perturbation": perturbation,
-            "context": "" if context is None else context,
-            "strength": float(strength),
-            "context_was_trained": bool(known),
-            "seed": int(seed),
-        }
-    }
-    return predicted
 
 
 def source_cells(
@@ -179,7 +120,7 @@ def source_cells(
     return np.flatnonzero(is_source)
 
 
-def latents(adata, use_rep: str = "X_nbvae") -> Tensor:
+def latents(adata, use_rep: str = REP) -> Tensor:
     """Latents (cell, d) float32 of ``obsm[use_rep]``."""
     if use_rep not in adata.obsm:
         raise DataError(
@@ -188,6 +129,182 @@ def latents(adata, use_rep: str = "X_nbvae") -> Tensor:
             )
         )
     return torch.as_tensor(np.asarray(adata.obsm[use_rep]), dtype=torch.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """Virtual cells before they are an AnnData: whole counts and expected counts (cell, gene), and latents (cell, d)."""
+
+    counts: sparse.csr_matrix
+    mean: sparse.csr_matrix
+    latents: np.ndarray
+    growth: float
+
+
+class Start:
+    """Control cells of one context as a model sees them, before any move.
+
+    Parameters
+    ----------
+    vae
+        The model.
+    x, library, covariates
+        Counts (cell, gene) of its genes, library sizes (cell,), and category codes.
+
+    Attributes
+    ----------
+    z : (cell, d) latents
+    mean_level : (gene,) mean log1p-CP10k
+    """
+
+    @torch.no_grad()
+    def __init__(self, vae: NBVAE, batch) -> None:
+        self.vae, self.library, self.covariates = vae.eval(), batch.library, batch.covariates
+        self.z = vae.encode(SparseCounts.of(batch), batch.library, batch.covariates).loc
+        self.x = batch.x[:, : vae.n_genes]
+        self._observed = Observed(self.x, self.library, self._decode(self.z))
+        self.mean_level = levels(self.x, self.library).mean(0).double().cpu().numpy()
+
+    @classmethod
+    def of(cls, cells: ad.AnnData, vae: NBVAE, rows: Sequence[int] | None = None) -> Start:
+        """Some rows of the counts of :func:`modelled_counts`, all where None."""
+        matrix = model_counts(cells, vae)
+        rows = np.arange(len(matrix)) if rows is None else np.asarray(rows)
+        return cls(vae, matrix.batch(rows, next(vae.parameters()).device))
+
+    def _decode(self, z: Tensor):
+        return self.vae.decode(z, self.library, self.covariates)
+
+    @torch.no_grad()
+    def expected(self, z: Tensor) -> Tensor:
+        """Expected counts (cell, gene) of these cells with their latents at `z` (cell, d)."""
+        return self._observed.mean(self._decode(z))
+
+    def change(self, operator: AffineOperator) -> np.ndarray:
+        """(gene,) change of mean log1p-CP10k when the cells are moved."""
+        return self._change(self.expected(operator(self.z)))
+
+    def _change(self, expected: Tensor) -> np.ndarray:
+        return whole_levels(expected, self.library)[0].mean(0).double().cpu().numpy() - self.mean_level
+
+    @torch.no_grad()
+    def fresh(self, z: Tensor, generator: torch.Generator) -> sparse.csr_matrix:
+        """Counts (cell, gene) drawn anew from the decoder at latents `z` and these cells' library sizes."""
+        return sparse.csr_matrix(self._decode(z).sample(generator).cpu().numpy())
+
+    @torch.no_grad()
+    def moved(
+        self,
+        operator: AffineOperator,
+        strength: float = 1.0,
+        planned: Plan | None = None,
+        growth: float = 0.0,
+        generator: torch.Generator | None = None,
+    ) -> Drawn:
+        r"""The cells moved by the operator at a strength, and carried to the planned mean.
+
+        At a part strength t the planned change is what the moved cells change by there, and t times what the plan adds to
+        them at full strength.
+
+        Parameters
+        ----------
+        planned
+            Where the cells are carried to; they stay where the operator moves them where None.
+        growth
+            Change of the log of the library.
+        """
+        z = operator.power(strength)(self.z)
+        expected = self.expected(z)
+        if planned is not None and strength != 0:
+            change = planned.change
+            if strength != 1:
+                change = self._change(expected) + strength * (change - self.change(operator))
+            target = torch.as_tensor(self.mean_level + change)
+            others = (self.library - expected.sum(-1)).clamp_min(0.0)
+            expected = carry_to_mean(expected, self.library, target, others=others)
+        expected = expected * math.exp(growth)
+        whole = balanced_counts(expected, generator)
+        parts = (sparse.csr_matrix(part.cpu().numpy()) for part in (whole, expected))
+        return Drawn(*parts, z.cpu().numpy(), growth)
+
+
+def modelled_counts(
+    adata: ad.AnnData,
+    model: NBVAE | Sequence[str],
+    keys: Keys,
+    missing_genes: str = "refuse",
+    shares: np.ndarray | None = None,
+) -> ad.AnnData:
+    """Counts of the modelled genes in their order, with the labels of the cells: all that training and moving read.
+
+    Parameters
+    ----------
+    model
+        The VAE, or the genes of one that is to be trained. Counts over all measured genes go to ``obs["total_counts"]``
+        where some are not modelled.
+    missing_genes
+        What becomes of genes that the data lack: "refuse", "zero", or "impute": their `shares` (gene,) of a cell's
+        counts, rounded.
+    """
+    genes = list(model.genes if isinstance(model, NBVAE) else model)
+    column = adata.var_names.get_indexer(genes)
+    lacking = column < 0
+    if lacking.any() and missing_genes == "refuse":
+        names = np.asarray(genes, dtype=object)[lacking]
+        problem = f"{len(names)} of {len(genes)} missing, such as {list(names[:3])}"
+        likely = did_you_mean(names[0], adata.var_names)
+        fix = f"use data with these genes ({likely}), or missing_genes='zero' or 'impute'"
+        raise DataError(three_beats("all genes of the model in var_names", problem, fix))
+    x = sparse.csr_matrix(counts(adata, keys.layer), dtype=np.float32)
+    there = sparse.csr_matrix(
+        (np.ones((~lacking).sum(), np.float32), (column[~lacking], np.flatnonzero(~lacking))),
+        (adata.n_vars, len(genes)),
+    )
+    chosen = sparse.csr_matrix(x @ there)
+    if lacking.any() and missing_genes == "impute":
+        library = np.asarray(x.sum(1), dtype=np.float32).ravel()
+        chosen = sparse.csr_matrix(
+            chosen + sparse.csr_matrix(np.rint(np.outer(library, np.where(lacking, shares, 0.0))))
+        )
+    cells = ad.AnnData(chosen, obs=adata.obs.copy(), var=pd.DataFrame(index=pd.Index(genes, dtype=str)))
+    sums, total = np.asarray(chosen.sum(1), dtype=float).ravel(), measured_totals(adata)
+    if total is None or not has_other_genes(adata, layer=keys.layer):
+        total = np.asarray(x.sum(1), dtype=float).ravel()
+    cells.obs = cells.obs.drop(columns=[TOTAL_KEY], errors="ignore")
+    has_others = model.total_key is not None if isinstance(model, NBVAE) else (total - sums > 0.5).any()
+    if has_others:
+        cells.obs[TOTAL_KEY] = np.maximum(total, sums)
+    Keys(None, *list(vars(keys).values())[1:]).write(cells)
+    return cells
+
+
+def assemble(
+    source: ad.AnnData, keys: Keys, genes: Sequence[str], drawn: Drawn, perturbation: str
+) -> ad.AnnData:
+    """Virtual cells over all genes of the data: modelled ones as drawn, the others as the control cells have them."""
+    column = source.var_names.get_indexer(list(genes))
+    there = np.flatnonzero(column >= 0)
+    width = source.n_vars
+    put = sparse.csr_matrix((np.ones(len(there), np.float32), (there, column[there])), (len(genes), width))
+    modelled = np.zeros(width, dtype=bool)
+    modelled[column[there]] = True
+    others = sparse.csr_matrix(counts(source, keys.layer), dtype=np.float32) @ sparse.diags(
+        (~modelled).astype(np.float32)
+    )
+    whole, mean = (sparse.csr_matrix(part @ put + others) for part in (drawn.counts, drawn.mean))
+    obs = source.obs.copy()
+    obs[keys.perturbation_key] = perturbation
+    obs["source_cell"], obs["predicted"] = source.obs_names.to_numpy(), True
+    if TOTAL_KEY in obs:
+        obs[TOTAL_KEY] = obs[TOTAL_KEY].to_numpy(float) * math.exp(drawn.growth)
+    repeat = obs.groupby(source.obs_names.to_numpy()).cumcount().to_numpy()
+    obs.index = [
+        f"{name}, {perturbation}" + (f", {k}" if k else "")
+        for name, k in zip(source.obs_names, repeat, strict=True)
+    ]
+    cells = ad.AnnData(whole, obs=obs, var=source.var[[]].assign(modelled=modelled))
+    cells.layers["mean"], cells.obsm[REP] = mean, drawn.latents
+    return cells
 
 
 _CELLS_AT_ONCE = 1024
@@ -202,8 +319,7 @@ def decode_cells(
     *,
     start: Tensor | None = None,
     remainder: Remainder | None = None,
-    layer: str | None = None,
-    key_added: str = "X_nbvae",
+    key_added: str = REP,
     seed: int = 0,
 ) -> ad.AnnData:
     """Cells of `adata` with the latents `moved` (cell, d), as counts.
@@ -225,11 +341,11 @@ def decode_cells(
         ``X`` (sampled counts, CSR), ``layers["mean"]``, ``obsm[key_added]`` and a copy of ``obs``.
     """
     vae.eval()
-    matrix = model_counts(adata, vae, layer=layer)
+    matrix = model_counts(adata, vae, layer=keys_of(adata).layer)
     device = next(vae.parameters()).device
     generator = torch.Generator(device=device).manual_seed(seed)
     means: np.ndarray = np.empty((len(matrix), vae.n_genes), dtype=np.float32)
-    counts = []
+    drawn = []
     for rows in np.split(np.arange(len(matrix)), range(_CELLS_AT_ONCE, len(matrix), _CELLS_AT_ONCE)):
         batch = matrix.batch(rows, device)
         end = vae.decode(moved[rows].to(device), batch.library, batch.covariates)
@@ -240,8 +356,44 @@ def decode_cells(
             mean = Observed(batch.x[:, : vae.n_genes], batch.library, begin).mean(end, remainder)
             sampled = carry_counts(mean, generator)
         means[rows] = mean.cpu().numpy()
-        counts.append(sparse.csr_matrix(sampled.cpu().numpy()))
-    cells = ad.AnnData(X=sparse.vstack(counts, format="csr"), obs=adata.obs.copy(), layers={"mean": means})
+        drawn.append(sparse.csr_matrix(sampled.cpu().numpy()))
+    cells = ad.AnnData(X=sparse.vstack(drawn, format="csr"), obs=adata.obs.copy(), layers={"mean": means})
     cells.var_names = vae.genes
     cells.obsm[key_added] = moved.cpu().numpy()
     return cells
+
+
+def write_parts(path: str | Path, parts: Iterable[ad.AnnData], about: dict, *, total: int) -> Path:
+    """Write virtual cells to one .h5ad, part by part; the file is whole or not there.
+
+    Raises
+    ------
+    DataError
+        For a path that is no .h5ad.
+    """
+    if Path(path).suffix != ".h5ad":
+        raise DataError(three_beats("the path of an .h5ad file", repr(str(path)), "end it in .h5ad"))
+    bar = tqdm(parts, "predicting", total=total, disable=total < 20)
+    return write_whole(path, lambda part: _write(part, bar, about))
+
+
+def _write(path: Path, parts: Iterable[ad.AnnData], about: dict) -> None:
+    obs = []  # a few labels per cell: all that is kept
+    with h5py.File(path, "w") as file:
+        for number, cells in enumerate(parts):
+            latents = np.asarray(cells.obsm[REP])
+            if number == 0:
+                # Rows are appended below; all else is written with the first part.
+                ad.io.write_elem(file, "/", ad.AnnData(X=cells.X, var=cells.var, uns={"cellop_nb": about}))
+                growing = {"maxshape": (None, latents.shape[1])}
+                ad.io.write_elem(file["obsm"], REP, latents, dataset_kwargs=growing)
+            else:
+                ad.io.sparse_dataset(file["X"]).append(cells.X)
+                _append(file["obsm"][REP], latents)
+            obs.append(cells.obs)
+        ad.io.write_elem(file, "obs", pd.concat(obs))
+
+
+def _append(stored: h5py.Dataset, rows: np.ndarray) -> None:
+    stored.resize(len(stored) + len(rows), axis=0)
+    stored[-len(rows) :] = rows

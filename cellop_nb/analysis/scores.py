@@ -1,22 +1,38 @@
-"""Score one prediction of one group: all metrics; NaN and a reason where undefined."""
+"""The table of scores: every method and the noise of the real cells, group by group, in one space."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
 import pandas as pd
+import torch
 from anndata import AnnData
 
+from ..data.batches import measured_totals
+from ..data.contract import Keys, keys_of, label_table
+from ..display import Scores
 from ..errors import HoldoutError, LabelError, did_you_mean, three_beats
+from ..models.energy import noise_floor
 from ..packages import same_threads
-from . import formulas
-from .formulas import Undefined
+from . import metrics as formulas
+from .baselines import Prediction, Training
+from .metrics import Undefined
 from .space import EvaluationSpace
-from .targets import Prediction, Screen
+
+logger = logging.getLogger("cellop_nb")
 
 FDR = 0.05
+MAX_CELLS = 500
+"""Cells a side of an energy distance; more are subsampled (seeded)."""
+
+FLOOR = "noise floor (split half)"
+CEILING = "noise ceiling (Spearman-Brown)"
+COLUMNS = ["context", "perturbation", "group", "method", "metric", "value", "reason"]
+MIN_DISCRIMINATION = 20  # PDS moves in steps of 1/N: with fewer perturbations it says little
 
 
 @same_threads()
@@ -45,11 +61,11 @@ def differential(cells: np.ndarray, control: np.ndarray) -> pd.DataFrame:
         invalid="ignore", divide="ignore"
     ):  # its own fold change of negative means, not used here
         sc.tl.rank_genes_groups(work, "side", groups=["cells"], reference="control", **options)
-    found = work.uns["rank_genes_groups"]
-    order = found["names"]["cells"].astype(int)
+    ranked = work.uns["rank_genes_groups"]
+    order = ranked["names"]["cells"].astype(int)
     table = pd.DataFrame(index=range(values.shape[1]), columns=["score", "p", "fdr", "lfc"], dtype=float)
     for column, key in (("score", "scores"), ("p", "pvals"), ("fdr", "pvals_adj")):
-        table.loc[order, column] = found[key]["cells"].astype(float)
+        table.loc[order, column] = ranked[key]["cells"].astype(float)
     table["lfc"] = _log_fold_change(cells.mean(axis=0), control.mean(axis=0))
     return table
 
@@ -86,13 +102,13 @@ class Truth:
         counts=None,
         library=None,
         shared_shift=None,
-        max_cells: int = 500,
+        max_cells: int = MAX_CELLS,
         seed: int = 0,
     ) -> None:
         if min(len(real), len(control)) < 2:
-            found = f"{len(real)} real and {len(control)} control cells"
+            problem = f"{len(real)} real and {len(control)} control cells"
             raise HoldoutError(
-                three_beats("at least 2 real and 2 control cells", found, "leave this group out")
+                three_beats("at least 2 real and 2 control cells", problem, "leave this group out")
             )
         self.real, self.control, self.space, self.counts, self.library = real, control, space, counts, library
         self.shared_shift, self.max_cells, self.seed = shared_shift, max_cells, seed
@@ -145,6 +161,10 @@ class Scored:
             raise Undefined("needs predicted cells; this method predicts a mean only")
         return self.prediction.cells
 
+    def centred(self) -> np.ndarray:
+        """Components of the predicted cells with their mean moved onto that of the real cells: what is left is shape."""
+        return self.truth.points(self.cells - self.mean + self.truth.mean)
+
     def counts(self) -> tuple:
         if self.prediction.counts is None or self.truth.counts is None:
             raise Undefined(
@@ -190,6 +210,7 @@ def _delta(s: Scored, genes=None) -> float:
 
 METRICS: dict[str, Callable[[Scored], float]] = {
     "e_distance": lambda s: formulas.e_distance(s.truth.points(s.cells), s.truth.real_points),
+    "e_distance_centred": lambda s: formulas.e_distance(s.centred(), s.truth.real_points),
     "pearson_delta": _delta,
     "pearson_delta_de20": lambda s: _delta(s, s.truth.top_genes[:20]),
     "pearson_delta_de100": lambda s: _delta(s, s.truth.top_genes[:100]),
@@ -240,7 +261,202 @@ def known_metrics(metrics: Iterable[str] | None) -> list[str]:
     return [name for name in names if name != PDS]
 
 
-def shared_shift(training: Screen) -> np.ndarray | None:
+def noise(truth: Truth, metrics: Iterable[str] | None = None, *, n_splits: int = 10) -> list[dict]:
+    r"""What a perfect prediction would score, from random halves of the real cells (mean over the splits).
+
+    E-distance: :func:`~cellop_nb.models.energy.noise_floor` (about 0). Errors of means (mae, rmse, l2): half of the
+    error between the halves, which is the error that the truth's own sampling leaves. Correlations of changes:
+    Spearman-Brown :math:`2r/(1+r)`; the halves share the control cells, as prediction and truth do. Other metrics have no
+    row.
+
+    Returns
+    -------
+    rows ``method, metric, value, reason``, method being :data:`FLOOR` or :data:`CEILING`.
+    """
+    rows = []
+    for name in known_metrics(metrics):
+        if name not in _BOUNDS:
+            continue
+        method, bound = _BOUNDS[name]
+        value, reason = value_of(lambda n=name, b=bound: b(_halves(truth, n, n_splits)))
+        rows.append({"method": method, "metric": name, "value": value, "reason": reason})
+    return rows
+
+
+# what the score of one half against the other says about a perfect prediction
+_BOUNDS: dict[str, tuple[str, Callable[[float], float]]] = {
+    "e_distance": (FLOOR, float),
+    **{name: (FLOOR, lambda half: half / 2) for name in ("mae", "rmse", "l2_top1000")},
+    **{name: (CEILING, formulas.spearman_brown) for name in METRICS if name.startswith("pearson_")},
+}
+
+
+def _halves(truth: Truth, metric: str, n_splits: int) -> float:
+    """Mean over splits of the metric with one half of the real cells as the prediction of the other."""
+    if len(truth.real) < 4:
+        raise Undefined(f"{len(truth.real)} real cells cannot be split in two clouds")
+    if metric == "e_distance":
+        return noise_floor(torch.from_numpy(truth.real_points), n_splits=n_splits, seed=truth.seed)
+    rng, values = np.random.default_rng([truth.seed, 2]), []
+    for _ in range(n_splits):
+        first, second = np.array_split(rng.permutation(len(truth.real)), 2)
+        half = _Half(truth, second)
+        values.append(METRICS[metric](Scored(Prediction.of_cells("half", truth.real[first]), half)))
+    return float(np.mean(values))
+
+
+class _Half(Truth):
+    """A truth of half the real cells that keeps the gene ranking of the whole."""
+
+    def __init__(self, whole: Truth, rows: np.ndarray) -> None:
+        options = {"shared_shift": whole.shared_shift, "max_cells": whole.max_cells, "seed": whole.seed}
+        super().__init__(whole.real[rows], whole.control, whole.space, **options)
+        self.whole = whole
+
+    @property
+    def top_genes(self) -> np.ndarray:
+        return self.whole.top_genes
+
+
+def table_of(
+    truths: Mapping,
+    guesses: Mapping[str, Mapping],
+    metrics: Iterable[str] | None,
+    unscored: Mapping | None = None,
+) -> pd.DataFrame:
+    """All rows of the table; `guesses` is method -> group -> Prediction, `unscored` group -> reason."""
+    names, rows = known_metrics(metrics), []
+    for group, truth in truths.items():
+        for predictions in guesses.values():
+            rows += _labelled(score(predictions[group], truth, names), group)
+        rows += _labelled(noise(truth, names), group)
+    if metrics is None or PDS in ([metrics] if isinstance(metrics, str) else list(metrics)):
+        for method, predictions in guesses.items():
+            rows += _discrimination(truths, predictions, method)
+    for group, reason in (unscored or {}).items():
+        bare = {"value": np.nan, "reason": reason}
+        rows += _labelled([bare | {"method": m, "metric": name} for m in guesses for name in names], group)
+    return Scores(rows, columns=COLUMNS)
+
+
+def _labelled(rows: list[dict], group: tuple[str, str]) -> list[dict]:
+    labels = {"context": group[0], "perturbation": group[1], "group": ", ".join(group)}
+    return [labels | row for row in rows]
+
+
+def _discrimination(truths: Mapping, guesses: Mapping, method: str) -> list[dict]:
+    """PDS rows of one method, among the perturbations of each context."""
+    rows = []
+    for context in sorted({group[0] for group in truths}):
+        groups = [group for group in truths if group[0] == context]
+        predicted = [group for group in groups if guesses[group].mean is not None]
+        values, reason = _pds(predicted, truths, guesses)
+        by_group = dict(zip(predicted, values, strict=True))
+        for group in groups:
+            why = reason if group in by_group else guesses[group].reason
+            row = {"method": method, "metric": PDS, "value": by_group.get(group, np.nan), "reason": why}
+            rows += _labelled([row], group)
+    return rows
+
+
+def _pds(groups: Sequence, truths: Mapping, guesses: Mapping) -> tuple[np.ndarray, str]:
+    if len(groups) < MIN_DISCRIMINATION:
+        reason = f"{len(groups)} perturbations; below {MIN_DISCRIMINATION} it says little"
+        return np.full(len(groups), np.nan), reason
+    start = [truths[g].control_mean for g in groups]
+    predicted = np.stack([guesses[g].mean for g in groups]) - start
+    real = np.stack([truths[g].mean for g in groups]) - start
+    genes = pd.Index(truths[groups[0]].space.genes)
+    left_out = [np.flatnonzero(genes.isin(g[1].split("+"))) for g in groups]
+    return formulas.perturbation_discrimination(predicted, real, left_out), ""
+
+
+def shared_shift(training: Training) -> np.ndarray | None:
     """Mean over training groups of perturbed minus control mean, (gene,); None where nothing is perturbed."""
-    groups = training.measured()
-    return np.mean([training.shift(*group) for group in groups], axis=0) if groups else None
+    pairs = training.groups.pairs
+    return np.mean([training.shift(*pair) for pair in pairs], axis=0) if pairs else None
+
+
+def evaluate(
+    predicted: AnnData,
+    real: AnnData,
+    control: AnnData,
+    *,
+    space: EvaluationSpace,
+    metrics: Iterable[str] | None = None,
+    method: str = "prediction",
+    training: Training | None = None,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Score predicted cells against the real ones of the same (context, perturbation) group.
+
+    Parameters
+    ----------
+    predicted, real, control : AnnData
+        Raw counts: sampled predictions (in ``X``), real perturbed cells and the control cells of the same contexts, both
+        of a screen that was set up.
+    space : EvaluationSpace
+        Fitted on training cells only.
+    metrics : names, optional
+        All of :data:`METRICS` and "discrimination" (PDS) by default.
+    method : str
+        Name of the prediction in the column `method`.
+    training : Training, optional
+        Training cells in this space; without them the Systema correlation is undefined.
+
+    Returns
+    -------
+    DataFrame
+        ``context, perturbation, group, method, metric, value, reason``: rows for `method`, and for the noise floor and
+        ceiling of the real cells. `e_distance` is Euclidean, U-statistic, one per group, in the components of `space`.
+
+    Raises
+    ------
+    HoldoutError
+        No group is in both tables, or a group has too few cells.
+    """
+    keys = keys_of(real)
+    truth_rows, guess_rows, start_rows = (rows_by_group(a, keys) for a in (real, predicted, control))
+    _matching(truth_rows, guess_rows)
+    shift = None if training is None else shared_shift(training)
+    truths, guesses = {}, {}
+    for (context, perturbation), rows in truth_rows.items():
+        start = control[start_rows.get((context, keys.control), np.zeros(0, int))]
+        counts = space.select(real[rows])
+        truths[context, perturbation] = Truth(
+            space.transform(counts),
+            space.transform(space.select(start)),
+            space,
+            shared_shift=shift,
+            seed=seed,
+            counts=counts,
+            library=measured_totals(real[rows]),
+        )
+        guess = Prediction(method, reason="no predicted cells of this group")
+        if (context, perturbation) in guess_rows:
+            cells = predicted[guess_rows[context, perturbation]]
+            guess = Prediction.of_counts(method, space.select(cells, "X"), space, measured_totals(cells))
+        guesses[context, perturbation] = guess
+    return table_of(truths, {method: guesses}, metrics)
+
+
+def rows_by_group(adata: AnnData, keys: Keys) -> dict[tuple[str, str], np.ndarray]:
+    """Rows of each (context, perturbation), controls among them, sorted by name."""
+    return dict(
+        sorted(
+            label_table(adata, replace(keys, dose_key=None))
+            .groupby(["context", "perturbation"])
+            .indices.items()
+        )
+    )
+
+
+def _matching(real: Mapping, predicted: Mapping) -> None:
+    if not set(real) & set(predicted):
+        problem = f"predicted {list(predicted)[:4]}, real {list(real)[:4]}"
+        raise HoldoutError(
+            three_beats("at least one group both predicted and real", problem, "check the labels in obs")
+        )
+    extra = sorted(set(predicted) - set(real))
+    if extra:
+        logger.warning("evaluate: no real cells for %d predicted groups, such as %s", len(extra), extra[0])

@@ -11,6 +11,7 @@ from anndata import AnnData
 from scipy import sparse
 
 from ..data.contract import counts as raw_counts
+from ..data.contract import keys_of
 from ..data.genes import TARGET_SUM, select_genes
 from ..errors import DataError, LabelError, did_you_mean, three_beats
 
@@ -18,20 +19,25 @@ evaluation_genes = partial(select_genes, flavor="seurat", min_cells=10, split=No
 """Variable genes of the training cells that are passed, by the rule with which published hold-outs are made."""
 
 
-def log1p_cp10k(counts, target_sum: float = TARGET_SUM) -> np.ndarray:
-    r"""Scale every cell to `target_sum` counts and take :math:`\log(1+x)`; a cell without counts stays 0.
+def log1p_cp10k(counts, library: np.ndarray | None = None):
+    r"""Scale every cell to 10,000 counts and take the logarithm, :math:`\log(1 + 10^4\, x / l)`; an empty cell stays 0.
 
     Parameters
     ----------
     counts : (cell, gene), sparse or dense
+    library : (cell,), optional
+        Counts over all measured genes; those of the given genes by default.
 
     Returns
     -------
-    (cell, gene) float32
+    (cell, gene) float32, sparse where the counts are.
     """
-    dense = counts.toarray() if sparse.issparse(counts) else np.asarray(counts)
-    library = dense.sum(axis=1, dtype=np.float64, keepdims=True)
-    return np.log1p(dense / np.where(library > 0, library, 1.0) * target_sum).astype(np.float32)
+    if library is None:
+        library = np.asarray(counts.sum(axis=1), dtype=np.float64).ravel()
+    scale = TARGET_SUM / np.where(library > 0, library, 1.0)
+    if sparse.issparse(counts):
+        return sparse.csr_matrix(sparse.diags(scale) @ counts).log1p().astype(np.float32)
+    return np.log1p(np.asarray(counts) * scale[:, None]).astype(np.float32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +63,6 @@ class EvaluationSpace:
         training: AnnData,
         *,
         genes: Sequence[str] | None = None,
-        layer: str | None = None,
         n_components: int = 20,
         seed: int = 0,
     ) -> EvaluationSpace:
@@ -75,9 +80,9 @@ class EvaluationSpace:
 
         names = np.asarray(training.var_names if genes is None else list(genes), dtype=object)
         if training.n_obs < 3:
-            found = f"{training.n_obs}"
-            raise DataError(three_beats("at least 3 training cells", found, "loosen the hold-out"))
-        cells: np.ndarray = log1p_cp10k(_select(training, names, layer)).astype(np.float64)
+            problem = f"{training.n_obs}"
+            raise DataError(three_beats("at least 3 training cells", problem, "loosen the hold-out"))
+        cells = _dense(log1p_cp10k(_select(training, names))).astype(np.float64)
         rank = min(n_components, len(cells) - 1, len(names))
         # exact where the gene x gene matrix is small; the solver would otherwise change with the number of
         # cells
@@ -85,32 +90,40 @@ class EvaluationSpace:
         pca = PCA(rank, svd_solver=solver, random_state=seed).fit(cells)
         return cls(names, pca.mean_, pca.components_, len(cells))
 
-    def select(self, adata: AnnData, layer: str | None = None):
-        """Raw counts (cell, gene) of the genes of this space, in its order; a missing gene is refused."""
-        return _select(adata, self.genes, layer)
+    def select(self, adata: AnnData, slot: str | None = None):
+        """Raw counts (cell, gene) of the genes of this space, in its order; a missing gene is refused.
+
+        They are taken from ``X`` where `slot` says so, as predicted cells have them, else from where the screen was
+        set up.
+        """
+        return _select(adata, self.genes, slot)
 
     def transform(self, counts) -> np.ndarray:
         """Raw counts (cell, gene) over the genes of this space to log1p-CP10k, float32."""
         if counts.shape[1] != len(self.genes):
-            found = f"{counts.shape[1]} columns"
+            problem = f"{counts.shape[1]} columns"
             raise DataError(
-                three_beats(f"counts of {len(self.genes)} genes", found, "use space.select(adata)")
+                three_beats(f"counts of {len(self.genes)} genes", problem, "use space.select(adata)")
             )
-        return log1p_cp10k(counts)
+        return _dense(log1p_cp10k(counts))
 
     def project(self, cells: np.ndarray) -> np.ndarray:
         """log1p-CP10k cells (cell, gene) to principal components (cell, component), float64."""
         return (np.asarray(cells, dtype=np.float64) - self.centre) @ self.components.T
 
 
-def _select(adata: AnnData, genes: np.ndarray, layer: str | None):
+def _select(adata: AnnData, genes: np.ndarray, slot: str | None = None):
     column = adata.var_names.get_indexer(genes)
     if (column < 0).any():
         missing = [str(gene) for gene in genes[column < 0]]
         hint = did_you_mean(missing[0], adata.var_names)
-        found = f"{len(missing)} missing, first {missing[:5]} ({hint})"
+        problem = f"{len(missing)} missing, first {missing[:5]} ({hint})"
         raise LabelError(
-            three_beats(f"the {len(genes)} genes of the evaluation", found, "give data with these genes")
+            three_beats(f"the {len(genes)} genes of the evaluation", problem, "give data with these genes")
         )
-    counts = raw_counts(adata, layer)
+    counts = raw_counts(adata, None if slot == "X" else keys_of(adata).layer)
     return counts[:, column]
+
+
+def _dense(matrix) -> np.ndarray:
+    return matrix.toarray() if sparse.issparse(matrix) else np.asarray(matrix)

@@ -21,7 +21,7 @@ from ..models.affine import AffineOperator
 from ..models.operators import Condition, OperatorModel
 from ..training.loop import Machine
 from ..training.operators import OperatorTrainer, Penalties, new_operators
-from .formulas import e_distance
+from .metrics import e_distance
 
 
 @dataclass(frozen=True, eq=False)

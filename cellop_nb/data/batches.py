@@ -101,6 +101,11 @@ def model_counts(adata: AnnData, model, *, layer: str | None = None) -> CountMat
     )
 
 
+def measured_totals(adata: AnnData) -> np.ndarray | None:
+    """Counts (cell,) over all measured genes, as ``obs["total_counts"]`` tells; None where nothing tells."""
+    return adata.obs[TOTAL_KEY].to_numpy(np.float64) if TOTAL_KEY in adata.obs else None
+
+
 def has_other_genes(adata: AnnData, *, layer: str | None = None, total_key: str = TOTAL_KEY) -> bool:
     """Whether ``obs[total_key]`` says that genes were measured which `adata` no longer has."""
     return total_key in adata.obs and bool(_other_genes(adata, library_size(adata, layer), total_key).any())

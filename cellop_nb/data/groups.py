@@ -303,6 +303,16 @@ class Groups(Sequence[Group]):
         )
 
 
+def controls_by_context(adata: AnnData) -> dict[str, np.ndarray]:
+    """Rows of each context's control cells, (cell,) by the cells' names; of data that may hold controls alone."""
+    keys = keys_of(adata)
+    labels = label_table(adata, replace(keys, dose_key=None)).assign(row=np.arange(adata.n_obs))
+    controls = labels[labels["perturbation"] == keys.control]
+    names = adata.obs_names.to_numpy()
+    rows = {context: part.to_numpy(copy=True) for context, part in controls.groupby("context").row}
+    return {context: part[np.argsort(names[part], kind="stable")] for context, part in rows.items()}
+
+
 def _inside(adata: AnnData, split: str | Sequence[str] | None, split_key: str) -> np.ndarray:
     """Mask of the cells in the split, (cell,)."""
     if split is None:

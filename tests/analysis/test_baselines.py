@@ -7,10 +7,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cellop_nb.analysis.baselines import BASELINES, latent_shift, run
-from cellop_nb.analysis.formulas import Undefined
+from cellop_nb.analysis.baselines import BASELINES, Prediction, Screen, Target, latent_shift, run
+from cellop_nb.analysis.metrics import Undefined
 from cellop_nb.analysis.space import EvaluationSpace
-from cellop_nb.analysis.targets import Prediction, Screen, Target
 from cellop_nb.errors import DataError, LabelError
 
 BASE = {"T": 1.0, "B": 2.0, "mono": 9.0}

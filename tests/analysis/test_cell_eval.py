@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from cellop_nb.analysis.selection import Complexity
 
 from cellop_nb import datasets, holdout
 from cellop_nb.analysis.exchange import cell_eval_pair
-from cellop_nb.analysis.selection import Complexity
 from cellop_nb.errors import HoldoutError
 
 METRICS = ["pearson_delta", "mae", "rmse", "direction_match", "lfc_spearman", "precision_at_50", "de_score"]

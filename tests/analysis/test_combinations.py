@@ -4,6 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from cellop_nb.analysis.fits import fit_response
+from cellop_nb.analysis.transfer import Complexity, Response
 
 from cellop_nb import datasets, energy_distance, split
 from cellop_nb.analysis.combinations import (
@@ -14,9 +16,7 @@ from cellop_nb.analysis.combinations import (
     reversal,
     sequence,
 )
-from cellop_nb.analysis.fits import fit_response
-from cellop_nb.analysis.formulas import Undefined
-from cellop_nb.analysis.transfer import Complexity, Response
+from cellop_nb.analysis.metrics import Undefined
 from cellop_nb.data.groups import Groups
 from cellop_nb.errors import LabelError, ModelError
 from cellop_nb.models.affine import AffineOperator

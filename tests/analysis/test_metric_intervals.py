@@ -4,13 +4,13 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+from cellop_nb.analysis.abstain import _contexts_with, support
+from cellop_nb.analysis.gene_intervals import change_intervals, coverage_table, model_error, widening
+from cellop_nb.analysis.selection import Complexity
 
 from cellop_nb import datasets, holdout
-from cellop_nb.analysis.abstain import _contexts_with, support
-from cellop_nb.analysis.formulas import e_distance
-from cellop_nb.analysis.gene_intervals import change_intervals, coverage_table, model_error, widening
 from cellop_nb.analysis.metric_intervals import metric_intervals
-from cellop_nb.analysis.selection import Complexity
+from cellop_nb.analysis.metrics import e_distance
 from cellop_nb.errors import HoldoutError
 
 METRICS = ["e_distance", "pearson_delta", "mae", "library_ratio", "de_score"]
@@ -59,9 +59,10 @@ def test_same_seed_same_intervals(result):
 
 def test_intervals_of_the_energy_distance_cover_that_of_new_samples():
     """Two Gaussians a known distance apart, sampled anew: the population's value lies inside as often as said."""
+    from cellop_nb.analysis.sides import Sides
+
     from cellop_nb.analysis.metric_intervals import _energy_replicates
     from cellop_nb.analysis.scores import Truth
-    from cellop_nb.analysis.sides import Sides
     from cellop_nb.analysis.space import EvaluationSpace
 
     rng = np.random.default_rng(0)

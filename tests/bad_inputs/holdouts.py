@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import cellop_nb as co
-from cellop_nb.analysis.metrics import score_holdout
-from cellop_nb.analysis.targets import Prediction
+from cellop_nb.analysis.baselines import Prediction
+from cellop_nb.analysis.scores import score_holdout
 
 from .cases import HOLDOUTS, SPLIT, case, command
 

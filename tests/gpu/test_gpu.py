@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from cellop_nb.analysis.transfer import Complexity
 
 from benchmarks.gpu import Card, _endless
 from cellop_nb.analysis.combinations import order_effects, reversal
@@ -17,7 +18,6 @@ from cellop_nb.analysis.distances import transport_scores
 from cellop_nb.analysis.genes import axis_genes, response_genes, response_profiles
 from cellop_nb.analysis.holdout import OPERATORS, holdout
 from cellop_nb.analysis.predict import embed, predict
-from cellop_nb.analysis.transfer import Complexity
 from cellop_nb.data.resident import ResidentCounts
 from cellop_nb.data.splits import split
 from cellop_nb.data.synthetic import synthetic

@@ -5,10 +5,10 @@ from __future__ import annotations
 import anndata as ad
 import numpy as np
 import pytest
+from cellop_nb.analysis.streaming import predict_to_file
 from toy import CPU, Do, assert_same_run, small_screen
 
 from cellop_nb.analysis.predict import embed, predict
-from cellop_nb.analysis.streaming import predict_to_file
 from cellop_nb.data import on_disk
 from cellop_nb.data.catalogue import load
 from cellop_nb.errors import DataError

@@ -1,0 +1,876 @@
+"""`CellOp`, the fitted predictor of a screen: what a perturbation does to the cells of any context that has controls."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import copy, deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from zlib import crc32
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from ..data.contract import keys_of
+from ..data.genes import select_genes
+from ..data.groups import Groups, controls_by_context
+from ..data.on_disk import require_in_memory
+from ..display import card
+from ..errors import LabelError, ModelError, did_you_mean, three_beats
+from ..models.affine import AffineOperator, check_strength
+from ..models.operators import Condition, OperatorModel
+from ..models.vae import NBVAE
+from ..training.callbacks import Callback
+from ..training.operators import OperatorTrainer, Penalties, new_operators
+from ..training.vae import VAETrainer, new_vae
+from .distances import etest
+from .means import Means
+from .plan import Evidence, Plan, estimates, evidence, plan, weigh
+from .predict import REP, Start, assemble, embed, modelled_counts, write_parts
+
+SPLIT = "split"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a :class:`CellOp` trains its parts and finds its weights; the same for every screen, context and perturbation.
+
+    Parameters
+    ----------
+    n_hidden, vae_epochs, vae_lr, warmup_epochs, batch_size
+        The VAE, first trained on the controls of all contexts: it has seen no response, and every fold starts from it.
+    finish_epochs
+        Epochs with the perturbed cells that a fold, or the final model, may see.
+    operator_epochs, operator_lr, ridge
+        The operators, in the latent space of their VAE.
+    n_folds
+        Parts into which the measured contexts are dealt; each is predicted from the others.
+    most_judged, most_cells
+        Groups that the choice looks at in all, and cells of a context that are moved to know a mean response.
+    """
+
+    n_hidden: int = 128
+    vae_epochs: int = 40
+    vae_lr: float = 3e-3
+    warmup_epochs: int = 5
+    batch_size: int = 128
+    finish_epochs: int = 20
+    operator_epochs: int = 5
+    operator_lr: float = 2e-2
+    ridge: float = 0.1
+    n_folds: int = 3
+    most_judged: int = 48
+    most_cells: int = 400
+
+
+RECIPE = Recipe()
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """A VAE and the operators that were fitted in its latent space."""
+
+    vae: NBVAE
+    operators: OperatorModel
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """What was chosen by leaving measured contexts out, and why.
+
+    Attributes
+    ----------
+    table : DataFrame
+        A row per estimator of the mean response: ``estimator, left, weight``; `left` is the share of the response that it
+        leaves of contexts it has not seen, the mean over them.
+    n_contexts : float
+        How many contexts that evidence is worth.
+    """
+
+    table: pd.DataFrame
+    n_contexts: float = 0.0
+
+    @classmethod
+    def of(cls, seen: Evidence | None) -> Choice:
+        """From the evidence of the contexts left out; None where there was nothing to leave out."""
+        if seen is None:
+            return cls(pd.DataFrame(columns=["estimator", "left", "weight"]))
+        rows = {"estimator": seen.names, "left": seen.errors, "weight": weigh(seen)}
+        return cls(pd.DataFrame(rows), seen.n_contexts)
+
+    def __str__(self) -> str:
+        if not len(self.table):
+            return "Nothing could be left out: no perturbation was measured in two contexts."
+        rows = self.table.sort_values("weight", ascending=False)
+        said = [f"{row.estimator} {row.weight:.2f}" for row in rows.itertuples() if row.weight > 0.005]
+        best = self.table.loc[self.table["left"].idxmin()]
+        return (
+            f"The mean response is planned from {', '.join(said)}. Of contexts left out, {best['estimator']} alone "
+            f"leaves {100 * best['left']:.0f} % of the squared response, no change 100 %."
+        )
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return card("Choice", {}, note=str(self)) + self.table.round(3).to_html(index=False)
+
+
+class CellOp:
+    """The predictor of a screen: fitted once, asked for any perturbation in any context that has control cells.
+
+    Control cells are *moved* by an operator in the latent space of a negative-binomial VAE, each from its own state;
+    their mean response is *planned* from several estimators, with weights found by leaving measured contexts out;
+    the moved cells are *carried* to it and keep their noise, zeros, library sizes and differences.
+
+    Parameters
+    ----------
+    adata
+        A screen that was set up (:func:`cellop_nb.setup`). Cells with ``obs["split"] == "test"`` never train.
+    n_latent
+        Dimension of the latent space.
+    n_genes
+        Variable genes to model, chosen on training cells; None for all.
+    features
+        DataFrame (perturbation, descriptor), so that perturbations that were never measured can be asked for.
+    vae, operators
+        Trained parts, which are not trained again; operators need the VAE in whose latent space they were fitted.
+    n_members
+        Models of further seeds, whose mean responses are averaged and whose cells are mixed.
+    seed
+        Seeds everything; draws follow the names of cells and contexts, not the order of rows.
+
+    Attributes
+    ----------
+    vae, operators, genes
+        The parts of the first member, and the modelled genes; after :meth:`fit`.
+    choice : Choice
+        What was chosen by leaving contexts out, in words and as a table.
+    history : DataFrame
+        A row per epoch, of all stages: ``stage, epoch, ...``.
+    costs : DataFrame
+        A row per stage: ``stage, wall, cpu`` (seconds), ``peak_mb`` of the process.
+
+    Raises
+    ------
+    LabelError
+        If the data were not set up.
+    ModelError
+        For sizes that cannot be, or parts that do not fit the data or each other.
+    """
+
+    def __init__(
+        self,
+        adata: ad.AnnData,
+        *,
+        n_latent: int = 32,
+        n_genes: int | None = 2000,
+        features: pd.DataFrame | None = None,
+        vae: NBVAE | None = None,
+        operators: OperatorModel | None = None,
+        n_members: int = 1,
+        seed: int = 0,
+    ) -> None:
+        self.adata, self.keys = adata, keys_of(adata)
+        for name, value, least in (
+            ("n_latent", n_latent, 2),
+            ("n_members", n_members, 1),
+            ("n_genes", n_genes, 2),
+        ):
+            if value is not None and (not isinstance(value, int | np.integer) or value < least):
+                expected = f"{name} a whole number of at least {least}"
+                raise ModelError(three_beats(expected, repr(value), "pass another number, or leave it out"))
+        _check_parts(vae, operators, n_members)
+        self.n_latent, self.n_genes, self.features = n_latent, n_genes, features
+        self.n_members, self.seed, self.recipe = n_members, seed, RECIPE
+        self._ready_vae, self._ready_operators = vae, operators
+        self.members: list[Member] = []
+        self.choice = Choice.of(None)
+        self.history, self.costs = pd.DataFrame(), pd.DataFrame()
+        self.effects = pd.DataFrame()
+        self.means: Means | None = None
+        self._evidence: Evidence | None = None
+        self._plans: dict[tuple[str, str], Plan] = {}
+        self._index: dict[str, np.ndarray] | None = None
+        self._shared: dict = {}
+
+    def unfitted(self, adata: ad.AnnData, seed: int | None = None) -> CellOp:
+        """The same settings on other data, not fitted."""
+        model = CellOp(
+            adata,
+            n_latent=self.n_latent,
+            n_genes=self.n_genes,
+            features=self.features,
+            n_members=self.n_members,
+            seed=self.seed if seed is None else seed,
+        )
+        model.recipe = self.recipe
+        return model
+
+    def on(self, adata: ad.AnnData) -> CellOp:
+        """This model asked of other control cells: those of `adata`, which was set up."""
+        other = copy(self)
+        other.adata, other.keys, other._plans, other._index = adata, keys_of(adata), {}, None
+        return other
+
+    # -- parts ----------------------------------------------------------------------------------------------------
+
+    @property
+    def vae(self) -> NBVAE:
+        """The VAE of the first member."""
+        return self._fitted().members[0].vae
+
+    @property
+    def operators(self) -> OperatorModel:
+        """The operators of the first member."""
+        return self._fitted().members[0].operators
+
+    @property
+    def genes(self) -> list[str]:
+        """The modelled genes."""
+        return self.vae.genes
+
+    @property
+    def perturbations(self) -> list[str]:
+        """What can be asked for, combinations of these besides."""
+        return list(self.operators.conditions.perturbations)
+
+    def _fitted(self) -> CellOp:
+        if not self.members:
+            raise ModelError(
+                three_beats("a fitted CellOp", "one that was not fitted", "call model.fit() first")
+            )
+        return self
+
+    # -- fitting --------------------------------------------------------------------------------------------------
+
+    def fit(self, callbacks: Sequence[Callback] = (), *, progress: bool = True) -> CellOp:
+        """Train VAE and operators, and find how to plan a mean response by leaving measured contexts out.
+
+        Parameters
+        ----------
+        callbacks
+            Of the trainings, such as ``co.LivePlot()``.
+        progress
+            Show what is done, and an estimate of the time left.
+
+        Returns
+        -------
+        CellOp
+            Itself, fitted.
+
+        Raises
+        ------
+        DataError
+            If the counts lie on disk, or no perturbed group is left for training.
+        """
+        require_in_memory(self.adata, self.keys.layer)
+        stages = _Stages(1 + 2 * self.n_members + self.recipe.n_folds, progress)
+        with stages:
+            with stages("data"):
+                cells = self._training_cells()
+                groups = Groups(cells)
+                self.means = Means.of(cells, groups)
+                self.effects = etest(cells, seed=self.seed)
+            members = [self._fit_member(cells, groups, k, stages, callbacks) for k in range(self.n_members)]
+            self._latent_means = self._means_of_latents(cells, groups)
+            self._judge(cells, groups, stages)
+        self.members, self._plans = members, {}
+        self.choice = Choice.of(self._evidence)
+        self.history, self.costs = stages.history(), stages.costs()
+        return self
+
+    def _training_cells(self) -> ad.AnnData:
+        """Counts of the modelled genes of all cells that may train, sorted by name, with a split of their own."""
+        adata = self.adata
+        rows = np.arange(adata.n_obs)
+        if SPLIT in adata.obs:
+            rows = rows[(adata.obs[SPLIT] != "test").to_numpy()]
+        rows = rows[np.argsort(adata.obs_names.to_numpy()[rows], kind="stable")]
+        chosen = adata[rows]
+        genes = list(adata.var_names)
+        if self._ready_vae is not None:
+            genes = self._ready_vae.genes
+        elif self.n_genes is not None and self.n_genes < adata.n_vars:
+            genes = select_genes(chosen, self.n_genes, split=None, flavor="seurat", min_cells=10)
+        cells = modelled_counts(chosen, genes if self._ready_vae is None else self._ready_vae, self.keys)
+        if SPLIT not in adata.obs or not (cells.obs[SPLIT] == "val").any():
+            cells.obs[SPLIT] = self._split(cells)
+        return cells
+
+    def _split(self, cells: ad.AnnData) -> pd.Categorical:
+        """A tenth of each group for validation, by a hash of the cells' names: what else is measured does not matter."""
+        rank = np.array([crc32(f"{self.seed} {name}".encode()) for name in cells.obs_names])
+        index = Groups(cells, min_cells=1)
+        labels = np.full(cells.n_obs, "train", dtype=object)
+        for rows in (*index.control_rows.values(), *(group.rows for group in index)):
+            n = min(int(len(rows) * 0.1 + 0.5), len(rows) - 1)
+            labels[rows[np.argsort(rank[rows], kind="stable")[:n]]] = "val"
+        return pd.Categorical(labels, ["train", "val", "test"])
+
+    def _fit_member(self, cells, groups, k: int, stages: _Stages, callbacks) -> Member:
+        seed = self.seed + k
+        if self._ready_vae is not None:
+            vae = self._ready_vae.eval()
+        else:
+            with stages("VAE"):
+                start = self._control_vae(cells, groups, seed, stages, callbacks)
+                vae = self._finish(cells, start, seed, stages, callbacks)
+        with stages("operators"):
+            embed(cells, vae)
+            operators = self._ready_operators or self._train_operators(cells, seed, stages, callbacks)
+        return Member(vae.eval(), operators.cpu().eval())
+
+    @staticmethod
+    def _means_of_latents(cells, groups: Groups) -> dict[tuple[str, str], np.ndarray]:
+        perturbed, control = groups.means(cells.obsm[REP])
+        means = {(g.context, g.perturbation): row for g, row in zip(groups, perturbed, strict=True)}
+        controls = {
+            (context, groups.keys.control): row for context, row in zip(groups.contexts, control, strict=True)
+        }
+        return means | controls
+
+    def _control_vae(self, cells, groups, seed: int, stages: _Stages, callbacks=()) -> NBVAE:
+        """A VAE of the controls of all contexts; folds and questions that share these cells share it."""
+        controls = np.sort(np.concatenate(list(groups.control_rows.values())))
+        names = "\0".join(
+            [*cells.obs_names[controls], *cells.var_names, str((self.n_latent, seed, self.recipe))]
+        )
+        key = crc32(names.encode()), len(names)
+        if key not in self._shared:
+            visible = cells[controls].copy()
+            vae = new_vae(visible, n_latent=self.n_latent, n_hidden=self.recipe.n_hidden, seed=seed)
+            self._shared[key] = self._train_vae(
+                visible, vae, self.recipe.vae_epochs, seed, "controls", stages, callbacks
+            )
+        return self._shared[key]
+
+    def _finish(self, cells, start: NBVAE, seed: int, stages: _Stages, callbacks=()) -> NBVAE:
+        """The VAE `start` after some epochs more, with all cells that are not "test"."""
+        epochs = self.recipe.finish_epochs
+        return self._train_vae(cells, deepcopy(start), epochs, seed, "all cells", stages, callbacks)
+
+    def _train_vae(self, cells, vae, epochs: int, seed: int, name: str, stages: _Stages, callbacks) -> NBVAE:
+        r = self.recipe
+        trainer = VAETrainer(
+            cells,
+            vae,
+            batch_size=r.batch_size,
+            warmup_epochs=r.warmup_epochs if epochs == r.vae_epochs else 0,
+            max_epochs=epochs,
+            lr=r.vae_lr,
+            callbacks=callbacks,
+            progress=False,
+            seed=seed,
+        )
+        trainer.fit()
+        stages.record(f"VAE, {name}", trainer)
+        return vae.eval()
+
+    def _train_operators(self, cells, seed: int, stages: _Stages, callbacks=()) -> OperatorModel:
+        r = self.recipe
+        operators = new_operators(cells, features=self.features, context_rank=None)
+        trainer = OperatorTrainer(
+            cells,
+            operators,
+            penalties=Penalties(ridge=r.ridge),
+            max_epochs=r.operator_epochs,
+            lr=r.operator_lr,
+            callbacks=callbacks,
+            progress=False,
+            seed=seed,
+        )
+        trainer.fit()
+        stages.record("operators", trainer)
+        return operators.cpu().eval()
+
+    # -- the choice -----------------------------------------------------------------------------------------------
+
+    def _judge(self, cells, groups: Groups, stages: _Stages) -> None:
+        """Predict measured contexts by models that have not seen their perturbed cells, and weigh the estimators."""
+        shared = [pair for pair in groups.pairs if len(groups.contexts_of(pair[1])) > 1]
+        contexts = sorted({context for context, _ in shared})
+        chance = np.random.default_rng([self.seed, 3])
+        if len(shared) > self.recipe.most_judged:
+            shared = [shared[k] for k in np.sort(chance.permutation(len(shared))[: self.recipe.most_judged])]
+        n_folds = min(self.recipe.n_folds, len(contexts))
+        dealt = dict(zip(self._alike(contexts), np.arange(len(contexts)) % max(n_folds, 1), strict=True))
+        for fold in range(n_folds):
+            with stages("choice"):
+                out = {context for context, k in dealt.items() if k == fold}
+                self._judge_fold(cells, groups, out, [pair for pair in shared if pair[0] in out], stages)
+        self._evidence = self._gather(sorted({p for _, p in shared}))
+
+    def _alike(self, contexts: Sequence[str]) -> list[str]:
+        """The contexts with like ones side by side: dealt in turn, they go to different folds and tell of each other."""
+        rows = self.means.control[[self.means.contexts.index(context) for context in contexts]]
+        main = (
+            np.linalg.svd(rows - rows.mean(0), full_matrices=False)[0][:, 0]
+            if len(rows) > 1
+            else np.zeros(len(rows))
+        )
+        order = np.argsort(main * np.where(main[np.abs(main).argmax()] < 0, -1, 1), kind="stable")
+        return [contexts[k] for k in order]
+
+    def _judge_fold(self, cells, groups: Groups, out: set[str], judged, stages: _Stages) -> None:
+        hidden = np.zeros(cells.n_obs, dtype=bool)
+        for group in groups:
+            hidden[group.rows] |= group.context in out
+        judged = [pair for pair in judged if set(groups.contexts_of(pair[1])) - out]
+        if not judged:
+            return
+        seen = cells[~hidden].copy()
+        start = self._control_vae(cells, groups, self.seed, stages)
+        vae = self._finish(seen, start, self.seed, stages)
+        embed(seen, vae)
+        operators = self._train_operators(seen, self.seed, stages)
+        member = Member(vae, operators)
+        starts: dict[str, Start] = {}
+        for context, perturbation in judged:
+            if not set(groups.parts(perturbation)) <= set(operators.conditions.perturbations):
+                continue
+            if context not in starts:
+                starts[context] = Start.of(cells, vae, self._some(cells, groups.controls(context)))
+            operator = self._operator_of(member, perturbation, None)
+            self.means.moved[context, perturbation] = starts[context].change(operator)
+
+    def _some(self, cells, rows: np.ndarray) -> np.ndarray:
+        """At most `most_cells` of the rows, by the cells' names."""
+        order = np.argsort(
+            [crc32(f"{self.seed} {name}".encode()) for name in cells.obs_names[rows]], kind="stable"
+        )
+        return np.sort(rows[order[: self.recipe.most_cells]])
+
+    def _gather(self, perturbations: Sequence[str]) -> Evidence | None:
+        """What leaving contexts out says of the estimators, over all judged perturbations."""
+        total = None
+        for perturbation in perturbations:
+            measured = self.means.of_perturbation(perturbation)
+            if measured.moved is None:
+                continue
+            by_name, _ = estimates(measured, measured.control.mean(0), measured.moved.mean(0))
+            seen = evidence(measured, by_name)
+            total = seen if total is None else total if seen is None else total + seen
+        return total
+
+    # -- asking ---------------------------------------------------------------------------------------------------
+
+    def operator(self, context: str, perturbation: str) -> AffineOperator:
+        """The operator of a perturbation in a context, in the latent space of the first member.
+
+        Raises
+        ------
+        LabelError
+            For a perturbation that is neither measured, described by features, nor a combination of such.
+        """
+        return self._operator_of(self._fitted().members[0], perturbation, context)
+
+    def _operator_of(self, member: Member, perturbation: str, context: str | None) -> AffineOperator:
+        conditions = member.operators.conditions
+        own = context if context in conditions.contexts else None
+        parts = (
+            (perturbation,) if perturbation in conditions.perturbations else tuple(perturbation.split("+"))
+        )
+        return member.operators.operator(Condition(parts, own))
+
+    def plan(self, context: str, perturbation: str) -> Plan:
+        """The planned mean response: what each estimator says, their weights, and an interval for every gene.
+
+        Raises
+        ------
+        LabelError
+            For a context without control cells, or a perturbation that cannot be asked for.
+        ModelError
+            Where nothing tells the response.
+        """
+        self._fitted()._check_question(context, perturbation)
+        if (context, perturbation) not in self._plans:
+            self._plans[context, perturbation] = self._new_plan(context, perturbation)
+        return self._plans[context, perturbation]
+
+    def _new_plan(self, context: str, perturbation: str) -> Plan:
+        starts = self._starts(context)
+        moved = np.mean(
+            [
+                s.change(self._operator_of(m, perturbation, context))
+                for s, m in zip(starts, self.members, strict=True)
+            ],
+            axis=0,
+        )
+        own = self.means.own(context, perturbation)
+        if own is not None:  # what a model that has not seen it says, where there is one
+            moved = self.means.moved.get((context, perturbation), moved)
+        return plan(
+            self.means.of_perturbation(perturbation, without=context),
+            starts[0].mean_level,
+            moved,
+            genes=self.genes,
+            context=context,
+            perturbation=perturbation,
+            also=self._evidence,
+            own_change=None if own is None else own[0],
+            own_noise=None if own is None else own[1],
+        )
+
+    def _starts(self, context: str) -> list[Start]:
+        """Some control cells of the context, as each member sees them."""
+        rows = self._some(self.adata, self.control_rows(context))
+        cells = self._cells(rows)
+        return [Start.of(cells, member.vae) for member in self.members]
+
+    def control_rows(self, context: str) -> np.ndarray:
+        """Rows of the control cells of a context, in the order of their names; none where it has none."""
+        if self._index is None:
+            self._index = controls_by_context(self.adata)
+        return self._index.get(context, np.zeros(0, dtype=int))
+
+    def _cells(self, rows: np.ndarray, missing_genes: str = "refuse") -> ad.AnnData:
+        """Counts of the modelled genes of some cells of the data."""
+        return modelled_counts(self.adata[rows], self.vae, self.keys, missing_genes, self.means.shares)
+
+    def _check_question(self, context: str, perturbation: str) -> None:
+        if not len(self.control_rows(context)):
+            fix = did_you_mean(context, self._index)
+            raise LabelError(three_beats("a context with control cells in the data", repr(context), fix))
+        known = self.perturbations
+        parts = [perturbation] if perturbation in known else perturbation.split("+")
+        unknown = [part for part in parts if part not in known]
+        if unknown:
+            fix = f"{did_you_mean(unknown[0], known)}, or describe perturbations with features=..."
+            raise LabelError(three_beats("a perturbation that was measured", repr(unknown[0]), fix))
+
+    def intervals(self, context: str, perturbation: str) -> pd.DataFrame:
+        """Change of every gene with its interval, the largest first.
+
+        Returns
+        -------
+        DataFrame
+            ``gene, change, low, high``: change of mean log1p-CP10k; the interval holds what the plan missed of measured
+            contexts left out (95 %), NaN where fewer than two contexts tell it.
+        """
+        found = self.plan(context, perturbation)
+        table = pd.DataFrame(
+            {"gene": self.genes, "change": found.change, "low": found.low, "high": found.high}
+        )
+        return table.iloc[np.argsort(-np.abs(found.change), kind="stable")].reset_index(drop=True)
+
+    def support(self, context: str, perturbation: str) -> pd.DataFrame:
+        """From which measured contexts a response is borrowed, how near they are, and whether its size is extrapolated.
+
+        Returns
+        -------
+        DataFrame
+            A row per measured context, the nearest first: ``context, distance, share, response``; distances of mean
+            control cells in units of the usual distance between nearest measured contexts, `response` the length of
+            the measured change, beside the planned one in ``attrs["planned"]``; ``attrs["extrapolated"]`` says
+            whether that is larger than every measured one.
+        """
+        said = self.plan(context, perturbation)
+        measured = self.means.of_perturbation(perturbation, without=context)
+        table = measured.near(self._starts(context)[0].mean_level).assign(share=said.shares.to_numpy())
+        table = table.sort_values("distance").reset_index(drop=True)
+        table.attrs = {"planned": float(np.linalg.norm(said.change)), "extrapolated": said.extrapolated}
+        return table
+
+    def verdict(self, context: str, perturbation: str) -> str:
+        """What to trust of a prediction, in a sentence with numbers."""
+        said, name = self.plan(context, perturbation), f"{perturbation} in {context}"
+        tests = self.effects[self.effects["perturbation"] == perturbation]
+        if len(tests) and not tests["different"].any():
+            return (
+                f"{name}: no effect to predict; none of {len(tests)} measured groups differs from its controls "
+                f"(energy-distance test, smallest p {tests['p'].min():.2g})."
+            )
+        if said.measured:
+            return (
+                f"{name}: measured; the prediction is the measured mean, drawn towards the plan by its noise."
+            )
+        if not np.isfinite(said.explained):
+            return f"{name}: cannot be checked; it was measured in too few contexts to leave one out."
+        if said.explained <= 0:
+            return (
+                f"{name}: cannot be known; there is an effect, but predictions of measured contexts left out were no "
+                f"better than no change."
+            )
+        doubt = " Its size is extrapolated." if said.extrapolated else ""
+        genes = ", ".join(self._doubtful(said))
+        doubt += f" Trust the direction, not the size, of {genes}." if genes else ""
+        return (
+            f"{name}: such predictions explained {100 * said.explained:.0f} % of the squared mean response of measured "
+            f"contexts left out, {said.rival} {100 * said.rival_explained:.0f} %.{doubt}"
+        )
+
+    def _doubtful(self, said: Plan, n: int = 2) -> list[str]:
+        """Genes among the ten largest changes whose interval is widest beside the change, and does not hold 0."""
+        top = np.argsort(-np.abs(said.change), kind="stable")[:10]
+        width = said.quantile * said.error[top] / np.maximum(np.abs(said.change[top]), 1e-9)
+        doubtful = [k for k in np.argsort(-width, kind="stable") if width[k] > 0.5]
+        return [str(said.genes[top[k]]) for k in doubtful[:n]]
+
+    def latent_shift(self, contexts: Sequence[str], perturbation: str) -> np.ndarray:
+        """(d,) mean latent shift of a measured perturbation over contexts, each counting once, in the first member."""
+        rows = [
+            self._latent_means[c, perturbation] - self._latent_means[c, self.keys.control] for c in contexts
+        ]
+        return np.mean(rows, axis=0)
+
+    def fresh(self, cells: ad.AnnData, shift: np.ndarray):
+        """Counts (cell, gene) of the modelled genes, drawn anew from the decoder at shifted latents of control cells."""
+        start = Start.of(modelled_counts(cells, self.vae, self.keys), self.vae)
+        z = start.z + torch.as_tensor(shift, dtype=start.z.dtype, device=start.z.device)
+        return start.fresh(z, torch.Generator(device=z.device).manual_seed(self.seed))
+
+    # -- predicting -----------------------------------------------------------------------------------------------
+
+    def predict(
+        self,
+        conditions: pd.DataFrame | Sequence[tuple[str, str]] | None = None,
+        *,
+        context: str | None = None,
+        perturbation: str | None = None,
+        operator: AffineOperator | None = None,
+        strength: float = 1.0,
+        n_cells: int | None = None,
+        missing_genes: str = "refuse",
+        out: str | Path | None = None,
+        client=None,
+        seed: int | None = None,
+    ) -> ad.AnnData | Path:
+        """Virtual cells: raw counts of control cells under a perturbation, measured or not.
+
+        Parameters
+        ----------
+        conditions
+            Pairs (context, perturbation), or a DataFrame with these columns, and ``n_cells`` or ``strength`` where they
+            differ; in place of `context` and `perturbation`.
+        context, perturbation
+            One question. "A+B" asks for a combination.
+        operator
+            An affine operator to move the cells by: a sequence, a reversal, a product; its planned change is the moved
+            cells' own. `perturbation` is then only the label that is written.
+        strength
+            Power of the operator, 0 to 1.5: 0 leaves the cells, 1 is the measured strength.
+        n_cells
+            Cells of each condition; None for every control cell once, more than there are with replacement.
+        missing_genes
+            What becomes of modelled genes that the data lack: "refuse", "zero" (no counts), or "impute" (their mean share
+            in the controls of training).
+        out
+            An .h5ad to write to, condition by condition, where the cells would not fit into memory.
+        client
+            A Dask client that shares the conditions out; the numbers are the same.
+        seed
+            Seeds the draws; that of the model where None.
+
+        Returns
+        -------
+        AnnData
+            Counts in ``X`` over all genes of the data, in their order; ``layers["mean"]`` expected counts; in
+            ``obs`` that of the control cell, its name in ``source_cell``, the perturbation, and ``predicted``; in
+            ``var["modelled"]`` which genes were predicted (the others keep the control cell's counts); moved latents
+            in ``obsm["X_nbvae"]``; ``uns["cellop_nb"]["predictions"]``, a row per condition. Or the path, where
+            `out` is one.
+
+        Raises
+        ------
+        LabelError
+            For an unknown context, perturbation or column.
+        DataError
+            For genes that the data lack, under "refuse".
+        ModelError
+            For a strength out of range, or a part strength of an operator without a real logarithm.
+        """
+        asked = _questions(conditions, context, perturbation, strength, n_cells, operator)
+        if missing_genes not in ("refuse", "zero", "impute"):
+            expected = "missing_genes among 'refuse', 'zero', 'impute'"
+            raise LabelError(three_beats(expected, repr(missing_genes), "name one of them"))
+        for one in asked.itertuples():
+            check_strength(one.strength)
+            self._check_question(
+                one.context, self.perturbations[0] if operator is not None else one.perturbation
+            )
+        seed = self.seed if seed is None else seed
+        parts = _shared_out(client, self, asked, operator, missing_genes, seed)
+        about = self._provenance(asked, operator, seed)
+        if out is not None:
+            return write_parts(out, parts, about, total=len(asked))
+        cells = list(tqdm(parts, "predicting", total=len(asked), disable=len(asked) < 20))
+        pooled = cells[0] if len(cells) == 1 else ad.concat(cells, merge="same", index_unique=None)
+        pooled.uns["cellop_nb"] = about
+        return pooled
+
+    def answer(self, question, operator: AffineOperator | None, missing_genes: str, seed: int) -> ad.AnnData:
+        """Virtual cells of one condition: (context, perturbation, strength, n_cells)."""
+        context, perturbation, strength, n_cells = question
+        draw = crc32(f"{seed} {context} {perturbation} {strength:g}".encode())
+        rng, source = np.random.default_rng(draw), self.control_rows(context)
+        if n_cells is not None:
+            more = n_cells > len(source)
+            source = (
+                np.sort(rng.choice(len(source), n_cells, replace=more))
+                if more
+                else rng.permutation(len(source))[:n_cells]
+            )
+            source = self.control_rows(context)[np.sort(source)]
+        planned = None if operator is not None else self.plan(context, perturbation)
+        growth = 0.0 if operator is not None else strength * self.means.growth_of(context, perturbation)
+        parts = []
+        for k, rows in enumerate(np.array_split(source, self.n_members)):
+            member = self.members[k]
+            start = Start.of(self._cells(rows, missing_genes), member.vae)
+            act = operator if operator is not None else self._operator_of(member, perturbation, context)
+            generator = torch.Generator().manual_seed(draw + k)
+            drawn = start.moved(act, strength, planned, growth, generator)
+            parts.append(assemble(self.adata[rows], self.keys, self.genes, drawn, perturbation))
+        return parts[0] if len(parts) == 1 else ad.concat(parts, merge="same")
+
+    def _provenance(self, asked: pd.DataFrame, operator, seed: int) -> dict:
+        table = asked.assign(n_cells=asked["n_cells"].fillna(-1).astype(int), seed=seed)
+        table["operator"] = "" if operator is None else operator.label
+        table["measured"] = [
+            self.means.own(c, p) is not None
+            for c, p in zip(table["context"], table["perturbation"], strict=True)
+        ]
+        return {"predictions": table.reset_index(drop=True)}
+
+    # -- how it shows itself ----------------------------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        genes = "all genes" if self.n_genes is None else f"{self.n_genes} genes"
+        head = f"CellOp({self.adata.n_obs} cells, {genes}, n_latent={self.n_latent}, seed={self.seed})"
+        return f"{head}, not fitted" if not self.members else f"{head}\n{self.choice}"
+
+    def _repr_html_(self) -> str:
+        facts = {
+            "cells": self.adata.n_obs,
+            "genes": ("all" if self.n_genes is None else self.n_genes)
+            if not self.members
+            else len(self.genes),
+            "latent dimensions": self.n_latent,
+            "state": "not fitted: model.fit()" if not self.members else "fitted",
+        }
+        if self.members:
+            facts |= {
+                "perturbations": self.perturbations,
+                "CPU seconds": float(self.costs["cpu"].sum()) if len(self.costs) else None,
+            }
+        return card("CellOp: the predictor of a screen", facts, note=str(self.choice) if self.members else "")
+
+
+def _check_parts(vae, operators, n_members: int) -> None:
+    if operators is not None and vae is None:
+        fix = "pass vae=... too: operators act in the latent space of the VAE they were fitted with"
+        raise ModelError(three_beats("a VAE beside the operators", "operators alone", fix))
+    if vae is not None and n_members > 1:
+        raise ModelError(three_beats("n_members=1 with trained parts", str(n_members), "leave n_members out"))
+    if operators is not None and operators.config["n_latent"] != vae.n_latent:
+        found = f"operators of {operators.config['n_latent']} and a VAE of {vae.n_latent} dimensions"
+        raise ModelError(
+            three_beats("parts of one latent space", found, "pass parts that were fitted together")
+        )
+
+
+def _questions(conditions, context, perturbation, strength, n_cells, operator) -> pd.DataFrame:
+    """A row per condition: context, perturbation, strength, n_cells (None for every control cell once)."""
+    if conditions is None:
+        if context is None or (perturbation is None and operator is None):
+            fix = "pass context=... and perturbation=..., or a table of conditions"
+            raise LabelError(
+                three_beats("a context and a perturbation", f"{context!r} and {perturbation!r}", fix)
+            )
+        conditions = [(context, operator.label if perturbation is None else perturbation)]
+    elif context is not None or perturbation is not None:
+        fix = "pass conditions, or context and perturbation"
+        raise LabelError(three_beats("one way of asking", "both a table and a single question", fix))
+    columns = ["context", "perturbation"]
+    table = (
+        conditions
+        if isinstance(conditions, pd.DataFrame)
+        else pd.DataFrame(list(conditions), columns=columns)
+    )
+    unknown = [str(c) for c in table.columns if c not in (*columns, "n_cells", "strength")]
+    missing = [column for column in columns if column not in table]
+    if unknown or missing or not len(table):
+        problem = f"columns {list(map(str, table.columns))} of {len(table)} rows"
+        fix = "name the columns context, perturbation, and n_cells or strength where they differ"
+        raise LabelError(three_beats("conditions with columns context and perturbation", problem, fix))
+    table = table.astype(dict.fromkeys(columns, str))
+    table = table.assign(
+        strength=table["strength"].astype(float) if "strength" in table else float(strength),
+        n_cells=table.get("n_cells", n_cells),
+    )
+    wrong = [n for n in table["n_cells"] if n is not None and not (float(n).is_integer() and n > 0)]
+    if wrong:
+        raise LabelError(
+            three_beats("n_cells a whole number above 0", repr(wrong[0]), "ask for at least one cell")
+        )
+    return table[[*columns, "strength", "n_cells"]]
+
+
+def _shared_out(
+    client, model: CellOp, asked: pd.DataFrame, operator, missing_genes: str, seed: int
+) -> Iterator:
+    """The answer to every row in turn, made here or by the workers of a Dask client."""
+    rows = [
+        (*row[:3], None if row[3] is None or row[3] != row[3] else int(row[3]))
+        for row in asked.itertuples(index=False)
+    ]
+    if client is None:
+        yield from (model.answer(row, operator, missing_genes, seed) for row in rows)
+        return
+    shared = client.scatter(model, broadcast=True, hash=False)
+    futures = [
+        client.submit(CellOp.answer, shared, row, operator, missing_genes, seed, pure=False) for row in rows
+    ]
+    try:
+        yield from (future.result() for future in futures)
+    finally:
+        client.cancel(futures)
+
+
+class _Stages:
+    """What each stage of a fit costs, and a bar that says how long the rest will take."""
+
+    def __init__(self, total: int, progress: bool) -> None:
+        self._bar = tqdm(total=total, desc="fitting", disable=not progress)
+        self._costs: list[dict] = []
+        self._histories: list[pd.DataFrame] = []
+
+    def __enter__(self) -> _Stages:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._bar.close()
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        self._bar.set_postfix_str(stage)
+        wall, cpu = time.perf_counter(), time.process_time()
+        yield
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        spent = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+        self._costs.append({"stage": stage, **spent, "peak_mb": peak})
+        self._bar.update()
+
+    def record(self, stage: str, trainer) -> None:
+        """Keep the history of a training."""
+        self._histories.append(pd.DataFrame(trainer.rows).assign(stage=stage))
+
+    def history(self) -> pd.DataFrame:
+        table = (
+            pd.concat(self._histories, ignore_index=True) if self._histories else pd.DataFrame({"stage": []})
+        )
+        return table[["stage", *(column for column in table if column != "stage")]]
+
+    def costs(self) -> pd.DataFrame:
+        table = pd.DataFrame(self._costs)
+        return (
+            table.groupby("stage", sort=False)
+            .agg({"wall": "sum", "cpu": "sum", "peak_mb": "max"})
+            .reset_index()
+        )
