@@ -13,7 +13,7 @@ import torch
 from anndata import AnnData
 
 from ..data.contract import perturbation_parts
-from ..data.groups import Group, Groups
+from ..data.groups import Group, Groups, evenly
 from ..display import Distances
 from ..errors import LabelError, ModelError, did_you_mean, three_beats
 from ..models.affine import AffineOperator, check_strength, commutator, compose, sum_generators
@@ -172,7 +172,7 @@ def order_effects(
     for context in operators.conditions.contexts if contexts is None else contexts:
         groups.controls(context)  # refuses an unknown one
         cells = groups.control[context]
-        starts[context] = cells[_spread(len(cells), max_cells)]
+        starts[context] = cells[evenly(len(cells), max_cells)]
     if pairs is None:
         pairs = list(combinations(_strongest(operators, starts, max_pairs), 2))
     rows = []
@@ -184,11 +184,6 @@ def order_effects(
             rows.append({"context": context, "first": first, "second": second, **effects})
     columns = ["context", "first", "second", "commutator", "gap", "effect", "relative", "energy"]
     return pd.DataFrame(rows, columns=columns).sort_values("energy", ascending=False, ignore_index=True)
-
-
-def _spread(cells: int, most: int) -> torch.Tensor:
-    """Positions of at most `most` of the cells, evenly over their order."""
-    return torch.arange(cells) if cells <= most else torch.linspace(0, cells - 1, most).round().long()
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..data.batches import count_matrix, model_counts
 from ..data.contract import counts, keys_of
-from ..data.groups import Group, Groups
+from ..data.groups import Group, Groups, evenly
 from ..data.matrices import CountMatrix
 from ..data.on_disk import DiskCounts
 from ..errors import DataError, LabelError, did_you_mean, three_beats
@@ -69,8 +69,8 @@ def response_genes(
     for context, members in _by_context(groups):
         if context not in operators.conditions.contexts:
             continue
-        chosen = _spread(len(groups.control_rows[context]), max_cells)
-        z, rows = groups.control[context][chosen], groups.control_rows[context][chosen]
+        chosen = evenly(len(groups.control_rows[context]), max_cells)
+        z, rows = groups.control[context][chosen], groups.control_rows[context][chosen.numpy()]
         own = None if covariates is None else covariates[rows]
         before = _mean_proportions(vae, z, own)
         for group in members:
@@ -149,11 +149,6 @@ def _condition(group: Group) -> Condition:
 def _names(group: Group, groups: Groups) -> dict[str, object]:
     names: dict[str, object] = {"context": group.context, "perturbation": group.perturbation}
     return names if groups.keys.dose_key is None else names | {"dose": group.dose}
-
-
-def _spread(cells: int, most: int) -> np.ndarray:
-    """Positions of at most `most` of the cells, evenly over their order."""
-    return np.arange(cells) if cells <= most else np.linspace(0, cells - 1, most).round().astype(int)
 
 
 def _mean_shares(matrix: CountMatrix | DiskCounts, rows: np.ndarray) -> np.ndarray:

@@ -366,6 +366,11 @@ def _representation(adata: AnnData, use_rep: str | np.ndarray | None) -> Tensor:
     return torch.from_numpy(z)
 
 
+def evenly(n_cells: int, most: int) -> Tensor:
+    """Positions of at most `most` of n cells, evenly over their order, which may be by donor or batch."""
+    return torch.arange(n_cells) if n_cells <= most else torch.linspace(0, n_cells - 1, most).round().long()
+
+
 def _group_label(context: str, perturbation: str, dose: float, *, several_doses: bool) -> str:
     return f"{context}, {perturbation}" + (f" @ {dose:g}" if several_doses else "")
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..data.contract import Keys
-from ..data.groups import Group, Groups, GroupSample
+from ..data.groups import Group, Groups, GroupSample, evenly
 from ..errors import LabelError, ModelError, check_values, checked, did_you_mean, three_beats
 from ..models.energy import grouped_energy_distance, moved_energy_distance, noise_floor, self_distance
 from ..models.operators import Condition, OperatorModel, spectral_excess
@@ -312,8 +312,8 @@ class OperatorTrainer(Trainer):
         """Cut the held-out groups to at most 256 cells a side, and cache what does not change."""
         items = self.held_out.items
         self.val_design = self.model.conditions.design([condition_of(group, control) for group in items])
-        controls = [_spread(self.held_out.control[group.context], 256) for group in items]
-        perturbed = [_spread(group.cells, 256) for group in items]
+        controls = [_some(self.held_out.control[group.context]) for group in items]
+        perturbed = [_some(group.cells) for group in items]
         kind = self.model.axis_shift.dtype  # that of the chosen precision
         self.val_control, self.val_sizes = torch.cat(controls).to(kind), [len(cells) for cells in controls]
         self.val_perturbed, self.val_counts = (
@@ -394,8 +394,6 @@ def _rows_of(data: Groups) -> Tensor:
     return torch.cat([torch.as_tensor(part, dtype=torch.int64) for part in parts])
 
 
-def _spread(cells: Tensor, most: int) -> Tensor:
-    """At most `most` cells, evenly over the order of the data, which may be sorted by donor or batch."""
-    if len(cells) <= most:
-        return cells
-    return cells[torch.linspace(0, len(cells) - 1, most, device=cells.device).round().long()]
+def _some(cells: Tensor) -> Tensor:
+    """At most 256 of the cells."""
+    return cells[evenly(len(cells), 256).to(cells.device)]
