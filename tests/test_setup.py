@@ -75,7 +75,7 @@ def imports() -> tuple[set[str], set[str]]:
             if isinstance(node, ast.ImportFrom) and not node.level:
                 names = [node.module]
             (top if node in tree.body else inside).update(name.partition(".")[0] for name in names)
-    own = {*sys.stdlib_module_names, "cellop_nb", "benchmarks"}
+    own = {*sys.stdlib_module_names, "cellop_nb"}
     return top - own, inside - own
 
 
