@@ -124,5 +124,5 @@ def predict_all(adata: AnnData, vae, operators, trainer: OperatorTrainer) -> Non
     for group in trainer.groups.items:
         rows = trainer.groups.controls(group.context)
         start = Start.of(modelled_counts(adata[rows], vae, keys), vae)
-        drawn = start.moved(operators.operator(Condition((group.perturbation,), group.context)))
+        drawn = start.moved(operators.operator(Condition.parse(group.perturbation, group.context)))
         assemble(adata[rows], keys, vae.genes, drawn, group.perturbation)
