@@ -730,7 +730,7 @@ class CellOp:
         return parts[0] if len(parts) == 1 else ad.concat(parts, merge="same")
 
     def _provenance(self, asked: pd.DataFrame, operator, seed: int) -> dict:
-        table = asked.assign(n_cells=asked["n_cells"].fillna(-1).astype(int), seed=seed)
+        table = asked.assign(n_cells=pd.to_numeric(asked["n_cells"]).fillna(-1).astype(int), seed=seed)
         table["operator"] = "" if operator is None else operator.label
         table["measured"] = [
             self.means.own(c, p) is not None
