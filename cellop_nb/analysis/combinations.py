@@ -151,6 +151,8 @@ def order_effects(
         pairs of those few perturbations that move the mean control cells furthest: an order effect needs two moves.
     contexts
         Which contexts; all that the operators were fitted with where None.
+    max_pairs
+        Most pairs that are taken without being asked for.
     max_cells
         Control cells moved, evenly spread over the data where a context has more.
 

@@ -349,9 +349,9 @@ def operator_health(
     One row per condition. :func:`compare_health` sets the tables of several models side by side (before and
     after training, with and without the penalty).
     """
-    conditions = _all_conditions(operator_model) if conditions is None else list(conditions)
+    chosen = list(_all_conditions(operator_model) if conditions is None else conditions)
     rows = {}
-    for condition in conditions:
+    for condition in chosen:
         operator = operator_model.operator(condition)
         A, b = (tensor.detach().double().cpu().numpy() for tensor in (operator.matrix, operator.shift))
         rows[str(condition)] = affine_health(A, b, max_norm=max_norm)

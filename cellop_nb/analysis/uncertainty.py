@@ -401,7 +401,7 @@ def operator_intervals(
         values = torch.stack([_quantities(member, conditions, start) for member in members])
         interval = _standard_interval(values.double().numpy(), level)
         quantities = [*(f"move[{k}]" for k in range(len(start))), "length", "norm"]
-        names = np.repeat(encoder.perturbations, len(quantities))
+        names = [name for name in encoder.perturbations for _ in quantities]
         columns = {
             "context": context,
             "perturbation": names,
