@@ -189,7 +189,7 @@ def peer(path: str) -> Callable[[], object]:
 def train(path: str, backed: bool = True) -> Callable[[], object]:
     """One epoch of the VAE, from opening the file to the saved model."""
     from cellop_nb.data.catalogue import load
-    from cellop_nb.training.checkpoint import save
+    from cellop_nb.training.checkpoint import write_models
     from cellop_nb.training.loop import Machine
     from cellop_nb.training.vae import VAETrainer, new_vae
 
@@ -198,7 +198,7 @@ def train(path: str, backed: bool = True) -> Callable[[], object]:
         vae = new_vae(adata, n_latent=LATENT, n_hidden=HIDDEN)
         settings = {"batch_size": BATCH, "max_epochs": 1, "progress": False}
         VAETrainer(adata, vae, machine=Machine(accelerator="cpu"), **settings).fit()
-        save(_beside(path, "vae.safetensors"), vae)
+        write_models(_beside(path, "vae.safetensors"), vae)
 
     return call
 
@@ -207,7 +207,7 @@ def encode(path: str) -> Callable[[], object]:
     """Latents of every cell."""
     from cellop_nb.analysis.predict import embed
     from cellop_nb.data.catalogue import load
-    from cellop_nb.training.checkpoint import load as load_model
+    from cellop_nb.training.checkpoint import read_models as load_model
 
     def call():
         adata = load(path, backed=True)
@@ -224,7 +224,7 @@ def predict(path: str) -> Callable[[], object]:
     from cellop_nb.data.contract import keys_of
     from cellop_nb.data.groups import controls_by_context
     from cellop_nb.models.operators import Condition
-    from cellop_nb.training.checkpoint import load as load_model
+    from cellop_nb.training.checkpoint import read_models as load_model
     from cellop_nb.training.loop import Machine
     from cellop_nb.training.operators import OperatorTrainer, new_operators
 
@@ -237,7 +237,7 @@ def predict(path: str) -> Callable[[], object]:
             adata, operators, max_epochs=1, progress=False, machine=Machine(accelerator="cpu")
         ).fit()
         operator = operators.operator(Condition(("drug 1",), "type 0"))
-        rows = np.sort(controls_by_context(adata)["type 0"])
+        rows = np.sort(controls_by_context(adata, keys)["type 0"])
         chunks = np.split(rows, range(1024, len(rows), 1024))
 
         def parts():

@@ -40,8 +40,7 @@ _PUBLIC = {
     "EarlyStopping": "training.callbacks",
     "Replay": "training.callbacks",
     "NonFiniteError": "training.locate",
-    "save": "training.checkpoint",
-    "load": "training.checkpoint",
+    "load": "analysis.cellop",
     "CellOp": "analysis.cellop",
     "embed": "analysis.predict",
     "evaluate": "analysis.scores",
@@ -69,6 +68,7 @@ _MODULES = {"datasets", "errors", "pl"}
 if TYPE_CHECKING:  # the names below are found by `__getattr__` while running
     from . import errors as errors
     from .analysis.cellop import CellOp as CellOp
+    from .analysis.cellop import load as load
     from .analysis.combinations import combine as combine
     from .analysis.combinations import order_effects as order_effects
     from .analysis.combinations import reversal as reversal
@@ -109,8 +109,6 @@ if TYPE_CHECKING:  # the names below are found by `__getattr__` while running
     from .training.callbacks import Callback as Callback
     from .training.callbacks import EarlyStopping as EarlyStopping
     from .training.callbacks import Replay as Replay
-    from .training.checkpoint import load as load
-    from .training.checkpoint import save as save
     from .training.locate import NonFiniteError as NonFiniteError
     from .training.loop import Machine as Machine
     from .training.operators import OperatorTrainer as OperatorTrainer

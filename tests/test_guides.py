@@ -10,6 +10,7 @@ import pytest
 
 import cellop_nb
 from cellop_nb.__main__ import build_parser
+from cellop_nb.training.checkpoint import read_models
 
 GUIDES = sorted((Path(__file__).resolve().parents[1] / "docs" / "guides").glob("*.md"))
 
@@ -84,4 +85,4 @@ def test_the_worked_examples_do_what_they_say(quick, mine, capsys):
     assert "median shift" in names["result"].summary().index
     assert isinstance(names["StopAtFloor"](), cellop_nb.Callback)
     with pytest.raises(cellop_nb.errors.CheckpointError, match="pass form=Stretch"):
-        cellop_nb.load("stretch.safetensors")
+        read_models("stretch.safetensors")

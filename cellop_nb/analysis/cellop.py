@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import resource
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy, deepcopy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
+from io import StringIO
 from pathlib import Path
 from zlib import crc32
 
@@ -17,22 +19,25 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from ..data.contract import keys_of
+from ..data.contract import Keys, check_values, is_set_up, keys_of
 from ..data.genes import select_genes
 from ..data.groups import Groups, controls_by_context
 from ..data.on_disk import require_in_memory
 from ..display import card
-from ..errors import LabelError, ModelError, did_you_mean, three_beats
+from ..errors import CheckpointError, LabelError, ModelError, did_you_mean, three_beats
 from ..models.affine import AffineOperator, check_strength
 from ..models.operators import Condition, OperatorModel
 from ..models.vae import NBVAE
 from ..training.callbacks import Callback
+from ..training.checkpoint import Saved, read_models, write_models
 from ..training.operators import OperatorTrainer, Penalties, new_operators
 from ..training.vae import VAETrainer, new_vae
 from .distances import etest
 from .means import Means
 from .plan import Evidence, Plan, estimates, evidence, plan, weigh
 from .predict import REP, Start, assemble, embed, modelled_counts, write_parts
+
+logger = logging.getLogger("cellop_nb")
 
 SPLIT = "split"
 
@@ -197,6 +202,7 @@ class CellOp:
         self._evidence: Evidence | None = None
         self._plans: dict[tuple[str, str], Plan] = {}
         self._index: dict[str, np.ndarray] | None = None
+        self._missing_genes = "refuse"
         self._shared: dict = {}
 
     def unfitted(self, adata: ad.AnnData, seed: int | None = None) -> CellOp:
@@ -213,9 +219,11 @@ class CellOp:
         return model
 
     def on(self, adata: ad.AnnData) -> CellOp:
-        """This model asked of other control cells: those of `adata`, which was set up."""
+        """This model asked of the control cells of `adata`, under its own keys where it was set up, else the model's."""
         other = copy(self)
-        other.adata, other.keys, other._plans, other._index = adata, keys_of(adata), {}, None
+        keys = keys_of(adata) if is_set_up(adata) else self.keys
+        other.adata, other.keys, other._plans, other._index = adata, keys, {}, None
+        check_values(adata, keys.layer)
         return other
 
     # -- parts ----------------------------------------------------------------------------------------------------
@@ -526,12 +534,12 @@ class CellOp:
     def control_rows(self, context: str) -> np.ndarray:
         """Rows of the control cells of a context, in the order of their names; none where it has none."""
         if self._index is None:
-            self._index = controls_by_context(self.adata)
+            self._index = controls_by_context(self.adata, self.keys)
         return self._index.get(context, np.zeros(0, dtype=int))
 
-    def _cells(self, rows: np.ndarray, missing_genes: str = "refuse") -> ad.AnnData:
+    def _cells(self, rows: np.ndarray) -> ad.AnnData:
         """Counts of the modelled genes of some cells of the data."""
-        return modelled_counts(self.adata[rows], self.vae, self.keys, missing_genes, self.means.shares)
+        return modelled_counts(self.adata[rows], self.vae, self.keys, self._missing_genes, self.means.shares)
 
     def _check_question(self, context: str, perturbation: str) -> None:
         if not len(self.control_rows(context)):
@@ -695,7 +703,11 @@ class CellOp:
                 one.context, self.perturbations[0] if operator is not None else one.perturbation
             )
         seed = self.seed if seed is None else seed
-        parts = _shared_out(client, self, asked, operator, missing_genes, seed)
+        model = self
+        if missing_genes != self._missing_genes:
+            model = copy(self)
+            model._missing_genes, model._plans = missing_genes, {}
+        parts = _shared_out(client, model, asked, operator, seed)
         about = self._provenance(asked, operator, seed)
         if out is not None:
             return write_parts(out, parts, about, total=len(asked))
@@ -704,7 +716,7 @@ class CellOp:
         pooled.uns["cellop_nb"] = about
         return pooled
 
-    def answer(self, question, operator: AffineOperator | None, missing_genes: str, seed: int) -> ad.AnnData:
+    def answer(self, question, operator: AffineOperator | None, seed: int) -> ad.AnnData:
         """Virtual cells of one condition: (context, perturbation, strength, n_cells)."""
         context, perturbation, strength, n_cells = question
         draw = crc32(f"{seed} {context} {perturbation} {strength:g}".encode())
@@ -722,7 +734,7 @@ class CellOp:
         parts = []
         for k, rows in enumerate(np.array_split(source, self.n_members)):
             member = self.members[k]
-            start = Start.of(self._cells(rows, missing_genes), member.vae)
+            start = Start.of(self._cells(rows), member.vae)
             act = operator if operator is not None else self._operator_of(member, perturbation, context)
             generator = torch.Generator().manual_seed(draw + k)
             drawn = start.moved(act, strength, planned, growth, generator)
@@ -737,6 +749,60 @@ class CellOp:
             for c, p in zip(table["context"], table["perturbation"], strict=True)
         ]
         return {"predictions": table.reset_index(drop=True)}
+
+    # -- files ----------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> Path:
+        """Write the model to one file: weights, genes, keys, group means, and what was chosen; no counts.
+
+        Parameters
+        ----------
+        path
+            File to write; ``.safetensors`` is added where it is missing. An unfitted CellOp writes the parts it was
+            given.
+
+        Returns
+        -------
+        The path.
+
+        Raises
+        ------
+        ModelError
+            Where there is nothing to save.
+        StorageError
+            Where the disk refuses; an earlier file is left as it was.
+        """
+        path = Path(path)
+        path = path if path.suffix == ".safetensors" else path.with_name(f"{path.name}.safetensors")
+        keys = asdict(self.keys)
+        if not self.members:
+            if self._ready_vae is None:
+                self._fitted()
+            return write_models(path, self._ready_vae, self._ready_operators, keys=keys)
+        means, judged = self.means, list(self.means.moved)
+        arrays = {name: getattr(means, name) for name in _MEANS}
+        arrays["moved"] = np.stack([means.moved[pair] for pair in judged]) if judged else np.zeros((0, 0))
+        arrays["latents"] = np.stack(list(self._latent_means.values()))
+        seen = self._evidence
+        if seen is not None:
+            arrays["evidence"] = seen.products
+        about = {
+            "settings": {name: getattr(self, name) for name in ("n_latent", "n_genes", "n_members", "seed")},
+            "recipe": asdict(self.recipe),
+            "contexts": means.contexts,
+            "pairs": means.pairs,
+            "judged": judged,
+            "latents": list(self._latent_means),
+            "evidence": None if seen is None else {"names": seen.names, "n_contexts": seen.n_contexts},
+            "effects": self.effects.to_json(orient="split"),
+            "history": self.history.to_json(orient="split"),
+            "costs": self.costs.to_json(orient="split"),
+        }
+        first, *others = self.members
+        pairs = [(member.vae, member.operators) for member in others]
+        return write_models(
+            path, first.vae, first.operators, keys=keys, members=pairs, arrays=arrays, predictor=about
+        )
 
     # -- how it shows itself ----------------------------------------------------------------------------------------
 
@@ -760,6 +826,80 @@ class CellOp:
                 "CPU seconds": float(self.costs["cpu"].sum()) if len(self.costs) else None,
             }
         return card("CellOp: the predictor of a screen", facts, note=str(self.choice) if self.members else "")
+
+
+_MEANS = ("control", "change", "noise", "growth", "shares")
+
+
+def load(path: str | Path, adata: ad.AnnData | None = None) -> CellOp | Saved:
+    """A model that :meth:`CellOp.save` wrote, to be asked of the control cells of `adata`.
+
+    Parameters
+    ----------
+    path
+        The file; ``.safetensors`` is added where it is missing.
+    adata
+        Cells whose controls are moved. Where it was not set up, the keys of the model's own data hold.
+
+    Returns
+    -------
+    CellOp
+        Fitted. A file that holds trained parts alone, as the first edition wrote them, has no plan: what comes back
+        is then :class:`~cellop_nb.training.checkpoint.Saved` with ``.vae`` and ``.operators``, or, with `adata`, an
+        unfitted CellOp of these parts; a log message says so.
+
+    Raises
+    ------
+    CheckpointError
+        If the file is missing, damaged, of another kind, or of a later version.
+    """
+    path = Path(path)
+    path = (
+        path if path.exists() or path.suffix == ".safetensors" else path.with_name(f"{path.name}.safetensors")
+    )
+    saved = read_models(path)
+    if not saved.predictor:
+        logger.warning("%s holds trained parts and no plan: call CellOp(adata, vae=, operators=).fit()", path)
+        return saved if adata is None else CellOp(adata, vae=saved.vae, operators=saved.operators)
+    try:
+        model = _restored(saved)
+    except (KeyError, TypeError, ValueError) as error:
+        problem = f"a damaged description ({type(error).__name__}: {error})"
+        expected = f"the predictor in {path}"
+        raise CheckpointError(three_beats(expected, problem, "save the model again")) from error
+    return model if adata is None else model.on(adata)
+
+
+def _restored(saved: Saved) -> CellOp:
+    """A fitted CellOp without data."""
+    about, arrays = saved.predictor, saved.arrays
+    names = [field.name for field in fields(Keys)]
+    keys = {name: tuple(v) if isinstance(v, list) else v for name, v in saved.keys.items() if name in names}
+    empty = ad.AnnData(
+        np.zeros((0, len(saved.vae.genes)), np.float32), var=pd.DataFrame(index=saved.vae.genes)
+    )
+    empty.obs = empty.obs.assign(
+        **{key: [] for key in (keys["perturbation_key"], *(keys["context_key"] or ()))}
+    )
+    Keys(**keys).write(empty)
+    model = CellOp(empty, **about["settings"])
+    model.recipe = Recipe(**about["recipe"])
+    model.members = [Member(saved.vae, saved.operators), *(Member(*pair) for pair in saved.members)]
+    pairs = [tuple(pair) for pair in about["pairs"]]
+    moved = dict(zip([tuple(pair) for pair in about["judged"]], arrays["moved"], strict=True))
+    control, change, noise, growth, shares = (arrays[name] for name in _MEANS)
+    model.means = Means(about["contexts"], control, pairs, change, noise, growth, shares, moved)
+    model._latent_means = dict(
+        zip([tuple(pair) for pair in about["latents"]], arrays["latents"], strict=True)
+    )
+    if about["evidence"] is not None:
+        seen = about["evidence"]
+        model._evidence = Evidence(tuple(seen["names"]), arrays["evidence"], seen["n_contexts"])
+    model.choice = Choice.of(model._evidence)
+    model.effects, model.history, model.costs = (
+        pd.read_json(StringIO(about[name]), orient="split") for name in ("effects", "history", "costs")
+    )
+    return model
 
 
 def _check_parts(vae, operators, n_members: int) -> None:
@@ -821,12 +961,10 @@ def _shared_out(
         for row in asked.itertuples(index=False)
     ]
     if client is None:
-        yield from (model.answer(row, operator, missing_genes, seed) for row in rows)
+        yield from (model.answer(row, operator, seed) for row in rows)
         return
     shared = client.scatter(model, broadcast=True, hash=False)
-    futures = [
-        client.submit(CellOp.answer, shared, row, operator, missing_genes, seed, pure=False) for row in rows
-    ]
+    futures = [client.submit(CellOp.answer, shared, row, operator, seed, pure=False) for row in rows]
     try:
         yield from (future.result() for future in futures)
     finally:

@@ -753,6 +753,6 @@ def _two_not_negative(design: np.ndarray, y: np.ndarray, weight: np.ndarray) -> 
 def _drawn_towards(own: np.ndarray, noise: np.ndarray, planned: np.ndarray, error: np.ndarray):
     """What was measured, drawn towards the plan by its noise; its standard error."""
     own, noise = np.asarray(own, dtype=np.float64), np.maximum(noise, np.finfo(float).tiny)
-    between = np.where(np.isfinite(error), np.square(error), np.inf)
-    share = np.where(np.isinf(between), 1.0, between / (between + noise))
+    between = np.square(error)  # NaN where nothing tells it: what was measured then stands alone
+    share = np.nan_to_num(between / (between + noise), nan=1.0)
     return planned + share * (own - planned), np.sqrt(share * noise)

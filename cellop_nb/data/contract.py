@@ -169,6 +169,11 @@ def keys_of(adata) -> Keys:
     return Keys(**values)
 
 
+def is_set_up(adata) -> bool:
+    """Whether :func:`setup` kept keys in the data."""
+    return "keys" in adata.uns.get("cellop_nb", {})
+
+
 def _likely(adata) -> str:
     """The call of `setup` that the columns of `obs` suggest."""
     columns = {str(column).lower(): str(column) for column in getattr(adata, "obs", ())}

@@ -303,9 +303,8 @@ class Groups(Sequence[Group]):
         )
 
 
-def controls_by_context(adata: AnnData) -> dict[str, np.ndarray]:
+def controls_by_context(adata: AnnData, keys: Keys) -> dict[str, np.ndarray]:
     """Rows of each context's control cells, (cell,) by the cells' names; of data that may hold controls alone."""
-    keys = keys_of(adata)
     labels = label_table(adata, replace(keys, dose_key=None)).assign(row=np.arange(adata.n_obs))
     controls = labels[labels["perturbation"] == keys.control]
     names = adata.obs_names.to_numpy()

@@ -26,7 +26,7 @@ from ..errors import CellopError, CheckpointError, three_beats
 from ..files import inside, write_whole
 from ..models.operators import OperatorModel
 from ..models.vae import NBVAE
-from ..training.checkpoint import load, save
+from ..training.checkpoint import read_models, write_models
 from ..training.operators import OperatorTrainer, Penalties, new_operators
 from ..training.vae import VAETrainer, new_vae
 from . import parameters, runs
@@ -171,7 +171,7 @@ class Workspace:
     def _load(self, notebook: str, part: str, made: Mapping[str, str]):
         """A model that an earlier notebook left, when it was made from this very input; else None."""
         try:
-            stored = load(self.run_dir / notebook / _MODEL)
+            stored = read_models(self.run_dir / notebook / _MODEL)
         except CheckpointError:
             stored = None
         fits = stored is not None and stored.summary == made
@@ -188,7 +188,9 @@ class Workspace:
         """Write trained models for the notebooks that follow, with what they were made from."""
         inputs = ("screen", "vae") if "operators" in models else ("screen",)
         made = {name: adata.uns["cellop_nb"][name] for name in inputs}
-        return save(self.folder / _MODEL, **models, keys={"layer": self.layer, **self.keys}, summary=made)
+        return write_models(
+            self.folder / _MODEL, **models, keys={"layer": self.layer, **self.keys}, summary=made
+        )
 
     def figure(self, figure, name: str):
         """Write the figure as PNG and show it."""

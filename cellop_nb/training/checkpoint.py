@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -33,12 +33,13 @@ SCHEMA = 2
 _ENTRY = "cellop_nb"
 _SEAL = b"\ncellop_nb sha256 "
 _PACKAGES = ("cellop_nb", "torch", "anndata", "numpy", "safetensors")
+_ARRAYS = "predictor"  # where the arrays beside the models stand
 _FEATURES = "conditions.features"  # given to the constructor, not part of the configuration
 
 
 @dataclass(frozen=True)
 class Saved:
-    """What :func:`load` gives back.
+    """What :func:`read_models` gives back.
 
     Attributes
     ----------
@@ -52,6 +53,11 @@ class Saved:
         Versions of the packages that wrote the file.
     trained
         Per model how it was trained: settings, epochs, best epoch, changes by hand, why it ended.
+    members
+        Pairs (VAE, operators) of further seeds.
+    arrays, predictor
+        What a fitted :class:`CellOp` knows beside its models: group means and what is said of them; empty where only
+        models were saved.
     """
 
     vae: NBVAE | None = None
@@ -60,15 +66,21 @@ class Saved:
     summary: dict = field(default_factory=dict)
     versions: dict = field(default_factory=dict)
     trained: dict = field(default_factory=dict)
+    members: list = field(default_factory=list)
+    arrays: dict = field(default_factory=dict, repr=False)
+    predictor: dict = field(default_factory=dict, repr=False)
 
 
-def save(
+def write_models(
     path: str | Path,
     vae: NBVAE | None = None,
     operators: OperatorModel | None = None,
     *,
     keys: Mapping | None = None,
     summary: Mapping | None = None,
+    members: Sequence[tuple[NBVAE, OperatorModel]] = (),
+    arrays: Mapping[str, np.ndarray] | None = None,
+    predictor: Mapping | None = None,
 ) -> Path:
     """Write trained models to one file, whole or not at all.
 
@@ -80,6 +92,8 @@ def save(
         At least one of them. Gene names, covariate categories, perturbations and contexts go with them.
     keys, summary
         What else should be known later: keywords of the data, numbers of the training. JSON values.
+    members, arrays, predictor
+        As in :class:`Saved`.
 
     Returns
     -------
@@ -90,33 +104,39 @@ def save(
     CheckpointError
         If there is nothing to save, or `keys` or `summary` hold what JSON cannot.
     """
-    given = {name: model for name, model in {"vae": vae, "operators": operators}.items() if model is not None}
-    if not given:
+    models = {
+        name: model for name, model in {"vae": vae, "operators": operators}.items() if model is not None
+    }
+    if not models:
         fix = "pass vae=..., operators=... or both"
         raise CheckpointError(three_beats("a model to save", "neither a VAE nor operators", fix))
+    for k, pair in enumerate(members, 1):
+        models |= {f"vae_{k}": pair[0], f"operators_{k}": pair[1]}
     about = {
         "schema": SCHEMA,
         "versions": {name: _version(name) for name in _PACKAGES},
-        "config": {name: model.config for name, model in given.items()},
+        "config": {name: model.config for name, model in models.items()},
         "form": type(operators).__name__,
-        "trained": {name: getattr(model, "trained", {}) for name, model in given.items()},
+        "trained": {name: getattr(model, "trained", {}) for name, model in models.items()},
         "keys": dict(keys or {}),
         "summary": dict(summary or {}),
+        "predictor": dict(predictor or {}),
     }
-    states = {name: model.state_dict().items() for name, model in given.items()}
+    states = {name: model.state_dict().items() for name, model in models.items()}
     tensors = {f"{name}.{key}": _plain(value) for name, state in states.items() for key, value in state}
+    tensors |= {f"{_ARRAYS}.{key}": torch.tensor(np.asarray(value)) for key, value in (arrays or {}).items()}
     metadata = {_ENTRY: _json(about)}
     return write_whole(path, lambda part: save_file(tensors, part, metadata))
 
 
-def load(
+def read_models(
     path: str | Path,
     *,
     genes: Iterable[str] | None = None,
     form: type[OperatorModel] = OperatorModel,
     device: torch.device | str = "cpu",
 ) -> Saved:
-    """Read models written by :func:`save`.
+    """Read models written by :func:`write_models`.
 
     Parameters
     ----------
@@ -152,14 +172,23 @@ def load(
         )
     _refuse_other_form(about, form, path)
     _refuse_nonfinite(tensors, path)
-    makers = {"vae": NBVAE, "operators": form}
+    makers = {name: form if name.startswith("operators") else NBVAE for name in about["config"]}
     models = {name: _rebuild(name, makers, about, tensors, path) for name in about["config"]}
     for model in models.values():
         model.to(target)
     if genes is not None and "vae" in models:
         _refuse_other_genes(models["vae"].genes, [str(gene) for gene in genes], path)
     notes = (about.get(name, {}) for name in ("keys", "summary", "versions", "trained"))
-    return Saved(models.get("vae"), models.get("operators"), *notes)
+    members = [
+        (models[name], models[name.replace("vae", "operators")]) for name in models if name.startswith("vae_")
+    ]
+    arrays = {
+        name.removeprefix(f"{_ARRAYS}."): tensor.numpy()
+        for name, tensor in tensors.items()
+        if name.startswith(f"{_ARRAYS}.")
+    }
+    predictor = about.get("predictor", {})
+    return Saved(models.get("vae"), models.get("operators"), *notes, members, arrays, predictor)
 
 
 def _device(device: torch.device | str) -> torch.device:
@@ -195,7 +224,7 @@ def _json(about: dict) -> str:
 
 
 def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
-    expected = f"a file written by cellop_nb.save at {path}"
+    expected = f"a file written by CellOp.save at {path}"
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -208,7 +237,7 @@ def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
         ):
             raise ValueError("a description of something else")
     except KeyError:
-        fix = "give the path that cellop_nb.save returned"
+        fix = "give the path that was saved to"
         raise CheckpointError(three_beats(expected, "tensors of another program", fix)) from None
     except (OSError, SafetensorError, ValueError, AttributeError, RecursionError) as error:
         problem = "no such file" if not path.is_file() else f"a damaged or foreign file ({error})"

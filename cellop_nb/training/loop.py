@@ -700,7 +700,7 @@ class Trainer(RemoteControl):
         self.model.eval()
 
     def summary(self) -> dict:
-        """How the model was trained, in words and numbers: what :func:`cellop_nb.save` keeps beside it."""
+        """How the model was trained, in words and numbers: what :meth:`CellOp.save` keeps beside it."""
         return {
             "trainer": type(self).__name__,
             "parameters": plain(self.parameters),

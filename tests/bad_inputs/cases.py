@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 import cellop_nb as co
+from cellop_nb.training.checkpoint import write_models
 
 
 @dataclass
@@ -58,7 +59,7 @@ class Place:
 
     @cached_property
     def saved(self) -> Path:
-        return self.keep(co.save(self.folder / "model.safetensors", vae=self.vae))
+        return self.keep(write_models(self.folder / "model.safetensors", vae=self.vae))
 
     @cached_property
     def h5ad(self) -> Path:

@@ -9,6 +9,7 @@ from unittest import mock
 import numpy as np
 
 import cellop_nb as co
+from cellop_nb.training.checkpoint import read_models, write_models
 
 from .cases import FILES, Place, case, refuses
 
@@ -56,13 +57,13 @@ def _(place):
 
 @case(FILES, "models that are not there")
 def _(place):
-    co.load(place.folder / "model.safetensors")
+    read_models(place.folder / "model.safetensors")
 
 
 @case(FILES, "models that were cut short")
 def _(place):
     place.cut(place.saved, 0.5)
-    co.load(place.saved)
+    read_models(place.saved)
 
 
 @case(FILES, "a pickle instead of saved models")
@@ -70,7 +71,7 @@ def _(place):
     import pickle
 
     place.put("model.safetensors", pickle.dumps({"vae": 1}))
-    co.load(place.folder / "model.safetensors")
+    read_models(place.folder / "model.safetensors")
 
 
 @case(FILES, "tensors of another program")
@@ -79,7 +80,7 @@ def _(place):
     from safetensors.torch import save_file
 
     save_file({"weight": torch.zeros(3)}, place.folder / "model.safetensors")
-    co.load(place.keep(place.folder / "model.safetensors"))
+    read_models(place.keep(place.folder / "model.safetensors"))
 
 
 @case(FILES, "a checkpoint that holds code")
@@ -101,19 +102,19 @@ def _(place):
 
 @case(FILES, "nothing to save")
 def _(place):
-    co.save(place.folder / "model.safetensors")
+    write_models(place.folder / "model.safetensors")
 
 
 @case(FILES, "notes that JSON cannot hold")
 def _(place):
-    co.save(place.folder / "model.safetensors", vae=place.vae, summary={"genes": np.arange(3)})
+    write_models(place.folder / "model.safetensors", vae=place.vae, summary={"genes": np.arange(3)})
 
 
 @case(FILES, "a full disk while models are saved")
 def _(place):
     vae, full = place.vae, OSError(28, "No space left on device")
     with mock.patch("cellop_nb.training.checkpoint.save_file", side_effect=full):
-        co.save(place.folder / "model.safetensors", vae=vae)
+        write_models(place.folder / "model.safetensors", vae=vae)
 
 
 @case(FILES, "a full disk while a run writes its numbers")
@@ -138,7 +139,7 @@ def _(place):
 def _(place):
     vae = place.vae
     with mock.patch("os.replace", side_effect=PermissionError(13, "Permission denied")):
-        co.save(place.folder / "model.safetensors", vae=vae)
+        write_models(place.folder / "model.safetensors", vae=vae)
 
 
 @case(FILES, "a name that leads out of the run folder")

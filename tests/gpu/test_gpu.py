@@ -25,7 +25,7 @@ from cellop_nb.models.energy import energy_distance, grouped_energy_distance, se
 from cellop_nb.models.likelihood import SparseCounts, nb_log_likelihood_logits
 from cellop_nb.notebook.virtual import Question, VirtualCells
 from cellop_nb.training.callbacks import Callback
-from cellop_nb.training.checkpoint import load, save
+from cellop_nb.training.checkpoint import read_models, write_models
 from cellop_nb.training.locate import NonFiniteError
 from cellop_nb.training.loop import Machine
 from cellop_nb.training.operators import OperatorTrainer, new_operators
@@ -200,8 +200,8 @@ def test_a_model_goes_there_and_back(adata, tmp_path):
     trainer = vae(adata)
     trainer.fit()
     assert next(trainer.model.parameters()).is_cuda
-    path = save(tmp_path / "model.cellop", trainer.model)
-    here, there = load(path).vae, load(path, device="auto").vae
+    path = write_models(tmp_path / "model.cellop", trainer.model)
+    here, there = read_models(path).vae, read_models(path, device="auto").vae
     assert next(there.parameters()).is_cuda and not next(here.parameters()).is_cuda
     np.testing.assert_allclose(_latents(adata, there), _latents(adata, here), rtol=1e-3, atol=1e-4)
 

@@ -11,12 +11,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from toy import small_vae
 
-import cellop_nb
 from cellop_nb.errors import CheckpointError, ModelError
 from cellop_nb.models.operators import Condition, OperatorModel
 from cellop_nb.models.vae import NBVAE
 from cellop_nb.training import checkpoint
-from cellop_nb.training.checkpoint import load, save
+from cellop_nb.training.checkpoint import read_models, write_models
 
 GENES = ["ISG15", "MX1", "IFI6"]
 
@@ -41,7 +40,7 @@ def operators():
 
 @pytest.fixture
 def path(tmp_path, vae, operators):
-    return save(tmp_path / "run" / "model.safetensors", vae, operators)
+    return write_models(tmp_path / "run" / "model.safetensors", vae, operators)
 
 
 def rewrite(path, **changes):
@@ -59,7 +58,7 @@ def edit(path, **tensors):
 
 
 def test_models_come_back_bit_by_bit(path, vae, operators):
-    saved = load(path)
+    saved = read_models(path)
     for before, after in ((vae, saved.vae), (operators, saved.operators)):
         assert after.config == before.config
         assert not after.training
@@ -82,20 +81,20 @@ def test_models_come_back_bit_by_bit(path, vae, operators):
 )
 def test_every_form_of_operators_is_rebuilt(tmp_path, settings):
     model = random_(OperatorModel(2, ["A", "B"], ["x"], **settings))
-    again = load(save(tmp_path / "model", operators=model)).operators
+    again = read_models(write_models(tmp_path / "model", operators=model)).operators
     assert torch.equal(again.matrix(Condition(("A",), "x")), model.matrix(Condition(("A",), "x")))
     assert again.context_shift.requires_grad == model.context_shift.requires_grad
 
 
 def test_one_model_alone(tmp_path, vae, operators):
-    assert load(save(tmp_path / "a", vae)).operators is None
-    assert load(save(tmp_path / "b", operators=operators)).vae is None
+    assert read_models(write_models(tmp_path / "a", vae)).operators is None
+    assert read_models(write_models(tmp_path / "b", operators=operators)).vae is None
 
 
 def test_double_precision_survives(tmp_path, vae):
     vae = vae.double()
     vae.decoder.log_dispersion.data += 1e-12
-    again = load(save(tmp_path / "a", vae)).vae
+    again = read_models(write_models(tmp_path / "a", vae)).vae
     assert torch.equal(again.decoder.log_dispersion, vae.decoder.log_dispersion)
 
 
@@ -105,7 +104,7 @@ SAVED = Path(__file__).with_name("saved")
 @pytest.mark.parametrize("name", sorted(path.stem for path in SAVED.glob("*.safetensors")))
 def test_files_of_every_earlier_layout_give_the_numbers_they_gave(name):
     """Written by the versions of their time, never again; the numbers beside them are what those computed."""
-    saved, told = load(SAVED / f"{name}.safetensors"), json.loads((SAVED / f"{name}.json").read_text())
+    saved, told = read_models(SAVED / f"{name}.safetensors"), json.loads((SAVED / f"{name}.json").read_text())
     x, codes = torch.tensor(told["counts"]), {"batch": torch.tensor(told["batch"])}
     condition = Condition.parse("IFNb+IL6", "B")
     with torch.no_grad():
@@ -131,54 +130,51 @@ def test_a_file_of_every_layout_is_kept():
 def test_how_a_model_was_trained_travels_along(tmp_path):
     trainer = small_vae(None, max_epochs=2, seed=5)
     trainer.fit()
-    saved = load(save(tmp_path / "a", trainer.model))
+    saved = read_models(write_models(tmp_path / "a", trainer.model))
     told = saved.trained["vae"]
     assert told == saved.vae.trained == trainer.summary()
     assert told["parameters"]["seed"] == 5 and told["epochs"] == 2 and told["trainer"] == "VAETrainer"
     assert told["val_loss"] == trainer.best_value
-    assert load(save(tmp_path / "b", saved.vae)).trained == saved.trained, "saved again, still known"
+    assert read_models(write_models(tmp_path / "b", saved.vae)).trained == saved.trained, (
+        "saved again, still known"
+    )
 
 
 def test_models_go_to_the_device_that_is_asked_for(path):
-    saved = load(path, device="meta")
+    saved = read_models(path, device="meta")
     places = {tensor.device.type for m in (saved.vae, saved.operators) for tensor in m.state_dict().values()}
     assert places == {"meta"}
     best = "cuda" if torch.cuda.is_available() else "cpu"
-    assert next(load(path, device="auto").vae.parameters()).device.type == best
+    assert next(read_models(path, device="auto").vae.parameters()).device.type == best
     absent = [name for name in ("cuda", "mps") if not getattr(torch, name).is_available()]
     for name in absent:
         with pytest.raises(ModelError, match=f"the device '{name}'.*device='auto'"):
-            load(path, device=name)
+            read_models(path, device=name)
 
 
 def test_keys_summary_and_versions_travel_along(tmp_path, vae):
     keys, summary = {"layer": None, "context_key": ["cell_type", "donor"]}, {"best_epoch": 3, "val_loss": 1.5}
-    saved = load(save(tmp_path / "a", vae, keys=keys, summary=summary))
+    saved = read_models(write_models(tmp_path / "a", vae, keys=keys, summary=summary))
     assert (saved.keys, saved.summary) == (keys, summary)
     assert saved.versions["torch"].split("+")[0] == torch.__version__.split("+")[0]
 
 
-def test_the_names_are_public():
-    assert cellop_nb.save is save
-    assert cellop_nb.load is load
-
-
 def test_genes_may_be_in_another_order_but_not_be_others(path):
-    assert load(path, genes=reversed(GENES)).vae.genes == GENES
+    assert read_models(path, genes=reversed(GENES)).vae.genes == GENES
     with pytest.raises(
         CheckpointError, match="all genes of the saved VAE.*1 of 3 missing.*'MX1'.*did you mean 'MX2'"
     ):
-        load(path, genes=["ISG15", "MX2", "IFI6"])
+        read_models(path, genes=["ISG15", "MX2", "IFI6"])
 
 
 def test_nothing_to_save_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="a model to save.*pass vae"):
-        save(tmp_path / "a")
+        write_models(tmp_path / "a")
 
 
 def test_a_summary_that_json_cannot_hold_is_refused_and_nothing_is_written(tmp_path, vae):
     with pytest.raises(CheckpointError, match="keys and summary.*Tensor.*float"):
-        save(tmp_path / "a", vae, summary={"loss": torch.ones(1)})
+        write_models(tmp_path / "a", vae, summary={"loss": torch.ones(1)})
     assert not list(tmp_path.iterdir())
 
 
@@ -188,34 +184,34 @@ def test_a_truncated_file_is_refused(path, keep):
     with pytest.raises(
         CheckpointError, match="written by cellop_nb.save.*a damaged or foreign file.*To fix it"
     ):
-        load(path)
+        read_models(path)
 
 
 def test_a_missing_file_or_a_folder_is_refused(tmp_path):
     for path in (tmp_path / "absent", tmp_path):
         with pytest.raises(CheckpointError, match="no such file"):
-            load(path)
+            read_models(path)
 
 
 def test_tensors_of_another_program_are_refused(tmp_path):
     save_file({"weight": torch.ones(2)}, tmp_path / "other")
     with pytest.raises(CheckpointError, match="tensors of another program"):
-        load(tmp_path / "other")
+        read_models(tmp_path / "other")
 
 
 def test_a_later_schema_is_refused(path):
     rewrite(path, schema=checkpoint.SCHEMA + 1, versions={"cellop_nb": "9.9"})
     with pytest.raises(CheckpointError, match="schema 2 or lower.*schema 3.*9.9.*install that version"):
-        load(path)
+        read_models(path)
 
 
 def test_tensors_that_do_not_fit_their_description_are_refused(path, vae):
     rewrite(path, config={"vae": vae.config | {"n_latent": 7}})
     with pytest.raises(CheckpointError, match="(?s)the tensors of the vae.*size mismatch"):
-        load(path)
+        read_models(path)
     rewrite(path, config={"flux": {}})
     with pytest.raises(CheckpointError, match="the tensors of the flux"):
-        load(path)
+        read_models(path)
 
 
 def test_a_failed_save_leaves_the_earlier_file(path, vae, monkeypatch):
@@ -227,7 +223,7 @@ def test_a_failed_save_leaves_the_earlier_file(path, vae, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "save_file", half)
     with pytest.raises(OSError, match="disk full"):
-        save(path, vae)
+        write_models(path, vae)
     assert path.read_bytes() == before
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
@@ -235,9 +231,9 @@ def test_a_failed_save_leaves_the_earlier_file(path, vae, monkeypatch):
 def test_a_reader_of_the_earlier_file_is_not_disturbed(path, operators):
     before = path.read_bytes()
     with path.open("rb") as reader:
-        save(path, operators=operators)
+        write_models(path, operators=operators)
         assert reader.read() == before
-    assert load(path).vae is None
+    assert read_models(path).vae is None
 
 
 def test_no_pickle_is_inside(path):
@@ -251,7 +247,7 @@ def test_weights_that_are_not_finite_are_refused(path, value):
     weight[0, 0] = value
     edit(path, **{"vae.encoder.mean.weight": weight})
     with pytest.raises(CheckpointError, match="finite weights.*encoder.mean.weight.*To fix it"):
-        load(path)
+        read_models(path)
 
 
 @pytest.mark.parametrize(
@@ -270,7 +266,7 @@ def test_sizes_are_checked_against_the_file_before_anything_of_that_size_is_made
 
     monkeypatch.setattr(torch.nn.Module, "register_parameter", watched)
     with pytest.raises(CheckpointError, match="sizes that fit a file of .* bytes.*To fix it"):
-        load(path)
+        read_models(path)
     assert sum(elements) < 10_000
 
 
@@ -281,4 +277,4 @@ def test_sizes_are_checked_against_the_file_before_anything_of_that_size_is_made
 def test_a_damaged_description_is_refused_in_three_beats(path, text):
     save_file(load_file(path), path, {"cellop_nb": text})
     with pytest.raises(CheckpointError, match="(?s)Expected .*Found .*To fix it"):
-        load(path)
+        read_models(path)
