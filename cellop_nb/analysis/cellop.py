@@ -952,9 +952,7 @@ def _questions(conditions, context, perturbation, strength, n_cells, operator) -
     return table[[*columns, "strength", "n_cells"]]
 
 
-def _shared_out(
-    client, model: CellOp, asked: pd.DataFrame, operator, missing_genes: str, seed: int
-) -> Iterator:
+def _shared_out(client, model: CellOp, asked: pd.DataFrame, operator, seed: int) -> Iterator:
     """The answer to every row in turn, made here or by the workers of a Dask client."""
     rows = [
         (*row[:3], None if row[3] is None or row[3] != row[3] else int(row[3]))
