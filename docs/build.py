@@ -33,7 +33,6 @@ KEYWORDS = """\
 | `context_key` | `"cell_type"` | column, or columns, of `obs` inside which controls are matched; `None`: one context |
 | `control` | `"control"` | label of the unperturbed cells |
 | `dose_key` | `None` | column of `obs` with the dose |
-| `split_key` | `"split"` | column of `obs` that `split` wrote |
 | `use_rep` | `"X_nbvae"` | key of `obsm` with the latents |
 | `key_added` | | where the result is written |
 | `seed` | `0` | every random choice follows from it |

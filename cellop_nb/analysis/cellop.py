@@ -19,14 +19,14 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from ..data.contract import Keys, check_values, is_set_up, keys_of
+from ..data.contract import Keys, check_values, is_set_up, keys_of, obs_labels
 from ..data.genes import select_genes
 from ..data.groups import Groups, controls_by_context
 from ..data.on_disk import require_in_memory
 from ..display import card
 from ..errors import CheckpointError, LabelError, ModelError, did_you_mean, three_beats
 from ..models.affine import AffineOperator, check_strength
-from ..models.operators import Condition, OperatorModel
+from ..models.operators import Condition, OperatorModel, perturbation_parts
 from ..models.vae import NBVAE
 from ..training.callbacks import Callback
 from ..training.checkpoint import Saved, read_models, write_models
@@ -283,6 +283,7 @@ class CellOp:
             with stages("data"):
                 cells = self._training_cells()
                 groups = Groups(cells)
+                _check_batches(cells, groups)
                 self.means = Means.of(cells, groups)
                 self.effects = etest(cells, seed=self.seed)
             members = [self._fit_member(cells, groups, k, stages, callbacks) for k in range(self.n_members)]
@@ -481,10 +482,8 @@ class CellOp:
     def _operator_of(self, member: Member, perturbation: str, context: str | None) -> AffineOperator:
         conditions = member.operators.conditions
         own = context if context in conditions.contexts else None
-        parts = (
-            (perturbation,) if perturbation in conditions.perturbations else tuple(perturbation.split("+"))
-        )
-        return member.operators.operator(Condition(parts, own))
+        condition = Condition.parse(perturbation, own, perturbations=conditions.perturbations)
+        return member.operators.operator(condition)
 
     def plan(self, context: str, perturbation: str) -> Plan:
         """The planned mean response: what each estimator says, their weights, and an interval for every gene.
@@ -546,9 +545,10 @@ class CellOp:
             fix = did_you_mean(context, self._index)
             raise LabelError(three_beats("a context with control cells in the data", repr(context), fix))
         known = self.perturbations
-        parts = [perturbation] if perturbation in known else perturbation.split("+")
-        unknown = [part for part in parts if part not in known]
-        if unknown:
+        pieces = perturbation.split("+")
+        if not set(perturbation_parts(perturbation, known, known)) <= set(known):
+            unknown = [piece for piece in pieces if piece not in known]
+            unknown = unknown if len(unknown) < len(pieces) else [perturbation]
             fix = f"{did_you_mean(unknown[0], known)}, or describe perturbations with features=..."
             raise LabelError(three_beats("a perturbation that was measured", repr(unknown[0]), fix))
 
@@ -900,6 +900,20 @@ def _restored(saved: Saved) -> CellOp:
         pd.read_json(StringIO(about[name]), orient="split") for name in ("effects", "history", "costs")
     )
     return model
+
+
+def _check_batches(cells, groups: Groups) -> None:
+    """The VAE starts from control cells: it must have seen every batch."""
+    key = groups.keys.batch_key
+    if key is None:
+        return
+    batches = obs_labels(cells, key).to_numpy()
+    controls = np.concatenate(list(groups.control_rows.values()))
+    lacking = sorted(set(batches) - set(batches[controls]))
+    if lacking:
+        problem = f"none in {len(lacking)} of them, such as {lacking[0]!r}"
+        fix = "leave these cells out, or call setup without batch_key"
+        raise LabelError(three_beats("control cells in every batch", problem, fix))
 
 
 def _check_parts(vae, operators, n_members: int) -> None:

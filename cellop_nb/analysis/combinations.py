@@ -12,13 +12,12 @@ import pandas as pd
 import torch
 from anndata import AnnData
 
-from ..data.contract import perturbation_parts
 from ..data.groups import Group, Groups, evenly
 from ..display import Distances
 from ..errors import LabelError, ModelError, did_you_mean, three_beats
 from ..models.affine import AffineOperator, check_strength, commutator, compose, sum_generators
 from ..models.energy import energy_distance, noise_floor, noise_limit, self_distance
-from ..models.operators import Condition, OperatorModel
+from ..models.operators import Condition, OperatorModel, perturbation_parts
 from .distances import NO_CHANGE, OPERATOR, OWN_MEAN
 
 RULES = ("axes", "composition", "generator")
@@ -78,7 +77,9 @@ def _operator(
 ) -> AffineOperator:
     """The operator in a context; that of the shared response in a context that the operators were not fitted with."""
     own = context if context in operators.conditions.contexts else None
-    return operators.operator(Condition.parse(perturbation, own, dose=dose))
+    return operators.operator(
+        Condition.parse(perturbation, own, dose=dose, perturbations=operators.conditions.perturbations)
+    )
 
 
 def _by_rule(

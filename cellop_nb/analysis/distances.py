@@ -23,7 +23,7 @@ from ..models.energy import (
     self_distance,
     split_energies,
 )
-from ..models.operators import Condition, OperatorModel
+from ..models.operators import OperatorModel
 from .space import EvaluationSpace
 
 logger = logging.getLogger("cellop_nb")
@@ -103,7 +103,7 @@ def transport_scores(
 
 def _moved(source: Tensor, own: Tensor, group: Group, operators: OperatorModel) -> dict[str, Tensor]:
     """The control cells (cell, d) as each method leaves them."""
-    condition = Condition.parse(group.perturbation, group.context, dose=group.dose)
+    condition = group.condition(operators.conditions.perturbations)
     return {
         NO_CHANGE: source,
         OWN_MEAN: source + own.mean(0) - source.mean(0),

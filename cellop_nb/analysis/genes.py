@@ -65,7 +65,7 @@ def response_genes(
         of the data in a context that the operators know, largest absolute change first.
     """
     groups, covariates = Groups(adata, use_rep=use_rep, min_cells=1), _one_hot(adata, vae)
-    tables = []
+    tables, names = [], operators.conditions.perturbations
     for context, members in _by_context(groups):
         if context not in operators.conditions.contexts:
             continue
@@ -74,7 +74,7 @@ def response_genes(
         own = None if covariates is None else covariates[rows]
         before = _mean_proportions(vae, z, own)
         for group in members:
-            after = _mean_proportions(vae, operators.operator(_condition(group))(z), own)
+            after = _mean_proportions(vae, operators.operator(group.condition(names))(z), own)
             tables.append(_table(vae.genes, before, after, pseudocount, _names(group, groups), n_top))
     return pd.concat(tables, ignore_index=True)
 
@@ -88,7 +88,7 @@ def measured_genes(
     Control cells are all of the context. The columns are the same.
     """
     groups, controls = Groups(adata, split=split, min_cells=1), Groups(adata, min_cells=1).control_rows
-    matrix, tables = count_matrix(adata, layer=groups.keys.layer), []
+    matrix, tables = count_matrix(adata), []
     for context, members in _by_context(groups):
         before = _mean_shares(matrix, controls[context])
         for group in members:
@@ -119,8 +119,10 @@ def axis_genes(
         c: z.mean(0, keepdim=True) for c, z in groups.control.items() if c in operators.conditions.contexts
     }
     members = [group for group in groups if group.context in means]
+    names = operators.conditions.perturbations
     with torch.no_grad():
-        steps = [operators.operator(_condition(g))(means[g.context]) - means[g.context] for g in members]
+        moved = [operators.operator(g.condition(names))(means[g.context]) for g in members]
+    steps = [after - means[g.context] for after, g in zip(moved, members, strict=True)]
     scores, size, axes = torch.linalg.svd(torch.cat(steps), full_matrices=False)
     sign = torch.where(scores.sum(0) < 0, -1.0, 1.0)
     directions = axes * (sign * size / len(steps) ** 0.5).unsqueeze(1)
@@ -142,10 +144,6 @@ def _by_context(groups: Groups) -> Iterator[tuple[str, list[Group]]]:
         yield context, [group for group in groups if group.context == context]
 
 
-def _condition(group: Group) -> Condition:
-    return Condition.parse(group.perturbation, group.context, dose=group.dose)
-
-
 def _names(group: Group, groups: Groups) -> dict[str, object]:
     names: dict[str, object] = {"context": group.context, "perturbation": group.perturbation}
     return names if groups.keys.dose_key is None else names | {"dose": group.dose}
@@ -160,7 +158,7 @@ def _mean_shares(matrix: CountMatrix | DiskCounts, rows: np.ndarray) -> np.ndarr
 
 
 def _one_hot(adata: AnnData, vae: NBVAE) -> Tensor | None:
-    matrix = model_counts(adata, vae, layer=keys_of(adata).layer)
+    matrix = model_counts(adata, vae)
     return vae.one_hot(matrix.covariates, len(matrix))
 
 
@@ -217,8 +215,11 @@ def response_profiles(
     """
     encoder = operators.conditions
     if conditions is None:
-        conditions = [*encoder.perturbations, *("+".join(pair) for pair in encoder.pairs)]
-    parsed = [Condition.parse(c) if isinstance(c, str) else c for c in conditions]
+        conditions = [Condition(parts) for parts in [*((p,) for p in encoder.perturbations), *encoder.pairs]]
+    parsed = [
+        Condition.parse(c, perturbations=encoder.perturbations) if isinstance(c, str) else c
+        for c in conditions
+    ]
     with torch.no_grad():
         alpha, beta = encoder(encoder.design(parsed))
         matrices = (operators.axis_left @ operators.axis_right.mT).flatten(1)

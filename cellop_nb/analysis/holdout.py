@@ -16,6 +16,7 @@ from ..data.contract import obs_labels
 from ..data.groups import Groups
 from ..data.on_disk import require_in_memory
 from ..errors import CellopError, HoldoutError, LabelError, did_you_mean, three_beats
+from ..models.operators import perturbation_parts
 from ..models.vae import NBVAE
 from .baselines import BASELINES, Method, Prediction, Target, Training, run
 from .cellop import CellOp
@@ -331,7 +332,7 @@ def _refusal(adata, groups: Groups, question: Question) -> str:
     if not rest:
         return "no perturbed cells are left for training"
     left = {group.perturbation for group in rest}
-    answerable = [p for _, p in question.pairs if p in left or set(p.split("+")) <= left]
+    answerable = [p for _, p in question.pairs if set(perturbation_parts(p, left, left)) <= left]
     if not answerable and question.name not in groups.perturbations:
         return "none of its perturbations was measured elsewhere"
     return ""

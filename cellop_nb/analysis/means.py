@@ -9,6 +9,7 @@ import numpy as np
 
 from ..data.batches import TOTAL_KEY, count_matrix
 from ..data.groups import Groups
+from ..models.operators import perturbation_parts
 from .plan import Measured
 from .space import log1p_cp10k
 
@@ -105,7 +106,7 @@ class Means:
             return float(self.growth[self._row[context, perturbation]])
         if perturbation in self._of:
             return float(self.growth[self._of[perturbation]].mean())
-        parts = perturbation.split("+")
+        parts = perturbation_parts(perturbation, self._of)
         return sum(self.growth_of(context, part) for part in parts) if len(parts) > 1 else 0.0
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..data.batches import TOTAL_KEY, has_other_genes, measured_totals, model_counts
-from ..data.contract import Keys, context_labels, counts, keys_of, obs_labels
+from ..data.contract import Keys, context_labels, counts, obs_labels
 from ..errors import DataError, LabelError, did_you_mean, three_beats
 from ..files import write_whole
 from ..models.affine import AffineOperator
@@ -65,7 +65,7 @@ def embed(adata, vae: NBVAE, *, key_added: str = REP, batch_size: int = 2048) ->
     """
     vae.eval()
     device = next(vae.parameters()).device
-    matrix = model_counts(adata, vae, layer=keys_of(adata).layer)
+    matrix = model_counts(adata, vae)
     loader = matrix.loader(batch_size=batch_size, shuffle=False, device=device)
     # A bar is for work that takes long enough to wonder about.
     loader = tqdm(loader, desc="embedding", disable=len(loader) < 20)
@@ -88,7 +88,10 @@ def operator_for(
     A context never seen gets the shared response: this is a prediction, and callers say so.
     """
     known = context in operators.conditions.contexts
-    condition = Condition.parse(perturbation, context if known else None, control=control)
+    names = operators.conditions.perturbations
+    condition = Condition.parse(
+        perturbation, context if known else None, control=control, perturbations=names
+    )
     return operators.operator(condition), known
 
 
@@ -268,7 +271,7 @@ def modelled_counts(
         )
     cells = ad.AnnData(chosen, obs=adata.obs.copy(), var=pd.DataFrame(index=pd.Index(genes, dtype=str)))
     sums, total = np.asarray(chosen.sum(1), dtype=float).ravel(), measured_totals(adata)
-    if total is None or not has_other_genes(adata, layer=keys.layer):
+    if total is None or not has_other_genes(adata):
         total = np.asarray(x.sum(1), dtype=float).ravel()
     cells.obs = cells.obs.drop(columns=[TOTAL_KEY], errors="ignore")
     has_others = model.total_key is not None if isinstance(model, NBVAE) else (total - sums > 0.5).any()
@@ -341,7 +344,7 @@ def decode_cells(
         ``X`` (sampled counts, CSR), ``layers["mean"]``, ``obsm[key_added]`` and a copy of ``obs``.
     """
     vae.eval()
-    matrix = model_counts(adata, vae, layer=keys_of(adata).layer)
+    matrix = model_counts(adata, vae)
     device = next(vae.parameters()).device
     generator = torch.Generator(device=device).manual_seed(seed)
     means: np.ndarray = np.empty((len(matrix), vae.n_genes), dtype=np.float32)

@@ -14,7 +14,6 @@ from scipy.stats import norm, t
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..data.contract import keys_of
 from ..data.groups import Groups
 from ..errors import DataError, ModelError, three_beats
 from ..models.affine import AffineOperator
@@ -313,23 +312,19 @@ def bootstrap_operators(
     """
     if n_replicates < 2:
         raise ModelError(three_beats("two refits or more", str(n_replicates), "raise n_replicates"))
-    keys, config = keys_of(adata), operators.config
+    config = operators.config
     groups = Groups(adata, use_rep=use_rep, split=("train", "val") if config["rank"] else "train")
-    named = {
-        "use_rep": use_rep, "perturbation_key": keys.perturbation_key, "context_key": keys.context_key,
-        "control": keys.control, "dose_key": keys.dose_key,
-    }  # fmt: skip
     members = []
     for k in tqdm(range(n_replicates), desc="refitting operators", disable=not progress):
         sample = _drawn_anew(adata, groups, use_rep, np.random.default_rng([seed, k]), resample)
         model = new_operators(
             sample, features=_features(operators), form=type(operators), n_axes=config["n_axes"],
-            rank=config["rank"], context_rank=config["context_rank"], **named,
+            rank=config["rank"], context_rank=config["context_rank"], use_rep=use_rep,
         )  # fmt: skip
         if config["rank"]:
             OperatorTrainer(
                 sample, model, max_epochs=max_epochs, lr=2e-2, penalties=penalties, progress=False, seed=seed + k,
-                machine=Machine(accelerator="cpu"), **named,
+                machine=Machine(accelerator="cpu"), use_rep=use_rep,
             ).fit()  # fmt: skip
         members.append(model.cpu().eval())
     return members

@@ -10,7 +10,7 @@ from anndata import AnnData
 from scipy import sparse
 
 from ..errors import DataError, LabelError, did_you_mean, three_beats
-from .contract import block_check, check_values, count_slot, counts, library_size, obs_labels
+from .contract import block_check, check_values, count_slot, counts, keys_of, library_size, obs_labels
 from .matrices import CountBatch, CountLoader, CountMatrix
 from .on_disk import DiskCounts, is_on_disk
 
@@ -32,7 +32,6 @@ TOTAL_KEY = "total_counts"
 def count_matrix(
     adata: AnnData,
     *,
-    layer: str | None = None,
     genes: Sequence[str] | None = None,
     covariate_keys: Sequence[str] = (),
     categories: Mapping[str, Sequence[str]] | None = None,
@@ -43,8 +42,6 @@ def count_matrix(
 
     Parameters
     ----------
-    layer
-        Layer of raw counts; None for `X`.
     genes
         Gene names to keep, in this order; None for all.
     covariate_keys
@@ -62,10 +59,11 @@ def count_matrix(
     DataError, LabelError
         If genes, columns or categories are unknown, or totals are smaller than the counts of the chosen genes.
     """
+    layer = keys_of(adata).layer
     if checked and not is_on_disk(count_slot(adata, layer)):
         check_values(adata, layer)
-    known = categories or covariate_categories(adata, covariate_keys)
-    codes = {key: category_codes(adata, key, known[key]) for key in covariate_keys}
+    by_key = categories or covariate_categories(adata, covariate_keys)
+    codes = {key: category_codes(adata, key, by_key[key]) for key in covariate_keys}
     positions = None if genes is None else gene_positions(adata, genes)
     slot = count_slot(adata, layer)
     if is_on_disk(slot):
@@ -80,7 +78,7 @@ def count_matrix(
     return CountMatrix(matrix, covariates=codes)
 
 
-def model_counts(adata: AnnData, model, *, layer: str | None = None) -> CountMatrix | DiskCounts:
+def model_counts(adata: AnnData, model) -> CountMatrix | DiskCounts:
     """Counts of the genes and covariates that `model` (``.genes``, ``.covariates``) was made for, of all cells.
 
     Raises
@@ -89,13 +87,11 @@ def model_counts(adata: AnnData, model, *, layer: str | None = None) -> CountMat
         If genes are missing, a covariate has a category that the model does not know, or the values are no raw
         counts.
     """
-    known = model.covariates
     return count_matrix(
         adata,
-        layer=layer,
         genes=model.genes,
-        covariate_keys=list(known),
-        categories=known,
+        covariate_keys=list(model.covariates),
+        categories=model.covariates,
         total_key=model.total_key,
         checked=True,
     )
@@ -106,9 +102,11 @@ def measured_totals(adata: AnnData) -> np.ndarray | None:
     return adata.obs[TOTAL_KEY].to_numpy(np.float64) if TOTAL_KEY in adata.obs else None
 
 
-def has_other_genes(adata: AnnData, *, layer: str | None = None, total_key: str = TOTAL_KEY) -> bool:
-    """Whether ``obs[total_key]`` says that genes were measured which `adata` no longer has."""
-    return total_key in adata.obs and bool(_other_genes(adata, library_size(adata, layer), total_key).any())
+def has_other_genes(adata: AnnData) -> bool:
+    """Whether ``obs["total_counts"]`` says that genes were measured which `adata` no longer has."""
+    if TOTAL_KEY not in adata.obs:
+        return False
+    return bool(_other_genes(adata, library_size(adata, keys_of(adata).layer), TOTAL_KEY).any())
 
 
 def _other_genes(adata: AnnData, sums: np.ndarray, total_key: str) -> np.ndarray:

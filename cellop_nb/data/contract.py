@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from typing import Any
@@ -302,31 +302,6 @@ def _doses(adata: AnnData, key: str | None, perturbed: np.ndarray) -> np.ndarray
         raise LabelError(three_beats(expected, f"{int(wrong.sum())} others, such as {seen}", fix))
     doses[perturbed] = numbers
     return doses
-
-
-def perturbation_parts(
-    label: str, labels: Iterable[str] | None = None, singles: Sequence[str] = ()
-) -> tuple[str, ...]:
-    """The parts of a combination: "A+B" gives ("A", "B") where both are among `labels`, any other label itself.
-
-    So "(+)-JQ1" or "anti-CD3+CD28" is one perturbation, as is what stands in `singles`. With ``labels=None`` every
-    "+" separates parts.
-
-    Raises
-    ------
-    LabelError
-        If `labels` is None and a part is empty, repeated, or surrounded by blanks.
-    """
-    parts = tuple(str(label).split("+"))
-    clean = tuple(part.strip() for part in parts)
-    repeated = len(set(clean)) < len(clean)
-    if labels is None and (parts != clean or "" in parts or repeated):
-        fix = f"write {'+'.join(dict.fromkeys(part for part in clean if part))!r}"
-        raise LabelError(three_beats("a perturbation, or a combination written 'A+B'", f"{label!r}", fix))
-    if labels is None:
-        return parts
-    whole = label in singles or repeated or not set(clean) <= set(labels)
-    return (str(label),) if whole else clean
 
 
 # -- counts -------------------------------------------------------------------------------------------------------

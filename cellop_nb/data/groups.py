@@ -16,7 +16,8 @@ from scipy import sparse
 from torch import Tensor
 
 from ..errors import DataError, LabelError, did_you_mean, three_beats
-from .contract import Keys, keys_of, label_table, perturbation_parts, require_control
+from ..models.operators import Condition, perturbation_parts
+from .contract import Keys, keys_of, label_table, require_control
 from .matrices import sent
 from .splits import rows_of
 
@@ -46,6 +47,10 @@ class Group:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def condition(self, perturbations: Sequence[str]) -> Condition:
+        """What was done to these cells; a combination where its parts are among the names of `perturbations`."""
+        return Condition.parse(self.perturbation, self.context, dose=self.dose, perturbations=perturbations)
 
 
 class Groups(Sequence[Group]):
@@ -99,13 +104,11 @@ class Groups(Sequence[Group]):
         split: str | Sequence[str] | None = None,
         control_split: str | Sequence[str] | None = None,
         min_cells: int = 2,
-        keys: Keys | None = None,
-        split_key: str = "split",
     ) -> None:
-        self.keys = keys_of(adata) if keys is None else keys
+        self.keys: Keys = keys_of(adata)
         labels = label_table(adata, self.keys).assign(row=np.arange(adata.n_obs))
-        inside = _inside(adata, split, split_key)
-        usable = inside if control_split is None else _inside(adata, control_split, split_key)
+        inside = _inside(adata, split)
+        usable = inside if control_split is None else _inside(adata, control_split)
         fallback = np.ones(adata.n_obs, dtype=bool) if split == "test" and control_split is None else usable
         is_control = require_control(labels["perturbation"], self.keys.control, self.keys.perturbation_key)
         grouped = labels[inside & ~is_control].groupby(["context", "perturbation", "dose"]).row
@@ -312,12 +315,12 @@ def controls_by_context(adata: AnnData, keys: Keys) -> dict[str, np.ndarray]:
     return {context: part[np.argsort(names[part], kind="stable")] for context, part in rows.items()}
 
 
-def _inside(adata: AnnData, split: str | Sequence[str] | None, split_key: str) -> np.ndarray:
+def _inside(adata: AnnData, split: str | Sequence[str] | None) -> np.ndarray:
     """Mask of the cells in the split, (cell,)."""
     if split is None:
         return np.ones(adata.n_obs, dtype=bool)
     mask = np.zeros(adata.n_obs, dtype=bool)
-    mask[rows_of(adata, split, split_key=split_key)] = True
+    mask[rows_of(adata, split)] = True
     return mask
 
 

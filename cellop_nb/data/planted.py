@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.linalg import expm
 
-from .contract import perturbation_parts
+from ..models.operators import perturbation_parts
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,8 @@ def operator_of(
     generators: Mapping, context: str, perturbation: str, dose: float, control: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """A (d, d) and b (d,) of a condition; a combination applies its parts from left to right."""
+    labels = [part for _, part in generators]
     whole = np.eye(next(iter(generators.values())).shape[0])
-    for part in () if perturbation == control else perturbation_parts(perturbation):
+    for part in () if perturbation == control else perturbation_parts(perturbation, labels):
         whole = expm(dose * generators[context, part]) @ whole
     return whole[:-1, :-1], whole[:-1, -1]

@@ -10,9 +10,11 @@ from anndata import AnnData
 
 from ..display import SplitTable
 from ..errors import HoldoutError, LabelError, did_you_mean, three_beats
-from .contract import context_labels, obs_labels, perturbation_parts, require_control
+from .contract import context_labels, obs_labels, require_control
 
 SPLITS = ("train", "val", "test")
+SPLIT_KEY = "split"
+"""Column of ``obs`` that :func:`split` writes and all else reads."""
 
 
 def split(
@@ -96,7 +98,7 @@ def split_table(labels: pd.DataFrame, assigned: np.ndarray) -> pd.DataFrame:
     )
 
 
-def rows_of(adata: AnnData, name: str | Sequence[str], *, split_key: str = "split") -> np.ndarray:
+def rows_of(adata: AnnData, name: str | Sequence[str]) -> np.ndarray:
     """Rows of the cells in a split (or several), (cell,) ascending.
 
     Raises
@@ -104,14 +106,14 @@ def rows_of(adata: AnnData, name: str | Sequence[str], *, split_key: str = "spli
     LabelError
         If the column is missing or no cell is in a named split.
     """
-    if split_key not in adata.obs:
-        fix = "run cellop_nb.split(adata, ...) first, or name the column with split_key=..."
-        raise LabelError(three_beats(f"a column {split_key!r} in obs", "cells without a split", fix))
-    labels = obs_labels(adata, split_key)
-    for wanted in _values(name):
-        if wanted not in set(labels):
-            fix = f"run split(adata, ...) or name another one ({did_you_mean(wanted, labels.unique())})"
-            raise LabelError(three_beats(f"cells of split {wanted!r} in obs[{split_key!r}]", "none", fix))
+    if SPLIT_KEY not in adata.obs:
+        fix = "run cellop_nb.split(adata, ...) first"
+        raise LabelError(three_beats(f"a column {SPLIT_KEY!r} in obs", "cells without a split", fix))
+    labels = obs_labels(adata, SPLIT_KEY)
+    for one in _values(name):
+        if one not in set(labels):
+            fix = f"run split(adata, ...) or name another one ({did_you_mean(one, labels.unique())})"
+            raise LabelError(three_beats(f"cells of split {one!r} in obs[{SPLIT_KEY!r}]", "none", fix))
     return np.flatnonzero(labels.isin(_values(name)))
 
 
@@ -189,7 +191,7 @@ def _refuse_bad_holdout(
 def _refuse_reordered(labels: pd.DataFrame, test: np.ndarray, holdout: Mapping) -> None:
     """A held-out A+B may not stay in training as B+A, in the same context."""
     unordered = labels["perturbation"].map(
-        {label: "+".join(sorted(perturbation_parts(label))) for label in labels["perturbation"].unique()}
+        {label: "+".join(sorted(label.split("+"))) for label in labels["perturbation"].unique()}
     )
     names = labels["context"] + "\0" + labels["perturbation"]
     same = labels["context"] + "\0" + unordered

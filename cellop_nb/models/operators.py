@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,42 @@ from ..display import card
 from ..errors import LabelError, ModelError, did_you_mean, three_beats
 from . import host
 from .affine import AffineOperator
+
+
+def perturbation_parts(
+    label: str, labels: Iterable[str] | None = None, singles: Sequence[str] = ()
+) -> tuple[str, ...]:
+    """The parts of a combination: "A+B" gives ("A", "B") where both are among `labels`, any other label itself.
+
+    So "(+)-JQ1" or "anti-CD3+CD28" is one perturbation, and "(+)-JQ1+A" two; what stands in `singles` is one. With
+    ``labels=None`` every "+" separates parts.
+
+    Raises
+    ------
+    LabelError
+        If `labels` is None and a part is empty, repeated, or surrounded by blanks.
+    """
+    pieces = tuple(str(label).split("+"))
+    if labels is not None:
+        parts = None if label in singles else _joined(pieces, {str(one) for one in labels} - {label})
+        return (str(label),) if not parts or len(set(parts)) < len(parts) else parts
+    clean = tuple(piece.strip() for piece in pieces)
+    if pieces != clean or "" in pieces or len(set(clean)) < len(clean):
+        fix = f"write {'+'.join(dict.fromkeys(piece for piece in clean if piece))!r}"
+        raise LabelError(three_beats("a perturbation, or a combination written 'A+B'", f"{label!r}", fix))
+    return pieces
+
+
+def _joined(pieces: tuple[str, ...], labels: set[str]) -> tuple[str, ...] | None:
+    """The pieces between "+" as labels, some of which have a "+" of their own; None where they are none."""
+    if not pieces:
+        return ()
+    for size in range(1, len(pieces) + 1):
+        first = "+".join(pieces[:size]).strip()
+        others = _joined(pieces[size:], labels) if first in labels else None
+        if others is not None:
+            return (first, *others)
+    return None
 
 
 @dataclass(frozen=True)
@@ -51,10 +87,23 @@ class Condition:
 
     @classmethod
     def parse(
-        cls, label: str, context: str | None = None, *, control: str = "control", dose: float = 1.0
+        cls,
+        label: str,
+        context: str | None = None,
+        *,
+        control: str = "control",
+        dose: float = 1.0,
+        perturbations: Sequence[str] | None = None,
     ) -> Condition:
-        """Read ``"A"``, ``"A+B"`` or the control label."""
-        parts = () if label == control else tuple(label.split("+"))
+        """Read ``"A"``, ``"A+B"`` or the control label.
+
+        Parameters
+        ----------
+        perturbations
+            Names that are one perturbation: "A+B" is a combination where "A" and "B" are among them and it is not. Where
+            None, every "+" separates parts.
+        """
+        parts = () if label == control else perturbation_parts(label, perturbations, perturbations or ())
         return cls(parts, context, (float(dose),) * len(parts))
 
     @property

@@ -33,13 +33,13 @@ _FIXED = {parameter.name for parameter in parameters.DATA} | {"seed", "run_dir",
 
 def vae_trainer(adata, work: Workspace, values: dict) -> Trainer:
     """The trainer of 02_train_vae at these values."""
-    vae = new_vae(adata, layer=work.layer, seed=work.seed, **vae_sizes(values))
+    vae = new_vae(adata, seed=work.seed, **vae_sizes(values))
     return VAETrainer(adata, vae, **work.vae_settings(values))
 
 
 def operator_trainer(adata, work: Workspace, values: dict) -> Trainer:
     """The trainer of 04_train_operators at these values; the latents are there already."""
-    model = new_operators(adata, n_axes=values["n_axes"], rank=values["rank"], **work.keys)
+    model = new_operators(adata, n_axes=values["n_axes"], rank=values["rank"])
     return OperatorTrainer(adata, model, **work.operator_settings(values))
 
 

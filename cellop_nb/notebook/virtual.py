@@ -20,7 +20,7 @@ from ..analysis.combinations import combine, sequence
 from ..analysis.diagnose import affine_health
 from ..analysis.predict import decode_cells, latents
 from ..data.batches import model_counts
-from ..data.contract import context_labels, obs_labels, perturbation_parts
+from ..data.contract import context_labels, obs_labels
 from ..data.groups import Groups
 from ..data.matrices import CountMatrix
 from ..data.on_disk import DiskCounts
@@ -31,7 +31,7 @@ from ..models.affine import AffineOperator, check_strength
 from ..models.carry import Observed, carry_counts
 from ..models.energy import energy_distance, noise_floor, self_distance
 from ..models.likelihood import COUNTS_PER_CELL, NegativeBinomial
-from ..models.operators import OperatorModel
+from ..models.operators import OperatorModel, perturbation_parts
 from ..models.vae import NBVAE
 
 MIN_REAL = 50
@@ -220,7 +220,7 @@ class VirtualCells:
         split = adata.obs[split_key].to_numpy() if split_key in adata.obs else np.full(len(adata), "train")
         self._train, self._test = (split == part for part in ("train", "test"))
         self._fit_plane()
-        counts = model_counts(adata, vae, layer=layer)
+        counts = model_counts(adata, vae)
         if isinstance(counts, DiskCounts):  # every move reads them: the model's genes are held in memory
             counts = counts.held(np.arange(len(counts)))
         self._counts: CountMatrix = counts

@@ -96,9 +96,9 @@ class Workspace:
         model = self._load(_VAE, "vae", {"screen": adata.uns["cellop_nb"]["screen"]})
         if model is None:
             given = parameters.defaults(_VAE)
-            model = new_vae(adata, layer=self.layer, seed=self.seed, **vae_sizes(given))
+            model = new_vae(adata, seed=self.seed, **vae_sizes(given))
             VAETrainer(adata, model, **self.vae_settings(given)).fit()
-        embed(adata, model, layer=self.layer)
+        embed(adata, model)
         adata.uns["cellop_nb"]["vae"] = fingerprint(model)
         return model
 
@@ -109,7 +109,7 @@ class Workspace:
         if model is None:
             given = parameters.defaults(_OPERATORS)
             sizes = {"n_axes": given["n_axes"], "rank": given["rank"]}
-            model = new_operators(adata, **self.keys, **sizes)
+            model = new_operators(adata, **sizes)
             OperatorTrainer(adata, model, **self.operator_settings(given)).fit()
         return model
 
@@ -117,7 +117,6 @@ class Workspace:
         """Keywords of :class:`VAETrainer` from the parameters of 02_train_vae."""
         values = self.values if values is None else values
         return {
-            "layer": self.layer,
             "max_epochs": values["max_epochs"],
             "batch_size": values["batch_size"],
             "lr": values["learning_rate"],
@@ -133,7 +132,6 @@ class Workspace:
             ridge=values["ridge"], stability_weight=values["stability_weight"], max_norm=values["max_norm"]
         )
         return {
-            **self.keys,
             "max_epochs": values["max_epochs"],
             "cells_per_group": values["cells_per_group"],
             "penalties": penalties,

@@ -11,11 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..data.contract import Keys
-from ..data.groups import Group, Groups, GroupSample, evenly
+from ..data.groups import Groups, GroupSample, evenly
 from ..errors import LabelError, ModelError, check_values, checked, did_you_mean, three_beats
 from ..models.energy import grouped_energy_distance, moved_energy_distance, noise_floor, self_distance
-from ..models.operators import Condition, OperatorModel, spectral_excess
+from ..models.operators import OperatorModel, spectral_excess
 from .callbacks import Callback
 from .checkpoint import digest
 from .loop import Machine, Trainer
@@ -32,11 +31,6 @@ def new_operators(
     adata,
     *,
     use_rep: str = "X_nbvae",
-    perturbation_key: str = "perturbation",
-    context_key: str | Sequence[str] | None = "cell_type",
-    control: str = "control",
-    dose_key: str | None = None,
-    split_key: str = "split",
     features=None,
     form: Callable[..., OperatorModel] = OperatorModel,
     n_axes: int | None = None,
@@ -48,7 +42,7 @@ def new_operators(
     Parameters
     ----------
     adata
-        With latents in ``obsm[use_rep]`` (:func:`cellop_nb.embed`) and ``obs[split_key]``.
+        A screen that was set up and split, with latents in ``obsm[use_rep]`` (:func:`cellop_nb.embed`).
     features
         DataFrame (perturbation, feature) of given descriptors; operators of perturbations that were never
         measured can then be asked for. It must hold every perturbation of the training cells.
@@ -65,16 +59,15 @@ def new_operators(
     Raises
     ------
     LabelError
-        If a key, the control label, a perturbation in `features` or a size is unknown.
+        If the data were not set up, or a perturbation in `features` or a size is unknown.
     DataError
         If the latents are missing or not finite, a context has no controls, or no perturbed group is left.
     """
-    keys = Keys(None, perturbation_key, context_key, control, dose_key)
-    data = Groups(adata, use_rep=use_rep, keys=keys, split="train", split_key=split_key)
-    conditions = [condition_of(group, control) for group in data.items]
-    parts = sorted({part for condition in conditions for part in condition.perturbations})
-    pairs = sorted({pair for c in conditions for pair in combinations(sorted(c.perturbations), 2)})
+    data = Groups(adata, use_rep=use_rep, split="train")
+    parts = sorted({part for label in data.perturbations for part in data.parts(label)})
     names = parts if features is None else list(features.index.astype(str))
+    conditions = [group.condition(names) for group in data.items]
+    pairs = sorted({pair for c in conditions for pair in combinations(sorted(c.perturbations), 2)})
     descriptors = None if features is None else _descriptors(features, parts)
     contexts = sorted({str(condition.context) for condition in conditions})
     n_latent = data.items[0].cells.shape[1]
@@ -109,11 +102,6 @@ def _descriptors(features, parts: Sequence[str]) -> Tensor:
             three_beats("one row of finite features per perturbation", problem, "repair the table")
         )
     return values
-
-
-def condition_of(group: Group, control: str = "control") -> Condition:
-    """The condition of a group of cells."""
-    return Condition.parse(group.perturbation, group.context, control=control, dose=group.dose)
 
 
 class WithinTerm:
@@ -210,7 +198,7 @@ class OperatorTrainer(Trainer):
     Parameters
     ----------
     adata
-        With ``obsm[use_rep]`` and ``obs[split_key]``; test cells are never read.
+        A screen that was set up and split, with ``obsm[use_rep]``; test cells are never read.
     model
         The operators; see :func:`new_operators`.
     cells_per_group
@@ -227,8 +215,8 @@ class OperatorTrainer(Trainer):
     Raises
     ------
     LabelError
-        If a key, the control label, or a condition of the training cells is unknown to the data or the model, or a
-        setting is not known.
+        If the data were not set up, a condition of the training cells is unknown to the model, or a setting is not
+        known.
     DataError
         If the latents are missing or not finite, or a context has no controls.
     """
@@ -245,11 +233,6 @@ class OperatorTrainer(Trainer):
         model: OperatorModel,
         *,
         use_rep: str = "X_nbvae",
-        perturbation_key: str = "perturbation",
-        context_key: str | Sequence[str] | None = "cell_type",
-        control: str = "control",
-        dose_key: str | None = None,
-        split_key: str = "split",
         cells_per_group: int = 128,
         steps_per_epoch: int = 20,
         penalties: Penalties = Penalties(),  # noqa: B008 (frozen)
@@ -268,17 +251,12 @@ class OperatorTrainer(Trainer):
             callbacks=callbacks, folder=folder, on_nonfinite=on_nonfinite, progress=progress, seed=seed,
             machine=machine,
         )  # fmt: skip
-        keys = {
-            "use_rep": use_rep,
-            "keys": Keys(None, perturbation_key, context_key, control, dose_key),
-            "split_key": split_key,
-        }
         device = self.fabric.device
-        self.groups = Groups(adata, split="train", **keys).to(device)
+        self.groups = Groups(adata, use_rep=use_rep, split="train").to(device)
         if len(self.groups) < self.processes.size:
             problem = f"{len(self.groups)} groups for {self.processes.size} processes"
             raise ModelError(three_beats("a condition for every process", problem, "start fewer processes"))
-        self.held_out = Groups(adata, split="val", control_split="train", **keys).to(device)
+        self.held_out = Groups(adata, use_rep=use_rep, split="val", control_split="train").to(device)
         self.weights = {
             "ridge": penalties.ridge,
             "context_ridge": penalties.context_ridge,
@@ -295,11 +273,12 @@ class OperatorTrainer(Trainer):
             "split": {"train": _rows_of(self.groups), "val": _rows_of(self.held_out)},
             "latents": digest(self.groups.pool),
         }
-        self.conditions = [condition_of(group, control) for group in self.groups.items]
+        names = model.conditions.perturbations
+        self.conditions = [group.condition(names) for group in self.groups.items]
         self.design = model.conditions.design(self.conditions)
         self.within = WithinTerm(self.groups)
         self.module.mark_forward_method("affine")
-        self._prepare_validation(control)
+        self._prepare_validation(names)
 
     @cached_property
     def floors(self) -> dict[str, float]:
@@ -308,10 +287,10 @@ class OperatorTrainer(Trainer):
             group.label: noise_floor(group.cells, seed=self.seed) for group in self.groups if len(group) >= 4
         }
 
-    def _prepare_validation(self, control: str) -> None:
+    def _prepare_validation(self, names: Sequence[str]) -> None:
         """Cut the held-out groups to at most 256 cells a side, and cache what does not change."""
         items = self.held_out.items
-        self.val_design = self.model.conditions.design([condition_of(group, control) for group in items])
+        self.val_design = self.model.conditions.design([group.condition(names) for group in items])
         controls = [_some(self.held_out.control[group.context]) for group in items]
         perturbed = [_some(group.cells) for group in items]
         kind = self.model.axis_shift.dtype  # that of the chosen precision

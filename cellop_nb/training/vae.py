@@ -22,6 +22,7 @@ from ..data.batches import (
     has_other_genes,
     model_counts,
 )
+from ..data.contract import keys_of
 from ..data.resident import ResidentBatch, resident
 from ..data.splits import rows_of
 from ..errors import checked
@@ -36,11 +37,9 @@ from .loop import Machine, Trainer
 def new_vae(
     adata,
     *,
-    layer: str | None = None,
     genes: Sequence[str] | None = None,
-    covariate_keys: Sequence[str] = (),
+    covariate_keys: Sequence[str] | None = None,
     total_key: str | None = TOTAL_KEY,
-    split_key: str = "split",
     n_latent: int = 32,
     n_hidden: int = 128,
     n_layers: int = 1,
@@ -53,14 +52,13 @@ def new_vae(
     Parameters
     ----------
     adata
-        Raw counts (cell, gene), with ``obs[split_key]`` as written by :func:`cellop_nb.split`.
-    layer
-        Layer that holds the counts; ``X`` where None.
+        A screen that was set up and split (:func:`cellop_nb.setup`, :func:`cellop_nb.split`).
     genes
         Names of the genes to model (:func:`cellop_nb.select_genes`), all where None: for data on disk,
         whose columns cannot be cut.
     covariate_keys
-        Columns of ``obs`` (batch, donor, tissue) that the decoder is told.
+        Columns of ``obs`` (batch, donor, tissue) that the decoder is told; the batches that the screen was set up with
+        where None.
     total_key
         Column of ``obs`` with each cell's counts over all measured genes, as scanpy's ``calculate_qc_metrics``
         writes it; the genes that `adata` no longer has are then modelled as one column (:class:`NBVAE`). The
@@ -77,15 +75,18 @@ def new_vae(
     Raises
     ------
     LabelError
-        If a covariate, the column of totals or the split is missing, or a size is not known.
+        If the data were not set up, a covariate, the column of totals or the split is missing, or a size is not known.
     DataError
         If the layer is missing, or the totals are smaller than the counts.
     ModelError
         For a size that cannot be.
     """
+    keys = keys_of(adata)
+    if covariate_keys is None:
+        covariate_keys = () if keys.batch_key is None else (keys.batch_key,)
     covariates = covariate_categories(adata, covariate_keys)
     fewer = genes is not None and TOTAL_KEY in adata.obs
-    has_others = total_key != TOTAL_KEY or fewer or has_other_genes(adata, layer=layer)
+    has_others = total_key != TOTAL_KEY or fewer or has_other_genes(adata)
     total = total_key if has_others else None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -94,7 +95,7 @@ def new_vae(
             names, n_latent=n_latent, n_hidden=n_hidden, n_layers=n_layers, covariates=covariates,
             encode_covariates=encode_covariates, dropout=dropout, total_key=total,
         )  # fmt: skip
-    matrix, rows = model_counts(adata, vae, layer=layer), rows_of(adata, "train", split_key=split_key)
+    matrix, rows = model_counts(adata, vae), rows_of(adata, "train")
     totals, gene_mean, variance = _moments(matrix, rows)
     # Differences in library size are the model's own, not over-dispersion.
     explained = gene_mean**2 * (totals.var() / totals.mean() ** 2)
@@ -120,11 +121,9 @@ class VAETrainer(Trainer):
     Parameters
     ----------
     adata
-        Raw counts with ``obs[split_key]``; test cells are never read.
+        A screen that was set up and split; test cells are never read.
     model
         The VAE; see :func:`new_vae`.
-    layer
-        Layer that holds the counts; ``X`` where None.
     batch_size
         Cells per step, of all processes together.
     kl_weight, warmup_epochs
@@ -137,7 +136,7 @@ class VAETrainer(Trainer):
     DataError
         If the counts are missing, are no raw counts, or are of other genes than the model's.
     LabelError
-        If ``obs[split_key]`` or a covariate is missing, or a category is unknown to the model, or a setting is
+        If ``obs["split"]`` or a covariate is missing, or a category is unknown to the model, or a setting is
         not known.
     ModelError
         For the value of a setting that cannot be.
@@ -154,8 +153,6 @@ class VAETrainer(Trainer):
         adata,
         model: NBVAE,
         *,
-        layer: str | None = None,
-        split_key: str = "split",
         batch_size: int = 128,
         kl_weight: float = 1.0,
         warmup_epochs: int = 20,
@@ -178,9 +175,9 @@ class VAETrainer(Trainer):
         self.weights = {"kl_weight": kl_weight}
         self.warmup_epochs = warmup_epochs
         self.cells, self.genes = np.asarray(adata.obs_names), model.columns
-        matrix = model_counts(adata, model, layer=layer)
+        matrix = model_counts(adata, model)
         held = resident(matrix, self.fabric.device)
-        rows = {split: rows_of(adata, split, split_key=split_key) for split in ("train", "val")}
+        rows = {split: rows_of(adata, split) for split in ("train", "val")}
         device = self.fabric.device
         self.loader = held.loader(
             rows["train"], batch_size=batch_size, generator=self.cpu_generator, device=device,

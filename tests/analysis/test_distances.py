@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from itertools import combinations
+from types import SimpleNamespace
 
 import anndata as ad
 import numpy as np
@@ -289,6 +290,8 @@ def test_interferon_acts_on_every_cell_type(kang_file):
 
 
 class Planted:
+    conditions = SimpleNamespace(perturbations=["drug 1", "drug 2", "drug 3"])
+
     """The planted operators, where a fitted model would stand."""
 
     def __init__(self, adata):
@@ -300,6 +303,8 @@ class Planted:
 
 
 class Identity:
+    conditions = SimpleNamespace(perturbations=["drug 1", "drug 2", "drug 3"])
+
     def operator(self, condition):
         return AffineOperator.identity(6)
 

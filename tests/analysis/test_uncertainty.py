@@ -188,7 +188,7 @@ def planted():
 
 
 def family(adata, rank=None):
-    return new_operators(adata, context_key=None, rank=rank, context_rank=None)
+    return new_operators(adata, rank=rank, context_rank=None)
 
 
 @pytest.mark.parametrize("rank", [0, None])

@@ -18,6 +18,7 @@ from cellop_nb.data.batches import (
     count_matrix,
     covariate_categories,
 )
+from cellop_nb.data.contract import Keys
 from cellop_nb.errors import DataError, LabelError
 
 
@@ -145,6 +146,7 @@ def test_real_counts(kang_file):
     import anndata
 
     adata = anndata.read_h5ad(kang_file)
+    Keys().write(adata)
     loader = CountLoader(count_matrix(adata, covariate_keys=["donor"]), batch_size=512)
     total = sum(batch.x.double().sum().item() for batch in loader)
     assert total == adata.X.sum(dtype=np.float64)

@@ -15,10 +15,10 @@ from cellop_nb.data.contract import (
     counts,
     keys_of,
     library_size,
-    perturbation_parts,
     setup,
 )
 from cellop_nb.errors import DataError, LabelError
+from cellop_nb.models.operators import perturbation_parts
 
 
 def test_table_of_groups(screen):
@@ -343,12 +343,20 @@ def test_setup_keeps_what_else_we_wrote(screen):
         ("anti-CD3+CD28", ("anti-CD3+CD28",)),
         ("Na+/K+ ATPase inhibitor", ("Na+/K+ ATPase inhibitor",)),
         ("A+C", ("A+C",)),
+        ("A + B", ("A", "B")),
+        ("A+A", ("A+A",)),
         ("A", ("A",)),
     ],
 )
 def test_a_label_is_a_combination_where_its_parts_are_labels(label, parts):
     assert perturbation_parts(label, ["A", "B", label]) == parts
     assert perturbation_parts(label, ["A", "B", label], singles=[label]) == (label,)
+
+
+def test_a_combination_of_a_name_that_has_a_plus_itself():
+    labels = ["(+)-JQ1", "anti-CD3+CD28", "(+)-JQ1+anti-CD3+CD28", "B"]
+    assert perturbation_parts(labels[2], labels) == ("(+)-JQ1", "anti-CD3+CD28")
+    assert perturbation_parts("B+(+)-JQ1", labels) == ("B", "(+)-JQ1")
 
 
 def test_names_with_a_plus_pass_the_gate(screen):

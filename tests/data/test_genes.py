@@ -8,6 +8,7 @@ import pytest
 import scanpy as sc
 
 from cellop_nb import datasets, select_genes
+from cellop_nb.data.contract import Keys
 from cellop_nb.data.genes import FLAVORS
 from cellop_nb.errors import DataError, LabelError
 
@@ -66,6 +67,7 @@ def test_what_cannot_be_chosen_by_is_refused(screen, wrong, message):
 def test_they_are_scanpys_on_a_real_screen(kang_file):
     """And the ones that interferon changes are among them."""
     kang = ad.read_h5ad(kang_file)
+    Keys().write(kang)
     theirs = kang[:, np.asarray((kang.X > 0).sum(0)).ravel() >= 10].copy()
     sc.experimental.pp.highly_variable_genes(theirs, n_top_genes=1000, flavor="pearson_residuals")
     by_residuals = list(theirs.var_names[theirs.var["highly_variable"]])

@@ -385,6 +385,13 @@ def test_parse_reads_single_combination_and_control(label, parts):
     assert condition.doses == (0.5,) * len(parts)
 
 
+def test_parse_splits_at_a_plus_between_perturbations_alone():
+    names = ["(+)-JQ1", "anti-CD3+CD28", "TNF"]
+    assert Condition.parse("(+)-JQ1", perturbations=names).perturbations == ("(+)-JQ1",)
+    assert Condition.parse("anti-CD3+CD28", perturbations=names).perturbations == ("anti-CD3+CD28",)
+    assert Condition.parse("anti-CD3+CD28+TNF", perturbations=names).perturbations == ("anti-CD3+CD28", "TNF")
+
+
 def test_parse_knows_another_control_label():
     assert Condition.parse("DMSO", control="DMSO").perturbations == ()
     assert Condition.parse("control", control="DMSO").perturbations == ("control",)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from toy import Do, assert_same_run
 
+from cellop_nb.data.contract import Keys
 from cellop_nb.data.groups import Groups
 from cellop_nb.data.splits import split
 from cellop_nb.data.synthetic import planted_operator, synthetic
@@ -19,7 +20,6 @@ from cellop_nb.training.loop import Machine
 from cellop_nb.training.operators import (
     OperatorTrainer,
     Penalties,
-    condition_of,
     new_operators,
 )
 
@@ -27,10 +27,9 @@ REP = {"use_rep": "X_truth"}
 QUIET = {"progress": False, "machine": Machine(accelerator="cpu")}
 
 
-def screen_of(n_cells, n_contexts=2):
-    adata = synthetic(
-        n_contexts=n_contexts, n_perturbations=3, n_cells=n_cells, n_genes=10, n_latent=4, seed=1
-    )
+def screen_of(n_cells, n_contexts=2, combinations=0):
+    sizes = {"n_genes": 10, "n_latent": 4, "combinations": combinations}
+    adata = synthetic(n_contexts=n_contexts, n_perturbations=3, n_cells=n_cells, seed=1, **sizes)
     split(adata, test_fraction=0.3, val_fraction=0.15)
     return adata
 
@@ -56,7 +55,7 @@ def transported_means(adata, model):
             torch.as_tensor(part).float() for part in planted_operator(adata, group.perturbation)
         )
         planted.append((controls @ matrix.T + shift).mean(0))
-        learned.append(model.operator(condition_of(group))(controls).mean(0))
+        learned.append(model.operator(group.condition(model.conditions.perturbations))(controls).mean(0))
     return torch.stack(learned), torch.stack(planted)
 
 
@@ -92,7 +91,8 @@ def small_trainer(adata, **settings):
 def test_held_out_groups_are_at_the_noise_floor(screen, trainer):
     held_out = Groups(screen, split="test", control_split="train", **REP)
     for group in held_out.items:
-        moved = trainer.model.operator(condition_of(group))(held_out.control[group.context])
+        condition = group.condition(trainer.model.conditions.perturbations)
+        moved = trainer.model.operator(condition)(held_out.control[group.context])
         found = float(energy_distance(moved, group.cells))
         # The unbiased estimate scatters around zero: the size of that scatter is the noise floor.
         halves = [noise_floor(group.cells, n_splits=1, seed=seed) for seed in range(30)]
@@ -278,7 +278,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(small, tmp_path):
     plain = small_trainer(small)
     plain.fit()
     small_trainer(small, callbacks=[Do(lambda t: t.save_checkpoint(tmp_path / "two.pt"), epoch=1)]).fit()
-    resumed = small_trainer(small, seed=5)
+    resumed = small_trainer(small)
     resumed.load_checkpoint(tmp_path / "two.pt")
     resumed.fit()
     assert_same_run(plain, resumed)
@@ -298,11 +298,34 @@ def test_doses_and_combinations_get_conditions():
         n_contexts=1, n_perturbations=2, combinations=1, doses=(0.5, 1.0), n_cells=40, n_genes=10, n_latent=4
     )
     split(adata)
-    model = new_operators(adata, dose_key="dose", **REP)
+    model = new_operators(adata, **REP)
     assert model.config["pairs"] == [["drug 1", "drug 2"]]
-    trainer = OperatorTrainer(adata, model, dose_key="dose", max_epochs=2, **REP, **QUIET)
+    trainer = OperatorTrainer(adata, model, max_epochs=2, **REP, **QUIET)
     trainer.fit()
     assert {condition.doses for condition in trainer.conditions} == {(0.5,), (1.0,), (1.0, 1.0)}
+
+
+def test_names_with_a_plus_are_one_perturbation_from_the_data_to_the_model():
+    names = {"drug 1": "(+)-JQ1", "drug 2": "anti-CD3+CD28", "drug 1+drug 2": "(+)-JQ1+anti-CD3+CD28"}
+    adata = screen_of(60, combinations=1)
+    adata.obs["perturbation"] = adata.obs["perturbation"].astype(str).replace(names)
+    model = new_operators(adata, **REP)
+    assert model.conditions.perturbations == ["(+)-JQ1", "anti-CD3+CD28", "drug 3"]
+    assert model.conditions.pairs == [("(+)-JQ1", "anti-CD3+CD28")]
+    trainer = OperatorTrainer(adata, model, max_epochs=2, **REP, **QUIET)
+    trainer.fit()
+    whole = {"(+)-JQ1", "anti-CD3+CD28", "drug 3", "(+)-JQ1+anti-CD3+CD28"}
+    assert {condition.label for condition in trainer.conditions} == whole
+    assert f"val_energy[type A, {names['drug 1']}]" in trainer.history
+
+
+def test_a_label_that_was_declared_single_has_an_operator_of_its_own():
+    adata = screen_of(60, combinations=1)
+    Keys(singles=("drug 1+drug 2",)).write(adata)
+    model = new_operators(adata, **REP)
+    assert "drug 1+drug 2" in model.conditions.perturbations and not model.conditions.pairs
+    trainer = OperatorTrainer(adata, model, max_epochs=1, **REP, **QUIET)
+    assert ("drug 1+drug 2",) in {condition.perturbations for condition in trainer.conditions}
 
 
 def test_features_reach_a_perturbation_that_was_never_measured(small):

@@ -9,6 +9,7 @@ import torch
 from toy import CPU, Do, assert_same_run, weights_of
 
 from cellop_nb.analysis.predict import embed
+from cellop_nb.data.contract import Keys
 from cellop_nb.data.splits import split
 from cellop_nb.data.synthetic import synthetic
 from cellop_nb.errors import DataError, LabelError
@@ -169,6 +170,7 @@ def test_the_dispersion_of_poisson_and_overdispersed_genes_is_told_apart():
     rate = np.column_stack([np.full(3000, 5.0), 5 * rng.gamma(0.5, 2.0, 3000), np.full((3000), 200.0)])
     adata = ad.AnnData(rng.poisson(rate).astype(np.float32))
     adata.obs["split"] = "train"
+    Keys().write(adata)
     poisson, bursty, _ = new_vae(adata, n_latent=2, n_hidden=2).decoder.dispersion.tolist()
     assert poisson > 20
     assert bursty == pytest.approx(0.5, rel=0.2)
