@@ -48,8 +48,9 @@ def test_choosing_genes_leaves_torch_with_its_one_thread():
     """numba sets its own number when it starts its threads: once in a process, hence a fresh one."""
     code = (
         "import sys, torch; from cellop_nb.data.synthetic import synthetic; "
-        "from cellop_nb.analysis.space import evaluation_genes; before = torch.get_num_threads(); "
-        "evaluation_genes(synthetic(n_cells=60, n_genes=80), 40); assert 'numba' in sys.modules; "
+        "from cellop_nb.data.genes import select_genes; before = torch.get_num_threads(); "
+        "select_genes(synthetic(n_cells=60, n_genes=80), 40, flavor='seurat', split=None); "
+        "assert 'numba' in sys.modules; "
         "print(before, torch.get_num_threads())"
     )
     given = {**os.environ, "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "2"}

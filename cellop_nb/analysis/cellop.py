@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from copy import copy, deepcopy
 from dataclasses import asdict, dataclass, fields
 from io import StringIO
+from numbers import Real
 from pathlib import Path
 from zlib import crc32
 
@@ -930,7 +931,7 @@ def _check_parts(vae, operators, n_members: int) -> None:
 
 
 def _questions(conditions, context, perturbation, strength, n_cells, operator) -> pd.DataFrame:
-    """A row per condition: context, perturbation, strength, n_cells (None for every control cell once)."""
+    """A row per condition: context, perturbation, strength, n_cells (NaN for every control cell once)."""
     if conditions is None:
         if context is None or (perturbation is None and operator is None):
             fix = "pass context=... and perturbation=..., or a table of conditions"
@@ -954,24 +955,22 @@ def _questions(conditions, context, perturbation, strength, n_cells, operator) -
         fix = "name the columns context, perturbation, and n_cells or strength where they differ"
         raise LabelError(three_beats("conditions with columns context and perturbation", problem, fix))
     table = table.astype(dict.fromkeys(columns, str))
-    table = table.assign(
-        strength=table["strength"].astype(float) if "strength" in table else float(strength),
-        n_cells=table.get("n_cells", n_cells),
-    )
-    wrong = [n for n in table["n_cells"] if n is not None and not (float(n).is_integer() and n > 0)]
+    sizes = [np.nan if n is None else n for n in table.get("n_cells", [n_cells] * len(table))]
+    wrong = [n for n in sizes if n == n and not (isinstance(n, Real) and float(n).is_integer() and n > 0)]
     if wrong:
         raise LabelError(
             three_beats("n_cells a whole number above 0", repr(wrong[0]), "ask for at least one cell")
         )
+    table = table.assign(
+        strength=table["strength"].astype(float) if "strength" in table else float(strength),
+        n_cells=np.array(sizes, dtype=float),
+    )
     return table[[*columns, "strength", "n_cells"]]
 
 
 def _shared_out(client, model: CellOp, asked: pd.DataFrame, operator, seed: int) -> Iterator:
     """The answer to every row in turn, made here or by the workers of a Dask client."""
-    rows = [
-        (*row[:3], None if row[3] is None or row[3] != row[3] else int(row[3]))
-        for row in asked.itertuples(index=False)
-    ]
+    rows = [(*row[:3], None if np.isnan(row[3]) else int(row[3])) for row in asked.itertuples(index=False)]
     if client is None:
         yield from (model.answer(row, operator, seed) for row in rows)
         return

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import numpy as np
 from anndata import AnnData
@@ -12,11 +11,8 @@ from scipy import sparse
 
 from ..data.contract import counts as raw_counts
 from ..data.contract import keys_of
-from ..data.genes import TARGET_SUM, select_genes
+from ..data.genes import TARGET_SUM
 from ..errors import DataError, LabelError, did_you_mean, three_beats
-
-evaluation_genes = partial(select_genes, flavor="seurat", min_cells=10, split=None)
-"""Variable genes of the training cells that are passed, by the rule with which published hold-outs are made."""
 
 
 def log1p_cp10k(counts, library: np.ndarray | None = None):

@@ -1,4 +1,4 @@
-"""Small screens with planted effects, and settings of a hold-out that is over in seconds."""
+"""Small screens with planted effects, and models of them that are fitted in a second."""
 
 from __future__ import annotations
 
@@ -7,15 +7,52 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from cellop_nb import split
+from cellop_nb import CellOp, split
+from cellop_nb.analysis.baselines import BASELINES, Target, Training, run
+from cellop_nb.analysis.cellop import Recipe
+from cellop_nb.analysis.scores import Truth, shared_shift, table_of
+from cellop_nb.analysis.space import EvaluationSpace
+from cellop_nb.data.contract import Keys
+from cellop_nb.data.groups import Groups
 
-QUICK = {
-    "context_key": None,
-    "vae": {"n_latent": 4, "n_hidden": 16},
-    "training": {"max_epochs": 3},
-    "metrics": ["e_distance", "pearson_delta"],
-    "progress": False,
-}
+TINY = Recipe(
+    n_hidden=16, vae_epochs=2, warmup_epochs=1, batch_size=64, finish_epochs=1, operator_epochs=1, n_folds=2
+)
+"""A recipe under which a model is fitted in a second: for tests of what is done, not of how well."""
+
+
+def tiny(adata, *, recipe: Recipe = TINY, n_latent: int = 4, **settings) -> CellOp:
+    """An unfitted model with a recipe for tests."""
+    model = CellOp(adata, n_latent=n_latent, **settings)
+    model.recipe = recipe
+    return model
+
+
+def rows_of(adata, **labels) -> np.ndarray:
+    """Mask (cell,) of the cells with these labels in `obs`."""
+    return np.logical_and.reduce(
+        [(adata.obs[column] == label).to_numpy() for column, label in labels.items()]
+    )
+
+
+def scored(adata, left_out: np.ndarray, methods=BASELINES, *, genes=None, metrics=None) -> pd.DataFrame:
+    """The table of rules without a model: groups of the left-out cells (cell,) predicted from the rest."""
+    train, real = adata[~left_out].copy(), adata[left_out].copy()
+    space = EvaluationSpace.fit(train, genes=genes)
+    training, truths, guesses = Training.of(train, space), {}, {name: {} for name in methods}
+    keys = training.groups.keys
+    labels = real.obs[[*keys.context_key, keys.perturbation_key]].astype(str)
+    for pair in dict.fromkeys(labels.itertuples(index=False, name=None)):
+        cells = space.select(real[(labels == list(pair)).all(axis=1).to_numpy()])
+        control = train[Groups(train, min_cells=1).controls(pair[0])]
+        start = space.select(control)
+        target = Target(*pair, space.transform(start), start, control, space)
+        truths[pair] = Truth(
+            space.transform(cells), target.control, space, counts=cells, shared_shift=shared_shift(training)
+        )
+        for name, rule in methods.items():
+            guesses[name][pair] = run(name, rule, training, target)
+    return table_of(truths, guesses, metrics)
 
 
 def screen(n=60, genes=30, contexts=("B", "NK", "T"), perturbations=("ifn",), seed=0):
@@ -35,7 +72,9 @@ def screen(n=60, genes=30, contexts=("B", "NK", "T"), perturbations=("ifn",), se
         obs, columns=["cell_type", "perturbation"], index=[f"cell{i}" for i in range(len(obs))]
     )
     var = pd.DataFrame(index=[f"g{i}" for i in range(genes)])
-    return ad.AnnData(sparse.csr_matrix(np.concatenate(counts).astype(np.float32)), obs=table, var=var)
+    adata = ad.AnnData(sparse.csr_matrix(np.concatenate(counts).astype(np.float32)), obs=table, var=var)
+    Keys().write(adata)
+    return adata
 
 
 def acted(act, n: int, seed: int = 0):
@@ -45,6 +84,7 @@ def acted(act, n: int, seed: int = 0):
     obs = pd.DataFrame({"perturbation": np.repeat(list(act), n)})
     obs.index = obs.index.astype(str)
     adata = ad.AnnData(obs=obs, obsm={"X_nbvae": z.astype(np.float32)})
+    Keys(context_key=None).write(adata)
     split(adata, test_fraction=0.0, context_key=None)
     return adata
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import sparse, stats
 
-from cellop_nb.analysis import formulas
+from cellop_nb.analysis import metrics as formulas
 from cellop_nb.analysis.metrics import Undefined
 from cellop_nb.analysis.scores import differential
 from cellop_nb.analysis.space import log1p_cp10k
