@@ -194,8 +194,9 @@ def carry_to_mean(
         level, slope = whole_levels(carried * scale, library)
         cost = (carried * scale / size).mean(0)
         excess = cost.sum() - (room / size).mean()
-        miss = miss + excess / cost.square().sum().clamp_min(MIN_MEAN)
-        gap = (aim - miss * cost).clamp_min(0.0) - level.mean(0)
+        # one gene may hold nearly all counts: what it gives or takes in a step is bounded
+        miss = miss + (excess / cost.square().sum().clamp_min(MIN_MEAN)).clamp(-4.0, 4.0)
+        gap = (aim - miss * cost).clamp(0.0, MOST_LEVEL) - level.mean(0)
         if gap.abs().max() <= tolerance:
             break
         grown = (slope * torch.where(gap + t > 0, added, x) * scale).mean(0)

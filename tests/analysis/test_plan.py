@@ -346,6 +346,21 @@ def test_levels_that_need_too_many_counts_are_missed_by_the_loudest_genes():
     assert gap[loud[0]] < -0.2 and (gap[loud[:3]] < -0.05).all() and gap[loud[20:]].abs().mean() < 0.02
 
 
+def test_a_gene_that_takes_nearly_all_counts_leaves_finite_cells():
+    """Levels that the cells cannot hold together: no gene grows without bound, and no library changes."""
+    rng = np.random.default_rng(0)
+    share = np.concatenate([[0.8], rng.dirichlet(np.ones(79)) * 0.2])
+    library = torch.tensor(rng.lognormal(5.5, 0.4, 120), dtype=torch.float32).round()
+    x = torch.tensor(rng.poisson(library.numpy()[:, None] * share), dtype=torch.float32)
+    library = x.sum(1)
+    for lift in (-3.0, 1.0, 3.0):
+        change = torch.tensor(rng.normal(size=80) * abs(lift), dtype=torch.float32)
+        change[0] = lift
+        carried = carry_to_mean(x, library, whole_levels(x, library)[0].mean(0) + change)
+        assert torch.isfinite(carried).all() and (carried >= 0).all()
+        torch.testing.assert_close(carried.sum(1), library, rtol=1e-4, atol=1e-3)
+
+
 def test_the_carry_leaves_cells_that_are_there_already():
     x, _ = cells()
     library = x.sum(1)
