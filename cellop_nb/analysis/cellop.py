@@ -35,7 +35,7 @@ from ..training.operators import OperatorTrainer, Penalties, new_operators
 from ..training.vae import VAETrainer, new_vae
 from .distances import etest
 from .means import Means
-from .plan import Evidence, Plan, estimates, evidence, plan, weigh
+from .plan import Evidence, Plan, combination_evidence, estimates, evidence, plan, plan_combination, weigh
 from .predict import REP, Start, assemble, embed, modelled_counts, write_parts
 
 logger = logging.getLogger("cellop_nb")
@@ -201,6 +201,7 @@ class CellOp:
         self.effects = pd.DataFrame()
         self.means: Means | None = None
         self._evidence: Evidence | None = None
+        self._combination_evidence: Evidence | None = None
         self._plans: dict[tuple[str, str], Plan] = {}
         self._index: dict[str, np.ndarray] | None = None
         self._missing_genes = "refuse"
@@ -290,6 +291,7 @@ class CellOp:
             members = [self._fit_member(cells, groups, k, stages, callbacks) for k in range(self.n_members)]
             self._latent_means = self._means_of_latents(cells, groups)
             self._judge(cells, groups, stages)
+            self._judge_combinations(cells, groups, members[0], stages)
         self.members, self._plans = members, {}
         self.choice = Choice.of(self._evidence)
         self.history, self.costs = stages.history(), stages.costs()
@@ -319,7 +321,7 @@ class CellOp:
         index = Groups(cells, min_cells=1)
         labels = np.full(cells.n_obs, "train", dtype=object)
         for rows in (*index.control_rows.values(), *(group.rows for group in index)):
-            n = min(int(len(rows) * 0.1 + 0.5), len(rows) - 1)
+            n = max(int(len(rows) * 0.1 + 0.5), 2) if len(rows) > 3 else 0  # two make an energy distance
             labels[rows[np.argsort(rank[rows], kind="stable")[:n]]] = "val"
         return pd.Categorical(labels, ["train", "val", "test"])
 
@@ -416,15 +418,38 @@ class CellOp:
                 self._judge_fold(cells, groups, out, [pair for pair in shared if pair[0] in out], stages)
         self._evidence = self._gather(sorted({p for _, p in shared}))
 
+    def _judge_combinations(self, cells, groups: Groups, member: Member, stages: _Stages) -> None:
+        """Foresee measured combinations by operators that have seen none: weights of additive rule and moved cells."""
+        measured = set(groups.pairs)
+        parts = {label: groups.parts(label) for label in groups.perturbations}
+        several = [(c, p) for c, p in groups.pairs if len(parts[p]) > 1]
+        judged = [(c, p) for c, p in several if all((c, part) in measured for part in parts[p])]
+        self._combination_evidence = None
+        if len(judged) < 2:
+            return
+        hidden = np.zeros(cells.n_obs, dtype=bool)
+        for pair in several:
+            hidden[groups.rows(*pair)] = True
+        operators = self._train_operators(cells[~hidden].copy(), self.seed, stages)
+        alone = Member(member.vae, operators)
+        rows, starts = [], {}
+        for context, label in judged[: self.recipe.most_judged]:
+            if context not in starts:
+                starts[context] = Start.of(cells, alone.vae, self._some(cells, groups.controls(context)))
+            change, noise = self.means.own(context, label)
+            added = np.sum([self.means.own(context, part)[0] for part in parts[label]], axis=0)
+            moved = starts[context].change(self._operator_of(alone, label, context))
+            rows.append((change, noise, added, moved))
+        self._combination_evidence = combination_evidence(*map(np.stack, zip(*rows, strict=True)))
+
     def _alike(self, contexts: Sequence[str]) -> list[str]:
         """The contexts with like ones side by side: dealt in turn, they go to different folds and tell of each other."""
+        if len(contexts) < 2:
+            return list(contexts)
         rows = self.means.control[[self.means.contexts.index(context) for context in contexts]]
-        main = (
-            np.linalg.svd(rows - rows.mean(0), full_matrices=False)[0][:, 0]
-            if len(rows) > 1
-            else np.zeros(len(rows))
-        )
-        order = np.argsort(main * np.where(main[np.abs(main).argmax()] < 0, -1, 1), kind="stable")
+        main = np.linalg.svd(rows - rows.mean(0), full_matrices=False)[0][:, 0]
+        sign = -1 if main[np.abs(main).argmax()] < 0 else 1
+        order = np.argsort(sign * main, kind="stable")
         return [contexts[k] for k in order]
 
     def _judge_fold(self, cells, groups: Groups, out: set[str], judged, stages: _Stages) -> None:
@@ -510,6 +535,10 @@ class CellOp:
             ],
             axis=0,
         )
+        parts = self._parts(perturbation)
+        if len(parts) > 1 and not len(self.means.of_perturbation(perturbation)):
+            each = [self.plan(context, part) for part in parts]
+            return plan_combination(each, moved, self._combination_evidence, perturbation=perturbation)
         own = self.means.own(context, perturbation)
         if own is not None:  # what a model that has not seen it says, where there is one
             moved = self.means.moved.get((context, perturbation), moved)
@@ -547,11 +576,15 @@ class CellOp:
             raise LabelError(three_beats("a context with control cells in the data", repr(context), fix))
         known = self.perturbations
         pieces = perturbation.split("+")
-        if not set(perturbation_parts(perturbation, known, known)) <= set(known):
+        if not set(self._parts(perturbation)) <= set(known):
             unknown = [piece for piece in pieces if piece not in known]
             unknown = unknown if len(unknown) < len(pieces) else [perturbation]
             fix = f"{did_you_mean(unknown[0], known)}, or describe perturbations with features=..."
             raise LabelError(three_beats("a perturbation that was measured", repr(unknown[0]), fix))
+
+    def _parts(self, perturbation: str) -> tuple[str, ...]:
+        """The perturbations that a label names: one that the operators know, or those that it combines."""
+        return perturbation_parts(perturbation, self.perturbations, self.perturbations)
 
     def intervals(self, context: str, perturbation: str) -> pd.DataFrame:
         """Change of every gene with its interval, the largest first.
@@ -784,9 +817,9 @@ class CellOp:
         arrays = {name: getattr(means, name) for name in _MEANS}
         arrays["moved"] = np.stack([means.moved[pair] for pair in judged]) if judged else np.zeros((0, 0))
         arrays["latents"] = np.stack(list(self._latent_means.values()))
-        seen = self._evidence
-        if seen is not None:
-            arrays["evidence"] = seen.products
+        evidence_of = {"contexts": self._evidence, "combinations": self._combination_evidence}
+        evidence_of = {name: seen for name, seen in evidence_of.items() if seen is not None}
+        arrays |= {f"evidence_{name}": seen.products for name, seen in evidence_of.items()}
         about = {
             "settings": {name: getattr(self, name) for name in ("n_latent", "n_genes", "n_members", "seed")},
             "recipe": asdict(self.recipe),
@@ -794,7 +827,10 @@ class CellOp:
             "pairs": means.pairs,
             "judged": judged,
             "latents": list(self._latent_means),
-            "evidence": None if seen is None else {"names": seen.names, "n_contexts": seen.n_contexts},
+            "evidence": {
+                name: {"names": seen.names, "n_contexts": seen.n_contexts}
+                for name, seen in evidence_of.items()
+            },
             "effects": self.effects.to_json(orient="split"),
             "history": self.history.to_json(orient="split"),
             "costs": self.costs.to_json(orient="split"),
@@ -893,9 +929,11 @@ def _restored(saved: Saved) -> CellOp:
     model._latent_means = dict(
         zip([tuple(pair) for pair in about["latents"]], arrays["latents"], strict=True)
     )
-    if about["evidence"] is not None:
-        seen = about["evidence"]
-        model._evidence = Evidence(tuple(seen["names"]), arrays["evidence"], seen["n_contexts"])
+    seen = {
+        name: Evidence(tuple(said["names"]), arrays[f"evidence_{name}"], said["n_contexts"])
+        for name, said in about["evidence"].items()
+    }
+    model._evidence, model._combination_evidence = seen.get("contexts"), seen.get("combinations")
     model.choice = Choice.of(model._evidence)
     model.effects, model.history, model.costs = (
         pd.read_json(StringIO(about[name]), orient="split") for name in ("effects", "history", "costs")

@@ -23,6 +23,7 @@ NO_CHANGE, MEAN_SHIFT, NEAR, LINEAR, MOVED = (
     "linear",
     "moved cells",
 )
+ADDITIVE = "additive"
 ESTIMATORS = (NO_CHANGE, MEAN_SHIFT, NEAR, LINEAR, MOVED)
 SIMPLE = (MEAN_SHIFT, NEAR, LINEAR)
 LEAST_RELIABILITY = 0.2
@@ -596,6 +597,90 @@ def plan(
         nearest=float(measured.near(target)["distance"].min()),
         extrapolated=bool(len(measured) and np.linalg.norm(mixed) > largest),
         measured=is_measured,
+    )
+
+
+def combination_evidence(
+    change: np.ndarray, noise: np.ndarray, additive: np.ndarray, moved: np.ndarray
+) -> Evidence | None:
+    """What measured combinations say of the two ways to foresee one; None of fewer than two.
+
+    Parameters
+    ----------
+    change, noise
+        (combination, gene) measured changes, and their sampling variance.
+    additive
+        Sums of the measured changes of the parts.
+    moved
+        Changes of the cells that operators moved which have seen no combination.
+    """
+    nothing = np.zeros(len(change))
+    ways = {NO_CHANGE: np.zeros_like(change), ADDITIVE: additive, MOVED: moved}
+    by_name = {name: Estimate(rows.mean(0), rows, nothing) for name, rows in ways.items()}
+    names = tuple(map(str, range(len(change))))
+    return evidence(Measured(names, np.zeros_like(change), change, noise, moved), by_name)
+
+
+def plan_combination(
+    parts: Sequence[Plan],
+    moved: np.ndarray,
+    seen: Evidence | None,
+    *,
+    perturbation: str,
+    settings: PlanSettings = PlanSettings(),
+) -> Plan:
+    r"""Plan a combination that was measured nowhere, from the plans of its parts and the moved cells.
+
+    .. math:: \hat d = w_a \sum_p \hat d_p + w_m \hat d_m
+
+    Parameters
+    ----------
+    parts
+        Plans of the parts in the context that is asked for.
+    moved
+        (gene,) mean change of the context's moved control cells.
+    seen
+        Of :func:`combination_evidence`; both ways count alike where None.
+
+    References
+    ----------
+    Ahlmann-Eltze, Huber, Anders (2025), Nat. Methods 22:1657 (the additive rule).
+    """
+    first, added = parts[0], np.sum([part.change for part in parts], axis=0)
+    ways = {NO_CHANGE: np.zeros_like(added), ADDITIVE: added, MOVED: np.asarray(moved)}
+    weights = {NO_CHANGE: 0.0, ADDITIVE: 0.5, MOVED: 0.5}
+    explained = rival = float("nan")
+    left: dict[str, float] = {}
+    if seen is not None:
+        shares = weigh(seen, settings)
+        weights = dict(zip(seen.names, shares.tolist(), strict=True))
+        left = dict(zip(seen.names, seen.errors.tolist(), strict=True))
+        explained = 1 - float(shares @ seen.products @ shares) / seen.n_contexts / left[NO_CHANGE]
+        rival = 1 - left[ADDITIVE] / left[NO_CHANGE]
+    change = np.sum([weights[name] * way for name, way in ways.items()], axis=0)
+    table = {
+        "context": "combinations",
+        "estimator": list(left),
+        "left": list(left.values()),
+        "reliability": 1.0,
+    }
+    return Plan(
+        context=first.context,
+        perturbation=perturbation,
+        genes=first.genes,
+        estimates=pd.DataFrame(ways, index=first.genes),
+        weights=pd.Series(weights),
+        size=1.0,
+        change=change,
+        error=np.sqrt(np.sum([np.square(part.error) for part in parts], axis=0)),
+        quantile=max(part.quantile for part in parts),
+        left_out=pd.DataFrame(table),
+        explained=explained,
+        rival=ADDITIVE,
+        rival_explained=rival,
+        shares=pd.Series(dtype=float),
+        nearest=float("nan"),
+        extrapolated=False,
     )
 
 
