@@ -17,7 +17,7 @@ from anndata import AnnData
 from torch import Tensor
 
 from cellop_nb.analysis.predict import embed
-from cellop_nb.data.batches import count_matrix
+from cellop_nb.data.counts import count_matrix
 from cellop_nb.models.energy import moved_energy_distance, self_distance
 from cellop_nb.models.operators import Condition, OperatorModel
 from cellop_nb.models.vae import NBVAE

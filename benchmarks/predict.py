@@ -12,8 +12,8 @@ from anndata import AnnData
 
 from cellop_nb.analysis.predict import Start, assemble, embed, modelled_counts
 from cellop_nb.analysis.space import evaluation_genes
-from cellop_nb.data.catalogue import load
 from cellop_nb.data.contract import keys_of, setup
+from cellop_nb.data.datasets import load
 from cellop_nb.data.splits import split
 from cellop_nb.models.operators import Condition
 from cellop_nb.training.callbacks import EarlyStopping

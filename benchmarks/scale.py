@@ -154,7 +154,7 @@ def _labels(start: int, context: np.ndarray, perturbation: np.ndarray, rng) -> p
 
 def read(path: str) -> Callable[[], object]:
     """Every row of the counts once, in order: what any use of the file costs at least."""
-    from cellop_nb.data.catalogue import load
+    from cellop_nb.data.datasets import load
     from cellop_nb.data.on_disk import RowReader
 
     def call():
@@ -167,7 +167,7 @@ def read(path: str) -> Callable[[], object]:
 
 def names(path: str) -> Callable[[], object]:
     """The file opened: names and labels of all cells, which are held, and no counts."""
-    from cellop_nb.data.catalogue import load
+    from cellop_nb.data.datasets import load
 
     kept = []
     return lambda: kept.append(load(path, backed=True))
@@ -175,7 +175,7 @@ def names(path: str) -> Callable[[], object]:
 
 def peer(path: str) -> Callable[[], object]:
     """One epoch of SCVI with the same sizes, the file read into memory."""
-    from cellop_nb.data.catalogue import load
+    from cellop_nb.data.datasets import load
 
     from .vae import _peer_model, _peer_train
 
@@ -188,7 +188,7 @@ def peer(path: str) -> Callable[[], object]:
 
 def train(path: str, backed: bool = True) -> Callable[[], object]:
     """One epoch of the VAE, from opening the file to the saved model."""
-    from cellop_nb.data.catalogue import load
+    from cellop_nb.data.datasets import load
     from cellop_nb.training.checkpoint import write_models
     from cellop_nb.training.loop import Machine
     from cellop_nb.training.vae import VAETrainer, new_vae
@@ -206,7 +206,7 @@ def train(path: str, backed: bool = True) -> Callable[[], object]:
 def encode(path: str) -> Callable[[], object]:
     """Latents of every cell."""
     from cellop_nb.analysis.predict import embed
-    from cellop_nb.data.catalogue import load
+    from cellop_nb.data.datasets import load
     from cellop_nb.training.checkpoint import read_models as load_model
 
     def call():
@@ -220,8 +220,8 @@ def encode(path: str) -> Callable[[], object]:
 def predict(path: str) -> Callable[[], object]:
     """Operators fitted for an epoch, and every control cell moved and decoded into a file."""
     from cellop_nb.analysis.predict import Start, assemble, modelled_counts, write_parts
-    from cellop_nb.data.catalogue import load
     from cellop_nb.data.contract import keys_of
+    from cellop_nb.data.datasets import load
     from cellop_nb.data.groups import controls_by_context
     from cellop_nb.models.operators import Condition
     from cellop_nb.training.checkpoint import read_models as load_model

@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 # public name -> module that defines it (an empty name after the colon: the module itself)
 _PUBLIC = {
-    "datasets": "data.catalogue",
+    "datasets": "data.datasets",
     "errors": "errors",
     "pl": "notebook.pl",
     "setup": "data.contract",
@@ -85,7 +85,7 @@ if TYPE_CHECKING:  # the names below are found by `__getattr__` while running
     from .analysis.scores import evaluate as evaluate
     from .analysis.uncertainty import bootstrap_operators as bootstrap_operators
     from .analysis.uncertainty import operator_intervals as operator_intervals
-    from .data import catalogue as datasets  # noqa: F401
+    from .data import datasets as datasets  # noqa: F401
     from .data.contract import context_labels as context_labels
     from .data.contract import setup as setup
     from .data.genes import select_genes as select_genes

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from anndata import AnnData
 
-from ..data.batches import measured_totals
+from ..data.counts import measured_totals
 from ..data.groups import Groups
 from ..errors import DataError, ModelError, three_beats
 from .metrics import Undefined

@@ -21,9 +21,9 @@ import torch
 from tqdm.auto import tqdm
 
 from ..data.contract import Keys, check_values, is_set_up, keys_of, obs_labels
+from ..data.counts import require_in_memory
 from ..data.genes import select_genes
 from ..data.groups import Groups, controls_by_context
-from ..data.on_disk import require_in_memory
 from ..display import card
 from ..errors import CheckpointError, LabelError, ModelError, did_you_mean, three_beats
 from ..models.affine import AffineOperator, check_strength
@@ -279,7 +279,7 @@ class CellOp:
         DataError
             If the counts lie on disk, or no perturbed group is left for training.
         """
-        require_in_memory(self.adata, self.keys.layer)
+        require_in_memory(self.adata)
         stages = _Stages(1 + 2 * self.n_members + self.recipe.n_folds, progress)
         with stages:
             with stages("data"):

@@ -11,11 +11,9 @@ import torch
 from anndata import AnnData, concat
 from torch import Tensor
 
-from ..data.batches import count_matrix, model_counts
 from ..data.contract import counts, keys_of
+from ..data.counts import CountMatrix, DiskCounts, count_matrix, model_counts
 from ..data.groups import Group, Groups, evenly
-from ..data.matrices import CountMatrix
-from ..data.on_disk import DiskCounts
 from ..errors import DataError, LabelError, did_you_mean, three_beats
 from ..models.likelihood import COUNTS_PER_CELL
 from ..models.operators import Condition, OperatorModel

@@ -11,10 +11,9 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from ..data.batches import measured_totals
 from ..data.contract import obs_labels
+from ..data.counts import measured_totals, require_in_memory
 from ..data.groups import Groups
-from ..data.on_disk import require_in_memory
 from ..errors import CellopError, HoldoutError, LabelError, did_you_mean, three_beats
 from ..models.operators import perturbation_parts
 from ..models.vae import NBVAE
@@ -205,7 +204,7 @@ def holdout(
     """
     model = adata if isinstance(adata, CellOp) else CellOp(adata, seed=seed)
     adata, metrics = model.adata, None if metrics is None else list(metrics)
-    require_in_memory(adata, model.keys.layer)
+    require_in_memory(adata)
     known_metrics(metrics)
     _own_names(methods or {})
     if n_seeds < 1:

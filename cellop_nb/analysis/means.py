@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..data.batches import TOTAL_KEY, count_matrix
+from ..data.counts import TOTAL_KEY, count_matrix
 from ..data.groups import Groups
 from ..models.operators import perturbation_parts
 from .plan import Measured

@@ -11,8 +11,8 @@ import pandas as pd
 from scipy.spatial.distance import cdist
 from tqdm.auto import tqdm
 
-from ..data.batches import measured_totals
 from ..data.contract import keys_of
+from ..data.counts import measured_totals
 from .baselines import Prediction
 from .holdout import CELLOP, Holdout
 from .scores import MAX_CELLS, Truth, known_metrics, rows_by_group, score

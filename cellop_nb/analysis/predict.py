@@ -16,9 +16,9 @@ from scipy import sparse
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..data.batches import TOTAL_KEY, has_other_genes, measured_totals, model_counts
-from ..data.contract import Keys, context_labels, counts, obs_labels
-from ..errors import DataError, LabelError, did_you_mean, three_beats
+from ..data.contract import Keys, counts
+from ..data.counts import TOTAL_KEY, has_other_genes, measured_totals, model_counts
+from ..errors import DataError, did_you_mean, three_beats
 from ..files import write_whole
 from ..models.affine import AffineOperator
 from ..models.carry import (
@@ -31,7 +31,6 @@ from ..models.carry import (
     whole_levels,
 )
 from ..models.likelihood import SparseCounts
-from ..models.operators import Condition, OperatorModel
 from ..models.vae import NBVAE
 from .plan import Plan
 
@@ -78,49 +77,6 @@ def embed(adata, vae: NBVAE, *, key_added: str = REP, batch_size: int = 2048) ->
         problem = f"{int(broken.sum())} cells with NaN or infinity, such as {adata.obs_names[broken][0]!r}"
         raise DataError(three_beats("finite latents", problem, "use a model whose weights are finite"))
     adata.obsm[key_added] = latents
-
-
-def operator_for(
-    operators: OperatorModel, perturbation: str, context: str | None, *, control: str = "control"
-) -> tuple[AffineOperator, bool]:
-    """The operator of a perturbation in a context, and whether the context is one that it was fitted with.
-
-    A context never seen gets the shared response: this is a prediction, and callers say so.
-    """
-    known = context in operators.conditions.contexts
-    names = operators.conditions.perturbations
-    condition = Condition.parse(
-        perturbation, context if known else None, control=control, perturbations=names
-    )
-    return operators.operator(condition), known
-
-
-def source_cells(
-    adata,
-    context: str | None,
-    *,
-    perturbation_key: str = "perturbation",
-    context_key: str | Sequence[str] | None = "cell_type",
-    control: str = "control",
-) -> np.ndarray:
-    """Rows of the control cells of a context (of all contexts where None)."""
-    is_source = (obs_labels(adata, perturbation_key) == control).to_numpy()
-    if context is not None:
-        labels = context_labels(adata, context_key)
-        if context not in set(labels):
-            raise LabelError(
-                three_beats("a context of the data", repr(context), did_you_mean(context, labels.unique()))
-            )
-        is_source = is_source & (labels == context).to_numpy()
-    if not is_source.any():
-        raise DataError(
-            three_beats(
-                f"control cells to start from in {context or 'the data'}",
-                "none",
-                f"give cells with obs[{perturbation_key!r}] == {control!r}",
-            )
-        )
-    return np.flatnonzero(is_source)
 
 
 def latents(adata, use_rep: str = REP) -> Tensor:

@@ -12,8 +12,8 @@ import pandas as pd
 import torch
 from anndata import AnnData
 
-from ..data.batches import measured_totals
 from ..data.contract import Keys, keys_of, label_table
+from ..data.counts import measured_totals
 from ..display import Scores
 from ..errors import HoldoutError, LabelError, did_you_mean, three_beats
 from ..models.energy import noise_floor

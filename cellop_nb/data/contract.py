@@ -13,7 +13,7 @@ from anndata import AnnData
 from scipy import sparse
 
 from ..errors import DataError, LabelError, did_you_mean, three_beats
-from .stored import StoredRows, is_stored_by_cells
+from .on_disk import StoredRows, is_stored_by_cells
 
 JOINER = " | "
 EVERYWHERE = "all"

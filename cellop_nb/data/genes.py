@@ -10,8 +10,9 @@ from scipy import sparse
 
 from ..errors import DataError, LabelError, did_you_mean, three_beats
 from ..packages import same_threads
-from .contract import count_slot, counts, obs_labels
+from .contract import count_slot, counts, keys_of
 from .on_disk import RowReader, is_on_disk
+from .splits import rows_of
 
 MAX_CELLS = 20_000
 """Cells on which genes are chosen where the counts lie on disk."""
@@ -26,9 +27,7 @@ def select_genes(
     *,
     flavor: str = "pearson_residuals",
     min_cells: int = 1,
-    layer: str | None = None,
     split: str | None = "train",
-    split_key: str = "split",
 ) -> list[str]:
     """Names of highly variable genes, chosen on training cells only: genes chosen with held-out cells in view leak
     their response.
@@ -36,7 +35,7 @@ def select_genes(
     Parameters
     ----------
     adata
-        Raw counts (cell, gene); nothing is written to it.
+        A screen that was set up; nothing is written to it.
     n_genes
         How many; all that are left where there are fewer. Counts that lie on disk are ranked on 20,000 random cells.
     flavor
@@ -57,9 +56,9 @@ def select_genes(
     Raises
     ------
     DataError
-        If no gene is asked for, or the layer is missing.
+        If no gene is asked for.
     LabelError
-        If the flavor is unknown, or `split` has no cells.
+        If the data were not set up, the flavor is unknown, or `split` has no cells.
 
     References
     ----------
@@ -70,35 +69,27 @@ def select_genes(
     if flavor not in FLAVORS:
         expected = f"a flavor of {sorted(FLAVORS)}"
         raise LabelError(three_beats(expected, repr(flavor), did_you_mean(flavor, FLAVORS)))
-    found = _counts_of(adata, layer, _rows_of(adata, split, split_key))
-    seen = np.flatnonzero(found.getnnz(axis=0) >= max(min_cells, 1))
+    rows = np.arange(adata.n_obs) if split is None else rows_of(adata, split)
+    matrix = _counts_of(adata, rows)
+    seen = np.flatnonzero(matrix.getnnz(axis=0) >= max(min_cells, 1))
     names = adata.var_names[seen]
     if len(seen) > n_genes:
-        names = names[FLAVORS[flavor](AnnData(found[:, seen]), n_genes)]
+        names = names[FLAVORS[flavor](AnnData(matrix[:, seen]), n_genes)]
     return [str(name) for name in names]
 
 
-def _rows_of(adata: AnnData, split: str | None, split_key: str) -> np.ndarray:
-    if split is None:
-        return np.arange(adata.n_obs)
-    rows = np.flatnonzero(obs_labels(adata, split_key) == split)
-    if not len(rows):
-        found = f"none of {split!r} in obs[{split_key!r}]"
-        raise LabelError(three_beats("cells to choose genes on", found, "run split(adata, ...) first"))
-    return rows
-
-
-def _counts_of(adata: AnnData, layer: str | None, rows: np.ndarray) -> sparse.csr_matrix:
+def _counts_of(adata: AnnData, rows: np.ndarray) -> sparse.csr_matrix:
     """Raw counts (cell, gene) of the cells, float32; of some of them where they lie on disk."""
+    layer = keys_of(adata).layer
     slot = count_slot(adata, layer)
     if is_on_disk(slot):
         rows = np.sort(np.random.default_rng(0).permutation(rows)[:MAX_CELLS])
-        found = RowReader(slot).read(rows)
+        matrix = RowReader(slot).read(rows)
     else:
-        found = counts(adata, layer)[rows]
-    found = sparse.csr_matrix(found, dtype=np.float32)
-    found.eliminate_zeros()
-    return found
+        matrix = counts(adata, layer)[rows]
+    matrix = sparse.csr_matrix(matrix, dtype=np.float32)
+    matrix.eliminate_zeros()
+    return matrix
 
 
 def _by_pearson_residuals(cells: AnnData, n_genes: int) -> np.ndarray:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..errors import DataError, LabelError, did_you_mean, three_beats
 from ..models.operators import Condition, perturbation_parts
 from .contract import Keys, keys_of, label_table, require_control
-from .matrices import sent
+from .counts import sent
 from .splits import rows_of
 
 logger = logging.getLogger("cellop_nb")

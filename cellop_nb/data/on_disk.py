@@ -1,32 +1,20 @@
-"""Counts that stay on disk: opened without being read, shuffled by chunks, given out as the same batches.
-
-A file is read fastest in runs of neighbouring rows, and a batch must be a random sample of all cells. Both are
-had by shuffling short blocks of rows, reading a window of many blocks at a time, and shuffling inside it.
-"""
+"""Matrices that stay in their h5ad or zarr file: opened without being read, and read in runs of neighbouring rows."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
-from functools import cached_property
+from collections.abc import Callable
 from pathlib import Path
 
 import anndata
 import h5py
 import numpy as np
-import torch
 from anndata import AnnData
 from scipy import sparse
-from torch import Tensor
 
 from ..errors import DataError, three_beats
-from .contract import count_slot
-from .matrices import PART, PASS, CountBatch, CountLoader, CountMatrix, Order, sent
-from .stored import StoredRows
 
-BLOCK = 64
-"""Neighbouring cells that stay together on the way to a window."""
+PASS = 4_096
+"""Cells that a pass over counts in their order holds at a time."""
 
 Check = Callable[[sparse.csr_matrix, np.ndarray], None]
 
@@ -77,39 +65,6 @@ def _matrix(stored):
 def is_on_disk(slot) -> bool:
     """Whether a matrix (cell, gene) is still in its file."""
     return not (isinstance(slot, np.ndarray) or sparse.issparse(slot) or hasattr(slot, "iloc"))
-
-
-def chunked_order(block: int = BLOCK, window: int = PART) -> Order:
-    """A shuffle whose windows lie in few blocks of neighbouring rows, so that a file is read in runs.
-
-    Parameters
-    ----------
-    block
-        Neighbouring rows that are read together.
-    window
-        Rows that are mixed with each other.
-    """
-
-    def order(n: int, generator: torch.Generator) -> Tensor:
-        blocks = torch.arange(n).split(block)
-        places = torch.cat([blocks[k] for k in torch.randperm(len(blocks), generator=generator)])
-        parts = places.split(window)
-        return torch.cat([part[torch.randperm(len(part), generator=generator)] for part in parts])
-
-    return order
-
-
-def require_in_memory(adata: AnnData, layer: str | None = None) -> None:
-    """Refuse counts on disk where many fits share them.
-
-    Raises
-    ------
-    DataError
-        With what to do instead.
-    """
-    if is_on_disk(count_slot(adata, layer)):
-        fix = "pass adata.to_memory(), or fewer cells: adata[chosen].to_memory()"
-        raise DataError(three_beats("counts in memory, for all fits", "counts that lie on disk", fix))
 
 
 class RowReader:
@@ -181,88 +136,45 @@ class RowReader:
         return found if kept.all() else found[np.flatnonzero(kept)]
 
 
-class DiskCounts:
-    """Counts of all cells in a file, with the face of :class:`CountMatrix`.
+def is_stored_by_cells(slot) -> bool:
+    """Whether a matrix is a CSR matrix in a file, as anndata opens it."""
+    return hasattr(slot, "group") and getattr(slot, "format", "") == "csr"
+
+
+class StoredRows:
+    """Runs of neighbouring rows, as CSR in memory and of the stored type.
+
+    anndata's own slices look up the installed version of scipy each time (2 ms): for the short runs of a shuffled
+    pass ten times as long as reading them.
 
     Parameters
     ----------
-    slot, genes, check
-        As in :class:`RowReader`.
-    covariates
-        Category codes per covariate, (cell,) each.
+    slot
+        CSR or dense matrix (cell, gene) in a file.
     """
 
-    def __init__(
-        self,
-        slot,
-        *,
-        genes: np.ndarray | None = None,
-        covariates: Mapping | None = None,
-        check: Check | None = None,
-    ) -> None:
-        self.slot, self.reader = slot, RowReader(slot, genes=genes, check=check)
-        self.shape = self.reader.shape
-        self.covariates = {
-            key: torch.as_tensor(code, dtype=torch.int64) for key, code in (covariates or {}).items()
-        }
+    def __init__(self, slot) -> None:
+        self.shape = tuple(int(size) for size in slot.shape)
+        self._dense, self._starts = slot, None
+        if is_stored_by_cells(slot):
+            self._starts = np.asarray(slot.group["indptr"][...])
+            self._values, self._genes = slot.group["data"], slot.group["indices"]
 
-    @cached_property
-    def sums(self) -> np.ndarray:
-        """(cell,) float64 counts of each cell; a pass through the file, made when they are first asked for."""
-        parts = [part.sum(axis=1) for _, part in self.blocks(np.arange(len(self)))]
-        return np.concatenate([np.asarray(part, dtype=np.float64).ravel() for part in parts])
-
-    @cached_property
-    def library(self) -> Tensor:
-        """(cell,) float32 library sizes, at least 1; from :attr:`sums`."""
-        return torch.from_numpy(np.maximum(self.sums.astype(np.float32), 1.0))
-
-    def __len__(self) -> int:
-        return self.reader.shape[0]
-
-    def with_rest(self, rest: np.ndarray) -> DiskCounts:
-        """The same counts with a last column `rest` (cell,): what the genes kept leave of each cell's total."""
-        more = copy.copy(self)
-        given = {"genes": self.reader.genes, "rest": rest, "check": self.reader.check}
-        more.reader = RowReader(self.slot, **given)
-        more.shape, more.sums = more.reader.shape, self.sums + rest
-        vars(more).pop("library", None)  # of the sums before
-        return more
-
-    def blocks(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, sparse.csr_matrix]]:
-        """Cut `rows` (cell,) into parts, each with its counts in memory (cell, gene)."""
-        for start in range(0, len(rows), PASS):
-            part = rows[start : start + PASS]
-            yield part, self.reader.read(part)
-
-    def held(self, rows: np.ndarray) -> CountMatrix:
-        """The cells `rows` (cell,) in memory, in this order."""
-        codes = {key: code[torch.from_numpy(rows)] for key, code in self.covariates.items()}
-        return CountMatrix(self.reader.read(rows), covariates=codes)
-
-    def batch(self, rows: np.ndarray, device: torch.device | str = "cpu") -> CountBatch:
-        """Cells `rows` (cell,) as tensors on `device`."""
-        batch = self.held(np.asarray(rows)).batch(np.arange(len(rows)), device)
-        return replace(batch, index=sent(torch.from_numpy(np.asarray(rows, dtype=np.int64)), device))
-
-    def loader(self, rows: np.ndarray | None = None, **settings) -> DiskLoader:
-        """Minibatches, shuffled by chunks; settings as in :class:`CountLoader`."""
-        return DiskLoader(self, rows, **{"order": chunked_order()} | settings)
-
-
-class DiskLoader(CountLoader):
-    """A :class:`CountLoader` that reads a window of cells at a time; any order is right, a chunked one is fast."""
-
-    def __iter__(self) -> Iterator[CountBatch]:
-        shares = list(self.shares())
-        per_window = max(1, (PART if self.shuffle else PASS) // self.batch_size)
-        for start in range(0, len(shares), per_window):
-            yield from self._window(shares[start : start + per_window])
-
-    def _window(self, shares: list[tuple[int, np.ndarray]]) -> Iterator[CountBatch]:
-        """Some batches, whose cells are read together; nothing of them is held when the next ones are read."""
-        held, at = self.matrix.held(np.concatenate([rows for _, rows in shares])), 0  # type: ignore[attr-defined]
-        for joint_size, rows in shares:
-            self.joint_size = joint_size
-            batch = held.batch(np.arange(at, at := at + len(rows)), self.device)
-            yield replace(batch, index=sent(torch.from_numpy(rows.astype(np.int64)), self.device))
+    def read(self, firsts: np.ndarray, lasts: np.ndarray) -> sparse.csr_matrix:
+        """The rows of all runs, one run below the other; `lasts` (run,) are not among them."""
+        if self._starts is None:
+            runs = [sparse.csr_matrix(self._dense[a:b]) for a, b in zip(firsts, lasts, strict=True)]
+            return runs[0] if len(runs) == 1 else sparse.vstack(runs, "csr")
+        begin, end = self._starts[firsts], self._starts[lasts]
+        if len(firsts) == 1:
+            parts = self._values[begin[0] : end[0]], self._genes[begin[0] : end[0]]
+            indptr = self._starts[firsts[0] : lasts[0] + 1] - begin[0]
+            return sparse.csr_matrix((*parts, indptr), (len(indptr) - 1, self.shape[1]))
+        at = np.concatenate([[0], np.cumsum(end - begin)])
+        values, genes = np.empty(at[-1], self._values.dtype), np.empty(at[-1], np.int32)
+        for run, (a, b) in enumerate(zip(begin, end, strict=True)):
+            values[at[run] : at[run + 1]] = self._values[a:b]
+            genes[at[run] : at[run + 1]] = self._genes[a:b]
+        sizes = [np.diff(self._starts[a : b + 1]) for a, b in zip(firsts, lasts, strict=True)]
+        indptr = np.concatenate([[0], np.cumsum(np.concatenate(sizes))])
+        return sparse.csr_matrix((values, genes, indptr), (len(indptr) - 1, self.shape[1]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -10,7 +11,7 @@ from anndata import AnnData
 
 from ..display import SplitTable
 from ..errors import HoldoutError, LabelError, did_you_mean, three_beats
-from .contract import context_labels, obs_labels, require_control
+from .contract import keys_of, label_table, obs_labels, require_control
 
 SPLITS = ("train", "val", "test")
 SPLIT_KEY = "split"
@@ -24,16 +25,14 @@ def split(
     test_fraction: float = 0.1,
     val_fraction: float = 0.1,
     holdout_controls: bool = False,
-    perturbation_key: str = "perturbation",
-    context_key: str | Sequence[str] | None = "cell_type",
-    control: str = "control",
-    key_added: str = "split",
     seed: int = 0,
 ) -> pd.DataFrame:
     """Assign every cell to train, val or test.
 
     Parameters
     ----------
+    adata
+        A screen that was set up (:func:`cellop_nb.setup`).
     holdout
         Column of `obs` to value or list of values; a cell is held out if it matches all of them:
         ``{"cell_type": "B", "perturbation": "IFNb"}``, ``{"donor": "d1"}``, ``{"perturbation": ["A", "B"]}``.
@@ -49,39 +48,35 @@ def split(
     Returns
     -------
     DataFrame
-        Cells per (context, perturbation) group and split. Writes `obs[key_added]` (train, val, test) and
+        Cells per (context, perturbation) group and split. Writes ``obs["split"]`` (train, val, test) and
         `uns["cellop_nb"]["split"]` (how it was made).
 
     Raises
     ------
     LabelError
-        If a column or value of `holdout` is unknown.
+        If the data were not set up, or a column or value of `holdout` is unknown.
     HoldoutError
         If the hold-out matches no perturbed cell, leaks into training, or leaves nothing to learn from.
     """
-    labels = pd.DataFrame(
-        {
-            "context": context_labels(adata, context_key).to_numpy(),
-            "perturbation": obs_labels(adata, perturbation_key).to_numpy(),
-        }
-    )
-    is_control = require_control(labels["perturbation"], control, perturbation_key)
+    keys = keys_of(adata)
+    labels = label_table(adata, replace(keys, dose_key=None))
+    is_control = require_control(labels["perturbation"], keys.control, keys.perturbation_key)
     _check_fractions(test_fraction if holdout is None else 0.0, val_fraction)
     rng = np.random.default_rng(seed)
     if holdout is None:
         test = _random_share(labels, np.ones(len(labels), dtype=bool), test_fraction, rng)
     else:
-        named = control in _values(holdout.get(perturbation_key, ()))
+        named = keys.control in _values(holdout.get(keys.perturbation_key, ()))
         test = _matches(adata, holdout) & (~is_control | named | holdout_controls)
         _refuse_bad_holdout(adata, labels, test, is_control, holdout)
     val = _random_share(labels, ~test, val_fraction, rng)
     assigned = np.select([test, val], ["test", "val"], "train")
-    adata.obs[key_added] = pd.Categorical(assigned, categories=list(SPLITS))
-    made = {"seed": int(seed), "val_fraction": float(val_fraction), "control": control}
-    made["holdout"] = {
-        key: [str(value) for value in _values(wanted)] for key, wanted in (holdout or {}).items()
+    adata.obs[SPLIT_KEY] = pd.Categorical(assigned, categories=list(SPLITS))
+    about = {"seed": int(seed), "val_fraction": float(val_fraction), "control": keys.control}
+    about["holdout"] = {
+        key: [str(value) for value in _values(chosen)] for key, chosen in (holdout or {}).items()
     }
-    adata.uns.setdefault("cellop_nb", {})["split"] = made
+    adata.uns.setdefault("cellop_nb", {})["split"] = about
     return split_table(labels, assigned)
 
 
@@ -117,11 +112,11 @@ def rows_of(adata: AnnData, name: str | Sequence[str]) -> np.ndarray:
     return np.flatnonzero(labels.isin(_values(name)))
 
 
-def _values(wanted: object) -> list:
+def _values(labels: object) -> list:
     """One value or several, as a list."""
-    if isinstance(wanted, (list, tuple, set, np.ndarray, pd.Index, pd.Series)):
-        return list(wanted)
-    return [wanted]
+    if isinstance(labels, (list, tuple, set, np.ndarray, pd.Index, pd.Series)):
+        return list(labels)
+    return [labels]
 
 
 def _check_fractions(test_fraction: float, val_fraction: float) -> None:
@@ -131,8 +126,8 @@ def _check_fractions(test_fraction: float, val_fraction: float) -> None:
                 three_beats(f"{name} in [0, 1)", f"{share}", "pass a share of the cells, such as 0.1")
             )
     if test_fraction + val_fraction >= 1:
-        found = f"test_fraction {test_fraction} and val_fraction {val_fraction}"
-        raise HoldoutError(three_beats("some cells left for training", found, "lower one of them"))
+        problem = f"test_fraction {test_fraction} and val_fraction {val_fraction}"
+        raise HoldoutError(three_beats("some cells left for training", problem, "lower one of them"))
 
 
 def _random_share(
@@ -143,9 +138,9 @@ def _random_share(
     order = order[among[order]]
     groups = labels.iloc[order].groupby(["context", "perturbation"])
     rank, size = groups.cumcount().to_numpy(), groups["context"].transform("size").to_numpy()
-    taken = np.minimum(np.floor(size * share + 0.5), size - 1)
+    n_test = np.minimum(np.floor(size * share + 0.5), size - 1)
     mask: np.ndarray = np.zeros(len(labels), dtype=bool)
-    mask[order[rank < taken]] = True
+    mask[order[rank < n_test]] = True
     return mask
 
 
@@ -155,11 +150,11 @@ def _matches(adata: AnnData, holdout: Mapping[str, object]) -> np.ndarray:
         fix = "name a column and value, or pass holdout=None for random cells"
         raise HoldoutError(three_beats("a hold-out that names something", "an empty one", fix))
     mask = np.ones(adata.n_obs, dtype=bool)
-    for key, wanted in holdout.items():
+    for key, chosen in holdout.items():
         labels = obs_labels(adata, key)
-        known, values = set(labels), [str(value) for value in _values(wanted)]
+        column, values = set(labels), [str(value) for value in _values(chosen)]
         for value in values:
-            if value not in known:
+            if value not in column:
                 fix = f"name a label that exists ({did_you_mean(value, labels.unique())})"
                 raise LabelError(
                     three_beats(f"{value!r} among the labels of obs[{key!r}]", "no such cell", fix)
@@ -177,13 +172,13 @@ def _refuse_bad_holdout(
         fix = "check that this combination was measured (cellop_nb.setup(adata) shows the groups)"
         raise HoldoutError(three_beats("a hold-out with perturbed cells", f"none match {dict(holdout)}", fix))
     if not (perturbed & ~test).any():
-        found = f"all {int(perturbed.sum())} perturbed cells held out by {dict(holdout)}"
-        raise HoldoutError(three_beats("perturbed cells left for training", found, "hold out fewer groups"))
+        problem = f"all {int(perturbed.sum())} perturbed cells held out by {dict(holdout)}"
+        raise HoldoutError(three_beats("perturbed cells left for training", problem, "hold out fewer groups"))
     lost = set(labels["context"][test]) - set(labels["context"][is_control & ~test])
     if lost:
-        found = f"no control cells outside test in {sorted(lost)[:3]}"
+        problem = f"no control cells outside test in {sorted(lost)[:3]}"
         fix = "keep the controls (holdout_controls=False)"
-        raise HoldoutError(three_beats("controls from which test groups can be predicted", found, fix))
+        raise HoldoutError(three_beats("controls from which test groups can be predicted", problem, fix))
     _refuse_reordered(labels, test, holdout)
     _refuse_repeated_cells(adata, test)
 
@@ -197,9 +192,9 @@ def _refuse_reordered(labels: pd.DataFrame, test: np.ndarray, holdout: Mapping) 
     same = labels["context"] + "\0" + unordered
     leak = ~test & same.isin(set(same[test])).to_numpy() & ~names.isin(set(names[test])).to_numpy()
     if leak.any():
-        found = f"{labels['perturbation'][leak].iloc[0]!r}, the same combination, in training"
+        problem = f"{labels['perturbation'][leak].iloc[0]!r}, the same combination, in training"
         raise HoldoutError(
-            three_beats(f"no leak of {dict(holdout)}", found, "write combinations in one order")
+            three_beats(f"no leak of {dict(holdout)}", problem, "write combinations in one order")
         )
 
 
@@ -208,5 +203,7 @@ def _refuse_repeated_cells(adata: AnnData, test: np.ndarray) -> None:
     names = pd.Index(adata.obs_names)
     leaked = names[test].intersection(names[~test])
     if len(leaked):
-        found = f"{len(leaked)} cell names on both sides, such as {leaked[0]!r}"
-        raise HoldoutError(three_beats("no leak", found, "run adata.obs_names_make_unique() or drop repeats"))
+        problem = f"{len(leaked)} cell names on both sides, such as {leaked[0]!r}"
+        raise HoldoutError(
+            three_beats("no leak", problem, "run adata.obs_names_make_unique() or drop repeats")
+        )

@@ -19,11 +19,9 @@ from torch import Tensor
 from ..analysis.combinations import combine, sequence
 from ..analysis.diagnose import affine_health
 from ..analysis.predict import decode_cells, latents
-from ..data.batches import model_counts
 from ..data.contract import context_labels, obs_labels
+from ..data.counts import CountMatrix, DiskCounts, model_counts
 from ..data.groups import Groups
-from ..data.matrices import CountMatrix
-from ..data.on_disk import DiskCounts
 from ..data.synthetic import planted_operator, planted_proportions
 from ..display import card
 from ..errors import DataError, LabelError, did_you_mean, three_beats

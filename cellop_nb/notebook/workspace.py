@@ -16,10 +16,10 @@ import pandas as pd
 import torch
 
 from ..analysis.predict import embed
-from ..data import catalogue
-from ..data.batches import TOTAL_KEY
+from ..data import datasets
 from ..data.contract import library_size
 from ..data.contract import setup as check_screen
+from ..data.counts import TOTAL_KEY
 from ..data.genes import select_genes
 from ..data.splits import split
 from ..errors import CellopError, CheckpointError, three_beats
@@ -157,7 +157,7 @@ class Workspace:
         return json.dumps(made, sort_keys=True)
 
     def _prepare(self) -> ad.AnnData:
-        adata = catalogue.load(self.values["data"])
+        adata = datasets.load(self.values["data"])
         check_screen(adata, layer=self.layer, **self.keys)
         split(adata, seed=self.seed, **self.keys)
         n_genes = self.values.get("n_genes", 0)

@@ -13,17 +13,18 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal
 
-from ..data.batches import (
+from ..data.contract import keys_of
+from ..data.counts import (
     TOTAL_KEY,
     CountBatch,
     CountLoader,
     CountMatrix,
+    ResidentBatch,
     covariate_categories,
     has_other_genes,
     model_counts,
+    resident,
 )
-from ..data.contract import keys_of
-from ..data.resident import ResidentBatch, resident
 from ..data.splits import rows_of
 from ..errors import checked
 from ..models.likelihood import SparseCounts

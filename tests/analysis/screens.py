@@ -85,7 +85,7 @@ def acted(act, n: int, seed: int = 0):
     obs.index = obs.index.astype(str)
     adata = ad.AnnData(obs=obs, obsm={"X_nbvae": z.astype(np.float32)})
     Keys(context_key=None).write(adata)
-    split(adata, test_fraction=0.0, context_key=None)
+    split(adata, test_fraction=0.0)
     return adata
 
 

@@ -21,8 +21,8 @@ from cellop_nb.analysis.genes import (
     response_profiles,
     response_similarity,
 )
-from cellop_nb.data.catalogue import load
 from cellop_nb.data.contract import Keys
+from cellop_nb.data.datasets import load
 from cellop_nb.errors import DataError, LabelError, MissingExtraError
 from cellop_nb.models.operators import Condition, OperatorModel
 from cellop_nb.models.vae import NBVAE

@@ -182,8 +182,8 @@ def planted():
         obs=pd.DataFrame({"perturbation": obs}, index=[str(i) for i in range(len(obs))]),
         obsm={"X_nbvae": np.concatenate(z).astype(np.float32)},
     )
-    split(adata, test_fraction=0.0, context_key=None)
     Keys(context_key=None).write(adata)
+    split(adata, test_fraction=0.0)
     return adata, maps
 
 

@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from cellop_nb.data.batches import (
+from cellop_nb.data.contract import Keys
+from cellop_nb.data.counts import (
     CountLoader,
     CountMatrix,
     category_codes,
     count_matrix,
     covariate_categories,
 )
-from cellop_nb.data.contract import Keys
 from cellop_nb.errors import DataError, LabelError
 
 

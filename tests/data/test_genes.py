@@ -33,7 +33,7 @@ def test_genes_are_chosen_on_training_cells_only(screen, flavor):
     assert select_genes(screen, 20, flavor=flavor) == chosen
     assert select_genes(screen, 20, flavor=flavor, split=None) != chosen
     assert select_genes(screen, 1000, flavor=flavor) == list(screen.var_names)
-    with pytest.raises(LabelError, match="none of 'val'"):
+    with pytest.raises(LabelError, match="split 'val'.*none"):
         select_genes(screen, 20, split="val")
 
 

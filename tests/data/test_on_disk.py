@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
+from cellop_nb.data import counts as counts_module
 from cellop_nb.data import genes, on_disk
-from cellop_nb.data.batches import count_matrix
-from cellop_nb.data.catalogue import load
 from cellop_nb.data.contract import setup
+from cellop_nb.data.counts import count_matrix
+from cellop_nb.data.datasets import load
 from cellop_nb.data.genes import select_genes
 from cellop_nb.data.splits import split
 from cellop_nb.errors import DataError
@@ -52,7 +53,9 @@ def test_batches_on_disk_are_those_in_memory(pair):
     for wanted in ({"covariate_keys": ["donor"]}, {"genes": genes}, {"genes": list(memory.var_names)}):
         ours, theirs = count_matrix(disk, **wanted), count_matrix(memory, **wanted)
         assert (
-            isinstance(ours, on_disk.DiskCounts) and ours.shape == theirs.shape and len(ours) == len(theirs)
+            isinstance(ours, counts_module.DiskCounts)
+            and ours.shape == theirs.shape
+            and len(ours) == len(theirs)
         )
         assert torch.equal(ours.library, theirs.library)
         rows = np.random.default_rng(0).choice(memory.n_obs, 37, replace=False)
@@ -60,10 +63,10 @@ def test_batches_on_disk_are_those_in_memory(pair):
 
 
 def test_a_pass_visits_every_chosen_cell_once_in_the_same_order(pair, monkeypatch):
-    monkeypatch.setattr(on_disk, "PART", 64)
+    monkeypatch.setattr(counts_module, "PART", 64)
     memory, disk = (count_matrix(adata, covariate_keys=["batch"]) for adata in pair)
     rows = np.flatnonzero(np.random.default_rng(1).uniform(size=len(memory)) < 0.7)
-    made = {"rows": rows, "batch_size": 10, "order": on_disk.chunked_order(8, 64)}
+    made = {"rows": rows, "batch_size": 10, "order": counts_module.chunked_order(8, 64)}
     loaders = [m.loader(generator=torch.Generator().manual_seed(4), **made) for m in (memory, disk)]
     for _ in range(2):
         seen = []
@@ -97,7 +100,7 @@ def test_the_checks_read_by_blocks(pair):
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 400), st.integers(1, 40), st.integers(1, 120), st.integers(0, 99))
 def test_a_chunked_order_is_a_permutation_of_windows_from_few_blocks(n, block, window, seed):
-    order = on_disk.chunked_order(block, window)(n, torch.Generator().manual_seed(seed)).numpy()
+    order = counts_module.chunked_order(block, window)(n, torch.Generator().manual_seed(seed)).numpy()
     assert np.array_equal(np.sort(order), np.arange(n))
     for start in range(0, n, window):
         part = order[start : start + window]
@@ -107,7 +110,7 @@ def test_a_chunked_order_is_a_permutation_of_windows_from_few_blocks(n, block, w
 def test_a_window_mixes_a_sorted_file():
     """Labels sorted in the file: batches of a chunked pass look like batches of a full shuffle."""
     n, labels = 200_000, np.repeat(np.arange(4), 50_000)
-    order = on_disk.chunked_order()(n, torch.Generator().manual_seed(0)).numpy()
+    order = counts_module.chunked_order()(n, torch.Generator().manual_seed(0)).numpy()
     share = np.stack([np.bincount(labels[part], minlength=4) / 200 for part in np.split(order, n // 200)])
     assert share.mean(0) == pytest.approx([0.25] * 4)
     assert share.std(0).max() < 2 * np.sqrt(0.25 * 0.75 / 200), "a file read in its order has 0.43"

@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from cellop_nb.data.matrices import CountMatrix
-from cellop_nb.data.resident import ResidentCounts, resident
+from cellop_nb.data.counts import CountMatrix, ResidentCounts, resident
 
 
 def matrix(cells=40, genes=13, seed=0) -> CountMatrix:
@@ -61,7 +60,7 @@ def test_counts_stay_on_a_gpu_that_has_the_memory(free, stays, monkeypatch):
     source = matrix()
     made = []
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
-    monkeypatch.setattr("cellop_nb.data.resident.ResidentCounts", lambda *given: made.append(given) or "held")
+    monkeypatch.setattr("cellop_nb.data.counts.ResidentCounts", lambda *given: made.append(given) or "held")
     assert resident(source, torch.device("cuda")) == ("held" if stays else source)
     assert len(made) == stays
     assert resident(source, torch.device("cpu")) is source

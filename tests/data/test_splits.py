@@ -9,6 +9,7 @@ from anndata import AnnData
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cellop_nb.data.contract import Keys
 from cellop_nb.data.splits import rows_of, split
 from cellop_nb.errors import HoldoutError, LabelError
 
@@ -19,7 +20,9 @@ def table_of(cells: list[tuple[str, str, str]]) -> AnnData:
     obs = pd.DataFrame(
         cells, columns=["cell_type", "perturbation", "donor"], index=[f"c{k}" for k in range(len(cells))]
     )
-    return AnnData(np.ones((len(cells), 1), dtype=np.float32), obs=obs)
+    adata = AnnData(np.ones((len(cells), 1), dtype=np.float32), obs=obs)
+    Keys().write(adata)
+    return adata
 
 
 def full_screen(repeats: int = 4) -> AnnData:
@@ -109,6 +112,14 @@ def test_controls_stay_unless_asked_for():
     assert set(held["perturbation"]) == {"control", "p"}
 
 
+def test_names_with_a_plus_are_held_out_as_they_are():
+    adata = full_screen()
+    names = {"p": "(+)-JQ1", "q": "anti-CD3+CD28", "p+q": "(+)-JQ1+anti-CD3+CD28"}
+    adata.obs["perturbation"] = adata.obs["perturbation"].replace(names)
+    split(adata, holdout={"perturbation": "anti-CD3+CD28"})
+    assert set(adata.obs["perturbation"][adata.obs["split"] == "test"]) == {"anti-CD3+CD28"}
+
+
 def test_a_single_may_be_held_out_while_its_combination_trains():
     adata = full_screen()
     split(adata, holdout={"perturbation": "p"})
@@ -148,11 +159,12 @@ BAD = [
     ),
     (reordered, HoldoutError, r"'q\+p', the same combination, in training"),
     (repeated_name, HoldoutError, "1 cell names on both sides, such as 'c0'"),
-    (lambda a: {"control": "Control"}, LabelError, "did you mean 'control'"),
+    (lambda a: Keys(control="Control").write(a) or {}, LabelError, "did you mean 'control'"),
+    (lambda a: a.uns.clear() or {}, LabelError, "a screen that was set up"),
     (lambda a: {"val_fraction": 1.0}, HoldoutError, "val_fraction in"),
     (lambda a: {"test_fraction": -0.1}, HoldoutError, "test_fraction in"),
     (lambda a: {"test_fraction": 0.6, "val_fraction": 0.4}, HoldoutError, "some cells left for training"),
-    (lambda a: {"context_key": "tissue"}, LabelError, "a column 'tissue'"),
+    (lambda a: Keys(context_key=("tissue",)).write(a) or {}, LabelError, "a column 'tissue'"),
 ]
 
 
@@ -178,6 +190,7 @@ def test_real_held_out_cell_type(kang_file):
     import anndata
 
     adata = anndata.read_h5ad(kang_file)
+    Keys().write(adata)
     table = split(adata, holdout={"cell_type": "CD4 T", "perturbation": "IFNb"}).set_index(
         ["context", "perturbation"]
     )

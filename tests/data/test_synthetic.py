@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from scipy.spatial.distance import cdist
 
-from cellop_nb.data.catalogue import load
 from cellop_nb.data.contract import setup
+from cellop_nb.data.datasets import load
 from cellop_nb.data.synthetic import (
     EXAMPLE,
     planted_operator,

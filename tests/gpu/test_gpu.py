@@ -18,7 +18,7 @@ from cellop_nb.analysis.distances import transport_scores
 from cellop_nb.analysis.genes import axis_genes, response_genes, response_profiles
 from cellop_nb.analysis.holdout import OPERATORS, holdout
 from cellop_nb.analysis.predict import embed, predict
-from cellop_nb.data.resident import ResidentCounts
+from cellop_nb.data.counts import ResidentCounts
 from cellop_nb.data.splits import split
 from cellop_nb.data.synthetic import synthetic
 from cellop_nb.models.energy import energy_distance, grouped_energy_distance, self_distance

@@ -8,7 +8,7 @@ import torch
 from scipy import linalg
 
 from cellop_nb.analysis.predict import source_cells
-from cellop_nb.data.catalogue import load
+from cellop_nb.data.datasets import load
 from cellop_nb.data.groups import Groups
 from cellop_nb.data.synthetic import planted_operator, planted_proportions
 from cellop_nb.errors import DataError, LabelError, ModelError

@@ -9,8 +9,8 @@ from cellop_nb.analysis.streaming import predict_to_file
 from toy import CPU, Do, assert_same_run, small_screen
 
 from cellop_nb.analysis.predict import embed, predict
-from cellop_nb.data import on_disk
-from cellop_nb.data.catalogue import load
+from cellop_nb.data import counts as counts_module
+from cellop_nb.data.datasets import load
 from cellop_nb.errors import DataError
 from cellop_nb.training.operators import new_operators
 from cellop_nb.training.vae import VAETrainer, new_vae
@@ -18,7 +18,7 @@ from cellop_nb.training.vae import VAETrainer, new_vae
 
 @pytest.fixture
 def pair(tmp_path, monkeypatch):
-    monkeypatch.setattr(on_disk, "PART", 32)
+    monkeypatch.setattr(counts_module, "PART", 32)
     adata = small_screen()
     adata.write_h5ad(tmp_path / "screen.h5ad")
     return adata, load(tmp_path / "screen.h5ad", backed=True)
@@ -28,7 +28,7 @@ def trainer_of(adata, **settings):
     vae = new_vae(adata, covariate_keys=["batch"], n_latent=3, n_hidden=8)
     given = {"max_epochs": 4, "batch_size": 16, "lr": 1e-2, "progress": False, "machine": CPU}
     trainer = VAETrainer(adata, vae, **given | settings)
-    trainer.loader.order = on_disk.chunked_order(8, 32)
+    trainer.loader.order = counts_module.chunked_order(8, 32)
     return trainer
 
 
@@ -40,7 +40,7 @@ def fitted(adata, **settings):
 
 def test_the_loss_curve_is_that_in_memory_for_the_same_order(pair):
     memory, disk = (fitted(adata) for adata in pair)
-    assert type(disk.loader) is on_disk.DiskLoader and type(memory.loader) is not type(disk.loader)
+    assert type(disk.loader) is counts_module.DiskLoader and type(memory.loader) is not type(disk.loader)
     assert_same_run(memory, disk)
     assert memory.history["val_loss"].iloc[-1] < memory.history["val_loss"][0]
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from toy import LineTrainer, joint_run, one_of, one_with_a_fault, small_operators, small_vae
 
-from cellop_nb.data.matrices import CountMatrix
+from cellop_nb.data.counts import CountMatrix
 from cellop_nb.errors import ModelError
 from cellop_nb.models import vae as vae_module
 from cellop_nb.training.loop import Machine

@@ -8,7 +8,7 @@ import pytest
 import torch
 from toy import LineTrainer, small_operators, small_vae
 
-from cellop_nb.data.resident import ResidentCounts
+from cellop_nb.data.counts import ResidentCounts
 from cellop_nb.errors import ModelError
 from cellop_nb.training.cuda_graph import Recorder, recorder_of
 from cellop_nb.training.guard import TrainingState

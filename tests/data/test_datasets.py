@@ -11,9 +11,9 @@ import threading
 import anndata
 import pytest
 
-from cellop_nb.data import catalogue
+from cellop_nb.data import datasets
 from cellop_nb.data.contract import setup
-from cellop_nb.data.screens import SCREENS, Screen, scperturb
+from cellop_nb.data.datasets import SCREENS, Screen, scperturb
 from cellop_nb.errors import DataError
 
 
@@ -64,7 +64,7 @@ def server(tmp_path, monkeypatch, screen):
         thread.start()
         url = f"http://127.0.0.1:{httpd.server_port}/remote.h5ad"
         entry = Screen("remote", "A screen", "Someone (2020)", url, 400, control=("ctrl",), joiner="_")
-        monkeypatch.setattr(catalogue, "SCREENS", (entry,))
+        monkeypatch.setattr(datasets, "SCREENS", (entry,))
         monkeypatch.setenv("CELLOP_CACHE", str(tmp_path / "cache"))
         handler.folder, handler.cache = source, tmp_path / "cache"
         yield handler
@@ -72,16 +72,16 @@ def server(tmp_path, monkeypatch, screen):
 
 
 def test_download_is_cached_recorded_and_named_as_the_contract(server):
-    adata = catalogue.load("remote", progress=False)
+    adata = datasets.load("remote", progress=False)
     assert {"control", "drug 1", "drug 1+drug 2"} <= set(adata.obs["perturbation"])
     assert {"perturbation", "cell_type", "donor"} <= set(adata.obs)
     assert adata.uns["cellop_nb"]["source"]["obs_cell_type"] == "celltype"
     assert len(setup(adata)) == 10
-    again = catalogue.load("remote", progress=False)
+    again = datasets.load("remote", progress=False)
     assert again.shape == adata.shape and server.requests == ["/remote.h5ad"]
     record = json.loads((server.cache / "checksums.json").read_text())
     assert list(record) == ["remote.h5ad"] and len(record["remote.h5ad"]) == 64
-    row = catalogue.list().set_index("name").loc["remote"]
+    row = datasets.list().set_index("name").loc["remote"]
     assert row["cached"] and row["mb"] == pytest.approx(
         (server.cache / "remote.h5ad").stat().st_size / 1e6, abs=0.1
     )
@@ -91,64 +91,64 @@ def test_download_is_cached_recorded_and_named_as_the_contract(server):
 
 
 def test_progress_bar(server, capsys):
-    catalogue.load("remote", progress=True)
+    datasets.load("remote", progress=True)
     assert "100%" in capsys.readouterr().err
 
 
 def test_truncated_download_is_refused_and_leaves_nothing(server):
     server.truncate = True
     with pytest.raises(DataError, match="a complete download of remote"):
-        catalogue.load("remote", progress=False)
+        datasets.load("remote", progress=False)
     assert not (server.cache / "remote.h5ad").exists()
     server.truncate = False
-    assert catalogue.load("remote", progress=False).n_obs == 400
+    assert datasets.load("remote", progress=False).n_obs == 400
 
 
 def test_truncated_download_of_unknown_length_is_refused(server):
     server.truncate = server.hide_length = True
     with pytest.raises(DataError, match="truncated or no AnnData"):
-        catalogue.load("remote", progress=False)
+        datasets.load("remote", progress=False)
     assert not (server.cache / "remote.h5ad").exists() and not (server.cache / "checksums.json").exists()
 
 
 def test_changed_cache_is_refused(server):
-    catalogue.load("remote", progress=False)
+    datasets.load("remote", progress=False)
     with open(server.cache / "remote.h5ad", "ab") as file:
         file.write(b"x")
     with pytest.raises(DataError, match="has changed since.*delete it to download it again"):
-        catalogue.load("remote", progress=False)
+        datasets.load("remote", progress=False)
 
 
 def test_changed_source_is_refused(server):
-    catalogue.load("remote", progress=False)
+    datasets.load("remote", progress=False)
     (server.cache / "remote.h5ad").unlink()
     adata = anndata.read_h5ad(server.folder / "remote.h5ad")
     adata[:50].write_h5ad(server.folder / "remote.h5ad")
     with pytest.raises(DataError, match="another file at its source"):
-        catalogue.load("remote", progress=False)
+        datasets.load("remote", progress=False)
     assert not (server.cache / "remote.h5ad").exists()
 
 
 def test_offline_says_what_is_cached(server, tmp_path, monkeypatch):
-    catalogue.load("remote", progress=False)
+    datasets.load("remote", progress=False)
     absent = Screen("absent", "", "", "http://127.0.0.1:9/absent.h5ad")
-    monkeypatch.setattr(catalogue, "SCREENS", (*catalogue.SCREENS, absent))
+    monkeypatch.setattr(datasets, "SCREENS", (*datasets.SCREENS, absent))
     with pytest.raises(DataError, match="check the connection.*synthetic_screen, remote"):
-        catalogue.load("absent", progress=False)
+        datasets.load("absent", progress=False)
 
 
 def test_missing_at_the_source(server):
     (server.folder / "remote.h5ad").unlink()
     with pytest.raises(DataError, match="a complete download of remote.*HTTPError"):
-        catalogue.load("remote", progress=False)
+        datasets.load("remote", progress=False)
 
 
 def test_files_load_as_they_are(screen, tmp_path):
     screen.write_h5ad(tmp_path / "mine.h5ad")
     screen.write_zarr(tmp_path / "mine.zarr")
     for name in ("mine.h5ad", "mine.zarr"):
-        assert (catalogue.load(tmp_path / name).X != screen.X).nnz == 0
-    backed = catalogue.load(str(tmp_path / "mine.h5ad"), backed=True)
+        assert (datasets.load(tmp_path / name).X != screen.X).nnz == 0
+    backed = datasets.load(str(tmp_path / "mine.h5ad"), backed=True)
     assert not hasattr(backed.X, "nnz") and (backed[:].X != screen.X).nnz == 0
 
 
@@ -162,36 +162,36 @@ def test_files_load_as_they_are(screen, tmp_path):
 )
 def test_unknown_names_are_refused(name, message):
     with pytest.raises(DataError, match=message):
-        catalogue.load(name)
+        datasets.load(name)
 
 
 def test_unreadable_files_are_refused(tmp_path):
     (tmp_path / "table.csv").write_text("a,b")
     (tmp_path / "broken.h5ad").write_bytes(b"no hdf5")
     with pytest.raises(DataError, match="a file .h5ad or .zarr"):
-        catalogue.load(tmp_path / "table.csv")
+        datasets.load(tmp_path / "table.csv")
     with pytest.raises(DataError, match="a readable .h5ad"):
-        catalogue.load(tmp_path / "broken.h5ad")
+        datasets.load(tmp_path / "broken.h5ad")
     with pytest.raises(DataError, match="the name of a public screen"):
-        catalogue.fetch("kang_1918")
+        datasets.fetch("kang_1918")
 
 
 def test_catalogue_is_complete():
-    table = catalogue.list()
+    table = datasets.list()
     assert table["name"].is_unique and len(table) == len(SCREENS) + 1
     assert (table[["title", "citation", "licence", "keys"]] != "").all(axis=None)
     assert "perturbation: label; " in table.set_index("name").loc["kang_2018", "keys"]
     assert table["url"][1:].str.match(r"https://\S+\.h5ad$").all()
-    assert catalogue.find("scperturb/SomeFile") == scperturb("SomeFile")
-    assert catalogue.find("scperturb/a/b") is None
+    assert datasets.find("scperturb/SomeFile") == scperturb("SomeFile")
+    assert datasets.find("scperturb/a/b") is None
 
 
 def test_example_is_found_in_a_clone_and_in_a_wheel(root, tmp_path, monkeypatch):
-    assert catalogue.example_path() == root / "data" / "synthetic_screen.h5ad"
+    assert datasets.example_path() == root / "data" / "synthetic_screen.h5ad"
     package = tmp_path / "site-packages" / "cellop_nb"
     (package / "_share" / "data").mkdir(parents=True)
-    monkeypatch.setattr(catalogue, "files", lambda name: package)
-    assert catalogue.example_path() is None
-    assert catalogue.load().n_obs == 4800, "without its file the example is made afresh"
+    monkeypatch.setattr(datasets, "files", lambda name: package)
+    assert datasets.example_path() is None
+    assert datasets.load().n_obs == 4800, "without its file the example is made afresh"
     shutil.copy(root / "data" / "synthetic_screen.h5ad", package / "_share" / "data")
-    assert catalogue.example_path().parent.parent.name == "_share"
+    assert datasets.example_path().parent.parent.name == "_share"
