@@ -1,4 +1,4 @@
-"""The command line: `python3 -m cellop_nb run | test | lab | notebooks | params | sweep | holdout | bench | docs`.
+"""The command line: `python3 -m cellop_nb run | test | lab | predict | holdout | ...`.
 
 Standard library only until the environment exists, so that a fresh machine needs nothing but Python and git.
 """
@@ -22,6 +22,8 @@ examples:
   python3 -m cellop_nb run --only 02 -p latent_dim 16          one notebook with another value
   python3 -m cellop_nb params 02                               what can be changed there
   python3 -m cellop_nb sweep 02 -g latent_dim=8,16 -g seed=0..4   ten runs of it, compared
+  python3 -m cellop_nb predict --data screen.h5ad --context "CD14 Mono" --perturbation IFNb
+                                                               the verdict and the leading genes
   python3 -m cellop_nb holdout screen.h5ad --over donor        predict every donor, beside baselines
   python3 -m cellop_nb test science                            the tests that need no notebook
   python3 -m cellop_nb test -- -k energy                       some of the tests"""

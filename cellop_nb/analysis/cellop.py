@@ -204,6 +204,7 @@ class CellOp:
         self._combination_evidence: Evidence | None = None
         self._plans: dict[tuple[str, str], Plan] = {}
         self._index: dict[str, np.ndarray] | None = None
+        self._labels: list[str] | None = None
         self._missing_genes = "refuse"
         self._shared: dict = {}
 
@@ -247,8 +248,18 @@ class CellOp:
 
     @property
     def perturbations(self) -> list[str]:
-        """What can be asked for, combinations of these besides."""
-        return list(self.operators.conditions.perturbations)
+        """What can be asked for, combinations of these besides; before a fit, what the training cells will tell."""
+        if self.members:
+            return list(self.operators.conditions.perturbations)
+        if self._labels is None:
+            cells = self.adata
+            if SPLIT in cells.obs:
+                cells = cells[(cells.obs[SPLIT] != "test").to_numpy()]
+            groups = Groups(cells)
+            measured = [part for label in groups.perturbations for part in groups.parts(label)]
+            described = [] if self.features is None else self.features.index.astype(str)
+            self._labels = list(dict.fromkeys([*measured, *described]))
+        return self._labels
 
     def _fitted(self) -> CellOp:
         if not self.members:
@@ -521,7 +532,7 @@ class CellOp:
         ModelError
             Where nothing tells the response.
         """
-        self._fitted()._check_question(context, perturbation)
+        self._fitted().check_question(context, perturbation)
         if (context, perturbation) not in self._plans:
             self._plans[context, perturbation] = self._new_plan(context, perturbation)
         return self._plans[context, perturbation]
@@ -570,16 +581,22 @@ class CellOp:
         """Counts of the modelled genes of some cells of the data."""
         return modelled_counts(self.adata[rows], self.vae, self.keys, self._missing_genes, self.means.shares)
 
-    def _check_question(self, context: str, perturbation: str) -> None:
+    def check_question(self, context: str, perturbation: str) -> None:
+        """Refuse a context without controls and a perturbation that nothing tells of, before or after a fit.
+
+        Raises
+        ------
+        LabelError
+        """
         if not len(self.control_rows(context)):
             fix = did_you_mean(context, self._index)
             raise LabelError(three_beats("a context with control cells in the data", repr(context), fix))
-        known = self.perturbations
+        labels = self.perturbations
         pieces = perturbation.split("+")
-        if not set(self._parts(perturbation)) <= set(known):
-            unknown = [piece for piece in pieces if piece not in known]
+        if not set(self._parts(perturbation)) <= set(labels):
+            unknown = [piece for piece in pieces if piece not in labels]
             unknown = unknown if len(unknown) < len(pieces) else [perturbation]
-            fix = f"{did_you_mean(unknown[0], known)}, or describe perturbations with features=..."
+            fix = f"{did_you_mean(unknown[0], labels)}, or describe perturbations with features=..."
             raise LabelError(three_beats("a perturbation that was measured", repr(unknown[0]), fix))
 
     def _parts(self, perturbation: str) -> tuple[str, ...]:
@@ -595,11 +612,11 @@ class CellOp:
             ``gene, change, low, high``: change of mean log1p-CP10k; the interval holds what the plan missed of measured
             contexts left out (95 %), NaN where fewer than two contexts tell it.
         """
-        found = self.plan(context, perturbation)
+        planned = self.plan(context, perturbation)
         table = pd.DataFrame(
-            {"gene": self.genes, "change": found.change, "low": found.low, "high": found.high}
+            {"gene": self.genes, "change": planned.change, "low": planned.low, "high": planned.high}
         )
-        return table.iloc[np.argsort(-np.abs(found.change), kind="stable")].reset_index(drop=True)
+        return table.iloc[np.argsort(-np.abs(planned.change), kind="stable")].reset_index(drop=True)
 
     def support(self, context: str, perturbation: str) -> pd.DataFrame:
         """From which measured contexts a response is borrowed, how near they are, and whether its size is extrapolated.
@@ -727,13 +744,13 @@ class CellOp:
         ModelError
             For a strength out of range, or a part strength of an operator without a real logarithm.
         """
-        asked = _questions(conditions, context, perturbation, strength, n_cells, operator)
+        self._fitted()
+        asked = question_table(conditions, context, perturbation, strength, n_cells, operator)
         if missing_genes not in ("refuse", "zero", "impute"):
             expected = "missing_genes among 'refuse', 'zero', 'impute'"
             raise LabelError(three_beats(expected, repr(missing_genes), "name one of them"))
         for one in asked.itertuples():
-            check_strength(one.strength)
-            self._check_question(
+            self.check_question(
                 one.context, self.perturbations[0] if operator is not None else one.perturbation
             )
         seed = self.seed if seed is None else seed
@@ -968,8 +985,18 @@ def _check_parts(vae, operators, n_members: int) -> None:
         )
 
 
-def _questions(conditions, context, perturbation, strength, n_cells, operator) -> pd.DataFrame:
-    """A row per condition: context, perturbation, strength, n_cells (NaN for every control cell once)."""
+def question_table(
+    conditions, context=None, perturbation=None, strength=1.0, n_cells=None, operator=None
+) -> pd.DataFrame:
+    """A row per condition: context, perturbation, strength, n_cells (NaN for every control cell once).
+
+    Raises
+    ------
+    LabelError
+        For columns that are unknown or missing, no row, or no whole number of cells.
+    ModelError
+        For a strength that is no number, or out of range.
+    """
     if conditions is None:
         if context is None or (perturbation is None and operator is None):
             fix = "pass context=... and perturbation=..., or a table of conditions"
@@ -1000,9 +1027,11 @@ def _questions(conditions, context, perturbation, strength, n_cells, operator) -
             three_beats("n_cells a whole number above 0", repr(wrong[0]), "ask for at least one cell")
         )
     table = table.assign(
-        strength=table["strength"].astype(float) if "strength" in table else float(strength),
+        strength=pd.to_numeric(table["strength"], errors="coerce") if "strength" in table else float(strength),
         n_cells=np.array(sizes, dtype=float),
     )
+    for value in table["strength"].unique():
+        check_strength(value)
     return table[[*columns, "strength", "n_cells"]]
 
 

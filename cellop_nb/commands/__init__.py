@@ -14,6 +14,7 @@ MODULES = {
     "notebooks": "run",
     "params": "run",
     "sweep": "sweep",
+    "predict": "predict",
     "holdout": "holdout",
     "bench": "tools",
     "docs": "tools",

@@ -27,13 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--only", action="append", default=[], metavar="NAME", help="ask this question alone; repeatable"
     )
-    group = parser.add_argument_group("your data")
-    group.add_argument("--layer", metavar="LAYER", help="layer with the raw counts (default: X)")
-    group.add_argument("--perturbation-key", metavar="COLUMN", default="perturbation")
-    group.add_argument(
-        "--context-key", metavar="COLUMN", default="cell_type", help="several: A,B; 'none' for no contexts"
-    )
-    group.add_argument("--control", metavar="LABEL", default="control")
+    add_data_options(parser.add_argument_group("your data"))
     how = parser.add_argument_group("how")
     how.add_argument("--genes", type=int, default=1000, help="variable genes; 0 keeps all (default: 1000)")
     how.add_argument("--latent", type=int, default=32, metavar="N", help="latent dimensions (default: 32)")
@@ -41,6 +35,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--seed", type=int, default=0, help="every random choice follows from it (default: 0)")
     how.add_argument("--workers", type=int, help="processes side by side (default: one after the other)")
     parser.add_argument("--out", metavar="FILE.csv", type=Path, help="file for the whole table")
+
+
+def add_data_options(group) -> None:
+    """The keys of a screen; one that is left out is that of the file, where it was set up, else the usual name."""
+    group.add_argument("--layer", metavar="LAYER", help="layer with the raw counts (default: X)")
+    group.add_argument("--perturbation-key", metavar="COLUMN", help="default: perturbation")
+    group.add_argument(
+        "--context-key", metavar="COLUMN", help="several: A,B; 'none' for no contexts (default: cell_type)"
+    )
+    group.add_argument("--control", metavar="LABEL", help="default: control")
+
+
+def set_up(adata, args: argparse.Namespace, *, only_if_told: bool = False) -> None:
+    """Set the screen up with the keys of the command line; with `only_if_told` not without any."""
+    import cellop_nb as co
+    from cellop_nb.data.contract import Keys, is_set_up, keys_of
+
+    told = [name for name in ("layer", "perturbation_key", "context_key", "control") if getattr(args, name)]
+    if only_if_told and not told:
+        return
+    keys = keys_of(adata) if is_set_up(adata) else Keys()
+    co.setup(
+        adata,
+        layer=args.layer or keys.layer,
+        perturbation_key=args.perturbation_key or keys.perturbation_key,
+        context_key=_contexts(args.context_key) if args.context_key else keys.context_key,
+        control=args.control or keys.control,
+        dose_key=keys.dose_key,
+        time_key=keys.time_key,
+        batch_key=keys.batch_key,
+        singles=keys.singles,
+    )
 
 
 def check(args: argparse.Namespace) -> None:
@@ -60,13 +86,7 @@ def holdout(args: argparse.Namespace) -> int:
     import cellop_nb as co
 
     adata = co.datasets.load(args.data)
-    co.setup(
-        adata,
-        layer=args.layer,
-        perturbation_key=args.perturbation_key,
-        context_key=_contexts(args.context_key),
-        control=args.control,
-    )
+    set_up(adata, args)
     model = co.CellOp(adata, n_latent=args.latent, n_genes=args.genes or None, seed=args.seed)
     client = None if args.workers is None else LocalWorkers(args.workers)
     result = co.holdout(
