@@ -48,7 +48,7 @@ def test_a_question_is_answered_by_a_verdict_genes_and_cells(run, screen):
     assert code == 0, err
     assert out.isascii() and len(out.splitlines()) <= 25
     assert "drug 1 in type C: " in out
-    genes = re.findall(r"^gene_\d+ +[+-]\d\.\d\d  ", out, re.MULTILINE)
+    genes = re.findall(r"^\S+ +[+-]\d\.\d\d  ", out, re.MULTILINE)
     assert len(genes) == 10
     cells = anndata.read_h5ad(screen / "cells.h5ad")
     assert set(cells.obs["condition"]) == {"drug 1"} and cells.obs["predicted"].all()
