@@ -1027,7 +1027,9 @@ def question_table(
             three_beats("n_cells a whole number above 0", repr(wrong[0]), "ask for at least one cell")
         )
     table = table.assign(
-        strength=pd.to_numeric(table["strength"], errors="coerce") if "strength" in table else float(strength),
+        strength=pd.to_numeric(table["strength"], errors="coerce")
+        if "strength" in table
+        else float(strength),
         n_cells=np.array(sizes, dtype=float),
     )
     for value in table["strength"].unique():
