@@ -15,6 +15,16 @@ _PUBLIC = {
     "datasets": "data.datasets",
     "errors": "errors",
     "pl": "notebook.pl",
+    "budget": "analysis.budget",
+    "diagnose": "analysis.diagnose",
+    "distances": "analysis.distances",
+    "genes": "analysis.genes",
+    "latent": "analysis.latent",
+    "metrics": "analysis.metrics",
+    "virtual": "notebook.virtual",
+    "answer": "notebook.results",
+    "check": "notebook.results",
+    "results": "notebook.results",
     "setup": "data.contract",
     "context_labels": "data.contract",
     "split": "data.splits",
@@ -63,10 +73,27 @@ _PUBLIC = {
     "TuningPanel": "notebook.tuning",
     "RunControls": "notebook.controls",
 }
-_MODULES = {"datasets", "errors", "pl"}
+_MODULES = {
+    "budget",
+    "datasets",
+    "diagnose",
+    "distances",
+    "errors",
+    "genes",
+    "latent",
+    "metrics",
+    "pl",
+    "virtual",
+}
 
 if TYPE_CHECKING:  # the names below are found by `__getattr__` while running
     from . import errors as errors
+    from .analysis import budget as budget
+    from .analysis import diagnose as diagnose
+    from .analysis import distances as distances
+    from .analysis import genes as genes
+    from .analysis import latent as latent
+    from .analysis import metrics as metrics
     from .analysis.cellop import CellOp as CellOp
     from .analysis.cellop import load as load
     from .analysis.combinations import combine as combine
@@ -102,9 +129,13 @@ if TYPE_CHECKING:  # the names below are found by `__getattr__` while running
     from .models.vae import elbo_loss as elbo_loss
     from .models.vae import sample_z as sample_z
     from .notebook import pl as pl
+    from .notebook import virtual as virtual
     from .notebook.controls import RunControls as RunControls
     from .notebook.explorer import Explorer as Explorer
     from .notebook.live import LivePlot as LivePlot
+    from .notebook.results import answer as answer
+    from .notebook.results import check as check
+    from .notebook.results import results as results
     from .notebook.tuning import TuningPanel as TuningPanel
     from .training.callbacks import Callback as Callback
     from .training.callbacks import EarlyStopping as EarlyStopping

@@ -62,6 +62,11 @@ class Parameter:
         return tuple(kind.strip() for kind in self.type.split("|"))
 
     @property
+    def annotation(self) -> str:
+        """The kind that stands in a notebook: papermill reads one only, and so no ``str | None``."""
+        return next(kind for kind in self.kinds if kind != "None")
+
+    @property
     def limits(self) -> str:
         """Choices or range in words; empty where anything of the type will do."""
         if self.choices:
@@ -69,8 +74,8 @@ class Parameter:
         if self.minimum is None and self.maximum is None:
             return ""
         if self.maximum is None:
-            return f">= {self.minimum}"
-        return f"<= {self.maximum}" if self.minimum is None else f"{self.minimum} to {self.maximum}"
+            return f"at least {self.minimum}"
+        return f"at most {self.maximum}" if self.minimum is None else f"{self.minimum} to {self.maximum}"
 
     @property
     def comment(self) -> str:
@@ -252,14 +257,13 @@ VIRTUAL = (
     Parameter("gene", "str", "", "gene whose counts are shown; empty: the one that changes most"),
 )
 
-# notebooks that fit both models name the two lengths apart
-EPOCHS = (
-    replace(VAE_EPOCHS, name="max_epochs_vae"),
-    replace(OPERATOR_EPOCHS, name="max_epochs_operators"),
-)
-
 NOTEBOOKS: dict[str, tuple[Parameter, ...]] = {
-    "00_quickstart": (*EPOCHS, SEED, RUN_DIR),
+    "00_quickstart": (
+        *DATA,
+        Parameter("donor_key", "str", "donor", "column with the donors, one is left out; absent: context_key"),
+        Parameter("donor", "str", "", "donor whose perturbed cells are left out; empty: the first"),
+        SEED, RUN_DIR,
+    ),
     "01_data": (*DATA, MIN_CELLS, SEED, RUN_DIR),
     "02_train_vae": (
         *DATA, LATENT_DIM, HIDDEN, N_LAYERS, VAE_EPOCHS, BATCH_SIZE, VAE_RATE, KL_WEIGHT,
@@ -278,21 +282,14 @@ NOTEBOOKS: dict[str, tuple[Parameter, ...]] = {
     ),
     "05_diagnose": (
         *DATA,
-        Parameter("n_top_genes", "int", 10, "genes named for each axis and sign", minimum=1, maximum=100),
+        Parameter("n_top_genes", "int", 10, "genes named for each group", minimum=1, maximum=100),
         SEED, RUN_DIR,
     ),
     "06_predict": (
         *DATA,
-        Parameter("holdout_context", "str", "", "context left out of training; empty: where the effect is largest"),
-        Parameter("holdout_perturbation", "str", "", "perturbation to predict; empty: the largest effect"),
+        Parameter("context", "str", "", "context to predict; empty: one with controls only, else the first"),
+        Parameter("perturbation", "str", "", "perturbation to predict; empty: the largest effect"),
         LATENT_DIM,
-        replace(
-            LATENT_DIM, name="other_latent_dims", type="list[int] | None", default=[16],
-            help="dimensions tried beside latent_dim, the best predictor is taken; None: none",
-        ),
-        HIDDEN, replace(VAE_EPOCHS, name="max_epochs_vae"),
-        Parameter("n_seeds", "int", 1, "fits whose predictions are pooled", minimum=1, maximum=20),
-        Parameter("summary_epochs", "int", 15, "passes of the VAE in the summary over contexts; 0: none", minimum=0),
         SEED, RUN_DIR,
     ),
     "07_virtual_cells": (*DATA, *VIRTUAL, SEED, RUN_DIR),
@@ -334,7 +331,7 @@ def for_notebook(notebook: str | Path) -> tuple[Parameter, ...]:
     path = Path(notebook)
     if path.suffix != ".ipynb" or not path.is_file():
         return NOTEBOOKS[find(notebook)]
-    ours = {(p.name, p.type): p for p in NOTEBOOKS.get(path.stem, ())}
+    ours = {(p.name, kind): p for p in NOTEBOOKS.get(path.stem, ()) for kind in (p.annotation, p.type)}
     return tuple(replace(ours.get((p.name, p.type), p), default=p.default) for p in read_cell(cell_of(path)))
 
 
@@ -411,7 +408,7 @@ def as_yaml(notebook: str | Path, values: Mapping[str, Any] | None = None) -> st
 def parameters_cell(notebook: str | Path) -> str:
     """Text of the notebook's `parameters` cell: one typed, commented assignment a line."""
     return "\n".join(
-        f"{p.name}: {p.type} = {_literal(p.default)}" + (f"  # {p.comment}" if p.comment else "")
+        f"{p.name}: {p.annotation} = {_literal(p.default)}" + (f"  # {p.comment}" if p.comment else "")
         for p in for_notebook(notebook)
     )
 

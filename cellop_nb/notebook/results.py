@@ -1,0 +1,105 @@
+"""How a notebook ends: a folder for its results, an answer in words and numbers, and checks that can fail."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from ..display import markdown
+from ..errors import CellopError, three_beats
+from ..files import inside, storing
+from . import runs
+
+
+class CheckFailed(CellopError):
+    """A number of a notebook left the bounds it was shown with."""
+
+
+def results(run_dir: str | Path, notebook: str) -> Path:
+    """The folder of a notebook's results inside the run folder, made where it is not there.
+
+    Returns
+    -------
+    Path
+        ``run_dir/notebook``: write into it with ``table.to_csv(folder / "scores.csv")``.
+
+    Raises
+    ------
+    StorageError
+        If the folder cannot be made, or the name leads out of the run folder.
+    """
+    folder = inside(run_dir, notebook)
+    with storing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def answer(text: str, numbers: Mapping[str, object] | None = None, folder: str | Path | None = None):
+    """The answer to the question of a notebook, shown at the end of a cell, and its numbers in a file.
+
+    Parameters
+    ----------
+    text
+        Markdown; names from data may stand in it as they are.
+    numbers
+        Name to number, text, or nested dicts and lists of them: the key numbers of the notebook.
+    folder
+        Of :func:`results`; ``metrics.json`` there gets the numbers and the text, for the table that ends a run, for
+        sweeps and for the report.
+
+    Returns
+    -------
+    `IPython.display.Markdown`
+    """
+    if folder is not None:
+        path = Path(folder) / "metrics.json"
+        runs.write_json(path, {**(numbers or {}), "answer": text})
+    return markdown(f"> {text}")
+
+
+def check(
+    name: str,
+    value: float,
+    *,
+    expected: float | None = None,
+    rtol: float = 0.1,
+    at_least: float = float("-inf"),
+    at_most: float = float("inf"),
+    when: bool = True,
+) -> str:
+    """Say that a number is as it must be, and raise where it is not: ``print(co.check("loss", loss, at_most=2))``.
+
+    The text does not depend on the number, so that executed notebooks can be compared.
+
+    Parameters
+    ----------
+    name
+        What the number is, in words.
+    value
+        The number.
+    expected, rtol
+        What it must be, and how far it may be off, as a share of it.
+    at_least, at_most
+        Bounds, where there is no `expected`.
+    when
+        False where nothing is known about the value (other data, other parameters): nothing is claimed then.
+
+    Returns
+    -------
+    str
+
+    Raises
+    ------
+    CheckFailed
+        When the value lies outside its bounds.
+    """
+    if not when:
+        return f"not checked with these data and parameters: {name}"
+    if expected is not None:
+        margin = rtol * abs(expected)
+        at_least, at_most = expected - margin, expected + margin
+    if not at_least <= value <= at_most:
+        bounds = f"{name} between {at_least:.4g} and {at_most:.4g}"
+        fix = "find out what changed since this was written"
+        raise CheckFailed(three_beats(bounds, f"{value:.4g}", fix))
+    return f"as expected: {name}"
