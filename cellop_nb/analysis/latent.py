@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
@@ -41,8 +41,8 @@ class PosteriorCheck:
         Participation ratio of the posterior means: 1 for a line, d for a ball.
     """
 
-    observed: np.ndarray
-    sampled: np.ndarray
+    observed: np.ndarray = field(repr=False)
+    sampled: np.ndarray = field(repr=False)
     zeros: pd.Series
     loss: pd.Series
     kl: np.ndarray

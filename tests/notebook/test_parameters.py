@@ -21,14 +21,31 @@ def test_every_default_is_valid_and_explained(notebook, parameter):
 
 @pytest.mark.parametrize("notebook", parameters.names())
 def test_the_cell_and_the_yaml_give_back_the_definitions(notebook):
-    known = [(p.name, p.type, p.default) for p in parameters.for_notebook(notebook)]
-    assert [
-        (p.name, p.type, p.default) for p in parameters.read_cell(parameters.parameters_cell(notebook))
-    ] == known
+    declared = [(p.name, p.annotation, p.default) for p in parameters.for_notebook(notebook)]
+    read = [(p.name, p.type, p.default) for p in parameters.read_cell(parameters.parameters_cell(notebook))]
+    assert read == declared
     assert yaml.safe_load(parameters.as_yaml(notebook)) == parameters.defaults(notebook)
     namespace = {}
     exec(parameters.parameters_cell(notebook), namespace)
-    assert all(namespace[name] == default for name, _, default in known)
+    assert all(namespace[name] == default for name, _, default in declared)
+
+
+@pytest.mark.parametrize("notebook", parameters.names())
+def test_papermill_reads_every_parameter_and_its_help(notebook, root):
+    papermill = pytest.importorskip("papermill")
+    read = papermill.inspect_notebook(str(root / "notebooks" / f"{notebook}.ipynb"))
+    assert list(read) == [p.name for p in parameters.for_notebook(notebook)]
+    for parameter in parameters.for_notebook(notebook):
+        told = read[parameter.name]
+        assert told["inferred_type_name"] == parameter.annotation
+        assert told["help"] == parameter.comment
+
+
+def test_a_notebook_of_ours_that_lies_elsewhere_keeps_the_full_types(root, tmp_path):
+    book = tmp_path / "01_data.ipynb"
+    book.write_bytes((root / "notebooks" / "01_data.ipynb").read_bytes())
+    assert parameters.for_notebook(book) == parameters.for_notebook("01_data")
+    assert parameters.validate(book, {"layer": None, "context_key": ["donor", "cell_type"]})
 
 
 def test_no_notebook_names_a_parameter_twice():
@@ -76,8 +93,8 @@ def test_text_becomes_a_value_of_the_declared_type(type_, text, value):
             "Expected bool.*'flag'.*Found str 'perhaps'.*such as False",
         ),
         (Parameter("n", "int", 1), "1.5", "Expected int"),
-        (Parameter("n", "int", 1, minimum=1), "0", r"Expected int \(>= 1\).*Found int 0"),
-        (Parameter("n", "int", 1, maximum=9), "10", r"<= 9"),
+        (Parameter("n", "int", 1, minimum=1), "0", r"Expected int \(at least 1\).*Found int 0"),
+        (Parameter("n", "int", 1, maximum=9), "10", r"at most 9"),
         (Parameter("r", "float", 0.5, minimum=0, maximum=1), "1.1", r"0 to 1.*Found float 1.1"),
         (Parameter("r", "float", 0.5), "nan", "Expected float"),
         (Parameter("r", "float", 0.5), "inf", "Expected float"),
