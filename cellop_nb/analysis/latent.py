@@ -10,8 +10,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ..data.batches import model_counts
 from ..data.contract import keys_of, label_table, library_size, obs_labels
+from ..data.counts import model_counts
 from ..data.splits import rows_of
 from ..errors import LabelError, three_beats
 from ..models.likelihood import nb_log_likelihood
@@ -86,7 +86,7 @@ def posterior_check(
     Gelman, Meng & Stern 1996, Stat. Sinica 6:733 (posterior predictive checks).
     """
     keys, vae = keys_of(adata), vae.cpu().eval()
-    matrix = model_counts(adata, vae, layer=keys.layer)
+    matrix = model_counts(adata, vae)
     rng = np.random.default_rng(seed)
     train, test = (np.sort(rng.permutation(rows_of(adata, part))[:max_cells]) for part in ("train", split))
     batch, seen = matrix.batch(test), matrix.batch(train)
