@@ -10,8 +10,7 @@ import time
 
 import cellop_nb as co
 from cellop_nb.analysis.baselines import BASELINES, Prediction, Target, Training
-from cellop_nb.analysis.metrics import e_distance
-from cellop_nb.analysis.space import EvaluationSpace
+from cellop_nb.analysis.metrics import EvaluationSpace, e_distance
 from cellop_nb.commands.terminal import say
 
 RIVALS = ("no change", "mean shift", "near mean shift", "linear")

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from anndata import AnnData
 
+from cellop_nb.analysis.metrics import evaluation_genes
 from cellop_nb.analysis.predict import Start, assemble, embed, modelled_counts
-from cellop_nb.analysis.space import evaluation_genes
 from cellop_nb.data.contract import keys_of, setup
 from cellop_nb.data.datasets import load
 from cellop_nb.data.splits import split

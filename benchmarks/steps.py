@@ -14,9 +14,11 @@ operators = co.new_operators(adata)
 operator_step = trainer_step(co.OperatorTrainer(adata, operators, max_epochs=1, progress=False))
 
 
+screen = co.datasets.synthetic(n_contexts=2, n_perturbations=1, n_cells=24, n_genes=30)
+
+
 def small_model() -> co.CellOp:
     """Two contexts of 24 cells a group, and as little training as there can be."""
-    screen = co.datasets.synthetic(n_contexts=2, n_perturbations=1, n_cells=24, n_genes=30)
     model = co.CellOp(screen, n_latent=4, n_genes=None)
     model.recipe = replace(model.recipe, n_hidden=8, vae_epochs=1, finish_epochs=1, operator_epochs=1)
     return model

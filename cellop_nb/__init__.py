@@ -59,7 +59,7 @@ _PUBLIC = {
     "sequence": "analysis.combinations",
     "order_effects": "analysis.combinations",
     "reversal": "analysis.combinations",
-    "metric_intervals": "analysis.metric_intervals",
+    "metric_intervals": "analysis.uncertainty",
     "bootstrap_operators": "analysis.uncertainty",
     "operator_intervals": "analysis.uncertainty",
     "cell_eval_pair": "analysis.exchange",
@@ -107,10 +107,10 @@ if TYPE_CHECKING:  # the names below are found by `__getattr__` while running
     from .analysis.genes import predicted_expression as predicted_expression
     from .analysis.genes import response_similarity as response_similarity
     from .analysis.holdout import holdout as holdout
-    from .analysis.metric_intervals import metric_intervals as metric_intervals
     from .analysis.predict import embed as embed
     from .analysis.scores import evaluate as evaluate
     from .analysis.uncertainty import bootstrap_operators as bootstrap_operators
+    from .analysis.uncertainty import metric_intervals as metric_intervals
     from .analysis.uncertainty import operator_intervals as operator_intervals
     from .data import datasets as datasets  # noqa: F401
     from .data.contract import context_labels as context_labels

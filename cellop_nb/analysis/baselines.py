@@ -17,9 +17,8 @@ from anndata import AnnData
 from ..data.counts import measured_totals
 from ..data.groups import Groups
 from ..errors import DataError, ModelError, three_beats
-from .metrics import Undefined
+from .metrics import EvaluationSpace, Undefined
 from .plan import Measured, linear, near_mean_shift, near_power
-from .space import EvaluationSpace
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,7 +24,7 @@ from ..models.energy import (
     split_energies,
 )
 from ..models.operators import OperatorModel
-from .space import EvaluationSpace
+from .metrics import EvaluationSpace
 
 logger = logging.getLogger("cellop_nb")
 

@@ -10,8 +10,8 @@ import numpy as np
 from ..data.counts import TOTAL_KEY, count_matrix
 from ..data.groups import Groups
 from ..models.operators import perturbation_parts
+from .metrics import log1p_cp10k
 from .plan import Measured
-from .space import log1p_cp10k
 
 
 @dataclass(frozen=True, eq=False)

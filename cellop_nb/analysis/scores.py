@@ -20,8 +20,7 @@ from ..models.energy import noise_floor
 from ..packages import same_threads
 from . import metrics as formulas
 from .baselines import Prediction, Training
-from .metrics import Undefined
-from .space import EvaluationSpace
+from .metrics import EvaluationSpace, Undefined
 
 logger = logging.getLogger("cellop_nb")
 

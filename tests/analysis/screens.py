@@ -10,8 +10,8 @@ from scipy import sparse
 from cellop_nb import CellOp, split
 from cellop_nb.analysis.baselines import BASELINES, Target, Training, run
 from cellop_nb.analysis.cellop import Recipe
+from cellop_nb.analysis.metrics import EvaluationSpace
 from cellop_nb.analysis.scores import Truth, shared_shift, table_of
-from cellop_nb.analysis.space import EvaluationSpace
 from cellop_nb.data.contract import Keys
 from cellop_nb.data.groups import Groups
 

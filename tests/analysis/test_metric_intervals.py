@@ -9,8 +9,8 @@ from cellop_nb.analysis.gene_intervals import change_intervals, coverage_table, 
 from cellop_nb.analysis.selection import Complexity
 
 from cellop_nb import datasets, holdout
-from cellop_nb.analysis.metric_intervals import metric_intervals
 from cellop_nb.analysis.metrics import e_distance
+from cellop_nb.analysis.uncertainty import metric_intervals
 from cellop_nb.errors import HoldoutError
 
 METRICS = ["e_distance", "pearson_delta", "mae", "library_ratio", "de_score"]
@@ -61,9 +61,9 @@ def test_intervals_of_the_energy_distance_cover_that_of_new_samples():
     """Two Gaussians a known distance apart, sampled anew: the population's value lies inside as often as said."""
     from cellop_nb.analysis.sides import Sides
 
-    from cellop_nb.analysis.metric_intervals import _energy_replicates
+    from cellop_nb.analysis.metrics import EvaluationSpace
     from cellop_nb.analysis.scores import Truth
-    from cellop_nb.analysis.space import EvaluationSpace
+    from cellop_nb.analysis.uncertainty import _energy_replicates
 
     rng = np.random.default_rng(0)
     space = EvaluationSpace(np.arange(3), np.zeros(3), np.eye(3), 0)

@@ -12,9 +12,8 @@ from hypothesis.extra.numpy import arrays
 from scipy import sparse, stats
 
 from cellop_nb.analysis import metrics as formulas
-from cellop_nb.analysis.metrics import Undefined
+from cellop_nb.analysis.metrics import Undefined, log1p_cp10k
 from cellop_nb.analysis.scores import differential
-from cellop_nb.analysis.space import log1p_cp10k
 
 RNG = np.random.default_rng(0)
 PROFILE = arrays(float, 12, elements=st.floats(0, 6, width=32))

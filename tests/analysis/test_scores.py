@@ -9,8 +9,8 @@ import pytest
 
 from cellop_nb.analysis import metrics as formulas
 from cellop_nb.analysis.baselines import BASELINES, Prediction, Training
+from cellop_nb.analysis.metrics import EvaluationSpace, log1p_cp10k
 from cellop_nb.analysis.scores import CEILING, FLOOR, METRICS, Truth, evaluate, noise, score
-from cellop_nb.analysis.space import EvaluationSpace, log1p_cp10k
 from cellop_nb.data.contract import Keys
 from cellop_nb.data.genes import select_genes
 from cellop_nb.errors import HoldoutError, LabelError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cellop_nb.analysis.space import EvaluationSpace, log1p_cp10k
+from cellop_nb.analysis.metrics import EvaluationSpace, log1p_cp10k
 from cellop_nb.errors import DataError, LabelError
 
 from .screens import screen
