@@ -15,7 +15,7 @@ _PUBLIC = {
     "datasets": "data.datasets",
     "errors": "errors",
     "pl": "notebook.pl",
-    "budget": "analysis.budget",
+    "budget": "analysis.holdout",
     "diagnose": "analysis.diagnose",
     "distances": "analysis.distances",
     "genes": "analysis.genes",
