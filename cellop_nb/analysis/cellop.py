@@ -35,7 +35,17 @@ from ..training.operators import OperatorTrainer, Penalties, new_operators
 from ..training.vae import VAETrainer, new_vae
 from .distances import etest
 from .means import Means
-from .plan import Evidence, Plan, combination_evidence, estimates, evidence, plan, plan_combination, weigh
+from .plan import (
+    NO_CHANGE,
+    Evidence,
+    Plan,
+    combination_evidence,
+    estimates,
+    evidence,
+    plan,
+    plan_combination,
+    weigh,
+)
 from .predict import REP, Start, assemble, embed, modelled_counts, write_parts
 
 logger = logging.getLogger("cellop_nb")
@@ -115,10 +125,12 @@ class Choice:
             return "Nothing could be left out: no perturbation was measured in two contexts."
         rows = self.table.sort_values("weight", ascending=False)
         said = [f"{row.estimator} {row.weight:.2f}" for row in rows.itertuples() if row.weight > 0.005]
-        best = self.table.loc[self.table["left"].idxmin()]
+        left = self.table.set_index("estimator")["left"]
+        best = left.drop(NO_CHANGE, errors="ignore").idxmin()
         return (
-            f"The mean response is planned from {', '.join(said)}. Of contexts left out, {best['estimator']} alone "
-            f"leaves {100 * best['left']:.0f} % of the squared response, no change 100 %."
+            f"The mean response is planned from {', '.join(said)}. Of the squared response of contexts left out, no "
+            f"change leaves {100 * left.get(NO_CHANGE, 1):.0f} %, and the best of the others alone, {best}, "
+            f"{100 * left[best]:.0f} %."
         )
 
     __repr__ = __str__
@@ -192,7 +204,8 @@ class CellOp:
                 expected = f"{name} a whole number of at least {least}"
                 raise ModelError(three_beats(expected, repr(value), "pass another number, or leave it out"))
         _check_parts(vae, operators, n_members)
-        self.n_latent, self.n_genes, self.features = n_latent, n_genes, features
+        self.n_latent = n_latent if vae is None else vae.n_latent
+        self.n_genes, self.features = n_genes, features
         self.n_members, self.seed, self.recipe = n_members, seed, RECIPE
         self._ready_vae, self._ready_operators = vae, operators
         self.members: list[Member] = []
@@ -490,7 +503,7 @@ class CellOp:
         order = np.argsort(
             [crc32(f"{self.seed} {name}".encode()) for name in cells.obs_names[rows]], kind="stable"
         )
-        return np.sort(rows[order[: self.recipe.most_cells]])
+        return rows[np.sort(order[: self.recipe.most_cells])]
 
     def _gather(self, perturbations: Sequence[str]) -> Evidence | None:
         """What leaving contexts out says of the estimators, over all judged perturbations."""

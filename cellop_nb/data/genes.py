@@ -106,7 +106,10 @@ def _by_dispersion(cells: AnnData, n_genes: int) -> np.ndarray:
     sc.pp.normalize_total(cells, target_sum=TARGET_SUM)
     sc.pp.log1p(cells)
     sc.pp.highly_variable_genes(cells, n_top_genes=n_genes, flavor="seurat")
-    return cells.var["highly_variable"].to_numpy()
+    rank = np.argsort(-np.nan_to_num(cells.var["dispersions_norm"].to_numpy()), kind="stable")
+    chosen = np.zeros(cells.n_vars, dtype=bool)
+    chosen[rank[:n_genes]] = True  # where several tie, its own column holds more
+    return chosen
 
 
 FLAVORS: dict[str, Callable[[AnnData, int], np.ndarray]] = {
