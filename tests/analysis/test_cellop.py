@@ -13,7 +13,7 @@ from scipy import sparse
 
 import cellop_nb as co
 from cellop_nb.analysis.cellop import CellOp
-from cellop_nb.analysis.space import log1p_cp10k
+from cellop_nb.analysis.metrics import log1p_cp10k
 from cellop_nb.data.contract import Keys
 from cellop_nb.errors import DataError, LabelError, ModelError
 from cellop_nb.models.affine import AffineOperator
