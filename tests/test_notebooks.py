@@ -17,32 +17,35 @@ from cellop_nb.notebook import parameters
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
 PATHS = sorted(FOLDER.glob("*.ipynb"))
 BENCHMARK = FOLDER.parent / "benchmarks" / "benchmark.ipynb"
+numbered = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 every_notebook = pytest.mark.parametrize("path", [*PATHS, BENCHMARK], ids=lambda path: path.stem)
 MAX_CELLS, MAX_LINES, MAX_BYTES, MAX_FUNCTION = 25, 12, 1_000_000, 10
+MAX_WORDS, MAX_CODE = 500, 100
+IMPORTS = {"cellop_nb", "matplotlib", "matplotlib.pyplot", "numpy", "pandas", "scanpy"}
 
 
 def complaints(path: Path) -> list[str]:
     """Everything that a committed notebook must not be."""
     book = nbformat.read(path, 4)
     code = [cell for cell in book.cells if cell.cell_type == "code" and cell.source.strip()]
-    found = [f"{len(book.cells)} cells, more than {MAX_CELLS}"] * (len(book.cells) > MAX_CELLS)
-    found += [f"{path.stat().st_size} bytes, more than {MAX_BYTES}"] * (path.stat().st_size > MAX_BYTES)
-    found += ["widget state is stored"] * ("widgets" in book.metadata)
+    problems = [f"{len(book.cells)} cells, more than {MAX_CELLS}"] * (len(book.cells) > MAX_CELLS)
+    problems += [f"{path.stat().st_size} bytes, more than {MAX_BYTES}"] * (path.stat().st_size > MAX_BYTES)
+    problems += ["widget state is stored"] * ("widgets" in book.metadata)
     counts = [cell.execution_count for cell in code]
     if counts != list(range(1, len(code) + 1)):
-        found.append(f"not executed from top to bottom in a fresh kernel: {counts}")
+        problems.append(f"not executed from top to bottom in a fresh kernel: {counts}")
     if not any(cell.outputs for cell in code):
-        found.append("no outputs: nbval would compare nothing")
+        problems.append("no outputs: nbval would compare nothing")
     if any(output.output_type == "error" for cell in code for output in cell.outputs):
-        found.append("an error among the outputs")
+        problems.append("an error among the outputs")
     if any(output.get("name") == "stderr" for cell in code for output in cell.outputs):
-        found.append("text on stderr (warnings, progress bars)")
-    found += ["a picture without words for those who cannot see it"] * any(map(wordless, code))
+        problems.append("text on stderr (warnings, progress bars)")
+    problems += ["a picture without words for those who cannot see it"] * any(map(wordless, code))
     if not code or "parameters" not in code[0].metadata.get("tags", []):
-        found.append("the first code cell is not tagged 'parameters'")
+        problems.append("the first code cell is not tagged 'parameters'")
     # the parameters cell is as long as the notebook has parameters; its text is compared below
-    found += [f"a cell of {n} lines: {start}" for n, start in long_cells(book.cells[:], code[:1])]
-    return found + [f"a function of {n} lines: {name}" for n, name in long_functions(code)]
+    problems += [f"a cell of {n} lines: {start}" for n, start in long_cells(book.cells[:], code[:1])]
+    return problems + [f"a function of {n} lines: {name}" for n, name in long_functions(code)]
 
 
 def wordless(cell) -> bool:
@@ -78,7 +81,7 @@ def test_a_committed_notebook_is_complete_and_short(path):
     assert complaints(path) == []
 
 
-@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+@numbered
 def test_the_parameters_cell_is_the_typed_one(path):
     fix = f"python3 -m cellop_nb params {path.stem} --cell prints the cell's text"
     assert parameters.cell_of(path).strip() == parameters.parameters_cell(path.stem), fix
@@ -94,7 +97,52 @@ def test_a_notebook_opens_with_a_question_and_can_fail(path):
     assert "nbval-check-output" in tags, "no check cell, whose output nbval compares"
 
 
-@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def code_of(book) -> list:
+    return [cell for cell in book.cells if cell.cell_type == "code" and cell.source.strip()]
+
+
+def tree_of(cell) -> ast.Module:
+    return compile(cell.source, "cell", "exec", ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+
+
+@numbered
+def test_a_cell_can_be_copied_into_another_notebook(path):
+    """Public names alone: `import cellop_nb as co` and what everybody has."""
+    for cell in code_of(nbformat.read(path, 4)):
+        for node in ast.walk(tree_of(cell)):
+            assert not isinstance(node, ast.ImportFrom), ast.unparse(node)
+            for name in node.names if isinstance(node, ast.Import) else []:
+                assert name.name in IMPORTS, name.name
+                assert name.name != "cellop_nb" or name.asname == "co"
+            private = isinstance(node, ast.Attribute) and node.attr.startswith("_")
+            assert not private, ast.unparse(node)
+
+
+@numbered
+def test_a_notebook_is_short(path):
+    book = nbformat.read(path, 4)
+    words = sum(len(cell.source.split()) for cell in book.cells if cell.cell_type == "markdown")
+    lines = sum(len([line for line in cell.source.splitlines() if line.strip()]) for cell in code_of(book)[1:])
+    assert words < MAX_WORDS
+    assert lines < MAX_CODE
+
+
+@numbered
+def test_a_notebook_ends_with_its_answer_a_check_and_a_way_on(path):
+    book = nbformat.read(path, 4)
+    assert any(cell.source.rstrip().endswith("## Answer") for cell in book.cells)
+    *_, answer, check = code_of(book)
+    assert "co.answer(" in answer.source
+    written = "".join(output.get("data", {}).get("text/markdown", "") for output in answer.outputs)
+    assert re.search(r"\d", written), "an answer has numbers"
+    assert check.metadata["tags"] == ["nbval-check-output"]
+    printed = "".join(output.get("text", "") for output in check.outputs).splitlines()
+    assert printed
+    assert all(line.startswith("as expected: ") for line in printed), "the check is of the committed defaults"
+    assert re.search(r"\]\(\d\d_\w+\.ipynb\)", book.cells[-1].source)
+
+
+@numbered
 def test_a_view_that_needs_a_kernel_is_followed_by_its_picture(path):
     """On a page and in print there are no widgets: the next cell shows the same, standing still."""
     code = [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]

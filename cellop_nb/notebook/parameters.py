@@ -399,10 +399,13 @@ def _typed(parameter: Parameter, value: Any, text: bool) -> Any:
     return parameter.parse(value) if as_text else parameter.check(value)
 
 
-def as_yaml(notebook: str | Path, values: Mapping[str, Any] | None = None) -> str:
-    """Parameters as a YAML file for `run -f`, with their help as comments."""
+def as_yaml(
+    notebook: str | Path, values: Mapping[str, Any] | None = None, *, without: Iterable[str] = ()
+) -> str:
+    """Parameters as a YAML file for `run -f`, with their help as comments; those named in `without` are left out."""
     values = {**defaults(notebook), **(values or {})}
-    return "".join(f"{p.name}: {json.dumps(values[p.name])}  # {p.comment}\n" for p in for_notebook(notebook))
+    shown = [p for p in for_notebook(notebook) if p.name not in without]
+    return "".join(f"{p.name}: {json.dumps(values[p.name])}  # {p.comment}\n" for p in shown)
 
 
 def parameters_cell(notebook: str | Path) -> str:

@@ -144,6 +144,4 @@ def _(place):
 
 @case(FILES, "a name that leads out of the run folder")
 def _(place):
-    from cellop_nb.notebook.workspace import Workspace
-
-    Workspace("01_data", place.folder / "run").table(place.adata.obs, "../../elsewhere")
+    co.results(place.folder / "run", "../../elsewhere")
