@@ -91,7 +91,7 @@ REFUSED = [
     (["run", "-p", "latent_dim", "8.5"], "Expected int.*'8.5'"),
     (["run", "-p", "latent_dim", "many"], "Expected int.*'many'"),
     (["run", "-p", "shuffle", "maybe"], "Expected bool.*'maybe'"),
-    (["run", "-p", "seed", "-1"], ">= 0"),
+    (["run", "-p", "seed", "-1"], "at least 0"),
     (["run", "-p", "00.latent_dim", "8"], "'00.latent_dim'"),
     (["run", "-p", "run_dir", "elsewhere"], "--runs and --name"),
     (["run", "-p", "seed"], "expected 2 arguments"),

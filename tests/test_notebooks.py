@@ -122,7 +122,9 @@ def test_a_cell_can_be_copied_into_another_notebook(path):
 def test_a_notebook_is_short(path):
     book = nbformat.read(path, 4)
     words = sum(len(cell.source.split()) for cell in book.cells if cell.cell_type == "markdown")
-    lines = sum(len([line for line in cell.source.splitlines() if line.strip()]) for cell in code_of(book)[1:])
+    lines = sum(
+        len([line for line in cell.source.splitlines() if line.strip()]) for cell in code_of(book)[1:]
+    )
     assert words < MAX_WORDS
     assert lines < MAX_CODE
 
