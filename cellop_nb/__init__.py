@@ -15,7 +15,6 @@ _PUBLIC = {
     "datasets": "data.datasets",
     "errors": "errors",
     "pl": "notebook.pl",
-    "budget": "analysis.holdout",
     "diagnose": "analysis.diagnose",
     "distances": "analysis.distances",
     "genes": "analysis.genes",
@@ -55,6 +54,8 @@ _PUBLIC = {
     "embed": "analysis.predict",
     "evaluate": "analysis.scores",
     "holdout": "analysis.holdout",
+    "error_advice": "analysis.holdout",
+    "error_budget": "analysis.holdout",
     "combine": "analysis.combinations",
     "sequence": "analysis.combinations",
     "order_effects": "analysis.combinations",
@@ -74,7 +75,6 @@ _PUBLIC = {
     "RunControls": "notebook.controls",
 }
 _MODULES = {
-    "budget",
     "datasets",
     "diagnose",
     "distances",
@@ -88,7 +88,6 @@ _MODULES = {
 
 if TYPE_CHECKING:  # the names below are found by `__getattr__` while running
     from . import errors as errors
-    from .analysis import budget as budget
     from .analysis import diagnose as diagnose
     from .analysis import distances as distances
     from .analysis import genes as genes
@@ -106,6 +105,8 @@ if TYPE_CHECKING:  # the names below are found by `__getattr__` while running
     from .analysis.genes import enrich as enrich
     from .analysis.genes import predicted_expression as predicted_expression
     from .analysis.genes import response_similarity as response_similarity
+    from .analysis.holdout import error_advice as error_advice
+    from .analysis.holdout import error_budget as error_budget
     from .analysis.holdout import holdout as holdout
     from .analysis.predict import embed as embed
     from .analysis.scores import evaluate as evaluate

@@ -511,7 +511,7 @@ def _round_trip(fit: Fit, cells, pair: tuple[str, str], seed: int) -> float:
     return e_distance(fit.space.project(fit.space.transform(again)), truth)
 
 
-def advice(budget: pd.DataFrame) -> pd.DataFrame:
+def error_advice(budget: pd.DataFrame) -> pd.DataFrame:
     """What to improve, in words, for each group of :func:`error_budget`.
 
     Returns
