@@ -51,6 +51,7 @@ from .predict import REP, Start, assemble, embed, modelled_counts, write_parts
 logger = logging.getLogger("cellop_nb")
 
 SPLIT = "split"
+CELLS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
@@ -352,7 +353,7 @@ class CellOp:
     def _fit_member(self, cells, groups, k: int, stages: _Stages, callbacks) -> Member:
         seed = self.seed + k
         if self._ready_vae is not None:
-            vae = self._ready_vae.eval()
+            vae = deepcopy(self._ready_vae)
         else:
             with stages("VAE"):
                 start = self._control_vae(cells, groups, seed, stages, callbacks)
@@ -360,7 +361,7 @@ class CellOp:
         with stages("operators"):
             embed(cells, vae)
             operators = self._ready_operators or self._train_operators(cells, seed, stages, callbacks)
-        return Member(vae.eval(), operators.cpu().eval())
+        return Member(vae.cpu().eval(), operators.cpu().eval())
 
     @staticmethod
     def _means_of_latents(cells, groups: Groups) -> dict[tuple[str, str], np.ndarray]:
@@ -406,7 +407,7 @@ class CellOp:
         )
         trainer.fit()
         stages.record(f"VAE, {name}", trainer)
-        return vae.eval()
+        return vae.cpu().eval()
 
     def _train_operators(self, cells, seed: int, stages: _Stages, callbacks=()) -> OperatorModel:
         r = self.recipe
@@ -786,21 +787,17 @@ class CellOp:
         draw = crc32(f"{seed} {context} {perturbation} {strength:g}".encode())
         rng, source = np.random.default_rng(draw), self.control_rows(context)
         if n_cells is not None:
-            more = n_cells > len(source)
-            source = (
-                np.sort(rng.choice(len(source), n_cells, replace=more))
-                if more
-                else rng.permutation(len(source))[:n_cells]
-            )
-            source = self.control_rows(context)[np.sort(source)]
+            source = source[np.sort(rng.choice(len(source), n_cells, replace=n_cells > len(source)))]
         planned = None if operator is not None else self.plan(context, perturbation)
         growth = 0.0 if operator is not None else strength * self.means.growth_of(context, perturbation)
         parts = []
-        for k, rows in enumerate(np.array_split(source, self.n_members)):
+        shares = np.array_split(source, min(self.n_members, len(source)))
+        pieces = [(k, rows) for k, share in enumerate(shares) for rows in _chunks(share)]
+        for number, (k, rows) in enumerate(pieces):
             member = self.members[k]
             start = Start.of(self._cells(rows), member.vae)
             act = operator if operator is not None else self._operator_of(member, perturbation, context)
-            generator = torch.Generator().manual_seed(draw + k)
+            generator = torch.Generator().manual_seed(draw + number)
             drawn = start.moved(act, strength, planned, growth, generator)
             parts.append(assemble(self.adata[rows], self.keys, self.genes, drawn, perturbation))
         return parts[0] if len(parts) == 1 else ad.concat(parts, merge="same")
@@ -983,6 +980,11 @@ def _check_batches(cells, groups: Groups) -> None:
         problem = f"none in {len(lacking)} of them, such as {lacking[0]!r}"
         fix = "leave these cells out, or call setup without batch_key"
         raise LabelError(three_beats("control cells in every batch", problem, fix))
+
+
+def _chunks(rows: np.ndarray) -> list[np.ndarray]:
+    """Cells that are moved together: what lies between latents and counts is held of so many."""
+    return np.array_split(rows, -(-len(rows) // CELLS_AT_ONCE))
 
 
 def _check_parts(vae, operators, n_members: int) -> None:
