@@ -9,6 +9,8 @@ import numpy as np
 from anndata import AnnData
 from scipy import sparse
 
+from cellop_nb.analysis.cellop import CellOp
+from cellop_nb.data.contract import Keys
 from cellop_nb.notebook.explorer_picture import ExplorerPicture
 from cellop_nb.notebook.virtual import Question, VirtualCells
 from cellop_nb.training.operators import new_operators
@@ -41,7 +43,7 @@ def run(quick: bool = False) -> list[dict]:
         times = [_timed(cells, sheet, name, question) for _ in range(2 if quick else 7)]
         wall, cpu = (min(kind) for kind in zip(*times, strict=True))
         note = f"median {1e3 * statistics.median(spent for _, spent in times):.0f} CPU ms"
-        row = {"variant": "cellop_nb", "what": name, "n": cells.adata.n_obs // 3}
+        row = {"variant": "cellop_nb", "what": name, "n": len(cells.z) // 3}
         near = _compared(cells, sheet, name, question, cpu)
         rows.append({**row, "seconds": wall, "cpu_seconds": cpu, "note": note} | near)
     return rows
@@ -56,7 +58,7 @@ def _compared(cells: VirtualCells, sheet: ExplorerPicture, name: str, question: 
         sheet.ground = sheet.ground if name == STRENGTH else None
         sheet.png()
 
-    products = made.operations / product_rate(1024, HIDDEN, cells.adata.n_vars)
+    products = made.operations / product_rate(1024, HIDDEN, len(cells.vae.genes))
     between = FIRST if first else BETWEEN
     return compared(cpu, products=products, drawing=cpu_seconds(draw), made=made, between=between)
 
@@ -91,4 +93,7 @@ def _cells(n: int, genes: int) -> VirtualCells:
     adata.obs["cell_type"], adata.obs["split"] = "T", "train"
     shift: np.ndarray = np.repeat([0.0, 0.3, 0.6], n)[:, None]
     adata.obsm["X_nbvae"] = (rng.normal(size=(3 * n, LATENT)) + shift).astype(np.float32)
-    return VirtualCells(adata, new_vae(adata, n_latent=LATENT, n_hidden=HIDDEN), new_operators(adata))
+    Keys().write(adata)
+    vae, operators = new_vae(adata, n_latent=LATENT, n_hidden=HIDDEN), new_operators(adata)
+    model = CellOp(adata, n_latent=LATENT, n_genes=None, vae=vae, operators=operators)
+    return VirtualCells(model.fit(progress=False))

@@ -193,7 +193,9 @@ def shown_answer():
     cellop_nb.split(adata)
     vae = cellop_nb.new_vae(adata, n_latent=2)
     cellop_nb.embed(adata, vae)
-    return VirtualCells(adata, vae, cellop_nb.new_operators(adata)).ask(Question(EVIL, EVIL))._repr_html_()
+    operators = cellop_nb.new_operators(adata)
+    model = cellop_nb.CellOp(adata, n_genes=None, vae=vae, operators=operators).fit(progress=False)
+    return VirtualCells(model).ask(Question(EVIL, EVIL))._repr_html_()
 
 
 def shown_split():

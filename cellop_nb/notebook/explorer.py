@@ -14,8 +14,9 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
+from ..analysis.cellop import CellOp
 from ..analysis.combinations import RULES
-from ..errors import CellopError, LabelError, check_settings, did_you_mean, three_beats
+from ..errors import CellopError, LabelError, did_you_mean, three_beats
 from ..files import write_whole
 from . import parameters
 from .controls import Panel, button, panel, sized, status_line
@@ -34,10 +35,10 @@ class Explorer(Panel):
 
     Parameters
     ----------
-    adata
-        With raw counts and latents (:func:`cellop_nb.embed`).
-    vae, operators
-        Trained models.
+    model
+        A fitted :class:`cellop_nb.CellOp`. What is shown are its predictions, with the calibrated intervals of
+        :meth:`CellOp.intervals`; sequences, other rules and the way back have no plan, and show the
+        moved cells' own change.
     context, perturbation, second, together, strength, reverse, gene
         Where to start; every one is a widget too, and an empty text is None. By default the first context and
         perturbation at full strength, and the gene that changes most.
@@ -45,8 +46,6 @@ class Explorer(Panel):
         Where "export" writes; the working directory by default.
     prepare
         Seconds at most for which likely questions are answered beforehand, so that their first move does not wait.
-    **settings
-        As in :class:`VirtualCells` (``layer``, the keys, ``seed`` ...).
 
     Attributes
     ----------
@@ -62,16 +61,16 @@ class Explorer(Panel):
     Raises
     ------
     LabelError
-        For a context, perturbation or gene that neither data nor model know, or an unknown setting.
+        For a context, perturbation or gene that neither data nor model know.
+    ModelError
+        For a model that was not fitted.
     """
 
     about = "Virtual-cell explorer (it needs a running kernel)"
 
     def __init__(
         self,
-        adata,
-        vae,
-        operators,
+        model: CellOp,
         *,
         context: str | None = None,
         perturbation: str | tuple[str, ...] | None = None,
@@ -82,10 +81,8 @@ class Explorer(Panel):
         gene: str | None = None,
         folder: str | Path = ".",
         prepare: float = 1.0,
-        **settings,
     ):
-        check_settings(settings, VirtualCells, of="the explorer", taken=("adata", "vae", "operators"))
-        self.cells = VirtualCells(adata, vae, operators, **settings)
+        self.cells = VirtualCells(model)
         self.folder, self.gene = Path(folder), gene or None
         self._sheet, self._lock = ExplorerPicture(), threading.RLock()
         self._following = False
@@ -174,7 +171,7 @@ class Explorer(Panel):
             self.reverse.value, self.gene_box.value = question.reverse, self.gene or ""
             perturbation, rule = combined(*self._lists())
             if perturbation != question.perturbation or (rule or question.rule) != question.rule:
-                self.first.value, self.second.value, together = _parts(question, self.cells.perturbations)
+                self.first.value, self.second.value, together = _parts(question, self.cells)
                 if self.second.value != NOTHING:
                     self.together.value = together
             self._listed = self._lists()
@@ -230,7 +227,7 @@ class Explorer(Panel):
         def choice(options, value: str, description: str):
             return w.Dropdown(options=list(options), value=value, description=description)
 
-        first, second, together = _parts(question, names)
+        first, second, together = _parts(question, self.cells)
         self.context = choice(self.cells.contexts, question.context, "context")
         self.first = choice(names, first, "perturbation")
         self.second = choice([NOTHING, *names], second, "and")
@@ -276,12 +273,10 @@ def combined(first: str, second: str, together: str) -> tuple[str | tuple[str, s
     return ((first, second) if rule == "sequence" else (second, first)), ""
 
 
-def _parts(question: Question, names: list[str]) -> tuple[str, str, str]:
+def _parts(question: Question, cells: VirtualCells) -> tuple[str, str, str]:
     """Values of the three lists that stand for a perturbation; of more than two parts the first two are shown."""
     perturbation, rule = question.perturbation, question.rule
-    single = isinstance(perturbation, str)
-    steps = (perturbation,) if isinstance(perturbation, str) else perturbation
-    parts = [part for step in steps for part in step.split("+") if part in names]
-    rule = rule if single and rule != "composition" else "sequence"
+    parts = cells.parts(perturbation)
+    rule = rule if isinstance(perturbation, str) and rule != "composition" else "sequence"
     together = next(name for name, shown_rule in TOGETHER.items() if shown_rule == rule)
     return parts[0], parts[1] if len(parts) > 1 else NOTHING, together

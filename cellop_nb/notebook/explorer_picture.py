@@ -140,7 +140,7 @@ class _Genes(_Panel):
     """The genes that rise and fall most, their interval, and what the real cells show."""
 
     def __init__(self, board: Board, box: Box, title: str) -> None:
-        super().__init__(board, box, title, "log2 fold change")
+        super().__init__(board, box, title, "change of mean log1p counts per 10,000")
         self.place = (box[0] - 110, *self.place[1:])  # names of genes
         rows = np.arange(2 * N_GENES)
         self.ax.tick_params(axis="y", length=0)
@@ -152,7 +152,9 @@ class _Genes(_Panel):
         diamond = {"marker": "D", "linestyle": "", "markersize": 5, "color": s.REAL, "markeredgecolor": s.INK}
         self.measured = self.line(**diamond, markeredgewidth=0.6)
         handles = [
-            Line2D([], [], color=s.INK, linewidth=1.2, label="change, 95 % interval over cells"),
+            Line2D(
+                [], [], color=s.INK, linewidth=1.2, label="change; calibrated 95 % interval at strength 1"
+            ),
             Line2D([], [], label="measured in the real cells (full strength)", **diamond),
         ]
         self.key(*handles, loc="lower left", bbox_to_anchor=(-0.4, 1.0), frameon=False)
@@ -169,8 +171,8 @@ class _Genes(_Panel):
                 text.set_fontfamily(s.families())
             self.board.stale(self)
         rows = pd.Index(answer.genes["gene"]).get_indexer(self.leaders)
-        values = answer.genes[["lfc", "low", "high", "measured"]].to_numpy(dtype=float)[rows]
-        top = rounded(max(float(np.nanmax(np.abs(values), initial=0.0)), 0.25))
+        values = answer.genes[["change", "low", "high", "measured"]].to_numpy(dtype=float)[rows]
+        top = rounded(max(float(np.nanmax(np.abs(values), initial=0.0)), 0.1))
         self._top = top if new else max(self._top, top)
         self.limit((-self._top, self._top), (2 * N_GENES - 0.5, -0.5))
         y = np.arange(len(rows))

@@ -9,56 +9,99 @@ from __future__ import annotations
 import contextvars
 import html
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
 import pandas as pd
 from matplotlib.ticker import MaxNLocator
 
+from ..data.contract import keys_of, library_size
+from ..data.counts import TOTAL_KEY
+from ..data.genes import select_genes
+from ..data.splits import SPLIT_KEY, split
 from ..display import grid
 from ..errors import CellopError, LabelError, did_you_mean, three_beats
 from ..files import write_whole
 from ..training.loop import Trainer
-from ..training.operators import OperatorTrainer, new_operators
+from ..training.operators import OperatorTrainer, Penalties, new_operators
 from ..training.vae import VAETrainer, new_vae
 from . import parameters
 from . import style as s
 from .controls import Panel, button, panel, readable, sized, status_line
 from .parameters import Parameter
-from .workspace import Workspace, vae_sizes
 
 _FIXED = {parameter.name for parameter in parameters.DATA} | {"seed", "run_dir", "max_epochs"}
 
+NOTEBOOKS = {"vae": "02_train_vae", "operators": "04_train_operators"}
+"""What can be tuned, and the notebook whose parameters it has."""
 
-def vae_trainer(adata, work: Workspace, values: dict) -> Trainer:
+
+def vae_trainer(adata, values: Mapping) -> Trainer:
     """The trainer of 02_train_vae at these values."""
-    vae = new_vae(adata, seed=work.seed, **vae_sizes(values))
-    return VAETrainer(adata, vae, **work.vae_settings(values))
+    sizes = {"n_latent": values["latent_dim"], "n_hidden": values["hidden"], "n_layers": values["n_layers"]}
+    return VAETrainer(
+        adata,
+        new_vae(adata, seed=values["seed"], **sizes),
+        max_epochs=values["max_epochs"],
+        batch_size=values["batch_size"],
+        lr=values["learning_rate"],
+        kl_weight=values["kl_weight"],
+        seed=values["seed"],
+        progress=False,
+    )
 
 
-def operator_trainer(adata, work: Workspace, values: dict) -> Trainer:
+def operator_trainer(adata, values: Mapping) -> Trainer:
     """The trainer of 04_train_operators at these values; the latents are there already."""
-    model = new_operators(adata, n_axes=values["n_axes"], rank=values["rank"])
-    return OperatorTrainer(adata, model, **work.operator_settings(values))
+    penalties = Penalties(
+        ridge=values["ridge"], stability_weight=values["stability_weight"], max_norm=values["max_norm"]
+    )
+    return OperatorTrainer(
+        adata,
+        new_operators(adata, n_axes=values["n_axes"], rank=values["rank"]),
+        max_epochs=values["max_epochs"],
+        cells_per_group=values["cells_per_group"],
+        penalties=penalties,
+        lr=values["learning_rate"],
+        seed=values["seed"],
+        progress=False,
+    )
 
 
-TRAINERS: dict[str, Callable] = {"02_train_vae": vae_trainer, "04_train_operators": operator_trainer}
+TRAINERS: dict[str, Callable] = {"vae": vae_trainer, "operators": operator_trainer}
+
+
+def prepared(adata, n_genes: int, seed: int):
+    """A screen as a notebook would train on it: with a split, and of variable genes; a copy where it had no split."""
+    keys = keys_of(adata)
+    if SPLIT_KEY in adata.obs:
+        return adata
+    cells = adata.copy()
+    split(cells, seed=seed)
+    if not 0 < n_genes < cells.n_vars:
+        return cells
+    if TOTAL_KEY not in cells.obs:
+        cells.obs[TOTAL_KEY] = library_size(cells, keys.layer)
+    return cells[:, select_genes(cells, n_genes)].copy()
 
 
 class TuningPanel(Panel):
-    """Widgets for a notebook's hyper-parameters; show it as the last line of a cell.
+    """Widgets for the hyper-parameters of the VAE or the operators; show it as the last line of a cell.
 
     Parameters
     ----------
     adata
-        The prepared screen (``work.screen()``), with latents for the operators.
-    work
-        The workspace of ``02_train_vae`` or ``04_train_operators``; its values are where the widgets start.
+        A screen that was set up, with latents for the operators. Without a split it is split, and cut to its variable
+        genes, in a copy.
+    part
+        What is tuned: "vae" or "operators".
+    start
+        Where the widgets start: parameters of the notebook that trains this part, its defaults where None.
     epochs
         Length of a short fit.
     folder
-        Where "copy as parameters" writes; the workspace's folder by default.
+        Where "copy as parameters" writes; the working directory by default.
 
     Attributes
     ----------
@@ -73,19 +116,34 @@ class TuningPanel(Panel):
     Raises
     ------
     LabelError
-        For a notebook that trains nothing.
+        If the data were not set up, or for a part that is not known.
     """
 
     about = "Tuning panel (it needs a running kernel)"
 
-    def __init__(self, adata, work: Workspace, *, epochs: int = 5, folder: str | Path | None = None):
-        if work.notebook not in TRAINERS:
-            fix = did_you_mean(work.notebook, TRAINERS)
-            raise LabelError(
-                three_beats(f"the workspace of one of {list(TRAINERS)}", repr(work.notebook), fix)
-            )
-        self.adata, self.work, self.folder = adata, work, Path(folder or work.folder)
-        every = parameters.for_notebook(work.notebook)
+    def __init__(
+        self,
+        adata,
+        part: str = "vae",
+        *,
+        start: Mapping | None = None,
+        epochs: int = 5,
+        folder: str | Path = ".",
+    ):
+        if part not in NOTEBOOKS:
+            fix = did_you_mean(part, NOTEBOOKS)
+            raise LabelError(three_beats(f"a part among {list(NOTEBOOKS)}", repr(part), fix))
+        self.part, self.notebook, self.folder = part, NOTEBOOKS[part], Path(folder)
+        keys = keys_of(adata)
+        of_the_data = {
+            "layer": keys.layer,
+            "perturbation_key": keys.perturbation_key,
+            "context_key": _column(keys.context_key),
+            "control": keys.control,
+        }
+        self.start_values = parameters.defaults(self.notebook) | of_the_data | dict(start or {})
+        self.adata = prepared(adata, self.start_values["n_genes"], self.start_values["seed"])
+        every = parameters.for_notebook(self.notebook)
         self.parameters = {p.name: p for p in every if p.name not in _FIXED}
         self.results = pd.DataFrame()
         self.histories: list[pd.DataFrame] = []
@@ -130,8 +188,8 @@ class TuningPanel(Panel):
         """
         self.choose(**chosen)
         values, epochs = self.values, int(self.epochs.value)
-        whole = {**self.work.values, **values, "max_epochs": epochs}
-        self.trainer = TRAINERS[self.work.notebook](self.adata, self.work, whole)
+        whole = {**self.start_values, **values, "max_epochs": epochs}
+        self.trainer = TRAINERS[self.part](self.adata, whole)
         history = self.trainer.fit()
         if len(history):
             self._collect(values, history)
@@ -184,7 +242,7 @@ class TuningPanel(Panel):
             raise LabelError(
                 three_beats(f"the number of a fit, 1 to {len(self.results)}", f"{fit}", "train first")
             )
-        return parameters.as_yaml(self.work.notebook, {**self.work.values, **chosen})
+        return parameters.as_yaml(self.notebook, {**self.start_values, **chosen})
 
     def copy(self) -> Path:
         """Show the YAML of the chosen values, and write it to ``parameters.yaml`` in the folder."""
@@ -194,7 +252,7 @@ class TuningPanel(Panel):
         path = write_whole(
             self.folder / "parameters.yaml", lambda part: part.write_text(text, encoding="utf-8")
         )
-        self._say(f"saved {path}: python3 -m cellop_nb run {self.work.notebook} -f {path}")
+        self._say(f"saved {path}: python3 -m cellop_nb run {self.notebook} -f {path}")
         return path
 
     def table(self) -> pd.DataFrame:
@@ -267,7 +325,7 @@ class TuningPanel(Panel):
         import ipywidgets as w
 
         self.widgets = {
-            name: widget_for(p, self.work.values.get(name)) for name, p in self.parameters.items()
+            name: widget_for(p, self.start_values.get(name)) for name, p in self.parameters.items()
         }
         row = w.Layout(flex_flow="row wrap", align_items="center")
         helps = {name: html.escape(self.parameters[name].comment) for name in self.widgets}
@@ -290,6 +348,13 @@ class TuningPanel(Panel):
         self._say("ready")
         below = [self.status, self.compared, self.curves, self.text]
         self.panel = panel([*rows, self.epochs, w.HBox(actions), *below])
+
+
+def _column(context_key: tuple[str, ...] | None) -> str | list[str] | None:
+    """The column or columns of contexts as a parameter holds them."""
+    if context_key is None:
+        return None
+    return context_key[0] if len(context_key) == 1 else list(context_key)
 
 
 # -- widgets of typed parameters: range, choices and help come from the definition

@@ -6,7 +6,8 @@ end from the real ones, which genes change, how healthy the operator is, and wha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+import math
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,27 +17,24 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from ..analysis.cellop import CellOp
 from ..analysis.combinations import combine, sequence
 from ..analysis.diagnose import affine_health
-from ..analysis.predict import decode_cells, latents
-from ..data.contract import context_labels, obs_labels
-from ..data.counts import CountMatrix, DiskCounts, model_counts
-from ..data.groups import Groups
+from ..analysis.plan import Plan
+from ..analysis.predict import REP, Drawn, Start, assemble, embed, modelled_counts
+from ..data.counts import CountMatrix, model_counts
+from ..data.groups import Groups, controls_by_context
+from ..data.splits import SPLIT_KEY, rows_of
 from ..data.synthetic import planted_operator, planted_proportions
 from ..display import card
 from ..errors import DataError, LabelError, did_you_mean, three_beats
 from ..models.affine import AffineOperator, check_strength
-from ..models.carry import Observed, carry_counts
 from ..models.energy import energy_distance, noise_floor, self_distance
-from ..models.likelihood import COUNTS_PER_CELL, NegativeBinomial
-from ..models.operators import OperatorModel, perturbation_parts
-from ..models.vae import NBVAE
+from ..models.likelihood import COUNTS_PER_CELL
+from ..models.operators import perturbation_parts
 
 MIN_REAL = 50
 """Held-out cells below which a moved cloud is compared with all cells of the group."""
-
-_WITH_INTERVAL = 40
-"""Genes that get an interval, those that change most: quantiles of all would take longer than the rest."""
 
 
 @dataclass(frozen=True)
@@ -91,9 +89,12 @@ class Answer:
     energy, energy_start, floor
         Energy distance (Euclidean, U-statistic, latent) of the moved and of the unmoved cells to the real ones, and
         the noise floor; NaN without real cells. `n_moved` and `n_real` cells are compared.
+    planned
+        Whether the cells are carried to the planned mean response; if not, the moved cells' own change is shown.
     genes
-        DataFrame with all genes, largest absolute change first: ``gene, lfc, low, high`` (95 % bootstrap interval
-        over cells) and ``measured`` (of the real cells; NaN without).
+        DataFrame with all genes, largest absolute change first: ``gene, change, low, high`` (change of mean log1p-CP10k,
+        with the calibrated interval of :meth:`CellOp.intervals`; NaN away from strength 1, and without a plan),
+        ``measured`` (of the real cells; NaN without) and ``lfc`` (log2 fold change of mean counts per 10,000).
     counts
         Chosen gene: cloud name to log1p-CP10k of its cells, (cell,).
     eigenvalues
@@ -106,6 +107,7 @@ class Answer:
     standing: str
     why: str
     operator: AffineOperator
+    planned: bool
     start: np.ndarray
     moved: np.ndarray
     real: np.ndarray
@@ -140,12 +142,13 @@ class Answer:
             "no change": self.energy_start if compared else None,
             "noise floor": self.floor if compared else None,
             "genes that change most": [
-                f"{row.gene} {row.lfc:+.2f}" for row in self.genes.head(6).itertuples()
+                f"{row.gene} {row.change:+.2f}" for row in self.genes.head(6).itertuples()
             ],
             "stability": self.verdict,
         }
         note = (
-            "Energy distances are Euclidean, U-statistic, in the latent space; genes are log2 fold changes."
+            "Energy distances are Euclidean, U-statistic, in the latent space; genes are changes of mean log1p counts "
+            f"per 10,000, {'as planned' if self.planned else 'of the moved cells, without a plan'}."
         )
         return card(f"{self.question.context}: {self.question.label}", facts, note=note)
 
@@ -158,18 +161,18 @@ class Answer:
 class VirtualCells:
     """Answers questions about virtual cells quickly: everything that a move does not change is kept.
 
+    Cells are those of the model: moved by its operators, carried to its planned mean response, as :meth:`CellOp.predict`
+    gives them. Sequences, other rules and the way back have no plan: there the moved cells' own change is shown. The map
+    and energy distances are of the moved latents.
+
     Parameters
     ----------
-    adata
-        With raw counts, latents in ``obsm[use_rep]`` and, where there was a split, ``obs[split_key]``.
-    vae, operators
-        Trained models.
+    model
+        A fitted :class:`cellop_nb.CellOp`; the cells of its data are asked about.
     max_cells
         Source cells moved and drawn at most (seeded draw).
-    n_energy, n_decoded, n_replicates
-        Cells a side in the energy distance, cells decoded for the genes, bootstrap replicates.
-    seed
-        Seeds every draw.
+    n_energy, n_decoded
+        Cells a side in the energy distance, and cells decoded for the genes.
 
     Attributes
     ----------
@@ -179,51 +182,36 @@ class VirtualCells:
         (d, 2) orthonormal directions of the map: those of the largest mean responses. Fitted once.
     center
         (d,) mean of the control cells, the origin of the map.
+
+    Raises
+    ------
+    DataError
+        If the data have no control cells.
     """
 
-    def __init__(
-        self,
-        adata,
-        vae: NBVAE,
-        operators: OperatorModel,
-        *,
-        layer: str | None = None,
-        use_rep: str = "X_nbvae",
-        perturbation_key: str = "perturbation",
-        context_key: str | Sequence[str] | None = "cell_type",
-        control: str = "control",
-        split_key: str = "split",
-        max_cells: int = 5000,
-        n_energy: int = 1000,
-        n_decoded: int = 300,
-        n_replicates: int = 100,
-        seed: int = 0,
-    ):
-        self.adata, self.vae, self.operators = adata, vae.eval(), operators
-        self.layer, self.use_rep, self.perturbation_key = layer, use_rep, perturbation_key
-        self.control, self.seed, self.n_replicates = control, seed, n_replicates
-        self.perturbations = list(operators.conditions.perturbations)
+    def __init__(self, model: CellOp, *, max_cells: int = 5000, n_energy: int = 1000, n_decoded: int = 300):
+        self.model, self.vae, self.operators, self.seed = model, model.vae, model.operators, model.seed
+        self.control = model.keys.control
+        self.perturbations = model.perturbations
         self._sizes = {"draw": max_cells, "energy": n_energy, "decode": n_decoded}
         self._cached: dict[Hashable, Any] = {}
-        self.z = latents(adata, use_rep)
-        labels = obs_labels(adata, perturbation_key).to_numpy()
-        contexts = np.asarray(context_labels(adata, context_key), dtype=object)
-        self.contexts = sorted(set(contexts[labels == control]))
+        self.screen = modelled_counts(model.adata, self.vae, model.keys)
+        embed(self.screen, self.vae)
+        self.z = torch.from_numpy(self.screen.obsm[REP])
+        self._controls = controls_by_context(self.screen, model.keys)
+        self.contexts = sorted(self._controls)
         if not self.contexts:
-            fix = f"give cells with obs[{perturbation_key!r}] == {control!r}"
+            fix = f"give cells with obs[{model.keys.perturbation_key!r}] == {self.control!r}"
             raise DataError(three_beats("control cells to start from", "none", fix))
-        # whole numbers: a million labels are compared in a millisecond, as strings in fifty
-        self._codes, self._names = pd.factorize(labels, sort=True)
-        self._context_codes, self._context_names = pd.factorize(contexts)
-        split = adata.obs[split_key].to_numpy() if split_key in adata.obs else np.full(len(adata), "train")
-        self._train, self._test = (split == part for part in ("train", "test"))
+        alone = sum(map(len, self._controls.values())) == self.screen.n_obs
+        self.groups = None if alone else Groups(self.screen, min_cells=1)
+        self._test = np.zeros(self.screen.n_obs, dtype=bool)
+        if SPLIT_KEY in self.screen.obs and (self.screen.obs[SPLIT_KEY] == "test").any():
+            self._test[rows_of(self.screen, "test")] = True
         self._fit_plane()
-        counts = model_counts(adata, vae)
-        if isinstance(counts, DiskCounts):  # every move reads them: the model's genes are held in memory
-            counts = counts.held(np.arange(len(counts)))
-        self._counts: CountMatrix = counts
-        self._gene_names = np.array(vae.genes, dtype=object)
-        self._column = {gene: i for i, gene in enumerate(vae.genes)}
+        self._counts: CountMatrix = model_counts(self.screen, self.vae)
+        self._gene_names = np.array(self.vae.genes, dtype=object)
+        self._column = {gene: i for i, gene in enumerate(self.vae.genes)}
 
     # -- what is asked
 
@@ -251,19 +239,27 @@ class VirtualCells:
         moved = moving(self._latents(source))
         standing, why = self._standing(question)
         energy, energy_start, floor, n_moved, n_real = self._energies(moved, source, target)
-        genes, after = self._changes(source, target, moving)
+        drawn = self._drawn(question, whole, moving, source)
+        genes = self._changes(question, whole, moving, drawn)
         gene = str(genes["gene"].iloc[0]) if gene is None else gene
         if gene not in self._column:
             raise LabelError(three_beats("a gene of the model", repr(gene), did_you_mean(gene, self._column)))
         key = ("health", question.context, question.perturbation, question.rule)
         return Answer(
             question=question, standing=standing, why=why, operator=moving,
+            planned=self._plan(question) is not None,
             start=self._still(source), moved=self._on_map(moved), real=self._still(target),
             energy=energy, energy_start=energy_start, floor=floor, n_moved=n_moved, n_real=n_real,
-            genes=genes, gene=gene, counts=self._gene_counts(gene, source, target, after),
+            genes=genes, gene=gene, counts=self._gene_counts(gene, source, target, drawn),
             eigenvalues=np.linalg.eigvals(moving.homogeneous[:-1, :-1]),
             health=self._keep(key, lambda: affine_health(whole.matrix.numpy(), whole.shift.numpy())),
         )  # fmt: skip
+
+    def parts(self, perturbation: str | tuple[str, ...]) -> list[str]:
+        """The single perturbations of a combination or sequence, in order, each once."""
+        steps = (perturbation,) if isinstance(perturbation, str) else perturbation
+        names = self.perturbations
+        return list(dict.fromkeys(part for step in steps for part in perturbation_parts(step, names, names)))
 
     def operator(
         self, context: str, perturbation: str | tuple[str, ...], rule: str = "axes", strength: float = 1.0
@@ -272,13 +268,12 @@ class VirtualCells:
         if context not in self.contexts:
             fix = did_you_mean(context, self.contexts)
             raise LabelError(three_beats("a context with control cells", repr(context), fix))
-        steps = (perturbation,) if isinstance(perturbation, str) else tuple(perturbation)
-        for name in (part for step in steps for part in perturbation_parts(step)):
+        for name in self.parts(perturbation):
             if name not in self.perturbations:
                 fix = f"{did_you_mean(name, self.perturbations)}; no operator is guessed"
                 raise LabelError(three_beats("a perturbation that the operators know", repr(name), fix))
         if not isinstance(perturbation, str):
-            return sequence(self.operators, [(step, strength) for step in steps], context)
+            return sequence(self.operators, [(step, strength) for step in perturbation], context)
         whole = self._keep(
             ("operator", context, perturbation, rule),
             lambda: combine(self.operators, perturbation, context, rule=rule),
@@ -287,8 +282,8 @@ class VirtualCells:
 
     def measured(self, context: str) -> list[str]:
         """Perturbations, combinations included, of which there are cells in this context."""
-        codes = np.unique(self._codes[self._in(context)])
-        return [name for name in self._names[codes] if name != self.control]
+        pairs = () if self.groups is None else self.groups.pairs
+        return [name for own, name in pairs if own == context]
 
     def source(self, question: Question) -> Tensor:
         """Latents (cell, d) of the cells that a question moves, at most as many as an energy distance takes."""
@@ -303,11 +298,24 @@ class VirtualCells:
 
         No operator takes part: an error that is here already is the VAE's.
         """
-        before, after = (_level(self._decoded(rows)["shares"].mean(0)) for rows in self._sides(question))
-        return pd.Series(torch.log2(after / before).numpy(), index=self.vae.genes)
+        before, after = (
+            self.vae.decode(start.z, start.library, start.covariates).mean / start.library[:, None]
+            for start in map(self._start, self._sides(question))
+        )
+        change = torch.log2(_level(after.mean(0)) / _level(before.mean(0)))
+        return pd.Series(change.detach().cpu().numpy(), index=self.vae.genes)
+
+    def counted(self, question: Question) -> pd.Series:
+        """Log2 fold change of each gene's mean counts per 10,000 between the real cells of both sides."""
+        before, after = (
+            (self._counts.csr[rows].T @ (1 / self._counts.library[rows].numpy()))[: self.vae.n_genes]
+            / len(rows)
+            for rows in self._sides(question)
+        )
+        return pd.Series(np.log2(_level(after) / _level(before)), index=self.vae.genes)
 
     def to_adata(self, question: Question) -> ad.AnnData:
-        """The moved cells with sampled counts, as :func:`cellop_nb.predict` gives them, for further analysis.
+        """The virtual cells with their counts, as :meth:`CellOp.predict` gives them, for further analysis.
 
         Returns
         -------
@@ -315,19 +323,25 @@ class VirtualCells:
         prediction.
         """
         whole = self.operator(question.context, question.perturbation, question.rule)
-        moving, (source, _) = self._at(question, whole), self._sides(question)
-        z = self.z[source]
-        moved = decode_cells(
-            self.adata[source], self.vae, moving(z), start=z, layer=self.layer, key_added=self.use_rep,
-            seed=self.seed,
-        )  # fmt: skip
-        moved.obs[self.perturbation_key] = question.label
+        moving, context = self._at(question, whole), question.context
+        if question.reverse:
+            rows = self._sides(question)[0]
+            draw = torch.Generator(device=next(self.vae.parameters()).device).manual_seed(self.seed)
+            drawn = Start.of(self.screen, self.vae, rows).moved(moving, generator=draw)
+            cells = assemble(self.model.adata[rows], self.model.keys, self.vae.genes, drawn, question.label)
+        elif self._plan(question) is not None:
+            cells = self.model.predict(
+                context=context, perturbation=question.perturbation, strength=question.strength
+            )
+        else:
+            cells = self.model.predict(context=context, perturbation=question.label, operator=moving)
+        cells.obs[self.model.keys.perturbation_key] = question.label
         standing, why = self._standing(question)
-        moved.uns["cellop_nb"] = {
+        cells.uns["cellop_nb"] = dict(cells.uns.get("cellop_nb", {})) | {
             "prediction": {
                 "operator": moving.label,
                 "perturbation": question.label,
-                "context": question.context,
+                "context": context,
                 "strength": float(question.strength),
                 "rule": question.rule,
                 "reverse": bool(question.reverse),
@@ -336,7 +350,7 @@ class VirtualCells:
                 "seed": int(self.seed),
             }
         }
-        return moved
+        return cells
 
     def forget(self) -> None:
         """Drop what earlier questions left behind; the next ones take as long as the first."""
@@ -359,6 +373,13 @@ class VirtualCells:
             moving = self.operator(question.context, question.perturbation, strength=strength)
         return moving.inverse() if question.reverse else moving
 
+    def _plan(self, question: Question) -> Plan | None:
+        """Where the moved cells are carried to; None where there is no plan: the other rules, sequences, the way back."""
+        if question.reverse or question.rule != "axes" or not isinstance(question.perturbation, str):
+            return None
+        name = self._as_measured(question.context, question.perturbation)
+        return self._keep(("plan", question.context, name), lambda: self.model.plan(question.context, name))
+
     def _standing(self, question: Question) -> tuple[str, str]:
         perturbation, context = question.perturbation, question.context
         if context not in self.operators.conditions.contexts:
@@ -368,11 +389,8 @@ class VirtualCells:
             )
         if not isinstance(perturbation, str):
             return "prediction", "prediction: a sequence (real cells, if any, got all at once)"
-        name: str = perturbation
-        if not self._keep(
-            ("trained", context, name), lambda: (self._inside(context, name) & self._train).any()
-        ):
-            kind = "combination" if "+" in name else "condition"
+        if self.model.means.own(context, self._as_measured(context, perturbation)) is None:
+            kind = "combination" if len(self.parts(perturbation)) > 1 else "condition"
             return "prediction", f"prediction: the fit had no cells of this {kind}"
         if question.strength not in (0.0, 1.0):
             beyond = question.strength > 1
@@ -391,7 +409,8 @@ class VirtualCells:
             For a reversal where there are no perturbed cells to lead back.
         """
         control = self.rows(question.context, self.control)
-        perturbed = self.rows(question.context, together(question.perturbation))
+        # Nobody measures sequences: the nearest that there is are cells that got all of it at once.
+        perturbed = self.rows(question.context, "+".join(self.parts(question.perturbation)))
         if question.reverse and not len(perturbed):
             received = f"none of {question.perturbation!r} in {question.context!r}"
             fix = "ask for a measured condition"
@@ -400,20 +419,19 @@ class VirtualCells:
 
     def rows(self, context: str, perturbation: str) -> np.ndarray:
         """Rows of a group: control cells all; perturbed cells those that no fit has seen, where there are enough."""
+        if perturbation == self.control:
+            return self._controls[context]
+        if self.groups is None:
+            return np.zeros(0, dtype=int)
+        inside = self.groups.rows(context, self._as_measured(context, perturbation))
+        unseen = inside[self._test[inside]]
+        return inside if len(unseen) < MIN_REAL else unseen
 
-        def select() -> np.ndarray:
-            inside = self._inside(context, perturbation)
-            unseen = inside & self._test
-            use = inside if perturbation == self.control or unseen.sum() < MIN_REAL else unseen
-            return np.flatnonzero(use)
-
-        return self._keep(("rows", context, perturbation), select)
-
-    def _inside(self, context: str, perturbation: str) -> np.ndarray:
-        """Which cells belong to a group, as booleans; "A+B" is "B+A"."""
-        parts = frozenset(perturbation.split("+"))
-        same = [i for i, name in enumerate(self._names) if frozenset(str(name).split("+")) == parts]
-        return self._in(context) & np.isin(self._codes, same)
+    def _as_measured(self, context: str, perturbation: str) -> str:
+        """The label under which a combination was measured in a context: "A+B" is "B+A"."""
+        parts = frozenset(self.parts(perturbation))
+        same = (name for name in self.measured(context) if frozenset(self.parts(name)) == parts)
+        return perturbation if perturbation in self.measured(context) else next(same, perturbation)
 
     def _take(self, rows: np.ndarray, kind: str = "draw") -> np.ndarray:
         """At most as many of the rows as this kind of work takes, in random order (seeded)."""
@@ -442,12 +460,6 @@ class VirtualCells:
         own, before, floor = self._keep(("energy", source.tobytes(), target.tobytes()), fixed)
         return float(energy_distance(moved, real, y_self=own)), before, floor, len(moved), len(real)
 
-    def _in(self, context: str) -> np.ndarray:
-        """Which cells are of a context; none of one that the data do not hold."""
-        return self._context_codes == next(
-            (i for i, name in enumerate(self._context_names) if name == context), -2
-        )
-
     # -- the map
 
     def _on_map(self, cloud: Tensor) -> np.ndarray:
@@ -460,10 +472,9 @@ class VirtualCells:
         every = torch.cat(list(controls.values()))
         self.center = every.mean(0)
         shifts = [
-            self.z[rows].mean(0) - cells.mean(0)
+            self.z[self.rows(context, name)].mean(0) - cells.mean(0)
             for context, cells in controls.items()
-            for name in self._names
-            if name != self.control and len(rows := self.rows(context, str(name)))
+            for name in self.measured(context)
         ]
         spread = torch.linalg.svd(every - self.center, full_matrices=False)[2][:2]
         first = torch.linalg.svd(torch.stack(shifts), full_matrices=False)[2][:2] if shifts else spread[:0]
@@ -471,92 +482,76 @@ class VirtualCells:
 
     # -- genes
 
-    @torch.no_grad()
-    def _changes(self, source: np.ndarray, target: np.ndarray, moving: AffineOperator):
-        """What :class:`Answer` calls `genes`, and the moved cells decoded.
+    def _start(self, rows: np.ndarray) -> Start:
+        """The cells that stand for a group, decoded as they are."""
+        return self._keep(
+            ("start", rows.tobytes()), lambda: Start.of(self.screen, self.vae, self._take(rows, "decode"))
+        )
 
-        Returns
-        -------
-        DataFrame, and the distribution (cell, gene) after the move.
-        """
-        start, weights = self._decoded(source), self._weights(source)
-        z = moving(self._latents(source, "decode"))
-        after = self.vae.decode(z, start["library"], start["covariates"])
-        shares = after.mean / start["library"][:, None]
-        lfc = torch.log2(_level(shares.mean(0)) / _level(start["shares"].mean(0))).numpy()
-        order = np.argsort(-np.abs(lfc), kind="stable")
-        top, (low, high) = order[:_WITH_INTERVAL], np.full((2, len(lfc)), np.nan)
-        ends = (_level(weights @ cells[:, top]) for cells in (shares, start["shares"]))
-        replicates = torch.log2(torch.div(*ends)).numpy()
-        low[: len(top)], high[: len(top)] = np.quantile(replicates, [0.025, 0.975], axis=0)
-        ranked = {"gene": self._gene_names[order], "lfc": lfc[order], "low": low, "high": high}
-        return pd.DataFrame({**ranked, "measured": self._measured(source, target)[order]}), after
+    def _drawn(self, question: Question, whole: AffineOperator, moving: AffineOperator, source) -> Drawn:
+        """Some source cells moved, and carried to the plan where there is one."""
+        start, planned = self._start(source), self._plan(question)
+        draw = torch.Generator(device=start.z.device).manual_seed(self.seed)
+        if planned is None:
+            return start.moved(moving, generator=draw)
+        growth = question.strength * self.model.means.growth_of(question.context, planned.perturbation)
+        return start.moved(whole, question.strength, planned, growth, draw)
+
+    def _changes(
+        self, question: Question, whole: AffineOperator, moving: AffineOperator, drawn: Drawn
+    ) -> pd.DataFrame:
+        """What :class:`Answer` calls `genes`."""
+        source, target = self._sides(question)
+        start, planned, strength = self._start(source), self._plan(question), question.strength
+        low = high = np.full(len(self._column), np.nan)
+        if planned is None:
+            change = start.change(moving)
+        elif strength == 1:
+            change, low, high = planned.change, planned.low, planned.high
+        else:
+            change = start.change(moving) + strength * (planned.change - start.change(whole))
+        library = start.library.cpu().numpy()
+        before = _level((start.x.cpu().numpy() / library[:, None]).mean(0))
+        after = _level(drawn.mean.multiply(math.exp(-drawn.growth) / library[:, None]).mean(0).A1)
+        order = np.argsort(-np.abs(change), kind="stable")
+        table = {
+            "gene": self._gene_names, "change": change, "low": low, "high": high,
+            "measured": self._measured(source, target), "lfc": np.log2(after / before),
+        }  # fmt: skip
+        return pd.DataFrame({name: values[order] for name, values in table.items()})
 
     def _gene_counts(
-        self, gene: str, source: np.ndarray, target: np.ndarray, after: NegativeBinomial
+        self, gene: str, source: np.ndarray, target: np.ndarray, drawn: Drawn
     ) -> dict[str, np.ndarray]:
-        """Log1p-CP10k of one gene: source cells, the same moved (counts sampled), real cells."""
-        column, start = self._column[gene], self._decoded(source)
-        expected = start["observed"].mean(after)[:, column]
-        sampled = carry_counts(expected, torch.Generator().manual_seed(self.seed)).numpy()
+        """Log1p-CP10k of one gene: source cells, virtual cells, real cells."""
+        column, library = self._column[gene], self._start(source).library.cpu().numpy()
+        virtual = drawn.counts[:, [column]].toarray().ravel()
         return {
             "start": self._log_counts(column, source),
-            "moved": np.log1p(sampled / start["library"].numpy() * COUNTS_PER_CELL),
+            "moved": np.log1p(virtual / (library * math.exp(drawn.growth)) * COUNTS_PER_CELL),
             "real": self._log_counts(column, target),
         }
 
-    def _decoded(self, group: np.ndarray) -> dict:
-        """The cells that stand for a group, decoded as they are."""
-
-        @torch.no_grad()
-        def decode() -> dict:
-            rows = self._take(group, "decode")
-            library = self._counts.library[rows]
-            covariates = {name: codes[rows] for name, codes in self._counts.covariates.items()}
-            x = torch.from_numpy(self._counts.csr[rows][:, : self.vae.n_genes].toarray())
-            before = self.vae.decode(self._latents(group, "decode"), library, covariates)
-            observed, shares = Observed(x, library, before), before.mean / library[:, None]
-            return {"library": library, "covariates": covariates, "observed": observed, "shares": shares}
-
-        return self._keep(("decoded", group.tobytes()), decode)
-
-    def _weights(self, group: np.ndarray) -> Tensor:
-        """Bootstrap weights (replicate, cell) over the decoded cells of a group."""
-
-        def draw() -> Tensor:
-            n = len(self._decoded(group)["library"])
-            random = np.random.default_rng(self.seed)
-            draws = random.multinomial(n, np.full(n, 1 / n), size=self.n_replicates)
-            return torch.from_numpy((draws / n).astype(np.float32))
-
-        return self._keep(("weights", group.tobytes()), draw)
-
     def _measured(self, source: np.ndarray, target: np.ndarray) -> np.ndarray:
-        """Measured log2 fold change (gene,) between the real cells of both sides."""
+        """Measured change (gene,) of mean log1p-CP10k between the real cells of both sides."""
         if not len(target):
             return np.full(len(self._column), np.nan)
-        before, after = (_level(self._mean_share(rows)) for rows in (source, target))
-        return np.log2(after / before)
+        before, after = (self._mean_level(rows) for rows in (source, target))
+        return after - before
 
-    def _mean_share(self, rows: np.ndarray) -> np.ndarray:
-        """Mean share (gene,) of the cells' own counts."""
+    def _mean_level(self, rows: np.ndarray) -> np.ndarray:
+        """Mean log1p-CP10k (gene,) of the cells' own counts."""
 
         def compute() -> np.ndarray:
-            shares = self._counts.csr[rows].T @ (1 / self._counts.library[rows].numpy())
-            return shares[: self.vae.n_genes] / len(rows)
+            counts = self._counts.csr[rows][:, : self.vae.n_genes]
+            shares = counts.multiply(COUNTS_PER_CELL / self._counts.library[rows].numpy()[:, None])
+            return np.asarray(shares.log1p().mean(0), dtype=float).ravel()
 
-        return self._keep(("share", rows.tobytes()), compute)
+        return self._keep(("level", rows.tobytes()), compute)
 
     def _log_counts(self, column: int, rows: np.ndarray) -> np.ndarray:
         every = self._keep(("gene", column), lambda: self._counts.csr[:, [column]].toarray().ravel())
         return np.log1p(every[rows] / self._counts.library[rows].numpy() * COUNTS_PER_CELL)
-
-
-def together(perturbation: str | tuple[str, ...]) -> str:
-    """Nobody measures sequences: the nearest that there is are cells that got all of it at once."""
-    if isinstance(perturbation, str):
-        return perturbation
-    return "+".join(dict.fromkeys(part for step in perturbation for part in step.split("+")))
 
 
 def _level(share):
@@ -566,7 +561,7 @@ def _level(share):
 
 def leading(genes: pd.DataFrame, n: int) -> pd.DataFrame:
     """The `n` genes that rise most, largest first, then the `n` that fall most, largest last."""
-    change = genes["lfc"].to_numpy()
+    change = genes["change"].to_numpy()
     up, down = (np.flatnonzero(sign * change > 0)[:n] for sign in (1, -1))
     return genes.iloc[np.concatenate([up, down[::-1]])].reset_index(drop=True)
 
@@ -596,10 +591,9 @@ def ways_to_combine(cells: VirtualCells, context: str) -> pd.DataFrame:
     DataFrame with a row per pair and method: ``group, method, energy, floor``; energy distances are Euclidean,
     U-statistic, latent.
     """
-    pairs = [name for name in cells.measured(context) if name.count("+") == 1]
+    pairs = {name: parts for name in cells.measured(context) if len(parts := cells.parts(name)) == 2}
     rows = []
-    for pair in pairs:
-        a, b = pair.split("+")
+    for pair, (a, b) in pairs.items():
         ways = dict(zip(ORDERS, (Question((a, b), context), Question((b, a), context)), strict=True))
         ways |= {AT_ONCE: Question(pair, context, rule="generator"), SHARED: Question(pair, context)}
         answers = {way: cells.ask(question) for way, question in ways.items()}
@@ -625,7 +619,7 @@ def dose_response(
     -------
     tuple of DataFrame
         Distances: ``strength, energy, target`` (to the source cells as they were, and to the real cells aimed at);
-        genes: ``strength, gene, lfc, low, high``.
+        genes: ``strength, gene, lfc``.
     """
     leaders = leading(cells.ask(replace(question, strength=1.0)).genes, n_genes)["gene"]
     source = cells.source(question)
@@ -634,7 +628,7 @@ def dose_response(
         answer = cells.ask(replace(question, strength=strength))
         rows.append((strength, float(energy_distance(answer.operator(source), source)), "the unmoved cells"))
         rows.append((strength, answer.energy, "the real cells aimed at"))
-        shown = answer.genes.set_index("gene").loc[leaders, ["lfc", "low", "high"]].reset_index()
+        shown = answer.genes.set_index("gene").loc[leaders, ["lfc"]].reset_index()
         genes.append(shown.assign(strength=strength))
     distances = pd.DataFrame(rows, columns=["strength", "energy", "target"])
     return distances.sort_values("target", kind="stable", ignore_index=True), pd.concat(
@@ -654,7 +648,7 @@ def half_dose_errors(cells: VirtualCells, question: Question) -> pd.Series:
     -------
     Series of what was compared to its error; empty where nothing was planted or the planted change is none.
     """
-    adata = cells.adata
+    adata = cells.model.adata
     if "truth" not in adata.uns.get("cellop_nb", {}):
         return pd.Series(dtype=float)
     z = torch.as_tensor(adata.obsm["X_truth"][cells.rows(question.context, cells.control)]).double()
@@ -670,7 +664,7 @@ def half_dose_errors(cells: VirtualCells, question: Question) -> pd.Series:
         return pd.Series(dtype=float)
     half, full = (cells.ask(replace(question, strength=s)).genes.set_index("gene") for s in (0.5, 1.0))
     changes = {HALF: (half["lfc"], 0.5), HALVED: (full["lfc"] / 2, 0.5), FULL: (full["lfc"], 1.0)}
-    changes |= {VAE_ALONE: (cells.recalled(question), 1.0), COUNTED: (full["measured"], 1.0)}
+    changes |= {VAE_ALONE: (cells.recalled(question), 1.0), COUNTED: (cells.counted(question), 1.0)}
     errors = {
         name: np.linalg.norm(change.reindex(adata.var_names) - true[strength])
         / np.linalg.norm(true[strength])

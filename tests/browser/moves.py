@@ -19,7 +19,7 @@ _CELL = """
 from benchmarks.explorer import CELLS, GENES, _cells
 from cellop_nb.notebook.explorer import Explorer
 known = _cells(CELLS, GENES)
-explorer = Explorer(known.adata, known.vae, known.operators, context="T", perturbation="A")
+explorer = Explorer(known.model, context="T", perturbation="A")
 explorer.panel
 """
 # all but the present question, as where there are more conditions than were prepared

@@ -31,7 +31,7 @@ VIEWS = {
     "groups": "co.Groups(adata, use_rep='X_nbvae')",
     "sentence": f"markdown('**' + {EVIL!r} + '** is at its floor')",
     "model": "operators",
-    "explorer": "co.Explorer(adata, vae, operators)",
+    "explorer": "co.Explorer(co.CellOp(adata, n_genes=None, vae=vae, operators=operators).fit(progress=False))",
 }
 
 

@@ -12,6 +12,7 @@ import torch
 from cellop_nb.analysis.transfer import Complexity
 
 from benchmarks.gpu import Card, _endless
+from cellop_nb.analysis.cellop import CellOp
 from cellop_nb.analysis.combinations import order_effects, reversal
 from cellop_nb.analysis.diagnose import operator_health
 from cellop_nb.analysis.distances import transport_scores
@@ -247,7 +248,9 @@ QUESTIONS = {
     "order": lambda adata, vae, operators: order_effects(adata, operators),
     "reversal": lambda adata, vae, operators: reversal(adata, operators),
     "profiles": lambda adata, vae, operators: response_profiles(operators),
-    "explorer": lambda adata, vae, operators: _moves(VirtualCells(adata, vae, operators)),
+    "explorer": lambda adata, vae, operators: _moves(
+        VirtualCells(CellOp(adata, n_genes=None, vae=vae, operators=operators).fit(progress=False))
+    ),
 }
 
 

@@ -153,11 +153,33 @@ def trained():
 
 
 @pytest.fixture(scope="session")
-def cells(trained):
+def predictor():
+    """`predictor(adata, vae, operators)`: a CellOp of these parts, fitted in a second."""
+    from dataclasses import replace
+
+    from cellop_nb.analysis.cellop import RECIPE, CellOp
+
+    def fit(adata, vae, operators):
+        model = CellOp(adata, n_latent=vae.n_latent, n_genes=None, vae=vae, operators=operators)
+        sizes = {"n_hidden": 8, "vae_epochs": 1, "finish_epochs": 1, "operator_epochs": 1, "n_folds": 2}
+        model.recipe = replace(RECIPE, **sizes)
+        return model.fit(progress=False)
+
+    return fit
+
+
+@pytest.fixture(scope="session")
+def model(trained, predictor):
+    """The predictor of the trained screen."""
+    return predictor(*trained)
+
+
+@pytest.fixture(scope="session")
+def cells(model):
     """Answers about the trained screen."""
     from cellop_nb.notebook.virtual import VirtualCells
 
-    return VirtualCells(*trained, n_replicates=20)
+    return VirtualCells(model)
 
 
 @pytest.fixture(scope="session")
@@ -165,8 +187,8 @@ def controls():
     """`controls(adata, context)`: latents of the control cells of a context, (cell, d)."""
     import torch
 
-    from cellop_nb.analysis.predict import source_cells
+    from cellop_nb.data.groups import Groups
 
     return lambda adata, context="type A": torch.from_numpy(
-        adata.obsm["X_nbvae"][source_cells(adata, context)]
+        adata.obsm["X_nbvae"][Groups(adata).controls(context)]
     )

@@ -10,11 +10,10 @@ import pytest
 from cellop_nb.analysis.predict import embed
 from cellop_nb.data.splits import split
 from cellop_nb.data.synthetic import synthetic
-from cellop_nb.notebook import parameters, style
+from cellop_nb.notebook import style
 from cellop_nb.notebook.controls import RunControls
 from cellop_nb.notebook.explorer import Explorer
 from cellop_nb.notebook.tuning import TuningPanel
-from cellop_nb.notebook.workspace import Workspace
 from cellop_nb.training.operators import new_operators
 from cellop_nb.training.vae import new_vae
 
@@ -28,7 +27,7 @@ def walk(widget) -> Iterator[w.Widget]:
 
 
 @pytest.fixture(scope="module")
-def panels(tmp_path_factory):
+def panels(tmp_path_factory, predictor):
     """The three panels, made as the notebooks make them."""
     adata = synthetic(
         n_contexts=2, n_perturbations=2, n_cells=30, n_genes=20, n_latent=4, library=200.0, seed=0
@@ -43,11 +42,10 @@ def panels(tmp_path_factory):
         [],
     )
     folder = tmp_path_factory.mktemp("run")
-    small = {**parameters.defaults("02_train_vae"), "latent_dim": 3, "run_dir": str(folder)}
     return {
         "controls": RunControls(trainer).panel,
-        "tuning": TuningPanel(adata, Workspace("02_train_vae", **small)).panel,
-        "explorer": Explorer(adata, vae, new_operators(adata), n_replicates=5).panel,
+        "tuning": TuningPanel(adata, start={"latent_dim": 3}, folder=folder).panel,
+        "explorer": Explorer(predictor(adata, vae, new_operators(adata))).panel,
     }
 
 

@@ -16,8 +16,8 @@ from cellop_nb.notebook.virtual import Question, VirtualCells, leading
 
 
 @pytest.fixture
-def explorer(trained, tmp_path) -> Explorer:
-    return Explorer(*trained, folder=tmp_path, n_replicates=20)
+def explorer(model, tmp_path) -> Explorer:
+    return Explorer(model, folder=tmp_path)
 
 
 def test_each_widget_asks_its_question(explorer):
@@ -140,7 +140,7 @@ def test_the_explorer_shows_itself_and_a_still_picture(explorer):
     assert explorer.figure().alt == explorer.answer.sentence
 
 
-def test_likely_questions_are_answered_beforehand(trained, monkeypatch):
+def test_likely_questions_are_answered_beforehand(model, monkeypatch):
     """The present context first, one answer each; none where no time is given; a refusal breaks nothing."""
     asked = []
     answer = VirtualCells.ask
@@ -152,13 +152,13 @@ def test_likely_questions_are_answered_beforehand(trained, monkeypatch):
         return answer(cells, question, gene=gene)
 
     monkeypatch.setattr(VirtualCells, "ask", ask)
-    shown = Explorer(*trained, context="type B", perturbation="drug 3", n_replicates=20, prepare=60)
+    shown = Explorer(model, context="type B", perturbation="drug 3", prepare=60)
     drugs = ("drug 1", "drug 2", "drug 3")
     wanted = [(place, name) for place in ("type B", "type A") for name in drugs]
     assert asked == [("type B", "drug 3"), *wanted]
     assert shown.question == Question("drug 3", "type B")
     asked.clear()
-    Explorer(*trained, n_replicates=20, prepare=0)
+    Explorer(model, prepare=0)
     assert asked == [("type A", "drug 1")]
 
 
@@ -171,8 +171,8 @@ def test_a_weaker_dose_shows_the_genes_of_the_stronger(explorer):
 
 
 def test_genes_stand_from_the_largest_rise_to_the_largest_fall(explorer):
-    shown = leading(explorer.answer.genes, 3)["lfc"].to_numpy()
-    every = np.sort(explorer.answer.genes["lfc"].to_numpy())
+    shown = leading(explorer.answer.genes, 3)["change"].to_numpy()
+    every = np.sort(explorer.answer.genes["change"].to_numpy())
     np.testing.assert_array_equal(shown, np.concatenate([every[-3:][::-1], every[:3][::-1]]))
 
 

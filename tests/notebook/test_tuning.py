@@ -6,6 +6,7 @@ import threading
 import time
 
 import ipywidgets
+import numpy as np
 import pytest
 import yaml
 
@@ -14,8 +15,7 @@ from cellop_nb.data.synthetic import synthetic
 from cellop_nb.errors import LabelError
 from cellop_nb.notebook import parameters
 from cellop_nb.notebook.parameters import Parameter, ParameterError
-from cellop_nb.notebook.tuning import TRAINERS, TuningPanel, widget_for
-from cellop_nb.notebook.workspace import Workspace
+from cellop_nb.notebook.tuning import NOTEBOOKS, TRAINERS, TuningPanel, widget_for
 
 
 @pytest.fixture(scope="module")
@@ -31,10 +31,9 @@ def screen():
 @pytest.fixture(params=TRAINERS)
 def panel(request, screen, tmp_path) -> TuningPanel:
     small = {"latent_dim": 3, "hidden": 8, "n_axes": 2, "rank": 2}
-    known = parameters.defaults(request.param)
-    known |= {name: value for name, value in small.items() if name in known} | {"run_dir": str(tmp_path)}
-    work = Workspace(request.param, **known)
-    return TuningPanel(screen, work, epochs=2)
+    known = parameters.defaults(NOTEBOOKS[request.param])
+    start = {name: value for name, value in small.items() if name in known}
+    return TuningPanel(screen, request.param, start=start, epochs=2, folder=tmp_path)
 
 
 @pytest.mark.parametrize("notebook", parameters.names())
@@ -50,10 +49,10 @@ def test_every_parameter_of_every_notebook_has_a_widget(notebook):
 
 
 def test_widgets_stand_for_the_hyper_parameters_of_the_notebook(panel):
-    known = {p.name for p in parameters.for_notebook(panel.work.notebook)}
+    known = {p.name for p in parameters.for_notebook(panel.notebook)}
     data = {p.name for p in parameters.DATA}
     assert set(panel.widgets) == known - data - {"seed", "run_dir", "max_epochs"}
-    assert panel.values == {name: panel.work.values[name] for name in panel.widgets}
+    assert panel.values == {name: panel.start_values[name] for name in panel.widgets}
 
 
 def test_fits_collect_in_a_table_and_curves(panel):
@@ -84,11 +83,11 @@ def test_yaml_is_what_the_command_reads(panel):
     panel.train()
     panel.widgets["learning_rate"].value = 0.03
     chosen = yaml.safe_load(panel.copy().read_text())
-    assert chosen.items() >= {**panel.work.values, "learning_rate": 0.03}.items()
-    assert parameters.validate(panel.work.notebook, chosen) == chosen
+    assert chosen.items() >= {**panel.start_values, "learning_rate": 0.03}.items()
+    assert parameters.validate(panel.notebook, chosen) == chosen
     assert panel.text.value == panel.yaml()
     first = yaml.safe_load(panel.yaml(1))
-    assert first["learning_rate"] == panel.work.values["learning_rate"]
+    assert first["learning_rate"] == panel.start_values["learning_rate"]
     with pytest.raises(LabelError, match="1 to 1"):
         panel.yaml(2)
 
@@ -130,9 +129,19 @@ def test_two_clicks_that_two_threads_handle_at_once_start_one_fit(panel, monkeyp
     assert runs == [1]
 
 
-def test_a_notebook_without_training_is_refused(screen, tmp_path):
-    with pytest.raises(LabelError, match="02_train_vae"):
-        TuningPanel(screen, Workspace("01_data", tmp_path))
+def test_what_is_not_trained_is_refused(screen):
+    with pytest.raises(LabelError, match="vae.*operators"):
+        TuningPanel(screen, "data")
+
+
+def test_a_screen_as_it_was_set_up_is_split_and_cut_to_its_variable_genes_in_a_copy(screen):
+    raw = screen.copy()
+    del raw.obs["split"]
+    panel = TuningPanel(raw, start={"n_genes": 20, "latent_dim": 3, "hidden": 8}, epochs=1)
+    assert panel.adata.shape == (raw.n_obs, 20) and "split" not in raw.obs
+    assert (panel.adata.obs["total_counts"] == np.asarray(raw.X.sum(1)).ravel()).all()
+    assert len(panel.train()) == 1
+    assert TuningPanel(screen).adata is screen, "what was split is taken as it is"
 
 
 def test_text_is_parsed_and_refused_as_on_the_command_line(panel):
