@@ -334,7 +334,7 @@ class CellOp:
         if self._ready_vae is not None:
             genes = self._ready_vae.genes
         elif self.n_genes is not None and self.n_genes < adata.n_vars:
-            genes = select_genes(chosen, self.n_genes, split=None, flavor="seurat", min_cells=10)
+            genes = select_genes(chosen, self.n_genes, split=None, min_cells=10)
         cells = modelled_counts(chosen, genes if self._ready_vae is None else self._ready_vae, self.keys)
         if SPLIT not in adata.obs or not (cells.obs[SPLIT] == "val").any():
             cells.obs[SPLIT] = self._split(cells)
