@@ -494,15 +494,15 @@ def _check_combinations(treated: list[str], keys: Keys) -> None:
             raise LabelError(three_beats(f"one control label {control!r}", f"{label!r} as well", fix))
         parts = [part.strip() for part in label.split("+")]
         named = [part for part in dict.fromkeys(parts) if part]
-        if label in keys.singles or len(parts) < 2 or not set(named) & labels:
+        if label in keys.singles or len(parts) < 2:
             continue
         if control in named:
             alone = "+".join(part for part in named if part != control)
             raise LabelError(three_beats("combinations of perturbations", f"{label!r}", f"write {alone!r}"))
-        if set(named) <= labels and label != "+".join(named):
+        if named and set(named) <= labels and label != "+".join(named):
             fix = f"write {'+'.join(named)!r}, or pass singles=[{label!r}]"
             raise LabelError(three_beats("a perturbation, or a combination written 'A+B'", f"{label!r}", fix))
-        twin = seen.setdefault(tuple(sorted(named)), label)
+        twin = seen.setdefault(tuple(sorted(named if labels.intersection(named) else parts)), label)
         if twin != label:
             fix = "write each combination in one order"
             raise LabelError(three_beats("one label per combination", f"{twin!r} and {label!r}", fix))
