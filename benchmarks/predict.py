@@ -14,6 +14,7 @@ from cellop_nb.analysis.metrics import evaluation_genes
 from cellop_nb.analysis.predict import Start, assemble, embed, modelled_counts
 from cellop_nb.data.contract import keys_of, setup
 from cellop_nb.data.datasets import load
+from cellop_nb.data.genes import select_genes
 from cellop_nb.data.splits import split
 from cellop_nb.models.operators import Condition
 from cellop_nb.training.callbacks import EarlyStopping
@@ -44,7 +45,8 @@ def screen(quick: bool) -> tuple[AnnData, str]:
     setup(adata)
     split(adata)
     train = adata[adata.obs["split"] != "test"]
-    adata = adata[:, evaluation_genes(train, 100 if quick else GENES)].copy()
+    genes = select_genes(train, 100 if quick else GENES, flavor="seurat", min_cells=10, split=None)
+    adata = adata[:, genes].copy()
     return adata, "Kang" if real else "synthetic example"
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from anndata import AnnData
 from scipy import sparse
 
+from cellop_nb.data.contract import setup
 from cellop_nb.training.callbacks import Callback
 from cellop_nb.training.loop import Machine, Trainer
 from cellop_nb.training.vae import VAETrainer, new_vae
@@ -55,6 +56,8 @@ def screen(n_cells: int = 20_000, n_genes: int = 2_000, *, nonzero: float = 0.10
               for part in np.array_split(depth, max(1, n_cells // 2_000))]  # fmt: skip
     adata = AnnData(sparse.vstack(blocks, format="csr"))
     adata.obs["split"] = np.where(np.arange(n_cells) % 10 == 0, "val", "train")
+    adata.obs["perturbation"] = np.where(np.arange(n_cells) % 2, "drug 1", "control")
+    setup(adata, context_key=None)
     return adata
 
 
