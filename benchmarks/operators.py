@@ -17,6 +17,7 @@ from anndata import AnnData
 from torch import Tensor
 
 from cellop_nb.analysis.predict import embed
+from cellop_nb.data.contract import Keys
 from cellop_nb.data.counts import count_matrix
 from cellop_nb.models.energy import moved_energy_distance, self_distance
 from cellop_nb.models.operators import Condition, OperatorModel
@@ -199,6 +200,7 @@ def fit_screen(groups: int, cells: int, genes: int) -> AnnData:
     adata.obs["perturbation"] = np.array(labels)[group % len(labels)]
     adata.obs["cell_type"] = np.char.add("T", (group // len(labels)).astype(str))
     adata.obs["split"] = np.where(np.arange(adata.n_obs) % 5 == 0, "val", "train")
+    Keys().write(adata)
     return adata
 
 

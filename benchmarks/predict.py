@@ -10,7 +10,6 @@ from pathlib import Path
 
 from anndata import AnnData
 
-from cellop_nb.analysis.metrics import evaluation_genes
 from cellop_nb.analysis.predict import Start, assemble, embed, modelled_counts
 from cellop_nb.data.contract import keys_of, setup
 from cellop_nb.data.datasets import load

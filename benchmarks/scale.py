@@ -110,6 +110,8 @@ def write_screen(path: Path, n_cells: int, n_genes: int, *, nonzero: float = 0.1
     """
     import anndata as ad
 
+    from cellop_nb.data.contract import Keys
+
     rng = np.random.default_rng(seed)
     level = rng.gamma(0.5, 1.0, n_genes) + 0.01
     level *= nonzero / (1 - np.exp(-level)).mean()
@@ -126,7 +128,9 @@ def write_screen(path: Path, n_cells: int, n_genes: int, *, nonzero: float = 0.1
             ad.io.sparse_dataset(store["X"]).append(x)
         else:
             var = pd.DataFrame(index=[f"gene {k}" for k in range(n_genes)])
-            ad.io.write_elem(store, "/", ad.AnnData(x, var=var))
+            first = ad.AnnData(x, var=var)
+            Keys().write(first)
+            ad.io.write_elem(store, "/", first)
         tables.append(_labels(start, context, perturbation, rng))
     ad.io.write_elem(store, "obs", pd.concat(tables).astype("category"))
     return path

@@ -181,9 +181,7 @@ def test_a_summary_that_json_cannot_hold_is_refused_and_nothing_is_written(tmp_p
 @pytest.mark.parametrize("keep", [0, 5, 100, -1])
 def test_a_truncated_file_is_refused(path, keep):
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(
-        CheckpointError, match="written by CellOp.save.*a damaged or foreign file.*To fix it"
-    ):
+    with pytest.raises(CheckpointError, match="written by CellOp.save.*a damaged or foreign file.*To fix it"):
         read_models(path)
 
 

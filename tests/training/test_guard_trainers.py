@@ -10,6 +10,7 @@ import pytest
 import scipy.sparse
 import torch
 
+from cellop_nb.data.contract import setup
 from cellop_nb.training.guard import random_state, replay, set_random_state
 from cellop_nb.training.locate import NonFiniteError
 from cellop_nb.training.loop import Machine
@@ -24,12 +25,13 @@ def adata():
     rng = np.random.default_rng(0)
     n = 240
     counts = rng.poisson(rng.gamma(1, 2, (1, 12)), (n, 12)).astype("f4")
-    made = anndata.AnnData(scipy.sparse.csr_matrix(counts))
-    made.obs["split"] = np.where(np.arange(n) % 5 == 0, "val", "train")
-    made.obs["cell_type"] = np.array(["B", "NK"])[np.arange(n) % 2]
-    made.obs["perturbation"] = np.where(np.arange(n) % 4 < 2, "control", "IFNb")
-    made.obsm["X_nbvae"] = rng.normal(size=(n, 3)).astype("f4")
-    return made
+    screen = anndata.AnnData(scipy.sparse.csr_matrix(counts))
+    screen.obs["split"] = np.where(np.arange(n) % 5 == 0, "val", "train")
+    screen.obs["cell_type"] = np.array(["B", "NK"])[np.arange(n) % 2]
+    screen.obs["perturbation"] = np.where(np.arange(n) % 4 < 2, "control", "IFNb")
+    screen.obsm["X_nbvae"] = rng.normal(size=(n, 3)).astype("f4")
+    setup(screen)
+    return screen
 
 
 def vae_trainer(adata, **settings):

@@ -5,13 +5,15 @@ from __future__ import annotations
 import anndata as ad
 import numpy as np
 import pytest
-from cellop_nb.analysis.streaming import predict_to_file
+import torch
 from toy import CPU, Do, assert_same_run, small_screen
 
-from cellop_nb.analysis.predict import embed, predict
+from cellop_nb.analysis.predict import Start, assemble, embed, modelled_counts, write_parts
 from cellop_nb.data import counts as counts_module
+from cellop_nb.data.contract import keys_of
 from cellop_nb.data.datasets import load
 from cellop_nb.errors import DataError
+from cellop_nb.models.operators import Condition
 from cellop_nb.training.operators import new_operators
 from cellop_nb.training.vae import VAETrainer, new_vae
 
@@ -53,6 +55,15 @@ def test_a_run_on_disk_resumes_exactly(pair, tmp_path):
     assert_same_run(plain, again)
 
 
+def virtual_cells(adata, vae, operators, rows):
+    """Some cells moved by the first perturbation of the operators, as counts."""
+    keys, perturbation = keys_of(adata), operators.conditions.perturbations[0]
+    operator = operators.operator(Condition((perturbation,), adata.obs["cell_type"].iloc[0]))
+    generator = torch.Generator().manual_seed(0)
+    drawn = Start.of(modelled_counts(adata[rows], vae, keys), vae).moved(operator, generator=generator)
+    return assemble(adata[rows], keys, vae.genes, drawn, perturbation)
+
+
 def test_latents_and_predictions_are_those_in_memory(pair, tmp_path):
     memory, disk = pair
     vae = fitted(memory).model
@@ -60,38 +71,34 @@ def test_latents_and_predictions_are_those_in_memory(pair, tmp_path):
         embed(adata, vae, batch_size=50)
     np.testing.assert_array_equal(disk.obsm["X_nbvae"], memory.obsm["X_nbvae"])
     operators = new_operators(memory, n_axes=1, rank=1)
-    asked = {
-        "perturbation": operators.conditions.perturbations[0],
-        "context": memory.obs["cell_type"].iloc[0],
-    }
-    expected = predict(memory, vae, operators, **asked)
-    assert (predict(disk, vae, operators, **asked).X != expected.X).nnz == 0
-    whole = ad.read_h5ad(predict_to_file(disk, vae, operators, path=tmp_path / "whole.h5ad", **asked))
-    assert (whole.X != expected.X).nnz == 0, "in one part, the very draws"
-    np.testing.assert_array_equal(whole.obsm["X_nbvae"], expected.obsm["X_nbvae"])
-    assert whole.obs.astype(str).equals(expected.obs.astype(str))
-    assert list(whole.var_names) == list(expected.var_names)
-    assert whole.uns["cellop_nb"]["prediction"]["perturbation"] == asked["perturbation"]
+    rows = np.flatnonzero(memory.obs["perturbation"] == "control")
+    expected, cells = (virtual_cells(adata, vae, operators, rows) for adata in pair)
+    assert (cells.X != expected.X).nnz == 0, "the very draws"
+    np.testing.assert_array_equal(cells.obsm["X_nbvae"], expected.obsm["X_nbvae"])
+    assert cells.obs.astype(str).equals(expected.obs.astype(str))
 
-    parts = predict_to_file(disk, vae, operators, path=tmp_path / "parts.h5ad", batch_size=7, **asked)
-    found = ad.read_h5ad(parts)
-    assert found.obs_names.equals(expected.obs_names) and found.shape == expected.shape
-    np.testing.assert_allclose(found.obsm["X_nbvae"], expected.obsm["X_nbvae"], rtol=1e-5, atol=1e-6)
-    difference = np.asarray(found.X.sum(0) - expected.layers["mean"].sum(0)).ravel()
-    spread = np.sqrt(expected.layers["mean"].sum(0))
-    assert np.abs(difference / spread).max() < 6, "other draws from the same means"
+    parts = (virtual_cells(disk, vae, operators, some) for some in np.array_split(rows, 5))
+    written = ad.read_h5ad(write_parts(tmp_path / "parts.h5ad", parts, {"predictions": "all"}, total=5))
+    assert written.obs_names.equals(expected.obs_names) and list(written.var_names) == list(
+        expected.var_names
+    )
+    assert written.uns["cellop_nb"]["predictions"] == "all"
+    np.testing.assert_allclose(written.obsm["X_nbvae"], expected.obsm["X_nbvae"], rtol=1e-5, atol=1e-6)
+    difference = np.asarray(written.X.sum(0) - expected.layers["mean"].sum(0)).ravel()
+    assert np.abs(difference).max() < len(rows), "a draw of whole counts from the same means"
 
 
 def test_a_prediction_is_written_whole_or_not_at_all(pair, tmp_path):
-    memory, disk = pair
-    vae = fitted(memory, max_epochs=1).model
-    embed(disk, vae)
-    embed(memory, vae)
-    operators = new_operators(memory, n_axes=1, rank=1)
+    vae = fitted(pair[0], max_epochs=1).model
+    embed(pair[0], vae)
+    operators = new_operators(pair[0], n_axes=1, rank=1)
+
+    def interrupted():
+        yield virtual_cells(pair[1], vae, operators, np.arange(8))
+        raise KeyboardInterrupt
+
     with pytest.raises(DataError, match="end it in .h5ad"):
-        predict_to_file(disk, vae, operators, path=tmp_path / "x.zarr", perturbation="drug 1")
-    del disk.obsm["X_nbvae"]
-    with pytest.raises(DataError, match="latents in obsm"):
-        predict_to_file(disk, vae, operators, path=tmp_path / "x.h5ad",
-                        perturbation=operators.conditions.perturbations[0])  # fmt: skip
+        write_parts(tmp_path / "x.zarr", interrupted(), {}, total=2)
+    with pytest.raises(KeyboardInterrupt):
+        write_parts(tmp_path / "x.h5ad", interrupted(), {}, total=2)
     assert [path.name for path in tmp_path.iterdir()] == ["screen.h5ad"]
