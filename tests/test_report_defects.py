@@ -1,6 +1,6 @@
 """The six defects of the report: each in its old form, the check that catches it, and ours without it.
 
-The old forms stand in `cellop_nb.analysis.report`, from where the notebook `05_diagnose` shows them too.
+The old forms stand in `tests/known_faults.py`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,15 @@ from torch.distributions import Normal
 
 from cellop_nb import gradient_audit
 from cellop_nb.analysis.diagnose import saved_for_backward
-from cellop_nb.analysis.report import (
+from cellop_nb.errors import ModelError
+from cellop_nb.models.energy import energy_distance
+from cellop_nb.models.likelihood import nb_log_likelihood, nb_log_likelihood_logits
+from cellop_nb.models.operators import Condition, OperatorModel
+from cellop_nb.models.vae import MIN_DISPERSION, NBVAE, DecoderNB, Encoder, sample_z
+from cellop_nb.training.guard import NonFiniteGuard
+from cellop_nb.training.locate import NonFiniteError
+
+from .known_faults import (
     backward_seconds,
     bare_loop,
     cached_operator_loss,
@@ -40,13 +48,6 @@ from cellop_nb.analysis.report import (
     path_gradients,
     relative_error,
 )
-from cellop_nb.errors import ModelError
-from cellop_nb.models.energy import energy_distance
-from cellop_nb.models.likelihood import nb_log_likelihood, nb_log_likelihood_logits
-from cellop_nb.models.operators import Condition, OperatorModel
-from cellop_nb.models.vae import MIN_DISPERSION, NBVAE, DecoderNB, Encoder, sample_z
-from cellop_nb.training.guard import NonFiniteGuard
-from cellop_nb.training.locate import NonFiniteError
 
 
 def double(*shape, seed=0, requires_grad=True) -> Tensor:

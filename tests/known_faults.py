@@ -1,7 +1,7 @@
 """The six defects of the report that this package grew from, in their old form, and how they are measured.
 
 Everything named ``old_*`` is wrong on purpose. It is kept to be shown beside the right form (``own_*``, which
-calls the package's own code), in the notebook `05_diagnose` and in the tests; nothing of the package uses it.
+calls the package's own code) in the tests; nothing of the package uses it.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Normal
 
-from ..errors import CellopError
-from ..models.energy import energy_distance
-from ..models.likelihood import nb_log_likelihood, nb_log_likelihood_logits
-from ..models.vae import DecoderNB, Encoder, kl_to_standard_normal, sample_z
+from cellop_nb.errors import CellopError
+from cellop_nb.models.energy import energy_distance
+from cellop_nb.models.likelihood import nb_log_likelihood, nb_log_likelihood_logits
+from cellop_nb.models.vae import DecoderNB, Encoder, kl_to_standard_normal, sample_z
 
 # -- 1, critical: a chunked energy distance keeps the gradient of its last block only ------------------------
 
