@@ -242,7 +242,7 @@ class TuningPanel(Panel):
             raise LabelError(
                 three_beats(f"the number of a fit, 1 to {len(self.results)}", f"{fit}", "train first")
             )
-        return parameters.as_yaml(self.notebook, {**self.start_values, **chosen})
+        return parameters.as_yaml(self.notebook, {**self.start_values, **chosen}, without=("run_dir",))
 
     def copy(self) -> Path:
         """Show the YAML of the chosen values, and write it to ``parameters.yaml`` in the folder."""
@@ -252,7 +252,7 @@ class TuningPanel(Panel):
         path = write_whole(
             self.folder / "parameters.yaml", lambda part: part.write_text(text, encoding="utf-8")
         )
-        self._say(f"saved {path}: python3 -m cellop_nb run {self.notebook} -f {path}")
+        self._say(f"saved {path}: python3 -m cellop_nb run --only {self.notebook} -f {path}")
         return path
 
     def table(self) -> pd.DataFrame:

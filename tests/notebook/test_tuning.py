@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import threading
 import time
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
+from cellop_nb.commands import run
 from cellop_nb.data.splits import split
 from cellop_nb.data.synthetic import synthetic
 from cellop_nb.errors import LabelError
@@ -83,13 +85,27 @@ def test_yaml_is_what_the_command_reads(panel):
     panel.train()
     panel.widgets["learning_rate"].value = 0.03
     chosen = yaml.safe_load(panel.copy().read_text())
-    assert chosen.items() >= {**panel.start_values, "learning_rate": 0.03}.items()
+    expected = {**panel.start_values, "learning_rate": 0.03}
+    assert chosen == {name: value for name, value in expected.items() if name != "run_dir"}
     assert parameters.validate(panel.notebook, chosen) == chosen
     assert panel.text.value == panel.yaml()
     first = yaml.safe_load(panel.yaml(1))
     assert first["learning_rate"] == panel.start_values["learning_rate"]
     with pytest.raises(LabelError, match="1 to 1"):
         panel.yaml(2)
+
+
+def test_the_copied_command_can_be_given_to_the_shell(panel):
+    """Its options are those of the command line, and its file is read."""
+    path = panel.copy()
+    words = panel.status.value.split("python3 -m cellop_nb ")[1].split("<")[0].split()
+    parser = argparse.ArgumentParser()
+    run.add_run_arguments(parser)
+    arguments = parser.parse_args(words[1:])
+    run.check_run(arguments)
+    assert words[0] == "run"
+    assert arguments.only == panel.notebook
+    assert str(path) in words
 
 
 def test_the_button_trains_beside_the_page_one_fit_at_a_time(panel):
