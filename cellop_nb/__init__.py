@@ -15,11 +15,14 @@ _PUBLIC = {
     "datasets": "data.datasets",
     "errors": "errors",
     "pl": "notebook.pl",
+    "callbacks": "training.callbacks",
     "diagnose": "analysis.diagnose",
     "distances": "analysis.distances",
+    "exchange": "analysis.exchange",
     "genes": "analysis.genes",
     "latent": "analysis.latent",
     "metrics": "analysis.metrics",
+    "uncertainty": "analysis.uncertainty",
     "virtual": "notebook.virtual",
     "answer": "notebook.results",
     "check": "notebook.results",
@@ -30,13 +33,8 @@ _PUBLIC = {
     "select_genes": "data.genes",
     "Groups": "data.groups",
     "nb_log_likelihood": "models.likelihood",
-    "NegativeBinomial": "models.likelihood",
     "energy_distance": "models.energy",
     "NBVAE": "models.vae",
-    "Encoder": "models.vae",
-    "DecoderNB": "models.vae",
-    "sample_z": "models.vae",
-    "elbo_loss": "models.vae",
     "Condition": "models.operators",
     "OperatorModel": "models.operators",
     "VAETrainer": "training.vae",
@@ -45,10 +43,6 @@ _PUBLIC = {
     "new_operators": "training.operators",
     "Machine": "training.loop",
     "Penalties": "training.operators",
-    "Callback": "training.callbacks",
-    "EarlyStopping": "training.callbacks",
-    "Replay": "training.callbacks",
-    "NonFiniteError": "training.locate",
     "load": "analysis.cellop",
     "CellOp": "analysis.cellop",
     "embed": "analysis.predict",
@@ -60,13 +54,6 @@ _PUBLIC = {
     "sequence": "analysis.combinations",
     "order_effects": "analysis.combinations",
     "reversal": "analysis.combinations",
-    "metric_intervals": "analysis.uncertainty",
-    "bootstrap_operators": "analysis.uncertainty",
-    "operator_intervals": "analysis.uncertainty",
-    "cell_eval_pair": "analysis.exchange",
-    "enrich": "analysis.genes",
-    "response_similarity": "analysis.genes",
-    "predicted_expression": "analysis.genes",
     "etest": "analysis.distances",
     "gradient_audit": "analysis.diagnose",
     "LivePlot": "notebook.live",
@@ -75,14 +62,17 @@ _PUBLIC = {
     "RunControls": "notebook.controls",
 }
 _MODULES = {
+    "callbacks",
     "datasets",
     "diagnose",
     "distances",
     "errors",
+    "exchange",
     "genes",
     "latent",
     "metrics",
     "pl",
+    "uncertainty",
     "virtual",
 }
 
@@ -90,9 +80,11 @@ if TYPE_CHECKING:  # the names below are found by `__getattr__` while running
     from . import errors as errors
     from .analysis import diagnose as diagnose
     from .analysis import distances as distances
+    from .analysis import exchange as exchange
     from .analysis import genes as genes
     from .analysis import latent as latent
     from .analysis import metrics as metrics
+    from .analysis import uncertainty as uncertainty
     from .analysis.cellop import CellOp as CellOp
     from .analysis.cellop import load as load
     from .analysis.combinations import combine as combine
@@ -101,18 +93,11 @@ if TYPE_CHECKING:  # the names below are found by `__getattr__` while running
     from .analysis.combinations import sequence as sequence
     from .analysis.diagnose import gradient_audit as gradient_audit
     from .analysis.distances import etest as etest
-    from .analysis.exchange import cell_eval_pair as cell_eval_pair
-    from .analysis.genes import enrich as enrich
-    from .analysis.genes import predicted_expression as predicted_expression
-    from .analysis.genes import response_similarity as response_similarity
     from .analysis.holdout import error_advice as error_advice
     from .analysis.holdout import error_budget as error_budget
     from .analysis.holdout import holdout as holdout
     from .analysis.predict import embed as embed
     from .analysis.scores import evaluate as evaluate
-    from .analysis.uncertainty import bootstrap_operators as bootstrap_operators
-    from .analysis.uncertainty import metric_intervals as metric_intervals
-    from .analysis.uncertainty import operator_intervals as operator_intervals
     from .data import datasets as datasets  # noqa: F401
     from .data.contract import context_labels as context_labels
     from .data.contract import setup as setup
@@ -120,15 +105,10 @@ if TYPE_CHECKING:  # the names below are found by `__getattr__` while running
     from .data.groups import Groups as Groups
     from .data.splits import split as split
     from .models.energy import energy_distance as energy_distance
-    from .models.likelihood import NegativeBinomial as NegativeBinomial
     from .models.likelihood import nb_log_likelihood as nb_log_likelihood
     from .models.operators import Condition as Condition
     from .models.operators import OperatorModel as OperatorModel
     from .models.vae import NBVAE as NBVAE
-    from .models.vae import DecoderNB as DecoderNB
-    from .models.vae import Encoder as Encoder
-    from .models.vae import elbo_loss as elbo_loss
-    from .models.vae import sample_z as sample_z
     from .notebook import pl as pl
     from .notebook import virtual as virtual
     from .notebook.controls import RunControls as RunControls
@@ -138,10 +118,7 @@ if TYPE_CHECKING:  # the names below are found by `__getattr__` while running
     from .notebook.results import check as check
     from .notebook.results import results as results
     from .notebook.tuning import TuningPanel as TuningPanel
-    from .training.callbacks import Callback as Callback
-    from .training.callbacks import EarlyStopping as EarlyStopping
-    from .training.callbacks import Replay as Replay
-    from .training.locate import NonFiniteError as NonFiniteError
+    from .training import callbacks as callbacks
     from .training.loop import Machine as Machine
     from .training.operators import OperatorTrainer as OperatorTrainer
     from .training.operators import Penalties as Penalties

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+import statistics
 import textwrap
 from pathlib import Path
 
@@ -26,7 +27,6 @@ DEFAULTS = {
     "context_key": ("cell_type",),
     "control": ("control",),
     "dose_key": (None,),
-    "split_key": ("split",),
     "use_rep": ("X_nbvae", None),  # None: components of the counts
     "seed": (0,),
     "progress": (True,),
@@ -41,7 +41,8 @@ FOREIGN = {
 def public() -> dict[str, object]:
     """Every callable behind `cellop_nb.__all__`, with the functions of `datasets`."""
     names = {name: getattr(cellop_nb, name) for name in cellop_nb.__all__}
-    names.pop("errors")  # classes without parameters of their own
+    for module in cellop_nb._MODULES - {"datasets", "pl"}:
+        names.pop(module)
     for module in ("datasets", "pl"):
         part = names.pop(module)
         names |= {f"{module}.{name}": getattr(part, name) for name in part.__all__}
@@ -179,6 +180,24 @@ def test_the_same_keyword_has_the_same_default_everywhere():
             ):
                 odd.append(f"{where}({keyword}={default.value!r})")
     assert not odd
+
+
+MOST_NAMES = 50
+
+
+def test_what_there_is_to_learn_stays_small():
+    """Few names, and few parameters each; whatever else is asked for comes as an object or by its name."""
+    assert len(cellop_nb._PUBLIC) <= MOST_NAMES
+    own = {name: value for name, value in PUBLIC.items() if "." not in name}
+    sizes = {name: len(parameters(value)) for name, value in own.items()}
+    trainers = {"VAETrainer", "OperatorTrainer"}
+    assert {name: n for name, n in sizes.items() if n > (15 if name in trainers else 10)} == {}
+    assert statistics.median(sizes.values()) < 6
+    open_ended = {
+        name: value for name, value in own.items()
+        if any(p.kind is p.VAR_KEYWORD for p in parameters(value).values())
+    }  # fmt: skip
+    assert not open_ended
 
 
 def test_all_is_exact():

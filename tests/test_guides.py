@@ -87,6 +87,6 @@ def test_the_worked_examples_do_what_they_say(quick, mine, capsys):
     assert (names["history"]["train_means"] > 0).all()
     assert set(names["history"]["means"]) == {0.5}
     assert "median shift" in names["result"].summary().index
-    assert isinstance(names["StopAtFloor"](), cellop_nb.Callback)
+    assert isinstance(names["StopAtFloor"](), cellop_nb.callbacks.Callback)
     with pytest.raises(cellop_nb.errors.CheckpointError, match="pass form=Stretch"):
         read_models("stretch.safetensors")

@@ -17,13 +17,12 @@ from torch.distributions import Normal
 
 from cellop_nb import gradient_audit
 from cellop_nb.analysis.diagnose import saved_for_backward
-from cellop_nb.errors import ModelError
+from cellop_nb.errors import ModelError, NonFiniteError
 from cellop_nb.models.energy import energy_distance
 from cellop_nb.models.likelihood import nb_log_likelihood, nb_log_likelihood_logits
 from cellop_nb.models.operators import Condition, OperatorModel
 from cellop_nb.models.vae import MIN_DISPERSION, NBVAE, DecoderNB, Encoder, sample_z
 from cellop_nb.training.guard import NonFiniteGuard
-from cellop_nb.training.locate import NonFiniteError
 
 from .known_faults import (
     backward_seconds,

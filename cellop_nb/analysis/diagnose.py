@@ -31,6 +31,13 @@ from ..models.trace import (
     unchanged_buffers,
 )
 
+__all__ = [
+    "affine_health",
+    "compare_health",
+    "gradient_audit",
+    "operator_health",
+]
+
 FEW, STEPS, DOUBLINGS = 10, 100, 10  # applications: few, one by one, and on to 100 * 2**10
 MAX_CONDITION = 1e7  # the limit of AffineOperator.inverse
 GROWING = 1e-6  # by how much more than all others the logarithm of the last norm is that of a growing power

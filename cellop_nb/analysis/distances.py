@@ -26,6 +26,12 @@ from ..models.energy import (
 from ..models.operators import OperatorModel
 from .metrics import EvaluationSpace
 
+__all__ = [
+    "etest",
+    "group_energies",
+    "transport_scores",
+]
+
 logger = logging.getLogger("cellop_nb")
 
 NO_CHANGE, OWN_MEAN, OPERATOR = "no change", "own mean", "operator"

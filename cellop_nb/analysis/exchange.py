@@ -11,6 +11,10 @@ from ..errors import HoldoutError, did_you_mean, three_beats
 from .holdout import Holdout
 from .scores import rows_by_group
 
+__all__ = [
+    "cell_eval_pair",
+]
+
 
 def cell_eval_pair(
     result: Holdout, *, context: str | None = None, seed: int | None = None

@@ -21,6 +21,16 @@ from ..models.vae import NBVAE
 from ..packages import require, same_threads
 from .distances import benjamini_hochberg
 
+__all__ = [
+    "axis_genes",
+    "enrich",
+    "measured_genes",
+    "predicted_expression",
+    "response_genes",
+    "response_profiles",
+    "response_similarity",
+]
+
 _VALUES = ("effect", "lfc", "predicted", "score")
 
 

@@ -19,6 +19,11 @@ from ..models.vae import NBVAE, elbo_loss, sample_z
 from ..training.vae import new_vae
 from .predict import REP, latents
 
+__all__ = [
+    "leaks",
+    "posterior_check",
+]
+
 FEWEST = 5
 """Cells that a label needs, one for each fold of the cross-validation."""
 

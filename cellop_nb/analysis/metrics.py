@@ -16,6 +16,24 @@ from ..data.genes import TARGET_SUM
 from ..errors import CellopError, DataError, LabelError, did_you_mean, three_beats
 from ..models.energy import energy_distance
 
+__all__ = [
+    "coefficient_of_determination",
+    "de_score",
+    "direction_match",
+    "e_distance",
+    "l2_top_expressed",
+    "lfc_spearman",
+    "mae",
+    "pearson_delta",
+    "perturbation_discrimination",
+    "precision_at_k",
+    "ratio_of_means",
+    "rmse",
+    "spearman_brown",
+    "squared_pearson",
+    "zero_fraction_difference",
+]
+
 CONSTANT = 1e-7  # a change that varies less than this over the genes is rounding, not a prediction
 
 

@@ -28,6 +28,12 @@ from .holdout import CELLOP, Holdout
 from .metrics import e_distance
 from .scores import MAX_CELLS, Truth, known_metrics, rows_by_group, score
 
+__all__ = [
+    "bootstrap_operators",
+    "metric_intervals",
+    "operator_intervals",
+]
+
 
 @dataclass(frozen=True, eq=False)
 class Interval:

@@ -1086,7 +1086,7 @@ def condition_similarity(
     Parameters
     ----------
     table
-        (condition, condition), symmetric, -1 to 1 (:func:`cellop_nb.response_similarity`). Conditions without a
+        (condition, condition), symmetric, -1 to 1 (:func:`cellop_nb.genes.response_similarity`). Conditions without a
         response (NaN) stand last, in grey.
     unit
         Label of the scale.

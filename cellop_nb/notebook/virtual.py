@@ -33,6 +33,15 @@ from ..models.energy import energy_distance, noise_floor, self_distance
 from ..models.likelihood import COUNTS_PER_CELL
 from ..models.operators import perturbation_parts
 
+__all__ = [
+    "Question",
+    "VirtualCells",
+    "dose_response",
+    "half_dose_errors",
+    "lent_responses",
+    "ways_to_combine",
+]
+
 MIN_REAL = 50
 """Held-out cells below which a moved cloud is compared with all cells of the group."""
 

@@ -11,6 +11,15 @@ from tqdm.auto import tqdm
 
 from ..files import write_whole
 
+__all__ = [
+    "Callback",
+    "EarlyStopping",
+    "HistoryCSV",
+    "ProgressBar",
+    "Replay",
+    "SaveCheckpoints",
+]
+
 
 class Callback:
     """Hooks that do nothing; override what is needed. Each gets the trainer, which carries all state."""

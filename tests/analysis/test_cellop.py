@@ -614,7 +614,7 @@ def test_it_shows_itself(model, screen):
     assert "Planned response" in model.plan("M", "ifn")._repr_html_()
 
 
-class Epochs(co.Callback):
+class Epochs(co.callbacks.Callback):
     """Counts the epochs of all trainings."""
 
     def __init__(self):

@@ -22,12 +22,12 @@ from cellop_nb.analysis.predict import embed, predict
 from cellop_nb.data.counts import ResidentCounts
 from cellop_nb.data.splits import split
 from cellop_nb.data.synthetic import synthetic
+from cellop_nb.errors import NonFiniteError
 from cellop_nb.models.energy import energy_distance, grouped_energy_distance, self_distance
 from cellop_nb.models.likelihood import SparseCounts, nb_log_likelihood_logits
 from cellop_nb.notebook.virtual import Question, VirtualCells
 from cellop_nb.training.callbacks import Callback
 from cellop_nb.training.checkpoint import read_models, write_models
-from cellop_nb.training.locate import NonFiniteError
 from cellop_nb.training.loop import Machine
 from cellop_nb.training.operators import OperatorTrainer, new_operators
 from cellop_nb.training.vae import VAETrainer, new_vae

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.distributions import Normal
 
+from cellop_nb.errors import NonFiniteError
 from cellop_nb.training.guard import NonFiniteGuard
-from cellop_nb.training.locate import NonFiniteError
 
 CELLS, GENES, LATENT = 6, 5, 2
 

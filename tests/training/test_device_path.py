@@ -11,10 +11,9 @@ from toy import small_operators, small_vae
 
 import cellop_nb as co
 from benchmarks.measure import counts
-from cellop_nb.errors import ModelError
+from cellop_nb.errors import ModelError, NonFiniteError
 from cellop_nb.models.energy import energy_distance, grouped_energy_distance, self_distance
 from cellop_nb.models.operators import spectral_excess
-from cellop_nb.training.locate import NonFiniteError
 
 MAKE = {"vae": small_vae, "operators": small_operators}
 

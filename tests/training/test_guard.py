@@ -9,9 +9,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cellop_nb.errors import CellopError
+from cellop_nb.errors import CellopError, NonFiniteError
 from cellop_nb.training.guard import NonFiniteGuard
-from cellop_nb.training.locate import NonFiniteError
 
 from .guarded import CELLS, LATENT, ToyTrainer, assert_same, everything_is_finite, fail
 

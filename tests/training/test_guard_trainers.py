@@ -11,8 +11,8 @@ import scipy.sparse
 import torch
 
 from cellop_nb.data.contract import setup
+from cellop_nb.errors import NonFiniteError
 from cellop_nb.training.guard import random_state, replay, set_random_state
-from cellop_nb.training.locate import NonFiniteError
 from cellop_nb.training.loop import Machine
 from cellop_nb.training.operators import OperatorTrainer, new_operators
 from cellop_nb.training.vae import VAETrainer, new_vae

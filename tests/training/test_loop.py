@@ -10,9 +10,8 @@ import pytest
 import torch
 from toy import Do, LineTrainer, assert_same_run
 
-from cellop_nb.errors import DataError
+from cellop_nb.errors import DataError, NonFiniteError
 from cellop_nb.training import loop
-from cellop_nb.training.locate import NonFiniteError
 from cellop_nb.training.loop import Machine, half_cosine
 
 # -- history and seeds ------------------------------------------------------------------------------------

@@ -9,10 +9,9 @@ import torch
 from toy import LineTrainer, small_operators, small_vae
 
 from cellop_nb.data.counts import ResidentCounts
-from cellop_nb.errors import ModelError
+from cellop_nb.errors import ModelError, NonFiniteError
 from cellop_nb.training.cuda_graph import Recorder, recorder_of
 from cellop_nb.training.guard import TrainingState
-from cellop_nb.training.locate import NonFiniteError
 from cellop_nb.training.loop import Machine
 
 MAKE = {"vae": small_vae, "operators": small_operators}

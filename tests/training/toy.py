@@ -11,9 +11,9 @@ from torch import nn
 
 from cellop_nb.data.splits import split
 from cellop_nb.data.synthetic import synthetic
+from cellop_nb.errors import NonFiniteError
 from cellop_nb.models import vae as vae_module
 from cellop_nb.training.callbacks import Callback
-from cellop_nb.training.locate import NonFiniteError
 from cellop_nb.training.loop import Machine, Trainer
 from cellop_nb.training.operators import OperatorTrainer, new_operators
 from cellop_nb.training.vae import VAETrainer, new_vae
