@@ -37,6 +37,9 @@ KEYWORDS = """\
 | `key_added` | | where the result is written |
 | `seed` | `0` | every random choice follows from it |
 | `progress` | `True` | show a progress bar |
+| `ax` | | Axes to draw into; a figure of its own without |
+| `show` | | show the figure at once |
+| `save` | | path to write the figure to: vector or PNG |
 """
 
 

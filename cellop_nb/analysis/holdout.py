@@ -477,6 +477,11 @@ def error_budget(result: Holdout, *, seed: int = 0) -> pd.DataFrame:
     cells; real perturbed cells encoded and decoded, against themselves; the prediction; no change at all. The
     last but one minus the one before is what better operators and plans could win; the third is what they cannot.
 
+    Parameters
+    ----------
+    result
+        A hold-out.
+
     Returns
     -------
     DataFrame
@@ -513,6 +518,11 @@ def _round_trip(fit: Fit, cells, pair: tuple[str, str], seed: int) -> float:
 
 def error_advice(budget: pd.DataFrame) -> pd.DataFrame:
     """What to improve, in words, for each group of :func:`error_budget`.
+
+    Parameters
+    ----------
+    budget
+        Its table, one row per group and stage.
 
     Returns
     -------

@@ -18,6 +18,11 @@ class CheckFailed(CellopError):
 def results(run_dir: str | Path, notebook: str) -> Path:
     """The folder of a notebook's results inside the run folder, made where it is not there.
 
+    Parameters
+    ----------
+    run_dir, notebook
+        The run folder, and the notebook's name.
+
     Returns
     -------
     Path
