@@ -125,16 +125,37 @@ def shown_groups():
 
 
 def shown_holdout():
+    from anndata import AnnData
+
     from cellop_nb.analysis.holdout import Holdout
 
-    empty = dict.fromkeys(("predictions", "real", "control", "choice", "fits", "space"))
-    return Holdout(table=scores(EVIL), complexity=EVIL, **empty)._repr_html_()
+    table = scores(EVIL).assign(question=EVIL, seed=0)
+    return Holdout(table, AnnData(), pd.DataFrame(), pd.DataFrame())._repr_html_()
 
 
-def shown_holdouts():
-    from cellop_nb.analysis.holdouts import Holdouts
+def fitted_predictor():
+    """A model that is fitted at once, of a screen in which everything is called by the label."""
+    from cellop_nb.analysis.cellop import Recipe
 
-    return Holdouts(scores(EVIL), None, None)._repr_html_()
+    adata = screen_of(EVIL)
+    adata.var_names = [EVIL, *adata.var_names[1:]]
+    model = cellop_nb.CellOp(adata, n_latent=2)
+    model.recipe = Recipe(n_hidden=8, vae_epochs=1, finish_epochs=1, operator_epochs=1, n_folds=2)
+    return model.fit(progress=False)
+
+
+def shown_predictor():
+    return fitted_predictor()._repr_html_()
+
+
+def shown_plan():
+    return fitted_predictor().plan("type B", EVIL)._repr_html_()
+
+
+def shown_choice():
+    from cellop_nb.analysis.cellop import Choice
+
+    return Choice(pd.DataFrame({"estimator": [EVIL], "left": [0.5], "weight": [1.0]}))._repr_html_()
 
 
 def shown_sweep():
@@ -218,7 +239,8 @@ SHOWN = {
     "NBVAE": shown_vae, "OperatorModel": shown_operators, "AffineOperator": shown_operator,
     "Trainer": shown_trainer, "Answer": shown_answer,
     "Table": shown_split, "History": shown_history, "Scores": shown_scores,
-    "Groups": shown_groups, "Holdout": shown_holdout, "Holdouts": shown_holdouts, "Sweep": shown_sweep,
+    "Groups": shown_groups, "Holdout": shown_holdout, "CellOp": shown_predictor, "Plan": shown_plan,
+    "Choice": shown_choice, "Sweep": shown_sweep,
     "markdown": shown_sentence, "styled": shown_table, "readable": shown_setting,
 }  # fmt: skip
 

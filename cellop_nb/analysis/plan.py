@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import t as student
 
+from ..display import card
 from ..errors import ModelError, three_beats
 
 NO_CHANGE, MEAN_SHIFT, NEAR, LINEAR, MOVED = (
@@ -514,9 +515,10 @@ class Plan:
         return self.estimates.assign(planned=self.change, low=self.low, high=self.high)
 
     def _repr_html_(self) -> str:
-        rows = self.weights[self.weights > 0].map("{:.2f}".format).rename("weight").to_frame().to_html()
+        used = self.weights[self.weights > 0].map("{:.2f}".format).rename("weight").to_frame().to_html()
         largest = self.table().iloc[np.argsort(-np.abs(self.change))[:10]].round(2).to_html()
-        return f"<b>Planned response: {self.perturbation} in {self.context}</b>{rows}size {self.size:.2f}{largest}"
+        title = f"Planned response: {self.perturbation} in {self.context}"
+        return card(title, {"size": self.size, "measured": self.measured}) + used + largest
 
 
 def plan(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -56,6 +56,13 @@ class Place:
     @cached_property
     def operators(self):
         return co.new_operators(self.embedded, rank=1)
+
+    @cached_property
+    def predictor(self):
+        model = co.CellOp(self.adata, n_latent=2)
+        brief = {"n_hidden": 8, "vae_epochs": 1, "finish_epochs": 1, "operator_epochs": 1, "n_folds": 2}
+        model.recipe = replace(model.recipe, **brief)
+        return model.fit(progress=False)
 
     @cached_property
     def saved(self) -> Path:

@@ -203,8 +203,3 @@ def _(place):
 @case(SPLIT, "training without a split")
 def _(place):
     co.new_vae(place.adata, n_latent=2)
-
-
-@case(SPLIT, "no fit asked for in a hold-out")
-def _(place):
-    co.holdout(place.adata, heldout={"cell_type": "type A", "perturbation": "drug 1"}, n_seeds=0)

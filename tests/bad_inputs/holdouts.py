@@ -2,104 +2,94 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 import cellop_nb as co
-from cellop_nb.analysis.baselines import Prediction
-from cellop_nb.analysis.scores import score_holdout
+from cellop_nb.analysis.baselines import Prediction, Target, Training, run
+from cellop_nb.analysis.metrics import EvaluationSpace
 
 from .cases import HOLDOUTS, SPLIT, case, command
 
 
 @case(SPLIT, "a hold-out over nothing that is known")
 def _(place):
-    co.holdout_all(place.adata, over="celltypes", progress=False)
+    co.holdout(place.adata, over="celltypes", progress=False)
+
+
+@case(SPLIT, "a hold-out over a column named like a way to hold out")
+def _(place):
+    place.adata.obs["group"] = place.adata.obs["donor"]
+    co.holdout(place.adata, over="group", progress=False)
+
+
+@case(SPLIT, "a hold-out of a context that is nearly right")
+def _(place):
+    co.holdout(place.adata, only=["typ A"], progress=False)
 
 
 @case(SPLIT, "a hold-out of counts that lie on disk")
 def _(place):
     backed = co.datasets.load(str(place.h5ad), backed=True)
-    co.holdout(backed, heldout={"cell_type": "type A", "perturbation": "drug 1"}, progress=False)
+    co.holdout(backed, progress=False)
 
 
 @case(SPLIT, "combinations in turn where none was measured")
 def _(place):
-    co.holdout_all(place.adata, over="combination", progress=False)
+    co.holdout(place.adata, over="combination", progress=False)
 
 
-@case(SPLIT, "groups in turn that are all too small")
+@case(SPLIT, "perturbations in turn without a description of them")
 def _(place):
-    co.holdout_all(place.adata, min_cells=1000, progress=False)
+    co.holdout(place.adata, over="perturbation", progress=False)
 
 
-@case(SPLIT, "a condition on an unknown label")
+@case(SPLIT, "contexts in turn that have too few cells")
 def _(place):
-    co.holdout_all(place.adata, where={"perturbation": "drug 7"}, progress=False)
+    perturbed = np.flatnonzero(place.adata.obs["perturbation"] != "control")
+    keep = np.ones(place.adata.n_obs, dtype=bool)
+    keep[perturbed[8:]] = False
+    few = place.adata[keep].copy()
+    few.obs["perturbation"] = few.obs["perturbation"].astype(str)
+    co.holdout(few[np.argsort(few.obs["perturbation"].to_numpy() == "drug 2")][:-3].copy(), progress=False)
 
 
 @case(SPLIT, "contexts in turn without a context column")
 def _(place):
-    co.holdout_all(place.adata, context_key=None, progress=False)
+    co.setup(place.adata, context_key=None)
+    co.holdout(place.adata, progress=False)
 
 
-@case(SPLIT, "no worker for the hold-outs")
+@case(SPLIT, "no fit asked for in a hold-out")
 def _(place):
-    co.holdout_all(place.adata, cluster=0, progress=False)
+    co.holdout(place.adata, n_seeds=0)
 
 
 @case(SPLIT, "an unknown metric")
 def _(place):
-    co.holdout(place.adata, heldout={"cell_type": "type A", "perturbation": "drug 1"}, metrics=["e_dist"])
-
-
-@case(SPLIT, "a setting of a hold-out's VAE that is nearly right")
-def _(place):
-    co.holdout(place.adata, heldout={"cell_type": "type A", "perturbation": "drug 1"}, vae={"latent": 8})
-
-
-@case(SPLIT, "a setting of a hold-out's training that is nearly right")
-def _(place):
-    co.holdout(place.adata, heldout={"cell_type": "type A", "perturbation": "drug 1"}, training={"epochs": 8})
-
-
-@case(SPLIT, "a setting of a hold-out's training that the hold-out makes itself")
-def _(place):
-    co.holdout_all(place.adata, training={"callbacks": []}, progress=False)
-
-
-@case(SPLIT, "a setting of hold-outs in turn that is nearly right")
-def _(place):
-    co.holdout_all(place.adata, n_gene=500, progress=False)
-
-
-@case(SPLIT, "no setting of the VAE to choose from")
-def _(place):
-    co.holdout(place.adata, heldout={"cell_type": "type A", "perturbation": "drug 1"}, vae=[])
+    co.holdout(place.adata, metrics=["e_dist"])
 
 
 @case(SPLIT, "a method by the name of a baseline")
 def _(place):
-    own = {"mean shift": lambda training, target: None}
-    co.holdout(place.adata, heldout={"cell_type": "type A", "perturbation": "drug 1"}, methods=own)
+    co.holdout(place.adata, methods={"mean shift": lambda training, target: None})
 
 
 @case(SPLIT, "a method that gives back an array")
 def _(place):
-    scored(place, lambda training, target: target.control)
+    answered(place, lambda training, target: target.control)
 
 
 @case(SPLIT, "a method that predicts some of the genes")
 def _(place):
-    scored(place, lambda training, target: Prediction.of_cells("mine", target.control[:, :5]))
+    answered(place, lambda training, target: Prediction.of_cells("mine", target.control[:, :5]))
 
 
-def scored(place, rule):
-    where = {"context": "type A", "perturbation": "drug 1"}
-    return score_holdout(place.adata, {"mine": rule}, **where)
-
-
-@case(HOLDOUTS, "a condition without its label", code=2)
-def _(place):
-    _ = place.h5ad
-    return command(place, "holdout", "screen.h5ad", "--where", "perturbation")
+def answered(place, rule):
+    """What a hold-out asks of a method of one's own."""
+    space = EvaluationSpace.fit(place.adata)
+    training = Training.of(place.adata, space)
+    control = training.cells[training.rows("type A", "control")]
+    run("mine", rule, training, Target("type A", "drug 1", control, space=space))
 
 
 @case(HOLDOUTS, "a screen that is not there", code=2)
@@ -131,10 +121,10 @@ def _(place):
     return command(place, "holdout", "screen.h5ad", "--seeds", "0")
 
 
-@case(HOLDOUTS, "no pass of the training", code=2)
+@case(HOLDOUTS, "a latent space of one dimension", code=2)
 def _(place):
     _ = place.h5ad
-    return command(place, "holdout", "screen.h5ad", "--epochs", "0")
+    return command(place, "holdout", "screen.h5ad", "--latent", "1")
 
 
 @case(HOLDOUTS, "a negative number of genes", code=2)

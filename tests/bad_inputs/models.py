@@ -35,19 +35,52 @@ def _(place):
 
 @case(MODELS, "an unknown perturbation to predict")
 def _(place):
-    co.predict(place.embedded, place.vae, place.operators, context="type A", perturbation="drug1")
+    place.predictor.predict(context="type A", perturbation="drug1")
 
 
 @case(MODELS, "an unknown context to predict in")
 def _(place):
-    co.predict(place.embedded, place.vae, place.operators, context="typeA", perturbation="drug 1")
+    place.predictor.predict(context="typeA", perturbation="drug 1")
 
 
 @case(MODELS, "latents of another model")
 def _(place):
     operators = place.operators
     place.adata.obsm["X_nbvae"] = np.zeros((place.adata.n_obs, 3), dtype=np.float32)
-    co.predict(place.adata, place.vae, operators, context="type A", perturbation="drug 1")
+    co.order_effects(place.adata, operators)
+
+
+@case(MODELS, "a predictor asked before it was fitted")
+def _(place):
+    co.CellOp(place.adata).predict(context="type A", perturbation="drug 1")
+
+
+@case(MODELS, "operators without the VAE of their latent space")
+def _(place):
+    co.CellOp(place.adata, operators=place.operators)
+
+
+@case(MODELS, "a latent space of one dimension")
+def _(place):
+    co.CellOp(place.adata, n_latent=1)
+
+
+@case(MODELS, "genes that new controls lack")
+def _(place):
+    fewer = place.adata[:, 3:].copy()
+    place.predictor.on(fewer).predict(context="type A", perturbation="drug 1")
+
+
+@case(MODELS, "a table of conditions with a misnamed column")
+def _(place):
+    import pandas as pd
+
+    place.predictor.predict(pd.DataFrame({"cell_type": ["type A"], "perturbation": ["drug 1"]}))
+
+
+@case(MODELS, "a strength beyond what is known")
+def _(place):
+    place.predictor.predict(context="type A", perturbation="drug 1", strength=3.0)
 
 
 @case(MODELS, "features that lack a perturbation")

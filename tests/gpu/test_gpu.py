@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from cellop_nb.analysis.transfer import Complexity
 
 from benchmarks.gpu import Card, _endless
 from cellop_nb.analysis.cellop import CellOp
@@ -17,8 +17,8 @@ from cellop_nb.analysis.combinations import order_effects, reversal
 from cellop_nb.analysis.diagnose import operator_health
 from cellop_nb.analysis.distances import transport_scores
 from cellop_nb.analysis.genes import axis_genes, response_genes, response_profiles
-from cellop_nb.analysis.holdout import OPERATORS, holdout
-from cellop_nb.analysis.predict import embed, predict
+from cellop_nb.analysis.holdout import CELLOP, holdout
+from cellop_nb.analysis.predict import embed
 from cellop_nb.data.counts import ResidentCounts
 from cellop_nb.data.splits import split
 from cellop_nb.data.synthetic import synthetic
@@ -225,10 +225,22 @@ def trained(adata):
     return own, first.model.eval(), second.model.eval()
 
 
-def test_predictions(trained):
-    adata, *models = trained
-    found = predict(adata, *models, perturbation="drug 1", context=adata.obs["cell_type"].iloc[0])
-    assert found.n_obs and np.isfinite(found.X.sum())
+@pytest.fixture(scope="module")
+def predictor(adata):
+    """A predictor that was fitted on the card."""
+    return _brief(CellOp(adata, n_latent=6)).fit(progress=False)
+
+
+def _brief(model):
+    model.recipe = replace(model.recipe, n_hidden=16, vae_epochs=3, finish_epochs=1, operator_epochs=1)
+    return model
+
+
+def test_predictions(predictor):
+    question = {"context": predictor.adata.obs["cell_type"].iloc[0], "perturbation": "drug 1"}
+    cells, again = (predictor.predict(**question) for _ in range(2))
+    assert cells.n_obs and np.isfinite(cells.X.sum()) and (cells.X != again.X).nnz == 0
+    assert np.isfinite(predictor.plan(*question.values()).change).all()
 
 
 def test_what_was_trained_there_is_analysed(trained):
@@ -270,7 +282,6 @@ def _moves(cells):
 
 
 def test_a_hold_out_is_trained_there(adata):
-    tiny = {"vae": {"n_latent": 4, "n_hidden": 16}, "training": {"max_epochs": 2}, "metrics": ["e_distance"]}
-    held = {"cell_type": adata.obs["cell_type"].iloc[0], "perturbation": "drug 1"}
-    found = holdout(adata, heldout=held, candidates=[Complexity(rank=0)], progress=False, **tiny)
-    assert np.isfinite(found.summary()["e_distance"][OPERATORS])
+    only = [adata.obs["cell_type"].iloc[0]]
+    result = holdout(_brief(CellOp(adata, n_latent=4)), only=only, metrics=["e_distance"], progress=False)
+    assert np.isfinite(result.summary()[CELLOP]).all()
