@@ -249,7 +249,9 @@ def questions_of(
 ) -> tuple[list[Question], list[dict]]:
     """The questions over contexts, groups, perturbations, combinations or a column, and those refused with the reason."""
     groups = Groups(adata, min_cells=1)
-    if over in adata.obs and over in WAYS:
+    keys = groups.keys
+    is_key = {"perturbation": keys.perturbation_key == over, "context": keys.context_key == (over,)}
+    if over in adata.obs and over in WAYS and not is_key.get(over, False):
         fix = f"rename the column: adata.obs.rename(columns={{{over!r}: ...}})"
         raise LabelError(three_beats(f"no column named like a way to hold out, {WAYS}", repr(over), fix))
     if over == "perturbation" and not described:
@@ -453,6 +455,8 @@ def _pooled(results: list[dict], refused: list[dict]) -> Holdout:
     for result in good:
         if result["cells"] is not None:
             result["cells"].obs = result["cells"].obs.assign(question=result["question"], seed=result["seed"])
+            if len({r["seed"] for r in good}) > 1:
+                result["cells"].obs_names += f", seed {result['seed']}"
             cells.append(result["cells"])
     scores = pd.concat([labelled(result, result["scores"]) for result in good], ignore_index=True)
     first = ["question", "seed"]
