@@ -994,9 +994,9 @@ def _check_parts(vae, operators, n_members: int) -> None:
     if vae is not None and n_members > 1:
         raise ModelError(three_beats("n_members=1 with trained parts", str(n_members), "leave n_members out"))
     if operators is not None and operators.config["n_latent"] != vae.n_latent:
-        found = f"operators of {operators.config['n_latent']} and a VAE of {vae.n_latent} dimensions"
+        problem = f"operators of {operators.config['n_latent']} and a VAE of {vae.n_latent} dimensions"
         raise ModelError(
-            three_beats("parts of one latent space", found, "pass parts that were fitted together")
+            three_beats("parts of one latent space", problem, "pass parts that were fitted together")
         )
 
 

@@ -90,8 +90,10 @@ class Measured:
             raise ModelError(three_beats(expected, f"{shapes}", "give a row per measured context"))
         for name in shapes:
             if not np.isfinite(getattr(self, name)).all():
-                found = f"values that are not finite in {name!r}"
-                raise ModelError(three_beats("finite means and variances", found, "leave such a context out"))
+                problem = f"values that are not finite in {name!r}"
+                raise ModelError(
+                    three_beats("finite means and variances", problem, "leave such a context out")
+                )
 
     def __len__(self) -> int:
         return len(self.contexts)

@@ -330,8 +330,8 @@ class DiskCounts:
     def with_rest(self, rest: np.ndarray) -> DiskCounts:
         """The same counts with a last column `rest` (cell,): what the genes kept leave of each cell's total."""
         more = copy.copy(self)
-        given = {"genes": self.reader.genes, "rest": rest, "check": self.reader.check}
-        more.reader = RowReader(self.slot, **given)
+        settings = {"genes": self.reader.genes, "rest": rest, "check": self.reader.check}
+        more.reader = RowReader(self.slot, **settings)
         more.shape, more.sums = more.reader.shape, self.sums + rest
         vars(more).pop("library", None)  # of the sums before
         return more
@@ -456,11 +456,11 @@ class ResidentCounts:
         start = self.starts.index_select(0, rows)
         length = self.starts.index_select(0, rows + 1) - start
         ends = length.cumsum(0)
-        place = torch.arange(room, device=self.device)
-        cell = torch.searchsorted(ends, place, right=True)  # the number of cells where none is left
+        position = torch.arange(room, device=self.device)
+        cell = torch.searchsorted(ends, position, right=True)  # the number of cells where none is left
         shift = torch.cat([start - ends + length, start.new_zeros(1)]).index_select(0, cell)
         real = cell < len(rows)
-        at = torch.where(real, place + shift, 0)
+        at = torch.where(real, position + shift, 0)
         return CountBatch(
             n_genes=self.shape[1],
             library=_with_one(self.library.index_select(0, rows)),
@@ -479,8 +479,8 @@ class ResidentCounts:
         usual = _rounded(
             min(cells * self._mean + 6 * self._spread * math.sqrt(cells), self._lengths.max() * cells)
         )
-        wanted = int(self._lengths[rows].sum())
-        return usual if wanted <= usual else _rounded(wanted)
+        needed = int(self._lengths[rows].sum())
+        return usual if needed <= usual else _rounded(needed)
 
 
 def resident(matrix, device: torch.device):
@@ -596,10 +596,10 @@ def _other_genes(adata: AnnData, sums: np.ndarray, total_key: str) -> np.ndarray
     wrong = ~(rest > -0.5)  # NaN too; half a count forgives rounding
     if wrong.any():
         row = int(np.flatnonzero(wrong)[0])
-        found = f"{total[row]:g} against {total[row] - rest[row]:g} counts in cell {adata.obs_names[row]!r}"
+        problem = f"{total[row]:g} against {total[row] - rest[row]:g} counts in cell {adata.obs_names[row]!r}"
         fix = "set the column to the counts of all genes, or pass total_key=None"
         raise DataError(
-            three_beats(f"totals in obs[{total_key!r}] of at least the cell's counts", found, fix)
+            three_beats(f"totals in obs[{total_key!r}] of at least the cell's counts", problem, fix)
         )
     return np.maximum(rest, 0.0).astype(np.float32)
 
@@ -609,9 +609,9 @@ def gene_positions(adata: AnnData, genes: Sequence[str]) -> np.ndarray:
     positions = adata.var_names.get_indexer(list(genes))
     missing = [gene for gene, position in zip(genes, positions, strict=True) if position < 0]
     if missing:
-        found = f"{len(missing)} of {len(genes)} missing, such as {missing[:3]}"
+        problem = f"{len(missing)} of {len(genes)} missing, such as {missing[:3]}"
         fix = f"use data with the same genes and names ({did_you_mean(missing[0], adata.var_names)})"
-        raise DataError(three_beats("all genes of the model in var_names", found, fix))
+        raise DataError(three_beats("all genes of the model in var_names", problem, fix))
     return positions
 
 

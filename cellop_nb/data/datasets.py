@@ -63,8 +63,8 @@ def load(
         return to_contract(_read(fetch(screen, progress=progress), backed), screen)
     path = Path(name_or_path)
     if not path.exists():
-        known = did_you_mean(name_or_path, [EXAMPLE_NAME, *(screen.name for screen in SCREENS)])
-        fix = f"check the path, or give a name of cellop_nb.datasets.list() ({known})"
+        hint = did_you_mean(name_or_path, [EXAMPLE_NAME, *(screen.name for screen in SCREENS)])
+        fix = f"check the path, or give a name of cellop_nb.datasets.list() ({hint})"
         raise DataError(three_beats("a file or the name of a data set", f"neither at {str(path)!r}", fix))
     return _read(path, backed)
 
@@ -130,13 +130,13 @@ def fetch(screen: Screen | str, *, progress: bool = True) -> Path:
         screen = find(screen) or _unknown(screen)
     folder = cache_folder()
     path = folder / (screen.name.replace("/", "-") + ".h5ad")
-    known = _recorded(folder).get(path.name)
+    checksum = _recorded(folder).get(path.name)
     if not path.exists():
-        _download(screen, path, known, progress)
-    if known is None:
+        _download(screen, path, checksum, progress)
+    if checksum is None:
         _refuse_damaged(path, screen)
         _record(folder, path.name, pooch.file_hash(str(path)))
-    elif pooch.file_hash(str(path)) != known:
+    elif pooch.file_hash(str(path)) != checksum:
         fix = f"delete it to download it again, or delete its line in {_RECORD} to accept it"
         raise DataError(three_beats("the file of the first download", f"{path} has changed since", fix))
     return path
@@ -147,10 +147,10 @@ def to_contract(adata: AnnData, screen: Screen) -> AnnData:
     source = {"name": screen.name, "url": screen.url, "citation": screen.citation}
     for ours, theirs in COLUMNS.items():
         options = [screen.columns[ours]] if ours in screen.columns else [ours, *theirs]
-        found = next((column for column in options if column in adata.obs), None)
-        if found is not None:
-            adata.obs[ours] = adata.obs[found]
-            source[f"obs_{ours}"] = found
+        column_name = next((column for column in options if column in adata.obs), None)
+        if column_name is not None:
+            adata.obs[ours] = adata.obs[column_name]
+            source[f"obs_{ours}"] = column_name
     if "perturbation" in adata.obs:
         labels = adata.obs["perturbation"]
         names = {label: _label(str(label), screen) for label in labels.dropna().unique()}
@@ -177,7 +177,7 @@ def list() -> pd.DataFrame:  # noqa: A001 - read as datasets.list()
     for screen in SCREENS:
         path = folder / (screen.name.replace("/", "-") + ".h5ad")
         size = path.stat().st_size / 1e6 if path.exists() else pd.NA
-        known = (
+        facts = (
             screen.name,
             screen.cells or pd.NA,
             screen.title,
@@ -185,16 +185,16 @@ def list() -> pd.DataFrame:  # noqa: A001 - read as datasets.list()
             screen.licence,
             screen.url,
         )
-        rows.append((*known, _keys(screen), path.exists(), size))
+        rows.append((*facts, _keys(screen), path.exists(), size))
     names = ["name", "cells", "title", "citation", "licence", "url", "keys", "cached", "mb"]
     return pd.DataFrame(rows, columns=names).astype({"cells": "Int64", "mb": "Float64"}).round({"mb": 1})
 
 
 def _keys(screen: Screen) -> str:
-    """How the source calls our columns: the one that is known, or those that are looked for."""
-    known = {ours: (screen.columns[ours],) if ours in screen.columns else (ours, *theirs)
+    """How the source calls our columns: the one that is sources, or those that are looked for."""
+    sources = {ours: (screen.columns[ours],) if ours in screen.columns else (ours, *theirs)
              for ours, theirs in COLUMNS.items()}  # fmt: skip
-    return "; ".join(f"{ours}: {' | '.join(theirs)}" for ours, theirs in known.items())
+    return "; ".join(f"{ours}: {' | '.join(theirs)}" for ours, theirs in sources.items())
 
 
 def _read(path: Path, backed: bool) -> AnnData:
@@ -212,9 +212,9 @@ def _read(path: Path, backed: bool) -> AnnData:
         ValueError,
         AttributeError,
     ) as error:  # h5py and anndata raise them all
-        found = f"{path}: {str(error).splitlines()[0]}"
+        problem = f"{path}: {str(error).splitlines()[0]}"
         fix = "copy the file again, or write it with adata.write_h5ad"
-        raise DataError(three_beats(f"a readable {path.suffix}", found, fix)) from error
+        raise DataError(three_beats(f"a readable {path.suffix}", problem, fix)) from error
 
 
 def _download(screen: Screen, path: Path, known: str | None, progress: bool) -> None:
@@ -228,9 +228,9 @@ def _download(screen: Screen, path: Path, known: str | None, progress: bool) -> 
             three_beats(f"{screen.name} as first downloaded", "another file at its source", fix)
         ) from error
     except OSError as error:  # those of requests, which pooch uses, are some of them
-        found = f"{type(error).__name__} at {screen.url}"
+        problem = f"{type(error).__name__} at {screen.url}"
         fix = f"check the connection and try again; {_cached(path.parent)}"
-        raise DataError(three_beats(f"a complete download of {screen.name}", found, fix)) from error
+        raise DataError(three_beats(f"a complete download of {screen.name}", problem, fix)) from error
 
 
 def _cached(folder: Path) -> str:
@@ -248,8 +248,8 @@ def _refuse_damaged(path: Path, screen: Screen) -> None:
         complete = False
     if not complete:
         path.unlink()
-        found = f"{screen.url} gave a file that is truncated or no AnnData"
-        raise DataError(three_beats(f"a complete {screen.name}", found, "try again; the file was removed"))
+        problem = f"{screen.url} gave a file that is truncated or no AnnData"
+        raise DataError(three_beats(f"a complete {screen.name}", problem, "try again; the file was removed"))
 
 
 def _recorded(folder: Path) -> dict[str, str]:
@@ -270,9 +270,9 @@ def _label(label: str, screen: Screen) -> str:
 
 
 def _unknown(name: str):
-    known = did_you_mean(name, [screen.name for screen in SCREENS])
+    hint = did_you_mean(name, [screen.name for screen in SCREENS])
     raise DataError(
-        three_beats("the name of a public screen", repr(name), f"see cellop_nb.datasets.list() ({known})")
+        three_beats("the name of a public screen", repr(name), f"see cellop_nb.datasets.list() ({hint})")
     )
 
 

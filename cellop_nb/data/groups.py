@@ -471,8 +471,8 @@ class Draws:
                 self._plans.clear()
             self._plans[key] = self._plan(list(which), n_cells)
         plan = self._plans[key]
-        place = plan.position if n_cells is None else _scatter(plan, generator)
-        return place + plan.start, plan.sizes
+        at = plan.position if n_cells is None else _scatter(plan, generator)
+        return at + plan.start, plan.sizes
 
     def _plan(self, which: list[int], n_cells: int | None) -> _Plan:
         available, prime = self.sizes[which], self.primes[which]
@@ -506,13 +506,13 @@ def _scatter(plan: _Plan, generator: torch.Generator | None) -> Tensor:
     u = torch.rand(2, len(plan.prime), generator=generator, device=device, dtype=torch.float64).cpu()
     slope = (1 + (u[0] * (plan.prime - 1)).long()).index_select(0, plan.owner)
     shift = (u[1] * plan.prime).long().index_select(0, plan.owner)
-    place = (slope * plan.position + shift) % plan.modulus
-    outside = (place >= plan.available).nonzero().view(-1)
+    at = (slope * plan.position + shift) % plan.modulus
+    outside = (at >= plan.available).nonzero().view(-1)
     while len(outside):
-        again = (slope[outside] * place[outside] + shift[outside]) % plan.modulus[outside]
-        place[outside] = again
+        again = (slope[outside] * at[outside] + shift[outside]) % plan.modulus[outside]
+        at[outside] = again
         outside = outside[again >= plan.available[outside]]
-    return place
+    return at
 
 
 def prime_from(number: int) -> int:

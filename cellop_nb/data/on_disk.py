@@ -112,28 +112,28 @@ class RowReader:
 
     def read(self, rows: np.ndarray) -> sparse.csr_matrix:
         """Rows (cell,) in the order asked for, (cell, gene) float32."""
-        wanted, back = np.unique(rows, return_inverse=True)
-        cuts: np.ndarray = np.flatnonzero(np.diff(wanted) > _GAP) + 1
-        firsts, lasts = wanted[np.r_[0, cuts]], wanted[np.r_[cuts, len(wanted)] - 1] + 1
+        distinct, back = np.unique(rows, return_inverse=True)
+        cuts: np.ndarray = np.flatnonzero(np.diff(distinct) > _GAP) + 1
+        firsts, lasts = distinct[np.r_[0, cuts]], distinct[np.r_[cuts, len(distinct)] - 1] + 1
         # In turns: the rows between, which nobody asked for, are gone before the next ones come.
         turn: np.ndarray = np.cumsum(lasts - firsts) // (2 * PASS)
-        parts = [self._runs(firsts[turn == k], lasts[turn == k], wanted) for k in np.unique(turn)]
-        found = parts[0] if len(parts) == 1 else sparse.vstack(parts, "csr")
+        parts = [self._runs(firsts[turn == k], lasts[turn == k], distinct) for k in np.unique(turn)]
+        block = parts[0] if len(parts) == 1 else sparse.vstack(parts, "csr")
         del parts
-        found = found if np.array_equal(wanted, rows) else found[back]
-        found = found if self.genes is None else found[:, self.genes]
+        block = block if np.array_equal(distinct, rows) else block[back]
+        block = block if self.genes is None else block[:, self.genes]
         if self.rest is not None:
-            found = sparse.hstack([found, sparse.csr_matrix(self.rest[rows, None])], "csr")
-        return found.astype(np.float32, copy=False)
+            block = sparse.hstack([block, sparse.csr_matrix(self.rest[rows, None])], "csr")
+        return block.astype(np.float32, copy=False)
 
     def _runs(self, firsts: np.ndarray, lasts: np.ndarray, wanted: np.ndarray) -> sparse.csr_matrix:
         """The wanted rows of some runs, in the order of the file and as stored."""
-        found = self.stored.read(firsts, lasts)
+        block = self.stored.read(firsts, lasts)
         held = np.concatenate([np.arange(a, b) for a, b in zip(firsts, lasts, strict=True)])
         if self.check is not None:
-            self.check(found, held)
+            self.check(block, held)
         kept = np.isin(held, wanted, assume_unique=True)
-        return found if kept.all() else found[np.flatnonzero(kept)]
+        return block if kept.all() else block[np.flatnonzero(kept)]
 
 
 def is_stored_by_cells(slot) -> bool:

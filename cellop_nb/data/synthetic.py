@@ -177,9 +177,9 @@ def planted_operator(
     if context is not None:
         hit &= truth["context"] == context
     if not hit.any():
-        known = did_you_mean(perturbation, dict.fromkeys(truth["condition"]))
-        found = f"{perturbation!r} at dose {dose:g} in {context or 'any context'}"
-        raise LabelError(three_beats("a planted condition", found, f"name one that was planted ({known})"))
+        hint = did_you_mean(perturbation, dict.fromkeys(truth["condition"]))
+        problem = f"{perturbation!r} at dose {dose:g} in {context or 'any context'}"
+        raise LabelError(three_beats("a planted condition", problem, f"name one that was planted ({hint})"))
     first = int(np.flatnonzero(hit)[0])
     return truth["A"][first], truth["b"][first]
 

@@ -39,9 +39,9 @@ def sweep_map(table: pd.DataFrame, varied: Sequence[str], metric: str, *, best: 
 def _points(done: pd.DataFrame, name: str, metric: str) -> Figure:
     """Every run as a point, the mean of each value as a line."""
     fig, (ax,) = s.canvas(height=3.0)
-    place, names = _places(done[name])
-    ax.plot(place, done[metric], linestyle="", alpha=0.6, markersize=5, **s.mark(0), label="run")
-    means = done.groupby(place)[metric].mean()
+    positions, names = _places(done[name])
+    ax.plot(positions, done[metric], linestyle="", alpha=0.6, markersize=5, **s.mark(0), label="run")
+    means = done.groupby(positions)[metric].mean()
     ax.plot(means.index, means, color=s.CATEGORIES[3], linewidth=1.4, label="mean")
     _ticks(ax, "x", names)
     if names is None and _spans_decades(done[name]):
@@ -121,13 +121,17 @@ def sweep_effects(effects: pd.DataFrame, metric: str) -> Figure:
     fig, axes = s.canvas(1, max(1, len(names)), height=2.8, sharey=True)
     for i, (ax, name) in enumerate(zip(axes, names, strict=False)):
         part = effects[effects["parameter"] == name]
-        place = np.arange(len(part))
-        known = part["low"].notna()
+        positions = np.arange(len(part))
+        measured = part["low"].notna()
         ax.axhline(0, color=s.QUIET, linewidth=0.8, linestyle=":")
         ax.vlines(
-            place[known], part["low"][known], part["high"][known], color=s.CATEGORIES[i % 7], linewidth=1.8
+            positions[measured],
+            part["low"][measured],
+            part["high"][measured],
+            color=s.CATEGORIES[i % 7],
+            linewidth=1.8,
         )
-        ax.plot(place, part["effect"], linewidth=0.8, markersize=6, **s.mark(i % 7))
+        ax.plot(positions, part["effect"], linewidth=0.8, markersize=6, **s.mark(i % 7))
         s.long_names(ax, list(part["value"]), "x")
         ax.set_xlim(-0.5, len(part) - 0.5)
         s.few_ticks(ax, "y")
@@ -156,13 +160,13 @@ def _ticks(ax, axis: str, names: list | None) -> None:
 
 def _unit(values: pd.Series) -> tuple[np.ndarray, list[tuple[float, str]]]:
     """Values between 0 and 1, and the ticks (place, text) of their axis."""
-    place, names = _places(values)
-    place = np.log10(place) if names is None and _spans_decades(values) else place.astype(float)
-    low, span = place.min(), (place.max() - place.min()) or 1.0
+    positions, names = _places(values)
+    positions = np.log10(positions) if names is None and _spans_decades(values) else positions.astype(float)
+    low, span = positions.min(), (positions.max() - positions.min()) or 1.0
     if names is None or len(names) > 12:
         ends = [values.min(), values.max()] if names is None else [names[0], names[-1]]
-        return (place - low) / span, [(0.0, _text(ends[0])), (1.0, _text(ends[1]))]
-    return (place - low) / span, [((i - low) / span, _text(name)) for i, name in enumerate(names)]
+        return (positions - low) / span, [(0.0, _text(ends[0])), (1.0, _text(ends[1]))]
+    return (positions - low) / span, [((i - low) / span, _text(name)) for i, name in enumerate(names)]
 
 
 def _text(value: object) -> str:

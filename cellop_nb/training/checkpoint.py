@@ -323,9 +323,9 @@ def _from_schema_1(state: dict[str, Tensor], model: torch.nn.Module) -> dict[str
 def _refuse_other_genes(wanted: list[str], known: list[str], path: str | Path) -> None:
     missing = sorted(set(wanted) - set(known))
     if missing:
-        found = f"{len(missing)} of {len(wanted)} missing, such as {missing[:3]}"
+        problem = f"{len(missing)} of {len(wanted)} missing, such as {missing[:3]}"
         fix = f"use data with the genes of {path} ({did_you_mean(missing[0], known)})"
-        raise CheckpointError(three_beats("data with all genes of the saved VAE", found, fix))
+        raise CheckpointError(three_beats("data with all genes of the saved VAE", problem, fix))
 
 
 def write_state(path: str | Path, state: dict) -> Path:
@@ -416,8 +416,8 @@ def refuse_other_run(then: dict, now: dict, path: str = "") -> None:
             refuse_other_run(old, new, f"{here}.")
         elif not _equal(old, new):
             fix = "build model and trainer as for that run, or start anew in another folder"
-            found = f"{here} {_short(new)}, not {_short(old)}"
-            raise CheckpointError(three_beats("the run that the checkpoint is of", found, fix))
+            problem = f"{here} {_short(new)}, not {_short(old)}"
+            raise CheckpointError(three_beats("the run that the checkpoint is of", problem, fix))
 
 
 def _short(value: object) -> str:

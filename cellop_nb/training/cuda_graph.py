@@ -101,7 +101,7 @@ class Recorder:
         generators = [generator for generator in generators if generator.device.type == device.type]
         try:
             with _rate_as_tensor(trainer.optimizer, numbers[RATE]):
-                made, replay = self._capture(
+                outcome, replay = self._capture(
                     lambda: trainer.make_step(trainer.with_inputs(batch, inputs)), generators
                 )
         except RuntimeError as error:
@@ -111,11 +111,11 @@ class Recorder:
             ) from error
         finally:
             self.numbers = {}
-        return _Recording(inputs, numbers, told, made, trainer.guard.finite, replay)
+        return _Recording(inputs, numbers, told, outcome, trainer.guard.finite, replay)
 
     def _replay(self, recording: _Recording, inputs: dict[str, Tensor]) -> Made:
-        for name, given in inputs.items():
-            recording.inputs[name].copy_(given, non_blocking=True)
+        for name, value in inputs.items():
+            recording.inputs[name].copy_(value, non_blocking=True)
         for name, number in self._told().items():
             if number != recording.told[name]:
                 recording.numbers[name].fill_(number)
@@ -151,8 +151,8 @@ def _cuda_graph(run: Callable[[], Any], generators: list[torch.Generator]) -> tu
     for generator in generators:
         graph.register_generator_state(generator)
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        made = run()
-    return made, graph.replay
+        outcome = run()
+    return outcome, graph.replay
 
 
 def recorder_of(trainer, wanted: bool | None) -> Recorder | None:
@@ -163,11 +163,11 @@ def recorder_of(trainer, wanted: bool | None) -> Recorder | None:
     ModelError
         Where steps are to be recorded and cannot be: the reason, and what to do.
     """
-    found = _obstacle(trainer)
-    if wanted and found:
+    obstacle = _obstacle(trainer)
+    if wanted and obstacle:
         fix = "leave cuda_graphs out, or make it so"
-        raise ModelError(three_beats("steps that can be recorded, for cuda_graphs=True", found, fix))
-    return None if wanted is False or found else Recorder(trainer)
+        raise ModelError(three_beats("steps that can be recorded, for cuda_graphs=True", obstacle, fix))
+    return None if wanted is False or obstacle else Recorder(trainer)
 
 
 def _obstacle(trainer) -> str:
@@ -190,10 +190,12 @@ def check_compiler(device: torch.device) -> None:
         Without a C++ compiler for a CPU, or Triton for a GPU.
     """
     if device.type == "cpu":
-        wanted = (os.environ["CXX"],) if os.environ.get("CXX") else _COMPILERS
-        if not any(map(shutil.which, wanted)):
+        compilers = (os.environ["CXX"],) if os.environ.get("CXX") else _COMPILERS
+        if not any(map(shutil.which, compilers)):
             fix = "install g++ or clang++ (conda install cxx-compiler), or leave compile=True out"
-            raise ModelError(three_beats("a C++ compiler for compile=True", f"none of {list(wanted)}", fix))
+            raise ModelError(
+                three_beats("a C++ compiler for compile=True", f"none of {list(compilers)}", fix)
+            )
     elif importlib.util.find_spec("triton") is None:
         fix = "install triton, or leave compile=True out"
         raise ModelError(three_beats("Triton for compile=True on a GPU", "no such package", fix))

@@ -91,8 +91,8 @@ def random_state(trainer) -> dict[str, Tensor]:
 
 
 def _generators(trainer) -> dict[str, torch.Generator]:
-    known = getattr(trainer, "__dict__", {}).items()
-    return {f"trainer.{name}": value for name, value in known if isinstance(value, torch.Generator)}
+    items = getattr(trainer, "__dict__", {}).items()
+    return {f"trainer.{name}": value for name, value in items if isinstance(value, torch.Generator)}
 
 
 def set_random_state(states: dict[str, Tensor], trainer=None) -> None:
@@ -601,9 +601,9 @@ def load_reproducer(path: str | Path) -> dict:
         content = torch.load(path, weights_only=True)
         return content | {"batch": _rebuilt(content["batch"])}
     except Exception as error:
-        found = f"{path}: {error}"
+        problem = f"{path}: {error}"
         raise CheckpointError(
-            three_beats("a reproducer of the non-finite guard", found, "give the path that the error named")
+            three_beats("a reproducer of the non-finite guard", problem, "give the path that the error named")
         ) from error
 
 
@@ -671,8 +671,8 @@ def _plain(value: object):
         content = {item.name: getattr(value, item.name) for item in fields(value)}
     else:
         content = getattr(value, "__dict__", {})
-    known = {key: _plain(item) for key, item in content.items() if not callable(item)}
-    return {"__kind__": f"{type(value).__module__}:{type(value).__qualname__}", "value": known}
+    items = {key: _plain(item) for key, item in content.items() if not callable(item)}
+    return {"__kind__": f"{type(value).__module__}:{type(value).__qualname__}", "value": items}
 
 
 def _rebuilt(value: object):

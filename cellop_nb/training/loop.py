@@ -105,8 +105,8 @@ class Processes:
         parts = [(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in trained]
         used = parts[0].new_tensor([p.grad is not None for p in trained])
         *means, used = self.average(torch.cat([*parts, used])).split([*map(len, parts), len(trained)])
-        for parameter, mean, known in zip(trained, means, used.tolist(), strict=True):
-            parameter.grad = mean.view_as(parameter).clone() if known else None
+        for parameter, mean, in_use in zip(trained, means, used.tolist(), strict=True):
+            parameter.grad = mean.view_as(parameter).clone() if in_use else None
 
     def average(self, value: Tensor) -> Tensor:
         """The mean over processes."""
@@ -183,9 +183,9 @@ class RemoteControl:
         ModelError
             For a value that cannot be trained with.
         """
-        known = ["learning_rate", *self.weights]
-        if name not in known:
-            raise LabelError(three_beats("a setting of this training", repr(name), did_you_mean(name, known)))
+        names = ["learning_rate", *self.weights]
+        if name not in names:
+            raise LabelError(three_beats("a setting of this training", repr(name), did_you_mean(name, names)))
         value = float(value)
         if not math.isfinite(value) or value < 0 or (value == 0 and name == "learning_rate"):
             fix = "give a finite number above 0 (a weight may be 0)"
@@ -209,8 +209,8 @@ class RemoteControl:
 
     def _changes_of_epoch(self) -> dict[str, str]:
         """The history's column of changes by hand; none where nothing was changed."""
-        made = [c for c in self.changes if c["epoch"] == self.epoch and c["name"] != "stop"]
-        return {"by_hand": "; ".join(self._words_of_changes(made))} if made else {}
+        outcome = [c for c in self.changes if c["epoch"] == self.epoch and c["name"] != "stop"]
+        return {"by_hand": "; ".join(self._words_of_changes(outcome))} if outcome else {}
 
     @staticmethod
     def _words_of_changes(made: list[dict]) -> list[str]:
@@ -655,12 +655,12 @@ class Trainer(RemoteControl):
         self._obey()
         self._set_rate()
         self.guard.begin_step(self)
-        made = self.recorder.step(batch) if self.recorder is not None else None
-        if made is None:
-            made = self.make_step(batch)
-        if made is None or not self.guard.after_step(self):
+        outcome = self.recorder.step(batch) if self.recorder is not None else None
+        if outcome is None:
+            outcome = self.make_step(batch)
+        if outcome is None or not self.guard.after_step(self):
             return None
-        self.terms, norm = made
+        self.terms, norm = outcome
         return norm
 
     def make_step(self, batch) -> tuple[dict[str, Tensor], Tensor] | None:
