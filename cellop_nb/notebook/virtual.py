@@ -655,10 +655,12 @@ def half_dose_errors(cells: VirtualCells, question: Question) -> pd.Series:
 
     Returns
     -------
-    Series of what was compared to its error; empty where nothing was planted or the planted change is none.
+    Series of what was compared to its error, over the modelled genes; empty where nothing was planted, genes were cut from
+    the data, or the planted change is none.
     """
     adata = cells.model.adata
-    if "truth" not in adata.uns.get("cellop_nb", {}):
+    truth = adata.uns.get("cellop_nb", {}).get("truth")
+    if truth is None or planted_proportions(adata, adata.obsm["X_truth"][:1]).shape[1] != adata.n_vars:
         return pd.Series(dtype=float)
     z = torch.as_tensor(adata.obsm["X_truth"][cells.rows(question.context, cells.control)]).double()
     planted = AffineOperator(
@@ -674,9 +676,10 @@ def half_dose_errors(cells: VirtualCells, question: Question) -> pd.Series:
     half, full = (cells.ask(replace(question, strength=s)).genes.set_index("gene") for s in (0.5, 1.0))
     changes = {HALF: (half["lfc"], 0.5), HALVED: (full["lfc"] / 2, 0.5), FULL: (full["lfc"], 1.0)}
     changes |= {VAE_ALONE: (cells.recalled(question), 1.0), COUNTED: (cells.counted(question), 1.0)}
+    modelled = adata.var_names.isin(cells.model.genes)
     errors = {
-        name: np.linalg.norm(change.reindex(adata.var_names) - true[strength])
-        / np.linalg.norm(true[strength])
+        name: np.linalg.norm((change.reindex(adata.var_names) - true[strength])[modelled])
+        / np.linalg.norm(true[strength][modelled])
         for name, (change, strength) in changes.items()
     }
     return pd.Series(errors)
