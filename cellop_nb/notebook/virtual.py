@@ -655,8 +655,8 @@ def half_dose_errors(cells: VirtualCells, question: Question) -> pd.Series:
 
     Returns
     -------
-    Series of what was compared to its error, over the modelled genes; empty where nothing was planted, genes were cut from
-    the data, or the planted change is none.
+    Series of what was compared to its error, over the modelled genes; empty where nothing was planted, genes were cut
+    from the data, or the planted change is none.
     """
     adata = cells.model.adata
     truth = adata.uns.get("cellop_nb", {}).get("truth")
