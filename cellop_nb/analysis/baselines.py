@@ -149,7 +149,7 @@ class Target:
     control: np.ndarray = field(repr=False)
     counts: object = field(default=None, repr=False)
     adata: AnnData | None = field(default=None, repr=False)
-    space: EvaluationSpace | None = field(default=None, repr=False)
+    space: EvaluationSpace = field(default=None, repr=False)  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         if len(self.control) == 0:

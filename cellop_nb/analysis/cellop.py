@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from io import StringIO
 from numbers import Real
 from pathlib import Path
+from typing import Any
 from zlib import crc32
 
 import anndata as ad
@@ -213,7 +214,7 @@ class CellOp:
         self.choice = Choice.of(None)
         self.history, self.costs = pd.DataFrame(), pd.DataFrame()
         self.effects = pd.DataFrame()
-        self.means: Means | None = None
+        self.means: Means = None  # type: ignore[assignment]  # fit() makes them
         self._evidence: Evidence | None = None
         self._combination_evidence: Evidence | None = None
         self._plans: dict[tuple[str, str], Plan] = {}
@@ -461,8 +462,8 @@ class CellOp:
         for context, label in judged[: self.recipe.most_judged]:
             if context not in starts:
                 starts[context] = Start.of(cells, alone.vae, self._some(cells, groups.controls(context)))
-            change, noise = self.means.own(context, label)
-            added = np.sum([self.means.own(context, part)[0] for part in parts[label]], axis=0)
+            change, noise = self.means.change_of(context, label)
+            added = np.sum([self.means.change_of(context, part)[0] for part in parts[label]], axis=0)
             moved = starts[context].change(self._operator_of(alone, label, context))
             rows.append((change, noise, added, moved))
         self._combination_evidence = combination_evidence(*map(np.stack, zip(*rows, strict=True)))
@@ -603,7 +604,7 @@ class CellOp:
         LabelError
         """
         if not len(self.control_rows(context)):
-            fix = did_you_mean(context, self._index)
+            fix = did_you_mean(context, self._index or ())
             raise LabelError(three_beats("a context with control cells in the data", repr(context), fix))
         labels = self.perturbations
         pieces = perturbation.split("+")
@@ -844,8 +845,8 @@ class CellOp:
         arrays = {name: getattr(means, name) for name in _MEANS}
         arrays["moved"] = np.stack([means.moved[pair] for pair in judged]) if judged else np.zeros((0, 0))
         arrays["latents"] = np.stack(list(self._latent_means.values()))
-        evidence_of = {"contexts": self._evidence, "combinations": self._combination_evidence}
-        evidence_of = {name: seen for name, seen in evidence_of.items() if seen is not None}
+        both = {"contexts": self._evidence, "combinations": self._combination_evidence}
+        evidence_of = {name: seen for name, seen in both.items() if seen is not None}
         arrays |= {f"evidence_{name}": seen.products for name, seen in evidence_of.items()}
         about = {
             "settings": {name: getattr(self, name) for name in ("n_latent", "n_genes", "n_members", "seed")},
@@ -937,8 +938,12 @@ def load(path: str | Path, adata: ad.AnnData | None = None) -> CellOp | Saved:
 def _restored(saved: Saved) -> CellOp:
     """A fitted CellOp without data."""
     about, arrays = saved.predictor, saved.arrays
+    if saved.vae is None or saved.operators is None:
+        raise ValueError("no models")
     names = [field.name for field in fields(Keys)]
-    keys = {name: tuple(v) if isinstance(v, list) else v for name, v in saved.keys.items() if name in names}
+    keys: dict[str, Any] = {
+        name: tuple(v) if isinstance(v, list) else v for name, v in saved.keys.items() if name in names
+    }
     empty = ad.AnnData(
         np.zeros((0, len(saved.vae.genes)), np.float32), var=pd.DataFrame(index=saved.vae.genes)
     )
@@ -1036,7 +1041,9 @@ def question_table(
         raise LabelError(three_beats("conditions with columns context and perturbation", problem, fix))
     table = table.astype(dict.fromkeys(columns, str))
     sizes = [np.nan if n is None else n for n in table.get("n_cells", [n_cells] * len(table))]
-    wrong = [n for n in sizes if n == n and not (isinstance(n, Real) and float(n).is_integer() and n > 0)]
+    wrong = [
+        n for n in sizes if n == n and not (isinstance(n, Real) and float(n).is_integer() and float(n) > 0)
+    ]
     if wrong:
         raise LabelError(
             three_beats("n_cells a whole number above 0", repr(wrong[0]), "ask for at least one cell")

@@ -334,7 +334,7 @@ def _refusal(adata, groups: Groups, question: Question) -> str:
     if not rest:
         return "no perturbed cells are left for training"
     left = {group.perturbation for group in rest}
-    answerable = [p for _, p in question.pairs if set(perturbation_parts(p, left, left)) <= left]
+    answerable = [p for _, p in question.pairs if set(perturbation_parts(p, left, sorted(left))) <= left]
     if not answerable and question.name not in groups.perturbations:
         return "none of its perturbations was measured elsewhere"
     return ""
@@ -366,7 +366,9 @@ def _scored(model: CellOp, question: Question, seed: int, shared: dict, methods,
     cells: dict[tuple[str, str], ad.AnnData] = {}
     rules = {**BASELINES, LATENT_SHIFT: partial(latent_shift, model=fitted), **methods}
     rules[CELLOP] = partial(_by_cellop, model=source, cells=cells, seed=seed)
-    truths, unscored, guesses = {}, {}, {name: {} for name in rules}
+    truths: dict[tuple[str, str], Truth] = {}
+    unscored: dict[tuple[str, str], str] = {}
+    guesses: dict[str, dict] = {name: {} for name in rules}
     measured, shift = rows_by_group(real, model.keys), shared_shift(training)
     for pair in question.pairs:
         rows, start = measured.get(pair, np.zeros(0, int)), source.control_rows(pair[0])

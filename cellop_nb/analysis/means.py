@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, field
+from typing import cast
 
 import numpy as np
 
-from ..data.counts import TOTAL_KEY, count_matrix
+from ..data.counts import TOTAL_KEY, CountMatrix, count_matrix
 from ..data.groups import Groups
 from ..models.operators import perturbation_parts
 from .metrics import log1p_cp10k
@@ -38,6 +39,10 @@ class Means:
     shares: np.ndarray = field(repr=False)
     moved: dict[tuple[str, str], np.ndarray] = field(default_factory=dict, repr=False)
 
+    _of: dict[str, list[int]] = field(init=False, repr=False)
+    _row: dict[tuple[str, str], int] = field(init=False, repr=False)
+    _context: dict[str, int] = field(init=False, repr=False)
+
     def __post_init__(self) -> None:
         by_perturbation = defaultdict(list)
         for k, (_, perturbation) in enumerate(self.pairs):
@@ -52,7 +57,8 @@ class Means:
 
         Doses of one perturbation in one context are pooled, each by its cells.
         """
-        matrix = count_matrix(cells, total_key=TOTAL_KEY if TOTAL_KEY in cells.obs else None)
+        total = TOTAL_KEY if TOTAL_KEY in cells.obs else None
+        matrix = cast(CountMatrix, count_matrix(cells, total_key=total))  # in memory, as a fit requires
         library = matrix.library.numpy().astype(np.float64)
         x = matrix.csr[:, : cells.n_vars]
         level = log1p_cp10k(x, library)
@@ -93,8 +99,12 @@ class Means:
 
     def own(self, context: str, perturbation: str) -> tuple[np.ndarray, np.ndarray] | None:
         """Measured change and its noise, (gene,) each, of a group; None where it was not measured."""
-        row = self._row.get((context, perturbation))
-        return None if row is None else (self.change[row], self.noise[row])
+        return self.change_of(context, perturbation) if (context, perturbation) in self._row else None
+
+    def change_of(self, context: str, perturbation: str) -> tuple[np.ndarray, np.ndarray]:
+        """Measured change and its noise, (gene,) each, of a group that was measured."""
+        row = self._row[context, perturbation]
+        return self.change[row], self.noise[row]
 
     def growth_of(self, context: str, perturbation: str) -> float:
         r"""By how much a perturbation changes the log of the mean library: measured here, else the mean over

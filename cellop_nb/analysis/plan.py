@@ -230,7 +230,7 @@ def linear(
     own = np.diagonal(hats, axis1=1, axis2=2)
     left = (change - hats @ change) / np.maximum(1 - own, 1e-9)[:, :, None]
     errors = _shares_left(np.square(left).sum(2).T, change, noise)[0]
-    best = len(ridges) - 1 - int(np.argmin(errors[::-1] - 1e-9 * np.arange(len(ridges))[::-1]))
+    best = len(ridges) - 1 - int(np.argmin(np.asarray(errors)[::-1] - 1e-9 * np.arange(len(ridges))[::-1]))
     return Estimate(pulls[best] @ change, change - left[best], pulls[best]), float(ridges[best])
 
 

@@ -183,8 +183,8 @@ class Start:
             expected = carry_to_mean(expected, self.library, target, others=others)
         expected = expected * math.exp(growth)
         whole = balanced_counts(expected, generator)
-        parts = (sparse.csr_matrix(part.cpu().numpy()) for part in (whole, expected))
-        return Drawn(*parts, z.cpu().numpy(), growth)
+        counts, mean = (sparse.csr_matrix(part.cpu().numpy()) for part in (whole, expected))
+        return Drawn(counts, mean, z.cpu().numpy(), growth)
 
 
 def modelled_counts(

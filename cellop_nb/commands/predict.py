@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
+from typing import cast
 
 from cellop_nb.commands import Command
 from cellop_nb.commands.holdout import add_data_options, set_up
@@ -77,7 +78,7 @@ def predict(args: argparse.Namespace) -> int:
         model = co.CellOp(adata, n_genes=2000 if args.genes is None else args.genes or None, seed=seed)
     else:
         set_up(adata, args, only_if_told=True)
-        model = co.load(args.model, adata)
+        model = cast(co.CellOp, co.load(args.model, adata))  # with data it is one
     for one in asked.itertuples():
         model.check_question(one.context, one.perturbation)
     if not model.members:

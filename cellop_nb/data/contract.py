@@ -121,7 +121,13 @@ def setup(
     """
     _check_names(adata)
     _check_features(adata)
-    context = (context_key,) if isinstance(context_key, str) else context_key and tuple(context_key)
+    context = (
+        (context_key,)
+        if isinstance(context_key, str)
+        else None
+        if context_key is None
+        else tuple(context_key)
+    )
     if not isinstance(control, str):
         fix = "write all controls alike first: adata.obs[key] = adata.obs[key].replace(...)"
         raise LabelError(three_beats("one control label, a string", f"control={control!r}", fix))

@@ -354,7 +354,8 @@ class DiskCounts:
 
     def loader(self, rows: np.ndarray | None = None, **settings) -> DiskLoader:
         """Minibatches, shuffled by chunks; settings as in :class:`CountLoader`."""
-        return DiskLoader(self, rows, **{"order": chunked_order()} | settings)
+        settings = {"order": chunked_order()} | settings
+        return DiskLoader(self, rows, **settings)  # type: ignore[arg-type]  # it asks for no more
 
 
 class DiskLoader(CountLoader):
@@ -444,7 +445,7 @@ class ResidentCounts:
 
     def loader(self, rows: np.ndarray | None = None, **settings) -> CountLoader:
         """Minibatches of these counts, as :class:`CountLoader` takes its settings."""
-        return CountLoader(self, rows, **settings)
+        return CountLoader(self, rows, **settings)  # type: ignore[arg-type]  # it asks for no more
 
     def batch(self, rows: np.ndarray, device: torch.device | str | None = None) -> ResidentBatch:
         """Cells `rows` (cell,); they are where the counts are, whatever `device` says."""

@@ -125,8 +125,15 @@ class Groups(Sequence[Group]):
         doses = pd.Series([key[:2] for key in kept]).value_counts().to_dict()
         empty = z[:0]
         self.items = [
-            Group(*key, rows, _group_label(*key, several_doses=doses[key[:2]] > 1), empty)
-            for key, rows in kept.items()
+            Group(
+                context,
+                p,
+                dose,
+                rows,
+                _group_label(context, p, dose, several_doses=doses[context, p] > 1),
+                empty,
+            )
+            for (context, p, dose), rows in kept.items()
         ]
         self._share_pool()
 

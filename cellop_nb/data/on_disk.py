@@ -100,14 +100,15 @@ class RowReader:
             raise DataError(
                 three_beats("counts stored by cells (CSR)", "a matrix stored by genes (CSC)", fix)
             )
-        whole = genes is None or np.array_equal(genes, np.arange(slot.shape[1]))
+        if genes is not None and np.array_equal(genes, np.arange(slot.shape[1])):
+            genes = None
         self.stored, self.genes, self.rest, self.check = (
             StoredRows(slot),
-            None if whole else genes,
+            genes,
             rest,
             check,
         )
-        columns = slot.shape[1] if whole else len(genes)
+        columns = slot.shape[1] if genes is None else len(genes)
         self.shape = (slot.shape[0], columns + (rest is not None))
 
     def read(self, rows: np.ndarray) -> sparse.csr_matrix:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations as pairs_of
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -22,7 +23,7 @@ from ..files import write_whole
 from ..models.operators import perturbation_parts
 from .contract import Keys
 
-EXAMPLE = {"combinations": 2, "n_genes": 500, "n_cells": 160, "n_controls": 240, "seed": 0}
+EXAMPLE: dict[str, Any] = {"combinations": 2, "n_genes": 500, "n_cells": 160, "n_controls": 240, "seed": 0}
 """Arguments of :func:`synthetic` that give the example screen."""
 
 

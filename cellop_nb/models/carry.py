@@ -186,7 +186,7 @@ def carry_to_mean(
     share = ((x / size).mean(0)).clamp_min(0.1 / (COUNTS_PER_CELL * len(x)))
     mean = size * share
     added = mean * _own_factor(x, mean, dispersion)
-    t, carried, miss = torch.zeros_like(share), x, 0.0
+    t, carried, miss = torch.zeros_like(share), x, share.new_zeros(())
     for _ in range(iterations):
         total = carried.sum(-1, keepdim=True).clamp_min(MIN_MEAN)
         # that of each cell; what all cells miss is left to the genes

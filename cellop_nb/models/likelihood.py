@@ -129,7 +129,7 @@ class SparseCounts:
         if validate:
             _refuse_negative(values)
         ends = torch.bincount(rows, minlength=len(x)).cumsum(0)
-        return cls(tuple(x.shape), torch.cat([ends.new_zeros(1), ends]), columns, values)
+        return cls((x.shape[0], x.shape[1]), torch.cat([ends.new_zeros(1), ends]), columns, values)
 
     @cached_property
     def constant(self) -> Tensor:
@@ -167,7 +167,7 @@ class SparseCounts:
         values, constant = self.values.to(target), self.__dict__.get("constant")
         indptr, columns = self.indptr.to(values.device), self.columns.to(values.device)
         constant = None if constant is None else constant.to(values)
-        return SparseCounts(self.shape, indptr, columns, values, constant)
+        return SparseCounts((self.shape[0], self.shape[1]), indptr, columns, values, constant)
 
     def totals(self) -> Tensor:
         """(cell,) counts of each cell."""
@@ -494,7 +494,7 @@ class RowsGradient:
 
     def by_r(self, upstream: Tensor, rows: Tensor) -> Tensor:
         """(gene,) derivative by r of the sum of upstream (cell,) times value; `rows` (nonzero,) are the cells."""
-        if self.slope is None:
+        if self.slope is None or self.entry is None:
             return -(upstream @ self.minus_by_r)
         weight = torch.zeros_like(self.slope)
         weight.view(-1).index_add_(0, self.entry, upstream.index_select(0, rows))
@@ -560,7 +560,7 @@ def _turn(gradient: RowsGradient, counts, library, shared, rows: slice, nonzeros
     x, mu_at = counts.values[nonzeros], mu.view(-1).index_select(0, at).clamp_min_(MIN_MEAN)
     if near is None or gradient.entry is None:
         value = torch.empty_like(x)
-        far = slice(None)
+        far: slice | Tensor = slice(None)
     else:
         value = mu_at.log().sub_(log_ratio.view(-1).index_select(0, at)).mul_(x)
         value += terms.index_select(0, gradient.entry[nonzeros])
@@ -568,7 +568,7 @@ def _turn(gradient: RowsGradient, counts, library, shared, rows: slice, nonzeros
         slope.view(-1).scatter_add_(0, at, x / ratio.add_(1))
         far = (~near[nonzeros]).nonzero().view(-1)
     late = None
-    if near is None or len(far):
+    if isinstance(far, slice) or len(far):
         late = _deviance(x[far], mu_at[far], r.index_select(0, columns[far]))
         value[far] = late[0]
         slope.view(-1).scatter_(0, at[far], late[1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -331,7 +332,7 @@ class OperatorModel(nn.Module):
             raise ModelError(three_beats("at least one perturbation", "none", fix))
         n_axes = min(len(perturbations), 8) if n_axes is None else n_axes
         rank = n_latent if rank is None else min(rank, n_latent)
-        self.config = {
+        self.config: dict[str, Any] = {
             "n_latent": n_latent,
             "perturbations": list(perturbations),
             "contexts": list(contexts),
@@ -414,7 +415,7 @@ class OperatorModel(nn.Module):
     def context_ridge(self) -> Tensor:
         r"""Size of the contexts' own parts: mean over contexts of
         :math:`\|D_c\|_F^2 + \|b_c\|^2 + \|m_c\|^2`."""
-        parts = [self.context_shift, self.conditions.modulation]
+        parts: list[Tensor] = [self.context_shift, self.conditions.modulation]
         if self.context_left.shape[2]:
             parts.append((self.context_left @ self.context_right.mT).flatten(1))
         return torch.cat(parts, 1).square().sum() / len(self.context_shift)

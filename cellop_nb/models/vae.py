@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -296,7 +296,7 @@ class NBVAE(nn.Module):
         n_latent: int = 32,
         n_hidden: int = 128,
         n_layers: int = 1,
-        covariates: dict[str, Sequence[str]] | None = None,
+        covariates: Mapping[str, Sequence[str]] | None = None,
         encode_covariates: bool = False,
         dropout: float = 0.0,
         total_key: str | None = None,

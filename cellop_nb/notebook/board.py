@@ -118,7 +118,8 @@ class View:
         beside: int = 14,
     ) -> None:
         (left, top, width, height), w, h = box, board.width, board.height
-        self.board, self.moving = board, []
+        self.board = board
+        self.moving: list = []
         self.place = (left - 50, top - above, left + width + beside, top + height + below)
         place = (left / w, 1 - (top + height) / h, width / w, height / h)
         self.ax: Axes = s.plain_axes(board.figure.add_axes(place))

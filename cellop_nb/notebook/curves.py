@@ -268,8 +268,11 @@ class Dashboard(Board):
         handles += [Line2D([], [], label="changed by hand", **_HAND)] * changed
         for old in self.figure.legends:
             old.remove()
-        style = {"loc": "upper left", "bbox_to_anchor": (0.003, 1 - 21 / self.height), "columnspacing": 1.4}
-        s.legend(self.figure, *handles, columns=len(handles), frameon=False, **style)
+        corner = (0.003, 1 - 21 / self.height)
+        s.legend(
+            self.figure, *handles, columns=len(handles), frameon=False, loc="upper left", bbox_to_anchor=corner,
+            columnspacing=1.4,
+        )  # fmt: skip
 
 
 def _curve(look: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import cast
 
 from ..analysis.cellop import CellOp
 from ..analysis.combinations import RULES
@@ -87,7 +88,7 @@ class Explorer(Panel):
         self._sheet, self._lock = ExplorerPicture(), threading.RLock()
         self._following = False
         first = perturbation or self.cells.perturbations[0]
-        both, rule = combined(first, second, together) if second else (first, "")
+        both, rule = combined(cast(str, first), second, together) if second else (first, "")
         start = context or self.cells.contexts[0]
         self._ask(Question(both, start, float(strength), rule or "axes", bool(reverse)), self.gene)
         self._prepare(prepare)

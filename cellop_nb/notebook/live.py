@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -255,7 +255,7 @@ class LivePlot(Callback):
             outlet(picture)
 
     def _write_file(self, picture: bytes) -> None:
-        write_whole(self.path, lambda part: part.write_bytes(picture))
+        write_whole(cast(Path, self.path), lambda part: part.write_bytes(picture))
 
     def _notebook(self) -> Callable[[bytes], None] | None:
         """Shows pictures in place in the running cell; None where there is no notebook to show them in."""

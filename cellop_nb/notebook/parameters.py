@@ -194,11 +194,11 @@ def read_cell(text: str) -> tuple[Parameter, ...]:
         if token.type == tokenize.COMMENT
     }
     declared = [node for node in ast.parse(text).body if isinstance(node, (ast.Assign, ast.AnnAssign))]
-    return tuple(_declared(node, comments.get(node.end_lineno, "")) for node in declared if node.value)
+    return tuple(_declared(node, comments.get(node.end_lineno or 0, "")) for node in declared if node.value)
 
 
 def _declared(node: ast.Assign | ast.AnnAssign, comment: str) -> Parameter:
-    default = ast.literal_eval(node.value)
+    default: Any = None if node.value is None else ast.literal_eval(node.value)
     if isinstance(node, ast.AnnAssign):
         return Parameter(ast.unparse(node.target), ast.unparse(node.annotation), default, comment)
     is_list = isinstance(default, list) and bool(default)

@@ -200,7 +200,7 @@ def _violin(ax: Axes, values: np.ndarray, row: int) -> None:
         body = ax.violinplot(
             [values], positions=[row], orientation="horizontal", widths=0.85, showextrema=False
         )
-        for part in body["bodies"]:  # type: ignore[attr-defined]
+        for part in body["bodies"]:
             part.set(facecolor=s.FAINT, edgecolor=s.QUIET, alpha=1.0, linewidth=0.8)
     else:
         ax.plot(values, np.full(len(values), row), linestyle="", marker="o", markersize=3, color=s.QUIET)
@@ -384,7 +384,8 @@ def predictive_checks(
     s.legend(variance, loc="upper left", markerscale=2.5)
     s.label(variance, "Mean and variance per gene", "mean count", "variance")
     s.few_ticks(depth, "y", 4)
-    ticks = s.decades(*(10.0 ** np.array(depth.get_xlim())), 5)
+    low, high = 10.0 ** np.array(depth.get_xlim())
+    ticks = s.decades(low, high, 5)
     depth.set_xticks(np.log10(ticks), [s.compact(tick) for tick in ticks])
     depth.set_ylim(0, depth.get_ylim()[1] * 1.35)
     s.legend(depth, loc="upper left")
@@ -1005,8 +1006,8 @@ def gradient_map(
     frozen = set(table.loc[table["status"] == "frozen", "parameter"]) if "status" in table else set()
     for row in np.flatnonzero(best.to_numpy() == 0):
         meant = names[row] in frozen
-        style = {"color": s.QUIET} if meant else {"color": s.VERMILION}
-        reach.text(0.02, row, "frozen" if meant else "no gradient", fontsize=s.SMALL, va="center", **style)
+        text, colour = ("frozen", s.QUIET) if meant else ("no gradient", s.VERMILION)
+        reach.text(0.02, row, text, fontsize=s.SMALL, va="center", color=colour)
     for i, term in enumerate(terms):
         rows = table if term is None else table[table["term"] == term]
         rows = rows[rows["grad_norm"] > 0]
@@ -1016,8 +1017,8 @@ def gradient_map(
     if "norm" in table:
         sizes = table.groupby("parameter")["norm"].first().reindex(names)
         sizes = sizes[sizes > 0]
-        style = {"linestyle": "", "marker": "|", "markersize": 9, "color": s.INK}
-        norms.plot(sizes, sizes.index.map(rows_of), label="parameter", **style)
+        y = sizes.index.map(rows_of)
+        norms.plot(sizes, y, label="parameter", linestyle="", marker="|", markersize=9, color=s.INK)
     norms.set_xscale("log")
     s.log_ticks(norms, "x")
     for stripe in range(0, len(names), 2):
@@ -1255,8 +1256,8 @@ def strength_curves(
     if genes is not None:
         _need(genes, "strength", "gene", "lfc")
         for i, (gene, rows) in enumerate(list(genes.groupby("gene", sort=False))[:max_genes]):
-            look = {"label": s.safe(gene, 20), "markersize": 4}
-            axes[1].plot(rows["strength"], rows["lfc"], **look | s.mark(i) | s.line(i))
+            marks = {"label": s.safe(gene, 20), "markersize": 4} | s.mark(i) | s.line(i)
+            axes[1].plot(rows["strength"], rows["lfc"], **marks)
             if {"low", "high"} <= set(rows):
                 band = {"color": s.line(i)["color"], "alpha": 0.15, "linewidth": 0}
                 axes[1].fill_between(rows["strength"], rows["low"], rows["high"], **band)

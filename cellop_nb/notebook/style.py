@@ -187,7 +187,7 @@ def colour_bar(ax: Axes, image, title: str = "", *, axes: Sequence[Axes] | None 
     """A quiet colour bar of `image` beside `ax` (or beside all of `axes`)."""
     options = {"fraction": 0.04, "pad": 0.02} | options
     bar = figure_of(ax).colorbar(image, ax=axes or ax, **options)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=SMALL, labelcolor=INK, colors=QUIET)
     bar.set_label(title, fontsize=SMALL, color=INK)
     return bar
@@ -268,7 +268,7 @@ def few_ticks(ax: Axes, axis: str = "both", n: int = 5) -> None:
 def log_ticks(ax: Axes, axis: str = "y", most: int = 6) -> None:
     """A few compact ticks on the logarithmic axis, within its present limits."""
     side, limits = (ax.xaxis, ax.get_xlim()) if axis == "x" else (ax.yaxis, ax.get_ylim())
-    side.set_major_locator(FixedLocator(decades(*sorted(limits), most)))
+    side.set_major_locator(FixedLocator(decades(min(limits), max(limits), most)))
     side.set_major_formatter(FuncFormatter(compact))
     side.set_minor_locator(NullLocator())
 

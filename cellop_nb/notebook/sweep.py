@@ -28,7 +28,7 @@ from functools import cache, partial
 from html import escape
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import cellop_nb
 
@@ -139,7 +139,7 @@ def expand(axes: Sequence[Axis]) -> list[dict[str, Any]]:
         fix = "add --random N to sample it, or list its values"
         raise LabelError(three_beats("values to go through", f"a continuous range of {endless[0]!r}", fix))
     _check_number(_n_combinations(axes), "name fewer values, or add --random N to sample them")
-    combinations = itertools.product(*(axis.values for axis in axes))
+    combinations = itertools.product(*(cast(Sequence, axis.values) for axis in axes))
     return [dict(zip([axis.name for axis in axes], values, strict=True)) for values in combinations]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import anndata as ad
 import numpy as np
@@ -218,7 +218,7 @@ class VirtualCells:
         if SPLIT_KEY in self.screen.obs and (self.screen.obs[SPLIT_KEY] == "test").any():
             self._test[rows_of(self.screen, "test")] = True
         self._fit_plane()
-        self._counts: CountMatrix = model_counts(self.screen, self.vae)
+        self._counts = cast(CountMatrix, model_counts(self.screen, self.vae))
         self._gene_names = np.array(self.vae.genes, dtype=object)
         self._column = {gene: i for i, gene in enumerate(self.vae.genes)}
 
@@ -340,7 +340,7 @@ class VirtualCells:
             cells = assemble(self.model.adata[rows], self.model.keys, self.vae.genes, drawn, question.label)
         elif self._plan(question) is not None:
             cells = self.model.predict(
-                context=context, perturbation=question.perturbation, strength=question.strength
+                context=context, perturbation=cast(str, question.perturbation), strength=question.strength
             )
         else:
             cells = self.model.predict(context=context, perturbation=question.label, operator=moving)
@@ -663,9 +663,8 @@ def half_dose_errors(cells: VirtualCells, question: Question) -> pd.Series:
     if truth is None or planted_proportions(adata, adata.obsm["X_truth"][:1]).shape[1] != adata.n_vars:
         return pd.Series(dtype=float)
     z = torch.as_tensor(adata.obsm["X_truth"][cells.rows(question.context, cells.control)]).double()
-    planted = AffineOperator(
-        *map(torch.as_tensor, planted_operator(adata, question.perturbation, question.context))
-    )
+    matrix, shift = planted_operator(adata, cast(str, question.perturbation), question.context)
+    planted = AffineOperator(torch.as_tensor(matrix), torch.as_tensor(shift))
 
     def level(latent):
         return np.log2(COUNTS_PER_CELL * planted_proportions(adata, latent.numpy()).mean(0) + 1)

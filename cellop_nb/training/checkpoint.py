@@ -178,7 +178,9 @@ def read_models(
         model.to(target)
     if genes is not None and "vae" in models:
         _refuse_other_genes(models["vae"].genes, [str(gene) for gene in genes], path)
-    notes = (about.get(name, {}) for name in ("keys", "summary", "versions", "trained"))
+    keys, summary, versions, trained = (
+        about.get(name, {}) for name in ("keys", "summary", "versions", "trained")
+    )
     members = [
         (models[name], models[name.replace("vae", "operators")]) for name in models if name.startswith("vae_")
     ]
@@ -188,7 +190,17 @@ def read_models(
         if name.startswith(f"{_ARRAYS}.")
     }
     predictor = about.get("predictor", {})
-    return Saved(models.get("vae"), models.get("operators"), *notes, members, arrays, predictor)
+    return Saved(
+        models.get("vae"),
+        models.get("operators"),
+        keys,
+        summary,
+        versions,
+        trained,
+        members,
+        arrays,
+        predictor,
+    )
 
 
 def _device(device: torch.device | str) -> torch.device:

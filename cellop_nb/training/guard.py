@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -358,8 +359,8 @@ class NonFiniteGuard:
         if not self.deferred:
             return math.isfinite(float(norm)) or self._gradient_fault(trainer)
         flags = [self._loss_flag, self._parameter_flag, torch.isfinite(torch.as_tensor(norm))]
-        flags = [flag.to(self._parameters[0].device) for flag in flags if flag is not None]
-        self.finite = torch.stack(flags).all()
+        there = [flag.to(self._parameters[0].device) for flag in flags if flag is not None]
+        self.finite = torch.stack(there).all()
         if self._window is None:
             return bool(self.finite) or self._deferred_fault(trainer)
         self._window.hold(self.finite)
@@ -374,7 +375,11 @@ class NonFiniteGuard:
         self._since += 1
         window = self._window
         if window is not None:
-            window.note(trainer, self._random, self.finite)
+            random, finite = (
+                cast(dict, self._random),
+                cast(Tensor, self.finite),
+            )  # of before_step and the checks
+            window.note(trainer, random, finite)
             if not self._look(trainer, window, window.look(together=not _alone(trainer))):
                 return False
         if self._since % self.check_every == 0:

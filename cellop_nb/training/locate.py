@@ -277,7 +277,10 @@ def explain(
         people=people,
         values=values,
         norms=part_norms(model),
-        **{key: told.get(key) for key in ("stage", "epoch", "step", "learning_rate")},
+        stage=told["stage"],
+        epoch=told.get("epoch"),
+        step=told.get("step"),
+        learning_rate=told.get("learning_rate"),
     )
 
 

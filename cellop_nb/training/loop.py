@@ -324,7 +324,7 @@ class Machine:
                 devices=self.devices,
                 num_nodes=self.num_nodes,
                 strategy=self.strategy,
-                precision=self.precision,
+                precision=cast(Any, self.precision),  # refused above where Fabric does not know it
             )
             fabric.launch()
         if self.compile:

@@ -360,8 +360,9 @@ class OperatorTrainer(Trainer):
 
     def with_inputs(self, batch: GroupSample, inputs: dict[str, Tensor]) -> GroupSample:
         pool = self.groups.pool
-        control, perturbed = (pool.index_select(0, rows) for rows in inputs.values())
-        return replace(batch, control=control, perturbed=perturbed, **inputs)
+        rows, changed = inputs["control_rows"], inputs["perturbed_rows"]
+        control, perturbed = pool.index_select(0, rows), pool.index_select(0, changed)
+        return replace(batch, control=control, perturbed=perturbed, control_rows=rows, perturbed_rows=changed)
 
     def describe_batch(self, batch) -> dict[str, list[str]]:
         return {"groups": list(self.groups.labels)}

@@ -19,6 +19,7 @@ from ..data.counts import (
     CountBatch,
     CountLoader,
     CountMatrix,
+    DiskCounts,
     ResidentBatch,
     covariate_categories,
     has_other_genes,
@@ -104,7 +105,7 @@ def new_vae(
     return vae.start_from(torch.as_tensor(gene_mean / totals.mean()).float(), dispersion.float())
 
 
-def _moments(matrix: CountMatrix, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _moments(matrix: CountMatrix | DiskCounts, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Totals (cell,) of the cells `rows`, and mean and variance (gene,) of their counts, in float64."""
     totals, sums, squares = [], np.zeros(()), np.zeros(())
     for _, part in matrix.blocks(rows):
@@ -250,13 +251,13 @@ class VAETrainer(Trainer):
         return {"index": batch.index}
 
     def with_inputs(self, batch: ResidentBatch, inputs: dict[str, Tensor]) -> ResidentBatch:
-        return replace(batch, **inputs)
+        return replace(batch, index=inputs["index"])
 
     def describe_batch(self, batch: CountBatch | ResidentBatch) -> dict[str, list[str]]:
         return {"cells": self.cells[batch.index.cpu().numpy()].tolist(), "genes": self.genes}
 
 
-def _constants(matrix: CountMatrix, rows: np.ndarray) -> tuple[Tensor, str]:
+def _constants(matrix: CountMatrix | DiskCounts, rows: np.ndarray) -> tuple[Tensor, str]:
     """(cell,) part of each cell's log-likelihood that no parameter enters, 0 for cells not in `rows`; and a
     fingerprint of what the numbers of a training depend on: counts, library sizes and covariates of `rows`."""
     constant, rows = torch.zeros(len(matrix)), np.sort(rows)
