@@ -86,7 +86,7 @@ def test_the_worked_examples_do_what_they_say(quick, mine, capsys):
     assert audit.set_index("parameter").loc["axis_stretch", "status"] == "ok"
     assert (names["history"]["train_means"] > 0).all()
     assert set(names["history"]["means"]) == {0.5}
-    assert "median shift" in names["result"].summary().index
+    assert "median shift" in names["result"].summary().columns
     assert isinstance(names["StopAtFloor"](), cellop_nb.callbacks.Callback)
     with pytest.raises(cellop_nb.errors.CheckpointError, match="pass form=Stretch"):
         read_models("stretch.safetensors")

@@ -112,7 +112,15 @@ def test_the_command_line_is_standard_library_only():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=bare
     ).stdout.split()
     # a virtual environment may load small hooks of its own at start
-    known = {"cellop_nb", "__main__", "__mp_main__", "_distutils_hack", "sitecustomize", "usercustomize", "_virtualenv"}
+    known = {
+        "cellop_nb",
+        "__main__",
+        "__mp_main__",
+        "_distutils_hack",
+        "sitecustomize",
+        "usercustomize",
+        "_virtualenv",
+    }
     assert {name for name in loaded if not name.startswith("__editable__")} <= known
 
 
