@@ -68,14 +68,14 @@ def numbers(text: str) -> tuple[int, ...]:
 
 
 def refuse_outdated() -> None:
-    """Refuse packages that are too old before they fail in some other way; absent ones are told by Python.
+    """Refuse packages that are too old, of notebooks too, before they fail in some other way; Python tells absent ones.
 
     Raises
     ------
     SetupError
         Naming each package that is older than the lowest supported version.
     """
-    old = [requirement for requirement in requirements() if not _met(requirement, absent=True)]
+    old = [requirement for requirement in requirements("notebook") if not _met(requirement, absent=True)]
     if old:
         versions = ", ".join(f"{_name(r)} {version(_name(r))}" for r in old)
         command = " ".join(["pip install", *(f'"{requirement}"' for requirement in old)])

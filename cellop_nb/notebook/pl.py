@@ -704,7 +704,7 @@ def predicted_vs_true(
     if many:
         both = table.groupby("group")[["true", "predicted"]]
         r = [np.corrcoef(rows.to_numpy(dtype=float).T)[0, 1] for _, rows in both if len(rows) > 2]
-        axes[len(names)].hist(r, bins=20, color=s.PREDICTED)
+        axes[len(names)].hist(r, bins=20, range=(np.nanmin(r, initial=0.0), 1.0), color=s.PREDICTED)
         s.label(axes[len(names)], f"all {len(every)} groups", "r of predicted and true", "groups")
     return s.finish(fig, show, save)
 

@@ -116,7 +116,7 @@ def _(place):
     return command(place, "holdout", "screen.h5ad", "--seeds", "0")
 
 
-@case(HOLDOUTS, "a latent space of one dimension", code=2)
+@case(HOLDOUTS, "hold-outs in a latent space of one dimension", code=2)
 def _(place):
     _ = place.h5ad
     return command(place, "holdout", "screen.h5ad", "--latent", "1")

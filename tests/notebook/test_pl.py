@@ -142,7 +142,9 @@ def nothing_is_cut(figure: Figure) -> bool:
 
 
 def test_every_public_figure_is_tried_here():
-    assert set(FIGURES) == set(co.pl.__all__)
+    assert {*FIGURES, "training_curves"} == set(co.pl.__all__), (
+        "those of a training are tried with the live picture"
+    )
 
 
 @pytest.mark.filterwarnings("error")
