@@ -1,7 +1,7 @@
 """Make the README's figure: `python docs/readme_figure.py` writes docs/images/held_out.png.
 
-One group of the embedded synthetic screen is held out, predicted from its control cells, and compared with the real
-cells: the clouds, the change of every gene, and the energy distances of all methods.
+The perturbed cells of one context of the embedded synthetic screen are held out, predicted from its control cells, and
+compared with the real cells: the clouds, the change of every gene, and the energy distances of the methods.
 """
 
 from __future__ import annotations
@@ -14,26 +14,32 @@ import cellop_nb as co
 from cellop_nb.notebook import style
 
 CONTEXT, PERTURBATION = "type C", "drug 1"
-METHODS = {
-    "no change": "no change",
-    "nearest context": "nearest context",
-    "mean shift": "mean shift",
-    "latent shift": "latent shift",
-    "operators": "operator",
-}
+METHODS = ["no change", "mean shift", "near mean shift", "linear", "latent shift", "CellOp"]
 BLUE, ORANGE, GREEN = style.BLUE, style.ORANGE, style.GREEN
 
 
 def held_out():
-    """The hold-out of one group; about half a minute on one core."""
+    """The hold-out of one context; about half a minute on one core."""
     adata = co.datasets.load("synthetic_screen")
-    return co.holdout(adata, heldout={"cell_type": CONTEXT, "perturbation": PERTURBATION}, n_genes=0)
+    model = co.CellOp(adata, n_genes=None)
+    return co.holdout(model, only=[CONTEXT], metrics=["e_distance"])
+
+
+def cells_of(result) -> dict[str, np.ndarray]:
+    """Control, predicted and real cells of the group, (cell, gene) log1p-CP10k."""
+    (fit,) = result.fits
+    space, predicted, real = fit.space, result.predictions, fit.real
+    parts = {
+        "control": fit.control[fit.control.obs["cell_type"] == CONTEXT],
+        "predicted": predicted[predicted.obs["perturbation"] == PERTURBATION],
+        "real": real[real.obs["perturbation"] == PERTURBATION],
+    }
+    return {name: space.transform(space.select(part)) for name, part in parts.items()}
 
 
 def clouds(ax, result) -> None:
     """Control, predicted and real cells, in the two components (fitted on training cells) of the largest change."""
-    parts = {"control": result.control, "predicted": result.predictions, "real": result.real}
-    parts = {name: result.space.project(result.space.transform(cells.X)) for name, cells in parts.items()}
+    parts = {name: result.fits[0].space.project(cells) for name, cells in cells_of(result).items()}
     change = np.abs(parts["real"].mean(0) - parts["control"].mean(0))
     first, second = np.argsort(-change)[:2]
     for (name, cells), colour, marker in zip(parts.items(), (BLUE, ORANGE, GREEN), "so^", strict=True):
@@ -47,9 +53,7 @@ def clouds(ax, result) -> None:
 
 def changes(ax, result) -> None:
     """Predicted against real change of each gene's mean log expression."""
-    control, predicted, real = (
-        result.space.transform(cells.X).mean(0) for cells in (result.control, result.predictions, result.real)
-    )
+    control, predicted, real = (cells.mean(0) for cells in cells_of(result).values())
     ax.axline((0, 0), slope=1, color="0.6", linewidth=1)
     ax.scatter(real - control, predicted - control, s=7, c=ORANGE, linewidths=0)
     ends = min((real - control).min(), -1) - 0.1, (real - control).max() + 0.1
@@ -60,10 +64,11 @@ def changes(ax, result) -> None:
 
 def distances(ax, result) -> None:
     """Energy distance of each method's cells to the real cells, and the noise floor."""
-    table = result.table[result.table["metric"] == "e_distance"].set_index("method")["value"]
+    rows = result.scores[result.scores["perturbation"] == PERTURBATION]
+    table = rows[rows["metric"] == "e_distance"].set_index("method")["value"]
     values = [table[method] for method in METHODS]
     colours = ["0.7"] * (len(values) - 1) + [ORANGE]
-    bars = ax.barh(list(METHODS.values()), values, color=colours)
+    bars = ax.barh(METHODS, values, color=colours)
     ax.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
     floor = table[[name for name in table.index if "floor" in name][0]]
     ax.axvline(floor, color="black", linewidth=1, linestyle=":", label=f"noise floor {floor:.2f}")
