@@ -16,6 +16,7 @@ _PUBLIC = {
     "errors": "errors",
     "pl": "notebook.pl",
     "callbacks": "training.callbacks",
+    "combinations": "analysis.combinations",
     "diagnose": "analysis.diagnose",
     "distances": "analysis.distances",
     "exchange": "analysis.exchange",
@@ -35,7 +36,6 @@ _PUBLIC = {
     "nb_log_likelihood": "models.likelihood",
     "energy_distance": "models.energy",
     "NBVAE": "models.vae",
-    "Condition": "models.operators",
     "OperatorModel": "models.operators",
     "VAETrainer": "training.vae",
     "new_vae": "training.vae",
@@ -48,14 +48,6 @@ _PUBLIC = {
     "embed": "analysis.predict",
     "evaluate": "analysis.scores",
     "holdout": "analysis.holdout",
-    "error_advice": "analysis.holdout",
-    "error_budget": "analysis.holdout",
-    "combine": "analysis.combinations",
-    "sequence": "analysis.combinations",
-    "order_effects": "analysis.combinations",
-    "reversal": "analysis.combinations",
-    "etest": "analysis.distances",
-    "gradient_audit": "analysis.diagnose",
     "LivePlot": "notebook.live",
     "Explorer": "notebook.explorer",
     "TuningPanel": "notebook.tuning",
@@ -63,6 +55,7 @@ _PUBLIC = {
 }
 _MODULES = {
     "callbacks",
+    "combinations",
     "datasets",
     "diagnose",
     "distances",
@@ -78,6 +71,7 @@ _MODULES = {
 
 if TYPE_CHECKING:  # the names below are found by `__getattr__` while running
     from . import errors as errors
+    from .analysis import combinations as combinations
     from .analysis import diagnose as diagnose
     from .analysis import distances as distances
     from .analysis import exchange as exchange
@@ -87,14 +81,6 @@ if TYPE_CHECKING:  # the names below are found by `__getattr__` while running
     from .analysis import uncertainty as uncertainty
     from .analysis.cellop import CellOp as CellOp
     from .analysis.cellop import load as load
-    from .analysis.combinations import combine as combine
-    from .analysis.combinations import order_effects as order_effects
-    from .analysis.combinations import reversal as reversal
-    from .analysis.combinations import sequence as sequence
-    from .analysis.diagnose import gradient_audit as gradient_audit
-    from .analysis.distances import etest as etest
-    from .analysis.holdout import error_advice as error_advice
-    from .analysis.holdout import error_budget as error_budget
     from .analysis.holdout import holdout as holdout
     from .analysis.predict import embed as embed
     from .analysis.scores import evaluate as evaluate
@@ -106,7 +92,6 @@ if TYPE_CHECKING:  # the names below are found by `__getattr__` while running
     from .data.splits import split as split
     from .models.energy import energy_distance as energy_distance
     from .models.likelihood import nb_log_likelihood as nb_log_likelihood
-    from .models.operators import Condition as Condition
     from .models.operators import OperatorModel as OperatorModel
     from .models.vae import NBVAE as NBVAE
     from .notebook import pl as pl

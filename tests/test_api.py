@@ -182,7 +182,7 @@ def test_the_same_keyword_has_the_same_default_everywhere():
     assert not odd
 
 
-MOST_NAMES = 50
+MOST_NAMES = 40
 
 
 def test_what_there_is_to_learn_stays_small():
@@ -192,7 +192,7 @@ def test_what_there_is_to_learn_stays_small():
     sizes = {name: len(parameters(value)) for name, value in own.items()}
     trainers = {"VAETrainer", "OperatorTrainer"}
     assert {name: n for name, n in sizes.items() if n > (15 if name in trainers else 10)} == {}
-    assert statistics.median(sizes.values()) < 6
+    assert statistics.median(sizes.values()) <= 6
     open_ended = {
         name: value for name, value in own.items()
         if any(p.kind is p.VAR_KEYWORD for p in parameters(value).values())

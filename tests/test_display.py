@@ -12,6 +12,7 @@ from bs4 import BeautifulSoup
 
 import cellop_nb as co
 from cellop_nb.display import Distances, History, Scores, card, grid
+from cellop_nb.models.operators import Condition
 
 
 def facts(html: str) -> dict[str, str]:
@@ -69,13 +70,13 @@ def test_an_operator_family_tells_its_largest_norm():
     family = co.OperatorModel(3, ["a", "b"], ["x"])
     with torch.no_grad():
         family.axis_left += 0.3 * torch.eye(3)
-    norms = {name: family.norm(co.Condition((name,), "x")) for name in "ab"}
+    norms = {name: family.norm(Condition((name,), "x")) for name in "ab"}
     worst = max(norms, key=norms.get)
     assert facts(family._repr_html_())["largest spectral norm"] == f"{norms[worst]:.3f} (x, {worst})"
 
 
 def test_an_operator_tells_how_far_it_moves():
-    operator = co.OperatorModel(3, ["a"], ["x"]).operator(co.Condition(("a",), "x"))
+    operator = co.OperatorModel(3, ["a"], ["x"]).operator(Condition(("a",), "x"))
     said = facts(operator._repr_html_())
     assert said["largest singular value"] == "1"
     assert said["length of the shift"] == f"{float(operator.shift.norm()):.4g}"

@@ -14,6 +14,7 @@ import cellop_nb
 from cellop_nb.__main__ import build_parser
 from cellop_nb.analysis import cellop
 from cellop_nb.commands import load
+from cellop_nb.models.operators import Condition
 from cellop_nb.training.checkpoint import read_models
 
 GUIDES = sorted((Path(__file__).resolve().parents[1] / "docs" / "guides").glob("*.md"))
@@ -74,15 +75,17 @@ def test_the_worked_examples_do_what_they_say(quick, mine, capsys):
     names = run(next(page for page in GUIDES if page.stem == "extend"))
     form, again = names["Stretch"], names["again"]
     assert type(again) is form
-    condition = cellop_nb.Condition(("drug 1",), "type A")
+    condition = Condition(("drug 1",), "type A")
     matrix = again.matrix(condition)
     torch.testing.assert_close(matrix, names["operators"].matrix(condition))
     assert torch.equal(matrix, matrix.diag().diag())
     assert not torch.equal(matrix, torch.eye(6))
-    torch.testing.assert_close(again.matrix(cellop_nb.Condition((), "type A")), torch.eye(6))
+    torch.testing.assert_close(again.matrix(Condition((), "type A")), torch.eye(6))
     moved = names["operators"]
     design = moved.conditions.design([condition])
-    audit = cellop_nb.gradient_audit(moved, lambda: sum(part.square().sum() for part in moved.affine(design)))
+    audit = cellop_nb.diagnose.gradient_audit(
+        moved, lambda: sum(part.square().sum() for part in moved.affine(design))
+    )
     assert audit.set_index("parameter").loc["axis_stretch", "status"] == "ok"
     assert (names["history"]["train_means"] > 0).all()
     assert set(names["history"]["means"]) == {0.5}

@@ -19,6 +19,7 @@ import pandas as pd
 import pytest
 
 import cellop_nb
+from cellop_nb.models.operators import Condition
 from cellop_nb.training.checkpoint import read_models
 
 PACKAGE = Path(cellop_nb.__file__).parent
@@ -196,7 +197,7 @@ def shown_operators():
 
 
 def shown_operator():
-    return cellop_nb.OperatorModel(2, [EVIL], ["A"]).operator(cellop_nb.Condition((EVIL,), "A"))._repr_html_()
+    return cellop_nb.OperatorModel(2, [EVIL], ["A"]).operator(Condition((EVIL,), "A"))._repr_html_()
 
 
 def shown_trainer():

@@ -59,7 +59,7 @@ class Question:
     strength
         Power of the operator, 0 to 1.5; each step of a sequence is taken at this strength.
     rule
-        How a combination is built: ``"axes"``, ``"composition"``, ``"generator"`` (:func:`cellop_nb.combine`).
+        How a combination is built: ``"axes"``, ``"composition"``, ``"generator"`` (``co.combinations``).
     reverse
         Lead the perturbed cells back to the controls instead.
     """

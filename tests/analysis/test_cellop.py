@@ -327,7 +327,7 @@ def test_an_operator_of_ones_own_moves_the_cells(model, screen):
     own = controls(screen, "M")[:, model.genes].copy()
     co.embed(own, model.vae)
     z = torch.as_tensor(own.obsm["X_nbvae"])
-    sequence = co.sequence(model.operators, [("ifn", 0.5), "odd"])
+    sequence = co.combinations.sequence(model.operators, [("ifn", 0.5), "odd"])
     back = AffineOperator(ifn.matrix, ifn.shift, "there").inverse() @ ifn
     for act, name in ((sequence, "first ifn, then odd"), (back, None)):
         cells = model.predict(context="M", perturbation=name, operator=act)

@@ -47,7 +47,7 @@ def _(place):
 def _(place):
     operators = place.operators
     place.adata.obsm["X_nbvae"] = np.zeros((place.adata.n_obs, 3), dtype=np.float32)
-    co.order_effects(place.adata, operators)
+    co.combinations.order_effects(place.adata, operators)
 
 
 @case(MODELS, "a predictor asked before it was fitted")
