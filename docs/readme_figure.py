@@ -34,7 +34,7 @@ def cells_of(result) -> dict[str, np.ndarray]:
         "predicted": predicted[predicted.obs["perturbation"] == PERTURBATION],
         "real": real[real.obs["perturbation"] == PERTURBATION],
     }
-    return {name: space.transform(space.select(part)) for name, part in parts.items()}
+    return {name: space.transform(space.select(part, "X")) for name, part in parts.items()}
 
 
 def clouds(ax, result) -> None:
