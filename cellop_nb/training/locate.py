@@ -70,8 +70,8 @@ class Origin:
         if self.kind in ("batch", "parameter"):
             return f"{self.name}{owner} held {_listed(self.found)}"
         ranges = ", ".join(f"[{low:.4g}, {high:.4g}]" for low, high in self.inputs)
-        given = f" from values in {ranges}" if ranges else ""
-        return f"{self.name}{owner}{at} gave {_listed(self.found)}{given}"
+        values = f" from values in {ranges}" if ranges else ""
+        return f"{self.name}{owner}{at} gave {_listed(self.found)}{values}"
 
 
 def _listed(found: list) -> str:
@@ -109,8 +109,8 @@ class OperationWatch(TorchDispatchMode):
         return Origin("operation", name, self.scopes.current, caller(_HERE), ranges, [], _first(made, where))
 
     def _inherited(self, poisoned: list[Tensor]) -> tuple[int, Origin] | None:
-        known = [self._births.get(storage_address(tensor)) for tensor in poisoned]
-        found = [birth for birth in known if birth is not None]
+        births = [self._births.get(storage_address(tensor)) for tensor in poisoned]
+        found = [birth for birth in births if birth is not None]
         if found:
             return min(found, key=lambda birth: birth[0])
         if not poisoned:
