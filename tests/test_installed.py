@@ -100,9 +100,9 @@ def test_a_sweep_runs_from_the_wheel(installed):
     there.mkdir()
     what = ("02", "-g", "seed=7", "-p", "max_epochs", "1", "--workers", "1")
     assert "1 run done" in installed("sweep", *what, cwd=there)
-    (run,) = (there / "runs" / "sweeps" / "02_train_vae").glob("*/*/metrics.json")
-    assert json.loads(run.read_text())["parameters"]["seed"] == 7
-    assert (run.parents[2] / "summary.ipynb").is_file()
+    (run,) = (there / "runs" / "sweeps" / "02_train_vae").glob("*/result.json")
+    assert json.loads(run.read_text())["values"]["seed"] == 7
+    assert (run.parents[1] / "summary.ipynb").is_file()
 
 
 def test_lab_opens_a_copy_of_the_notebooks(installed):

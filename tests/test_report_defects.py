@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.gradcheck import GradcheckError
 from torch.distributions import Normal
 
-from cellop_nb import gradient_audit
-from cellop_nb.analysis.diagnose import saved_for_backward
+from cellop_nb.analysis.diagnose import gradient_audit, saved_for_backward
 from cellop_nb.errors import ModelError, NonFiniteError
 from cellop_nb.models.energy import energy_distance
 from cellop_nb.models.likelihood import nb_log_likelihood, nb_log_likelihood_logits

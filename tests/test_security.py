@@ -83,7 +83,10 @@ def test_a_danger_is_noticed(source):
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_a_pickle_named_h5ad_or_model_runs_nothing(tmp_path):
     """Not even looked at as a pickle: the witness file would appear."""
+    import hashlib
     import pickle
+
+    from cellop_nb.training import checkpoint
 
     class Evil:
         def __reduce__(self):
@@ -98,6 +101,12 @@ def test_a_pickle_named_h5ad_or_model_runs_nothing(tmp_path):
     adata = cellop_nb.datasets.synthetic(n_contexts=2, n_perturbations=1, n_cells=20, n_genes=20)
     cellop_nb.split(adata)
     trainer = cellop_nb.VAETrainer(adata, cellop_nb.new_vae(adata, n_latent=2), progress=False)
+    with pytest.raises(cellop_nb.errors.CheckpointError, match="does not end with the digest"):
+        trainer.load_checkpoint(tmp_path / "last.pt")
+    content = pickle.dumps(Evil())  # sealed as our own files are
+    (tmp_path / "last.pt").write_bytes(
+        content + checkpoint._SEAL + hashlib.sha256(content).hexdigest().encode()
+    )
     with pytest.raises(cellop_nb.errors.CheckpointError, match="never run"):
         trainer.load_checkpoint(tmp_path / "last.pt")
     assert not (tmp_path / "witness").exists()

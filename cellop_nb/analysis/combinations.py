@@ -20,7 +20,7 @@ from ..models.energy import energy_distance, noise_floor, noise_limit, self_dist
 from ..models.operators import Condition, OperatorModel, perturbation_parts
 from .distances import NO_CHANGE, OPERATOR, OWN_MEAN
 
-__all__ = ["RULES", "combine", "order_effects", "reversal", "sequence"]
+__all__ = ["combine", "order_effects", "reversal", "sequence"]
 
 RULES = ("axes", "composition", "generator")
 

@@ -158,7 +158,7 @@ TEST = Command(
     "run the tests, the notebooks' included",
     add_test_arguments,
     test,
-    extras=("notebook", "test"),
+    extras=("notebook", "test", "docs"),
     check=check_test,
 )
 # the peers of a benchmark are optional: those that are absent are named as such

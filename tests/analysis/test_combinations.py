@@ -25,12 +25,12 @@ from .screens import interacting
 DOUBLE = "drug 1+drug 2"
 
 
-def fit(adata, ridge: float, context_key="cell_type", **training) -> OperatorModel:
+def fit(adata, ridge: float, **training) -> OperatorModel:
     """Operators whose contexts share everything, trained on the latents."""
-    model = new_operators(adata, context_key=context_key, context_rank=None)
+    model = new_operators(adata, context_rank=None)
     penalties, machine = Penalties(ridge=ridge, context_ridge=0.01), Machine(accelerator="cpu")
     options = {"lr": 2e-2, "penalties": penalties, "machine": machine, "progress": False} | training
-    OperatorTrainer(adata, model, context_key=context_key, **options).fit()
+    OperatorTrainer(adata, model, **options).fit()
     return model.eval()
 
 
@@ -143,7 +143,7 @@ def test_reversal_without_an_inverse_says_so(screen, operators, monkeypatch):
 
 def test_interaction_is_learned_where_the_double_was_measured():
     adata = interacting()
-    training = {"max_epochs": 12, "lr": 5e-2, "context_key": None}
+    training = {"max_epochs": 12, "lr": 5e-2}
     axes = fit(adata, 10.0, **training)
     move = axes.operator(Condition(("A", "B")))
     start = torch.as_tensor(adata.obsm["X_nbvae"][:100])

@@ -9,8 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from cellop_nb import gradient_audit
-from cellop_nb.analysis.diagnose import affine_health, compare_health, operator_health, saved_for_backward
+from cellop_nb.analysis.diagnose import (
+    affine_health,
+    compare_health,
+    gradient_audit,
+    operator_health,
+    saved_for_backward,
+)
 from cellop_nb.errors import LabelError, ModelError
 from cellop_nb.models.energy import energy_distance
 from cellop_nb.models.operators import Condition, OperatorModel, spectral_excess

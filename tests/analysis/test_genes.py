@@ -219,7 +219,7 @@ def test_the_measured_change_is_that_of_the_mean_proportions(screen):
 
 
 def test_the_measured_change_is_read_from_a_file_in_parts(screen, tmp_path, monkeypatch):
-    monkeypatch.setattr("cellop_nb.data.on_disk.PART", 7)
+    monkeypatch.setattr("cellop_nb.data.counts.PART", 7)
     screen.write_h5ad(tmp_path / "screen.h5ad")
     on_disk = measured_genes(load(str(tmp_path / "screen.h5ad"), backed=True))
     pd.testing.assert_frame_equal(on_disk, measured_genes(screen), rtol=1e-6)

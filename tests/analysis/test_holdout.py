@@ -14,13 +14,11 @@ from cellop_nb.analysis.baselines import BASELINES, Prediction
 from cellop_nb.analysis.holdout import (
     CELLOP,
     LATENT_SHIFT,
-    STAGES,
     Holdout,
-    error_advice,
-    error_budget,
     questions_of,
 )
 from cellop_nb.analysis.scores import CEILING, FLOOR, evaluate
+from cellop_nb.analysis.uncertainty import STAGES, error_advice, error_budget
 from cellop_nb.data.contract import Keys
 from cellop_nb.errors import HoldoutError, LabelError
 
