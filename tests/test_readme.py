@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 
 import cellop_nb
@@ -140,3 +141,17 @@ def outline(page: Path) -> list[str]:
 def test_the_chinese_version_keeps_step():
     """The same headings, code, tables, pictures and lists in the same order."""
     assert outline(ENGLISH) == outline(CHINESE)
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.zh.md"])
+def test_the_table_of_held_out_types_is_that_of_its_file(page, root):
+    table = pd.read_csv(root / "docs" / "kang_types.csv")
+    energy = table.pivot_table(index="context", columns="method", values="energy")
+    pearson = table[table["method"] == "CellOp"].groupby("context")["pearson"].mean()
+    methods = ["no change", "mean shift", "near mean shift", "linear", "CellOp"]
+    text = (root / page).read_text(encoding="utf-8")
+    for context in energy.index:
+        cells = [*(f"{energy.loc[context, name]:.2f}" for name in methods), f"{pearson[context]:.2f}"]
+        assert f"| {' | '.join([context, *cells])} |" in text
+    means = [*(f"{energy[name].mean():.2f}" for name in methods), f"{pearson.mean():.2f}"]
+    assert f"| {' | '.join(means)} |" in text
