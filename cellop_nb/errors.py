@@ -149,47 +149,11 @@ _OTHER_WORDS = {"learning_rate": "lr", "epochs": "max_epochs", "latent_dim": "n_
 """What other programs call some of our settings."""
 
 
-def check_settings(names: Iterable[str], *receivers: Callable, of: str, taken: Iterable[str] = ()) -> None:
-    """Refuse the first of `names` that is no argument of a receiver.
-
-    Parameters
-    ----------
-    names
-        Names, or a mapping from names to values.
-    receivers
-        Functions, or classes with all that their bases take too.
-    of
-        What is set, for the message.
-    taken
-        Arguments that the caller fills in itself.
-
-    Raises
-    ------
-    LabelError
-        With the known names, and the nearest of them.
-    """
-    options = sorted(set().union(*map(_arguments, receivers)) - set(taken))
-    for name in names:
-        if name not in options:
-            raise _unknown(name, options, of)
-
-
 def _unknown(name: str, options: list[str], owner: str) -> LabelError:
     likely = _OTHER_WORDS.get(name)
     hint = did_you_mean(likely if likely in options else name, options)
     fix = hint if hint.startswith("did you mean") else "use one of these, or leave it out"
     return LabelError(three_beats(f"a setting of {owner}: {', '.join(options)}", repr(name), fix))
-
-
-def _arguments(receiver: Callable) -> set[str]:
-    """Names that may be passed by keyword."""
-    classes = receiver.__mro__[:-1] if inspect.isclass(receiver) else ()
-    functions = [vars(one)["__init__"] for one in classes if "__init__" in vars(one)] or [receiver]
-    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    arguments = {
-        p.name for f in functions for p in inspect.signature(f).parameters.values() if p.kind in named
-    }
-    return arguments - {"self"}
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,6 @@ from ..files import write_whole
 from ..models.affine import AffineOperator
 from ..models.carry import (
     Observed,
-    Remainder,
     balanced_counts,
     carry_counts,
     carry_to_mean,
@@ -277,7 +276,6 @@ def decode_cells(
     moved: Tensor,
     *,
     start: Tensor | None = None,
-    remainder: Remainder | None = None,
     key_added: str = REP,
     seed: int = 0,
 ) -> ad.AnnData:
@@ -291,8 +289,6 @@ def decode_cells(
         (cell, d) latents before the move. With them, each cell keeps its own counts and gains or loses what
         the decoder says (:class:`Observed`); without, counts are drawn afresh from the decoder at the cells'
         library sizes.
-    remainder
-        What the prediction is known to miss, added to cells that have a `start`.
 
     Returns
     -------
@@ -312,7 +308,7 @@ def decode_cells(
             mean, sampled = end.mean, end.sample(generator)
         else:
             begin = vae.decode(start[rows].to(device), batch.library, batch.covariates)
-            mean = Observed(batch.x[:, : vae.n_genes], batch.library, begin).mean(end, remainder)
+            mean = Observed(batch.x[:, : vae.n_genes], batch.library, begin).mean(end)
             sampled = carry_counts(mean, generator)
         means[rows] = mean.cpu().numpy()
         drawn.append(sparse.csr_matrix(sampled.cpu().numpy()))

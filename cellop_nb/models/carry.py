@@ -3,34 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from .likelihood import COUNTS_PER_CELL, MIN_MEAN, NegativeBinomial, counts_at, levels
-
-
-@dataclass(frozen=True, eq=False)
-class Remainder:
-    """What a prediction is known to miss of the cells of a group.
-
-    Attributes
-    ----------
-    level : ndarray
-        (gene,) change of the cells' mean level (:func:`levels`).
-    growth : float
-        Change of the log of the mean number of counts of a cell, on top of that of its levels: cells that hold
-        more RNA, or more of it in the modelled genes.
-    """
-
-    level: np.ndarray
-    growth: float = 0.0
-
-    def __add__(self, other: Remainder) -> Remainder:
-        """What a combination misses: the sum over its parts."""
-        return Remainder(self.level + other.level, self.growth + other.growth)
+from .likelihood import COUNTS_PER_CELL, MIN_MEAN, NegativeBinomial, levels
 
 
 class Observed:
@@ -46,7 +23,7 @@ class Observed:
     latent does not hold, a gene that the decoder misjudges, the cell's noise), x' departs in the same way. Where
     nothing changes, x' = x.
 
-    The library size stays what was observed, but for the remainder's growth: counts are scaled so that all measured
+    The library size stays what was observed: counts are scaled so that all measured
     genes sum to it, of which those not modelled one by one are what the others leave.
 
     Parameters
@@ -70,32 +47,23 @@ class Observed:
         self._kept = x / self._start
         self._others, self._others_start = (self._missing(part) for part in (x, self._start))
 
-    def mean(self, after: NegativeBinomial, remainder: Remainder | None = None) -> Tensor:
+    def mean(self, after: NegativeBinomial) -> Tensor:
         """Expected counts (cell, gene) of the moved cells, given what was observed of them.
 
         Parameters
         ----------
         after
             Distribution (cell, gene) after the move, with the inverse dispersion r of the one before.
-        remainder
-            What is known to be missed: added to the level of every cell, then the counts of every cell grow;
-            nothing where None.
         """
         end = after.mean.clamp_min(MIN_MEAN)
         change = end - self._start
         # x itself where nothing changes; sums of both signs, for torch.where takes twenty times as long
         moved = torch.addcmul(self.x, change.clamp_min(0.0), self._gain)
         moved = moved.addcmul_(change.clamp_max(0.0), self._kept).clamp_min_(0.0)
-        if remainder is not None:
-            level = torch.as_tensor(remainder.level).to(moved)
-            moved = torch.where(
-                level == 0, moved, counts_at(levels(moved, self.library) + level, self.library)
-            )
         total = moved.sum(-1) + self._other_genes(end)
         stays = (moved - self.x).abs_().amax(-1) == 0
         scale = torch.where(stays, 1.0, self.library / total.clamp_min(MIN_MEAN))
-        growth = 1.0 if remainder is None else math.exp(remainder.growth)
-        return moved * (scale * growth).unsqueeze(-1)
+        return moved * scale.unsqueeze(-1)
 
     def _missing(self, part: Tensor) -> Tensor:
         """(cell,) what the modelled genes leave of the library."""

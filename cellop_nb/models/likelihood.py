@@ -611,11 +611,6 @@ def levels(x: Tensor, library: Tensor) -> Tensor:
     return (x * (COUNTS_PER_CELL / library).unsqueeze(-1)).log1p_()
 
 
-def counts_at(level: Tensor, library: Tensor) -> Tensor:
-    """Counts (cell, gene) at expression levels: the inverse of :func:`levels`; a level below 0 is 0."""
-    return torch.expm1(level.clamp_min(0.0)) * (library / COUNTS_PER_CELL).unsqueeze(-1)
-
-
 class LogNormalised:
     """Expression :func:`levels` as inputs of a layer, dense or at the non-zeros.
 
