@@ -49,11 +49,6 @@ class Prediction:
                 fix = "find out where the model breaks; they are not replaced"
                 raise DataError(three_beats(f"a finite {name} predicted by {self.method!r}", problem, fix))
 
-    @property
-    def mean_only(self) -> bool:
-        """Whether the method predicts a mean and no cells: metrics of clouds are then undefined."""
-        return self.mean is not None and self.cells is None
-
     @classmethod
     def of_cells(cls, method: str, cells: np.ndarray, counts=None, library=None) -> Prediction:
         """From predicted cells (cell, gene) in log1p-CP10k."""

@@ -245,27 +245,6 @@ def _constants(loss: Tensor) -> str:
     return f"not in the graph; constants enter at: {named} (give the loss as a function to learn the line)"
 
 
-def saved_for_backward(loss: Callable) -> int:
-    """Bytes of tensors that the graph of a loss keeps for its backward pass, beside the parameters' own.
-
-    Parameters
-    ----------
-    loss
-        Function without arguments that returns the loss; no gradient is computed.
-    """
-    sizes: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, nn.Parameter) and tensor.layout == torch.strided:
-            sizes[storage_address(tensor)] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        kept = loss()  # held until the sizes are read, so that no address is used twice
-    del kept
-    return sum(sizes.values())
-
-
 # -- health of operators ---------------------------------------------------------------------------------------------
 
 

@@ -14,14 +14,13 @@ from torch import Tensor
 
 from ..data.groups import Group, Groups
 from ..display import Distances
-from ..errors import DataError, LabelError, did_you_mean, three_beats
+from ..errors import LabelError, did_you_mean, three_beats
 from ..models.energy import (
     energies_of_sums,
     energy_distance,
     noise_floor,
     noise_limit,
     self_distance,
-    split_energies,
 )
 from ..models.operators import OperatorModel
 from .metrics import EvaluationSpace
@@ -263,41 +262,6 @@ class _AgainstControl:
         }
 
 
-def permutation_test(
-    x: np.ndarray, y: np.ndarray, *, n_permutations: int = 1999, seed: int = 0
-) -> tuple[float, float]:
-    r"""Energy distance of two clouds and its permutation p-value.
-
-    .. math:: p = \frac{1 + \#\{T^* \ge T\}}{1 + B}
-
-    so that p is never 0 and is 1 when all statistics are tied.
-
-    Parameters
-    ----------
-    x, y : (cell, dimension)
-        At least two cells each.
-
-    Returns
-    -------
-    (statistic, p)
-
-    References
-    ----------
-    Phipson and Smyth 2010, Stat Appl Genet Mol Biol 9:39; Székely and Rizzo 2013, J Stat Plan Inference
-    143:1249.
-    """
-    if min(len(x), len(y)) < 2:
-        raise DataError(three_beats("two cells a side", f"{len(x)} and {len(y)}", "drop this group"))
-    pooled = np.concatenate([x, y]).astype(np.float64)
-    distance = cdist(pooled, pooled)
-    labels = np.zeros(len(pooled))
-    labels[: len(x)] = 1.0
-    rng = np.random.default_rng(seed)
-    splits = np.stack([labels, *(rng.permutation(labels) for _ in range(n_permutations))])
-    statistic = split_energies(torch.from_numpy(distance), torch.from_numpy(splits)).numpy()
-    return float(statistic[0]), _share_as_large(statistic[0] - TIE * distance.mean(), statistic[1:])
-
-
 def _share_as_large(value: float, permuted: np.ndarray) -> float:
     """(1 + number of permuted statistics that are at least `value`) / (1 + B)."""
     return float((1 + (permuted >= value).sum()) / (1 + len(permuted)))
@@ -313,7 +277,7 @@ def tail_probability(statistic: float, permuted: np.ndarray, n: int, m: int, *, 
     The shape is not let below 0, where p could vanish: the energy distance of equal clouds is a weighted sum of
     chi-squared variables, with a tail no lighter than exponential. p is not below one over the number of splits that
     exist. Where ten permuted statistics or more are as large, or too few permutations or splits exist to fit a tail, p is
-    that of :func:`permutation_test`.
+    :math:`(1 + \#\{T^* \ge T\}) / (1 + B)`, which is never 0, and 1 when all statistics are tied.
 
     Parameters
     ----------

@@ -24,7 +24,6 @@ from ..models.affine import AffineOperator
 from ..models.carry import (
     Observed,
     balanced_counts,
-    carry_counts,
     carry_to_mean,
     levels,
     whole_levels,
@@ -267,55 +266,6 @@ def assemble(
 
 _CELLS_AT_ONCE = 1024
 """Cells decoded together: what lies between latents and counts is held of so many."""
-
-
-@torch.no_grad()
-def decode_cells(
-    adata,
-    vae: NBVAE,
-    moved: Tensor,
-    *,
-    start: Tensor | None = None,
-    key_added: str = REP,
-    seed: int = 0,
-) -> ad.AnnData:
-    """Cells of `adata` with the latents `moved` (cell, d), as counts.
-
-    Counts are sampled, since log1p of an expected count is not the expectation of log1p counts.
-
-    Parameters
-    ----------
-    start
-        (cell, d) latents before the move. With them, each cell keeps its own counts and gains or loses what
-        the decoder says (:class:`Observed`); without, counts are drawn afresh from the decoder at the cells'
-        library sizes.
-
-    Returns
-    -------
-    AnnData
-        ``X`` (sampled counts, CSR), ``layers["mean"]``, ``obsm[key_added]`` and a copy of ``obs``.
-    """
-    vae.eval()
-    matrix = model_counts(adata, vae)
-    device = next(vae.parameters()).device
-    generator = torch.Generator(device=device).manual_seed(seed)
-    means: np.ndarray = np.empty((len(matrix), vae.n_genes), dtype=np.float32)
-    drawn = []
-    for rows in np.split(np.arange(len(matrix)), range(_CELLS_AT_ONCE, len(matrix), _CELLS_AT_ONCE)):
-        batch = matrix.batch(rows, device)
-        end = vae.decode(moved[rows].to(device), batch.library, batch.covariates)
-        if start is None:
-            mean, sampled = end.mean, end.sample(generator)
-        else:
-            begin = vae.decode(start[rows].to(device), batch.library, batch.covariates)
-            mean = Observed(batch.x[:, : vae.n_genes], batch.library, begin).mean(end)
-            sampled = carry_counts(mean, generator)
-        means[rows] = mean.cpu().numpy()
-        drawn.append(sparse.csr_matrix(sampled.cpu().numpy()))
-    cells = ad.AnnData(X=sparse.vstack(drawn, format="csr"), obs=adata.obs.copy(), layers={"mean": means})
-    cells.var_names = vae.genes
-    cells.obsm[key_added] = moved.cpu().numpy()
-    return cells
 
 
 def write_parts(path: str | Path, parts: Iterable[ad.AnnData], about: dict, *, total: int) -> Path:

@@ -1,8 +1,8 @@
-"""How sure is a number: bootstrap over cells and fits, refits of operators, intervals and their coverage, support."""
+"""How sure is a number: metrics on cells and fits drawn again, operators fitted again, where the error sits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from anndata import AnnData
 from scipy.spatial.distance import cdist
-from scipy.stats import norm, t
+from scipy.stats import t
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -19,7 +19,6 @@ from ..data.contract import keys_of
 from ..data.counts import measured_totals
 from ..data.groups import Groups
 from ..errors import DataError, ModelError, three_beats
-from ..models.affine import AffineOperator
 from ..models.operators import Condition, OperatorModel
 from ..training.loop import Machine
 from ..training.operators import OperatorTrainer, Penalties, new_operators
@@ -38,249 +37,9 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, eq=False)
-class Interval:
-    """Percentile interval of one number or of one number per gene.
-
-    Attributes
-    ----------
-    estimate, low, high : () or (gene,)
-    level : nominal coverage
-    replicates : (replicate,) or (replicate, gene) bootstrap values behind it
-    """
-
-    estimate: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
-    level: float
-    replicates: np.ndarray = field(repr=False)
-
-    @classmethod
-    def of(cls, estimate, replicates: np.ndarray, level: float = 0.95) -> Interval:
-        """Quantiles (1 - level)/2 and (1 + level)/2 of the replicates (replicate, ...)."""
-        if not 0 < level < 1:
-            raise DataError(three_beats("a level between 0 and 1", f"{level}", "pass level=0.95"))
-        low, high = np.quantile(replicates, [(1 - level) / 2, (1 + level) / 2], axis=0)
-        return cls(np.asarray(estimate, dtype=float), low, high, level, np.asarray(replicates))
-
-    def at(self, level: float) -> Interval:
-        """The same replicates at another level."""
-        return Interval.of(self.estimate, self.replicates, level)
-
-
-def bootstrap(
-    statistic: Callable, *samples: np.ndarray, n_replicates: int = 200, level: float = 0.95, seed: int = 0
-) -> Interval:
-    """Percentile interval of any statistic, resampling the cells of each sample on its own.
-
-    Not for the energy distance: cells drawn twice have distance 0 and bias it; use :func:`bootstrap_energy`.
-
-    Parameters
-    ----------
-    statistic : callable
-        Takes the samples, returns a number or an array (gene,).
-    samples : (cell, dimension) each
-
-    References
-    ----------
-    Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 13.
-    """
-    _enough(samples)
-    rng = np.random.default_rng(seed)
-    replicates = [
-        statistic(*(x[rng.integers(len(x), size=len(x))] for x in samples)) for _ in range(n_replicates)
-    ]
-    return Interval.of(statistic(*samples), np.asarray(replicates, dtype=float), level)
-
-
-def bootstrap_energy(
-    x: np.ndarray, y: np.ndarray, *, n_replicates: int = 200, level: float = 0.95, seed: int = 0
-) -> Interval:
-    r"""Bootstrap interval of the energy distance (Euclidean, U-statistic), without the bias of repeats.
-
-    With multinomial weights w, v that sum to n, m the replicate is
-
-    .. math:: \frac{2\,w^\top D_{xy} v}{nm} - \frac{w^\top D_{xx} w}{(n-1)^2}
-                  - \frac{v^\top D_{yy} v}{(m-1)^2}
-
-    whose mean is the U-statistic itself: :math:`E[w_i w_j] = (n-1)/n`, and repeats are at 0.
-
-    Parameters
-    ----------
-    x, y : (cell, dimension)
-
-    Notes
-    -----
-    Where the clouds do not differ at all the statistic is degenerate and the interval is only a guide;
-    whether they differ is the question of :func:`~cellop_nb.analysis.distances.permutation_test`.
-    """
-    _enough((x, y))
-    n, m = len(x), len(y)
-    rng = np.random.default_rng(seed)
-    w = rng.multinomial(n, np.full(n, 1 / n), size=n_replicates).astype(float)
-    v = rng.multinomial(m, np.full(m, 1 / m), size=n_replicates).astype(float)
-    xy, xx, yy = cdist(x, y), cdist(x, x), cdist(y, y)
-    between = 2 * _form(w, xy, v) / (n * m)
-    replicates = between - _form(w, xx, w) / (n - 1) ** 2 - _form(v, yy, v) / (m - 1) ** 2
-    return Interval.of(e_distance(x, y), replicates, level)
-
-
-def gene_change(
-    cells: np.ndarray, control: np.ndarray, *, n_replicates: int = 200, level: float = 0.95, seed: int = 0
-) -> Interval:
-    """Bootstrap interval of each gene's change, mean of `cells` minus mean of `control`.
-
-    Parameters
-    ----------
-    cells, control : (cell, gene) log1p-CP10k
-
-    Returns
-    -------
-    Interval over (gene,)
-    """
-    _enough((cells, control))
-    rng = np.random.default_rng(seed)
-    sides = [_resampled_means(x, n_replicates, rng) for x in (cells, control)]
-    estimate = cells.mean(axis=0, dtype=np.float64) - control.mean(axis=0, dtype=np.float64)
-    return Interval.of(estimate, sides[0] - sides[1], level)
-
-
-def pool(members: Sequence[Interval], *, level: float | None = None) -> Interval:
-    """One interval from an ensemble (seeds): quantiles of the mixture of the members' replicates.
-
-    The estimate is the mean of the members'; the width holds the spread within members and between them.
-    """
-    if not members:
-        raise DataError(three_beats("intervals of an ensemble", "none", "pass one per seed"))
-    sizes = {len(member.replicates) for member in members}
-    if len(sizes) > 1:
-        problem = f"{sorted(sizes)}"
-        raise DataError(three_beats("as many replicates in each member", problem, "use one n_replicates"))
-    estimate = np.mean([member.estimate for member in members], axis=0)
-    replicates = np.concatenate([member.replicates for member in members])
-    return Interval.of(estimate, replicates, members[0].level if level is None else level)
-
-
-def coverage(interval: Interval, truth: np.ndarray, error: np.ndarray | float = 0.0) -> float:
-    r"""Share of true values inside the interval, widened for the truth's own standard error.
-
-    .. math:: \hat\theta - \sqrt{l^2 + (z e)^2} \le \theta \le \hat\theta + \sqrt{u^2 + (z e)^2}
-
-    Parameters
-    ----------
-    truth : (gene,)
-        Measured values, e.g. the real change.
-    error : () or (gene,)
-        Their standard error; a perfect prediction misses a noisy measurement that often.
-    """
-    z = norm.ppf((1 + interval.level) / 2)
-    below, above = (
-        np.minimum(interval.low - interval.estimate, 0),
-        np.maximum(interval.high - interval.estimate, 0),
-    )
-    low = interval.estimate - np.hypot(below, z * error)
-    high = interval.estimate + np.hypot(above, z * error)
-    return float(((truth >= low) & (truth <= high)).mean())
-
-
-def calibration(
-    interval: Interval,
-    truth: np.ndarray,
-    *,
-    error: np.ndarray | float = 0.0,
-    levels: Iterable[float] = (0.5, 0.8, 0.9, 0.95),
-) -> pd.DataFrame:
-    """Nominal against empirical coverage (``level, coverage, n``); below nominal they are too narrow."""
-    rows = [(level, coverage(interval.at(level), truth, error), np.size(truth)) for level in levels]
-    return pd.DataFrame(rows, columns=["level", "coverage", "n"])
-
-
-def change_error(cells: np.ndarray, control: np.ndarray) -> np.ndarray:
-    """Standard error (gene,) of a measured change, :math:`\\sqrt{s_1^2/n_1 + s_0^2/n_0}`."""
-    _enough((cells, control))
-    return np.sqrt(sum(x.var(axis=0, ddof=1, dtype=np.float64) / len(x) for x in (cells, control)))
-
-
-def support_distance(
-    points: np.ndarray, training: np.ndarray, contexts: np.ndarray, *, threshold: float = 3.0
-) -> pd.Series:
-    """How far control cells lie from the training contexts, in units of the contexts' own spacing.
-
-    Parameters
-    ----------
-    points : (cell, dimension)
-        Control cells of the context to predict, in components or latents.
-    training : (cell, dimension)
-        Control cells of the training contexts; those of the target itself left out.
-    contexts : (cell,)
-        Their labels.
-    threshold : float
-        The flag is set where the distance to the nearest context exceeds this many typical spacings.
-
-    Returns
-    -------
-    Series: ``nearest`` (label), ``mean_distance`` (Euclid, to the nearest centroid), ``e_distance``
-    (Euclid, U, to that context's cloud), ``spacing`` (median distance of a training context to its nearest
-    neighbour), ``relative`` (mean_distance / spacing), ``cell_spread`` (mean_distance over the root mean
-    square distance of the nearest context's cells to their centroid), ``outlier``, ``reason``. With one
-    training context there is no spacing: ``relative`` is NaN, ``cell_spread > threshold`` sets the flag.
-    """
-    labels = np.unique(contexts)
-    if not len(labels):
-        raise DataError(
-            three_beats("training contexts with control cells", "none", "keep controls in training")
-        )
-    centroids = np.stack([training[contexts == label].mean(axis=0) for label in labels])
-    distance = np.linalg.norm(centroids - points.mean(axis=0), axis=1)
-    nearest = int(distance.argmin())
-    cloud = training[contexts == labels[nearest]]
-    spread = np.sqrt(np.square(cloud - centroids[nearest]).sum(axis=1).mean())
-    spacing = _spacing(centroids)
-    relative, by_spread = distance[nearest] / spacing, distance[nearest] / spread
-    outlier = bool((by_spread if np.isnan(relative) else relative) > threshold)
-    row = {
-        "nearest": str(labels[nearest]),
-        "mean_distance": float(distance[nearest]),
-        "e_distance": e_distance(points, cloud) if min(len(points), len(cloud)) > 1 else np.nan,
-        "spacing": spacing,
-        "relative": float(relative),
-        "cell_spread": float(by_spread),
-        "outlier": outlier,
-    }
-    return pd.Series(row | {"reason": _support_reason(row, threshold)})
-
-
-def _support_reason(row: dict, threshold: float) -> str:
-    if not row["outlier"]:
-        return ""
-    if np.isnan(row["relative"]):
-        return f"{row['cell_spread']:.1f} cell spreads from {row['nearest']!r}; limit {threshold:g}"
-    return f"{row['relative']:.1f} spacings from {row['nearest']!r}; limit {threshold:g}"
-
-
-def _spacing(centroids: np.ndarray) -> float:
-    if len(centroids) < 2:
-        return float("nan")
-    apart = np.linalg.norm(centroids[:, None] - centroids[None], axis=2)
-    np.fill_diagonal(apart, np.inf)
-    return float(np.median(apart.min(axis=1)))
-
-
 def _form(w: np.ndarray, distance: np.ndarray, v: np.ndarray) -> np.ndarray:
     """w_b' D v_b for every replicate b, (replicate,)."""
     return ((w @ distance) * v).sum(axis=1)
-
-
-def _resampled_means(cells: np.ndarray, n_replicates: int, rng: np.random.Generator) -> np.ndarray:
-    """Bootstrap means (replicate, gene) by one matrix product."""
-    weights = rng.multinomial(len(cells), np.full(len(cells), 1 / len(cells)), size=n_replicates)
-    return weights @ np.asarray(cells, dtype=np.float64) / len(cells)
-
-
-def _enough(samples: Sequence[np.ndarray]) -> None:
-    sizes = [len(x) for x in samples]
-    if min(sizes) < 2:
-        raise DataError(three_beats("two cells or more in each sample", f"{sizes}", "drop this group"))
 
 
 # -- operators: refits on cells drawn anew ---------------------------------------------------------------------------
@@ -403,13 +162,15 @@ def operator_intervals(
         data if isinstance(data, Groups) else Groups(data, use_rep=use_rep),
         members[0].conditions,
     )
-    tables = []
+    tables, (_, high) = [], _ends(level)
     for context in encoder.contexts:
         groups.controls(context)  # refuses one without
         start = groups.control[context].mean(0)
         conditions = [Condition((name,), context) for name in encoder.perturbations]
         values = torch.stack([_quantities(member, conditions, start) for member in members])
-        interval = _standard_interval(values.double().numpy(), level)
+        values = values.double().numpy()
+        mean = values.mean(axis=0)  # of few refits: their quantiles would be too narrow
+        margin = t.ppf(high, len(members) - 1) * values.std(axis=0, ddof=1)
         quantities = [*(f"move[{k}]" for k in range(len(start))), "length", "norm"]
         names = [name for name in encoder.perturbations for _ in quantities]
         columns = {
@@ -417,22 +178,12 @@ def operator_intervals(
             "perturbation": names,
             "group": [f"{context}, {name}" for name in names],
             "quantity": quantities * len(conditions),
-            **{end: getattr(interval, end).ravel() for end in ("estimate", "low", "high")},
+            "estimate": mean.ravel(),
+            "low": (mean - margin).ravel(),
+            "high": (mean + margin).ravel(),
         }
         tables.append(pd.DataFrame(columns))
     return pd.concat(tables, ignore_index=True)
-
-
-def operator_interval(operators: Sequence[AffineOperator], *, level: float = 0.95) -> Interval:
-    """Interval of every entry of A and b: of the homogeneous matrices (d + 1, d + 1) of one condition."""
-    matrices = np.stack([operator.homogeneous for operator in operators])
-    return _standard_interval(matrices, level)
-
-
-def _standard_interval(values: np.ndarray, level: float) -> Interval:
-    """Mean and Student's t times the standard deviation of the refits: quantiles of a few would be too narrow."""
-    mean, margin = values.mean(axis=0), t.ppf((1 + level) / 2, len(values) - 1) * values.std(axis=0, ddof=1)
-    return Interval(mean, mean - margin, mean + margin, level, values)
 
 
 def _quantities(member: OperatorModel, conditions: Sequence[Condition], start: Tensor) -> Tensor:
@@ -441,6 +192,13 @@ def _quantities(member: OperatorModel, conditions: Sequence[Condition], start: T
     moves = matrices @ start + shifts - start
     norms = torch.linalg.matrix_norm(matrices, 2)
     return torch.cat([moves, moves.norm(dim=1, keepdim=True), norms.unsqueeze(1)], dim=1)
+
+
+def _ends(level: float) -> tuple[float, float]:
+    """The quantiles at the two ends of an interval."""
+    if not 0 < level < 1:
+        raise DataError(three_beats("a level between 0 and 1", f"{level}", "pass level=0.95"))
+    return (1 - level) / 2, (1 + level) / 2
 
 
 def metric_intervals(
@@ -477,6 +235,7 @@ def metric_intervals(
     ----------
     Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapters 8 and 10.
     """
+    ends = _ends(level)
     names = known_metrics(result.scores["metric"].unique() if metrics is None else metrics)
     rows = []
     for number, sides in enumerate(sides_of(result)):
@@ -500,8 +259,8 @@ def metric_intervals(
                     else values[name].dropna().to_numpy()
                 )
                 if len(replicates):
-                    centred = Interval.of(estimate, replicates - replicates.mean() + estimate, level)
-                    labels |= {"low": float(centred.low), "high": float(centred.high)}
+                    low, high = np.quantile(replicates, ends) - replicates.mean() + estimate
+                    labels |= {"low": float(low), "high": float(high)}
                 else:
                     reason = "needs the training cells, which the result does not keep"
             rows.append({"low": np.nan, "high": np.nan, **labels, "level": level, "reason": reason})
@@ -590,10 +349,16 @@ def _dense(counts) -> np.ndarray:
 
 
 def _energy_replicates(sides: Sides, truth: Truth, n_replicates: int, rng) -> np.ndarray:
-    """E-distances with multinomial weights on the cells; those of the predicted cells also redraw the fits.
+    r"""E-distances with multinomial weights on the cells; those of the predicted cells also redraw the fits.
 
-    As in :func:`~cellop_nb.analysis.intervals.bootstrap_energy`; drawing fits makes weights correlate, which
-    moves the mean (the caller centres) and widens the spread (which is what is asked).
+    With weights w, v that sum to n, m the replicate is
+
+    .. math:: \frac{2\,w^\top D_{xy} v}{nm} - \frac{w^\top D_{xx} w}{(n-1)^2}
+                  - \frac{v^\top D_{yy} v}{(m-1)^2}
+
+    whose mean is the U-statistic itself for one fit: :math:`E[w_i w_j] = (n-1)/n`, and repeats are at 0. (Cells drawn
+    twice as points would bias it.) Drawing fits makes weights correlate, which moves the mean (the caller centres) and
+    widens the spread (which is what is asked).
     """
     most = max(1, truth.max_cells // len(sides.fits))
     parts = [truth.space.project(cells[rng.permutation(len(cells))[:most]]) for cells in sides.fits]

@@ -36,7 +36,6 @@ from .curves import Columns, Dashboard, Marks, changes_of_history, pick_panels
 
 __all__ = [
     "condition_similarity",
-    "coverage",
     "embedding",
     "energy_bars",
     "error_budget",
@@ -756,43 +755,6 @@ def _apart(heights: np.ndarray, gap: float, low: float, high: float) -> np.ndarr
     up = np.maximum.accumulate(heights - steps) + steps
     down = np.minimum.accumulate((np.minimum(up, high - steps[::-1]) - steps)[::-1])[::-1] + steps
     return np.maximum(down, low + steps) if len(heights) else heights
-
-
-def coverage(
-    table: pd.DataFrame,
-    *,
-    max_groups: int = 7,
-    ax: Axes | None = None,
-    show: bool | None = None,
-    save: str | Path | None = None,
-) -> Axes:
-    """How often intervals hold the truth against how often they claim to: below the diagonal they are too narrow.
-
-    Parameters
-    ----------
-    table
-        One row per group and level: columns `level`, `coverage` and the group.
-    max_groups
-        With more groups those that hold most and least often are named, beside the median of the others.
-
-    Returns
-    -------
-    Axes
-    """
-    _need(table, "level", "coverage")
-    table = table.assign(group=_group_labels(table))
-    levels = sorted(table["level"].unique())
-    table, names = _few_groups(table, table.groupby("group")["coverage"].mean(), max_groups, "level")
-    ax = s.axes_of(ax, width=5.8, height=3.4)
-    ax.plot([0, 1], [0, 1], color=s.QUIET, linewidth=0.9, linestyle=":", label="as claimed")
-    for i, name in enumerate(names):
-        rows = table[table["group"] == name].drop_duplicates("level").sort_values("level")
-        ax.plot(rows["level"], rows["coverage"], label=s.safe(name), markersize=5, **s.mark(i) | s.line(i))
-    ax.set(xlim=(0.4, 1.0), ylim=(0.0, 1.02))
-    ax.set_xticks(levels)
-    s.few_ticks(ax, "y", 5)
-    s.legend(ax, outside=True)
-    return s.finish(s.label(ax, "Do the intervals hold?", "claimed coverage", "genes inside"), show, save)
 
 
 # -- operators: spectra, response axes and genes, gradients, planted against learned, families

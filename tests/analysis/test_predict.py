@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import sparse
 
-from cellop_nb.analysis.predict import decode_cells, embed, latents
+from cellop_nb.analysis.predict import embed, latents
 from cellop_nb.data.contract import Keys
 from cellop_nb.data.splits import split
 from cellop_nb.data.synthetic import synthetic
@@ -88,8 +88,7 @@ def test_more_genes_than_the_model_knows_are_left_out(screen):
     embed(few, small)
     embed(screen, small)
     assert screen.obsm["X_nbvae"].shape == (screen.n_obs, 3)
-    cells = decode_cells(screen, small, latents(screen))
-    assert list(cells.var_names) == list(screen.var_names[5:20])
+    assert list(small.genes) == list(screen.var_names[5:20])
 
 
 def test_what_is_missing_is_said(screen, vae):
@@ -104,49 +103,3 @@ def test_what_is_missing_is_said(screen, vae):
 
 
 # -- decode -----------------------------------------------------------------------------------------------
-
-
-def test_drawn_counts_have_the_decoders_mean_at_the_cells_library(screen, vae):
-    source = controls_of(screen)
-    z = torch.as_tensor(source.obsm["X_nbvae"])
-    draws = [decode_cells(source, vae, z, seed=seed) for seed in range(60)]
-    mean = draws[0].layers["mean"]
-    np.testing.assert_allclose(mean.sum(1), np.asarray(source.X.sum(1)).ravel(), rtol=1e-4)
-    average = np.mean([draw.X.toarray() for draw in draws], axis=0)
-    assert np.corrcoef(average.ravel(), mean.ravel())[0, 1] > 0.95
-    assert average.sum() == pytest.approx(mean.sum(), rel=0.05)
-
-
-def test_cells_that_are_not_moved_keep_their_counts(screen, vae):
-    source = controls_of(screen)
-    z = latents(source)
-    carried = decode_cells(source, vae, z, start=z)
-    np.testing.assert_allclose(carried.obsm["X_nbvae"], source.obsm["X_nbvae"], atol=1e-6)
-    assert abs(carried.X - source.X).sum() <= 0.001 * source.X.sum()
-    assert carried.obs.equals(source.obs) and sparse.issparse(carried.X)
-
-
-@pytest.mark.parametrize("carry", [True, False])
-def test_draws_follow_their_seed_alone(screen, vae, carry):
-    z = latents(screen)
-    options = {"start": z if carry else None}
-    one = decode_cells(screen, vae, z + 0.3, seed=1, **options)
-    torch.manual_seed(5)
-    vae.train()
-    same = decode_cells(screen, vae, z + 0.3, seed=1, **options)
-    other = decode_cells(screen, vae, z + 0.3, seed=2, **options)
-    assert (one.X != same.X).nnz == 0 and (one.X != other.X).nnz > 0
-
-
-@pytest.mark.parametrize("carry", [True, False])
-def test_cells_are_decoded_in_parts(screen, vae, monkeypatch, carry):
-    """Parts of 7 cells: the same expectations, and carried counts drawn from one stream."""
-    start = latents(screen)
-    moved, options = start + 0.5, {"start": start if carry else None}
-    whole = decode_cells(screen, vae, moved, **options)
-    monkeypatch.setattr("cellop_nb.analysis.predict._CELLS_AT_ONCE", 7)
-    parts = decode_cells(screen, vae, moved, **options)
-    np.testing.assert_allclose(parts.layers["mean"], whole.layers["mean"], rtol=1e-5, atol=1e-5)
-    assert parts.shape == whole.shape and parts.X.sum() > 0
-    if carry:
-        np.testing.assert_array_equal(parts.X.toarray(), whole.X.toarray())

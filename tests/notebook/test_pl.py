@@ -95,9 +95,6 @@ FIGURES = {
     "energy_bars": lambda groups: co.pl.energy_bars(by_group(groups, "method", METHODS)),
     "error_budget": lambda groups: co.pl.error_budget(by_group(groups, "stage", STAGES)),
     "predicted_vs_true": lambda groups: co.pl.predicted_vs_true(of_genes(groups)),
-    "coverage": lambda groups: co.pl.coverage(
-        pd.concat([by_group(groups, "x", ["x"]).assign(level=x, coverage=0.9 * x) for x in (0.5, 0.8, 0.95)])
-    ),
     "spectra": lambda groups: co.pl.spectra(eigenvalues(groups), limit=2),
     "response_axes": lambda groups: co.pl.response_axes(
         of_genes(groups, "effect").rename(columns={"group": "axis"})
@@ -179,7 +176,7 @@ def test_three_hundred_groups_are_summarised(name):
         "predicted_vs_true",
     }:
         assert {MANY[0], MANY[-1]} <= shown
-    if name in {"noise_floor", "energy_bars", "error_budget", "response_genes", "coverage", "group_counts"}:
+    if name in {"noise_floor", "energy_bars", "error_budget", "response_genes", "group_counts"}:
         assert any("others (median)" in text for text in words(figure))
     assert nothing_is_cut(figure)
 
