@@ -25,9 +25,8 @@ _PUBLIC = {
     "metrics": "analysis.metrics",
     "uncertainty": "analysis.uncertainty",
     "virtual": "notebook.virtual",
-    "answer": "notebook.results",
-    "check": "notebook.results",
     "results": "notebook.results",
+    "report": "notebook.report",
     "setup": "data.contract",
     "context_labels": "data.contract",
     "split": "data.splits",
@@ -65,6 +64,7 @@ _MODULES = {
     "latent",
     "metrics",
     "pl",
+    "results",
     "uncertainty",
     "virtual",
 }
@@ -95,13 +95,12 @@ if TYPE_CHECKING:  # the names below are found by `__getattr__` while running
     from .models.operators import OperatorModel as OperatorModel
     from .models.vae import NBVAE as NBVAE
     from .notebook import pl as pl
+    from .notebook import results as results
     from .notebook import virtual as virtual
     from .notebook.controls import RunControls as RunControls
     from .notebook.explorer import Explorer as Explorer
     from .notebook.live import LivePlot as LivePlot
-    from .notebook.results import answer as answer
-    from .notebook.results import check as check
-    from .notebook.results import results as results
+    from .notebook.report import report as report
     from .notebook.tuning import TuningPanel as TuningPanel
     from .training import callbacks as callbacks
     from .training.loop import Machine as Machine

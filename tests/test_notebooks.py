@@ -134,7 +134,7 @@ def test_a_notebook_ends_with_its_answer_a_check_and_a_way_on(path):
     book = nbformat.read(path, 4)
     assert any(cell.source.rstrip().endswith("## Answer") for cell in book.cells)
     *_, answer, check = code_of(book)
-    assert "co.answer(" in answer.source
+    assert "co.results.answer(" in answer.source
     written = "".join(output.get("data", {}).get("text/markdown", "") for output in answer.outputs)
     assert re.search(r"\d", written), "an answer has numbers"
     assert check.metadata["tags"] == ["nbval-check-output"]

@@ -10,7 +10,7 @@ from importlib import import_module
 MODULES = {
     "run": "run",
     "test": "tools",
-    "lab": "run",
+    "lab": "lab",
     "notebooks": "run",
     "params": "run",
     "sweep": "sweep",

@@ -1,4 +1,4 @@
-"""`run`, `lab`, `notebooks`, `params`: execute the numbered notebooks, open them, copy them, show what can be set."""
+"""`run`, `notebooks`, `params`: execute the numbered notebooks, copy them, show what can be set."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import platform
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from cellop_nb.commands.terminal import Status, clock, complain, say, table
 from cellop_nb.errors import DataError, LabelError, StorageError, did_you_mean, three_beats
 from cellop_nb.files import storing
 from cellop_nb.notebook import parameters, runs
+from cellop_nb.notebook.report import link_notebooks
 
 _ALONE = ("00_quickstart", "06_predict")  # they make all they need themselves
 
@@ -212,7 +212,7 @@ def _lane(
         outcome = runs.execute(path, target, values[path.stem], on_cell=tell)
         outcomes.append(outcome)
         progress(path.stem, "")
-        say(f"  {path.stem}  {clock(outcome.seconds)}  {'FAILED' if outcome.error else 'done'}")
+        say(f"  {path.stem}  {clock(outcome.seconds)}  {_headline(outcome)}")
         if outcome.error:
             break
     return outcomes
@@ -243,13 +243,15 @@ def _record(target: Path, values: dict[str, dict[str, Any]], outcomes: list[runs
 
 
 def _close(outcomes: list[runs.Outcome], selected: list[Path], seconds: float) -> None:
-    """Print the closing table."""
-    rows = [[o.notebook, f"{o.seconds:.1f}", _headline(o), o.output.name] for o in outcomes]
+    """Say where the report is, and what failed."""
     ran = {outcome.notebook for outcome in outcomes}
-    rows += [[path.stem, "", "not run", ""] for path in selected if path.stem not in ran]
-    say()
-    say(table(["notebook", "seconds", "key numbers", "look at"], rows, right=(1,)))
-    say(f"\n{clock(seconds)} in all. Executed notebooks, figures, tables and models: {outcomes[0].folder}")
+    if left_out := [path.stem for path in selected if path.stem not in ran]:
+        say(f"  not run: {', '.join(left_out)}")
+    report = outcomes[0].folder / "report.html"
+    if report.is_file():
+        link_notebooks(report)
+    what = report if report.is_file() else f"notebooks, figures, tables and models in {outcomes[0].folder}"
+    say(f"{clock(seconds)} in all. {'Report: ' * report.is_file()}{what}")
     for outcome in outcomes:
         if outcome.error:
             where = f"cell In [{outcome.cell}]" if outcome.cell else "the kernel"
@@ -309,30 +311,6 @@ def _counts_in_raw(path: Path) -> str:
     return (
         f" The raw slot has whole numbers; this writes them to a file of their own, for --data: `{command}`."
     )
-
-
-def add_lab_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `lab`."""
-    parser.add_argument(
-        "jupyter", nargs="*", metavar="-- ARGUMENTS", help="passed on to jupyter lab, e.g. -- --no-browser"
-    )
-
-
-def lab(args: argparse.Namespace) -> int:
-    """Start JupyterLab and wait for its end."""
-    root = workplace()
-    first = next((root / "notebooks").glob("00_*.ipynb"), None)
-    start = f"/lab/tree/notebooks/{first.name}" if first else "/lab"
-    say(f"JupyterLab on {root / 'notebooks'}; stop it with Ctrl-C here.")
-    command = [
-        sys.executable,
-        "-m",
-        "jupyterlab",
-        f"--ServerApp.root_dir={root}",
-        f"--LabApp.default_url={start}",
-        "--ServerApp.ip=127.0.0.1",  # reached from this machine alone, and with the token that it prints
-    ]
-    return subprocess.call([*command, *args.jupyter], env={**os.environ, "JUPYTER_PREFER_ENV_PATH": "1"})
 
 
 def workplace() -> Path:
@@ -419,7 +397,6 @@ RUN = Command(
     extras=("notebook",),
     check=check_run,
 )
-LAB = Command("open JupyterLab on the notebooks", add_lab_arguments, lab, extras=("notebook",))
 NOTEBOOKS = Command(
     "copy the numbered notebooks and the example data into a folder of your own",
     add_notebooks_arguments,

@@ -207,7 +207,9 @@ def _declared(node: ast.Assign | ast.AnnAssign, comment: str) -> Parameter:
 
 
 SEED = Parameter("seed", "int", 0, "every random choice follows from it", minimum=0)
-RUN_DIR = Parameter("run_dir", "str", "../runs/notebooks", "run folder, shared by the notebooks of a run")
+RUN_DIR = Parameter(
+    "run_dir", "str", "", "folder for results; empty: beside papermill's output, else ../runs/notebooks"
+)
 
 N_GENES = Parameter("n_genes", "int", 1000, "most variable genes kept; 0 keeps all", minimum=0)
 MIN_CELLS = Parameter("min_cells", "int", 10, "cells that a group must have to be used", minimum=2)
@@ -408,10 +410,11 @@ def as_yaml(
     return "".join(f"{p.name}: {json.dumps(values[p.name])}  # {p.comment}\n" for p in shown)
 
 
-def parameters_cell(notebook: str | Path) -> str:
-    """Text of the notebook's `parameters` cell: one typed, commented assignment a line."""
+def parameters_cell(notebook: str | Path, values: Mapping[str, Any] | None = None) -> str:
+    """Text of the notebook's `parameters` cell: one typed, commented assignment a line; `values` in place of defaults."""
+    values = {**defaults(notebook), **(values or {})}
     return "\n".join(
-        f"{p.name}: {p.annotation} = {_literal(p.default)}" + (f"  # {p.comment}" if p.comment else "")
+        f"{p.name}: {p.annotation} = {_literal(values[p.name])}" + (f"  # {p.comment}" if p.comment else "")
         for p in for_notebook(notebook)
     )
 

@@ -570,9 +570,9 @@ def energy_bars(
     table
         One row per group and method: columns `method`, `energy`, the group (as `group`, or `context` and
         `perturbation`), perhaps `floor`. Several rows for one group and method (seeds) become a bar at the mean with a
-        dot for each.
+        dot for each. Or ``holdout.scores``, whose energy distances are drawn.
     methods
-        Order of the methods; that of the table by default.
+        Methods and their order; those of the table by default.
     value, unit
         Another column to draw, and its axis label.
     target
@@ -584,9 +584,12 @@ def energy_bars(
     -------
     Axes
     """
+    if "metric" in table:
+        table = _energies_of(table)
     _need(table, "method", value)
     table = table.assign(group=_group_labels(table))
     methods = list(methods or dict.fromkeys(table["method"]))
+    table = table[table["method"].isin(methods)]
     table, groups = _few_groups(table, table.groupby("group")[value].max(), max_groups, "method")
     looks, thick = s.of_method(methods), 0.82 / len(methods)
     ax = s.axes_of(ax, height=1.3 + len(groups) * max(0.34, 0.15 * len(methods)))
@@ -610,6 +613,16 @@ def energy_bars(
     ax.set_ylim(len(groups) - 0.45, -0.55)
     s.legend(ax, *handles, outside=True)
     return s.finish(s.label(ax, f"Distance to {target} (shorter is better)", unit), show, save)
+
+
+def _energies_of(scores: pd.DataFrame) -> pd.DataFrame:
+    """Energy distances of a hold-out's scores, with the noise floor as a column."""
+    rows = (
+        scores[scores["metric"] == "e_distance"].rename(columns={"value": "energy"}).dropna(subset="energy")
+    )
+    noise = rows["method"].str.startswith("noise")
+    floors = rows[noise].groupby("group")["energy"].mean()
+    return rows[~noise].assign(floor=rows["group"].map(floors))
 
 
 def error_budget(

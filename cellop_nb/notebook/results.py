@@ -1,7 +1,9 @@
-"""How a notebook ends: a folder for its results, an answer in words and numbers, and checks that can fail."""
+"""How a notebook ends, `co.results`: a folder for its results, an answer in words and numbers, checks that can fail."""
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,18 +12,21 @@ from ..errors import CellopError, three_beats
 from ..files import inside, storing
 from . import runs
 
+__all__ = ["answer", "check", "folder"]
+
 
 class CheckFailed(CellopError):
     """A number of a notebook left the bounds it was shown with."""
 
 
-def results(run_dir: str | Path, notebook: str) -> Path:
+def folder(run_dir: str | Path, notebook: str) -> Path:
     """The folder of a notebook's results inside the run folder, made where it is not there.
 
     Parameters
     ----------
     run_dir, notebook
-        The run folder, and the notebook's name.
+        The run folder, and the notebook's name. An empty run folder is that of papermill's output where papermill runs
+        the notebook; ``../runs/notebooks`` where the notebook lies in the current folder; else the current folder.
 
     Returns
     -------
@@ -33,10 +38,30 @@ def results(run_dir: str | Path, notebook: str) -> Path:
     StorageError
         If the folder cannot be made, or the name leads out of the run folder.
     """
-    folder = inside(run_dir, notebook)
-    with storing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    path = inside(run_dir or _run_folder(notebook), notebook)
+    with storing(path):
+        path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _run_folder(notebook: str) -> Path:
+    executor = _executor()
+    books = [word for word in executor if word.endswith(".ipynb")]
+    if any("papermill" in word for word in executor[:3]) and len(books) > 1:
+        return Path(books[1]).parent
+    return Path("../runs/notebooks") if Path(f"{notebook}.ipynb").is_file() else Path(".")
+
+
+def _executor() -> list[str]:
+    """The command line of the program that started this kernel; empty outside of one."""
+    if "ipykernel" not in sys.modules:
+        return []
+    import psutil
+
+    try:
+        return psutil.Process(os.getppid()).cmdline()
+    except psutil.Error:
+        return []
 
 
 def answer(text: str, numbers: Mapping[str, object] | None = None, folder: str | Path | None = None):
@@ -49,7 +74,7 @@ def answer(text: str, numbers: Mapping[str, object] | None = None, folder: str |
     numbers
         Name to number, text, or nested dicts and lists of them: the key numbers of the notebook.
     folder
-        Of :func:`results`; ``metrics.json`` there gets the numbers and the text, for the table that ends a run, for
+        Of :func:`folder`; ``metrics.json`` there gets the numbers and the text, for the table that ends a run, for
         sweeps and for the report.
 
     Returns
@@ -72,7 +97,7 @@ def check(
     at_most: float = float("inf"),
     when: bool = True,
 ) -> str:
-    """Say that a number is as it must be, and raise where it is not: ``print(co.check("loss", loss, at_most=2))``.
+    """Say that a number is as it must be, and raise where it is not: ``print(check("loss", loss, at_most=2))``.
 
     The text does not depend on the number, so that executed notebooks can be compared.
 

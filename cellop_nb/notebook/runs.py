@@ -245,7 +245,7 @@ def metrics_file(run_dir: str | Path, notebook: str) -> Path:
 
 
 def write_metrics(run_dir: str | Path, notebook: str, metrics: Mapping[str, Any]) -> Path:
-    """Write a notebook's key numbers; the first ones stand in the closing table of `run`.
+    """Write a notebook's key numbers; `run` prints the first ones.
 
     Parameters
     ----------

@@ -144,4 +144,4 @@ def _(place):
 
 @case(FILES, "a name that leads out of the run folder")
 def _(place):
-    co.results(place.folder / "run", "../../elsewhere")
+    co.results.folder(place.folder / "run", "../../elsewhere")
