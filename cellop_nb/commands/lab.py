@@ -13,7 +13,7 @@ from pathlib import Path
 from cellop_nb.commands import Command, environment, run
 from cellop_nb.commands.terminal import say, table
 from cellop_nb.errors import LabelError, StorageError, three_beats
-from cellop_nb.files import storing, write_whole
+from cellop_nb.files import storing
 from cellop_nb.notebook import parameters
 
 USUAL = {
@@ -224,9 +224,7 @@ def _copy(target: Path, values: dict) -> None:
                 if "parameters" in cell["metadata"].get("tags", []):
                     cell["source"] = parameters.parameters_cell(name, values)
             text = json.dumps(book, indent=1, ensure_ascii=False)
-            write_whole(
-                part / f"{name}.ipynb", lambda path, text=text: path.write_text(text, encoding="utf-8")
-            )
+            (part / f"{name}.ipynb").write_text(text, encoding="utf-8")
         os.replace(part, target)
 
 
