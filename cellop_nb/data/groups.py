@@ -162,7 +162,12 @@ class Groups(Sequence[Group]):
         # The controls of every group first, then its perturbed cells.
         sets = [*(position[group.context] for group in self.items), *range(n_contexts, len(sizes))]
         self._draws = Draws([sizes[k] for k in sets], [starts[k] for k in sets])
-        self._by_name = {(group.context, group.perturbation): group for group in reversed(self.items)}
+        self._by_name: dict[tuple[str, str], list[Group]] = {}
+        self._contexts: dict[str, list[str]] = {}
+        for group in self.items:
+            self._by_name.setdefault((group.context, group.perturbation), []).append(group)
+        for context, perturbation in self._by_name:
+            self._contexts.setdefault(perturbation, []).append(context)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -198,22 +203,22 @@ class Groups(Sequence[Group]):
     @property
     def perturbations(self) -> list[str]:
         """The perturbations, in order of first appearance."""
-        return list(dict.fromkeys(group.perturbation for group in self.items))
+        return list(self._contexts)
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
         """The measured (context, perturbation), in order of first appearance."""
-        return list(dict.fromkeys((group.context, group.perturbation) for group in self.items))
+        return list(self._by_name)
 
     def group(self, context: str, perturbation: str) -> Group | None:
         """The group of this name (of its lowest dose), None where it was not measured."""
-        return self._by_name.get((context, perturbation))
+        return next(iter(self._by_name.get((context, perturbation), ())), None)
 
     def rows(self, context: str, perturbation: str) -> np.ndarray:
         """Rows of a group's cells over all doses, or of a context's controls, (cell,); none where not measured."""
         if perturbation == self.keys.control:
             return self.control_rows.get(context, np.zeros(0, dtype=int))
-        parts = [g.rows for g in self.items if (g.context, g.perturbation) == (context, perturbation)]
+        parts = [group.rows for group in self._by_name.get((context, perturbation), ())]
         return np.sort(np.concatenate(parts)) if parts else np.zeros(0, dtype=int)
 
     def controls(self, context: str) -> np.ndarray:
@@ -231,11 +236,11 @@ class Groups(Sequence[Group]):
 
     def contexts_of(self, perturbation: str) -> list[str]:
         """The contexts in which a perturbation was measured."""
-        return list(dict.fromkeys(g.context for g in self.items if g.perturbation == perturbation))
+        return list(self._contexts.get(perturbation, ()))
 
     def parts(self, label: str) -> tuple[str, ...]:
         """The measured perturbations that a label combines: "A+B" gives ("A", "B"), any other label itself."""
-        return perturbation_parts(label, self.perturbations, self.keys.singles)
+        return perturbation_parts(label, self._contexts, self.keys.singles)
 
     def table(self) -> pd.DataFrame:
         """One row per group: context, perturbation, dose, perturbed cells and control cells."""
@@ -474,7 +479,7 @@ class Draws:
         """
         key = (n_cells, tuple(which))
         if key not in self._plans:
-            if len(self._plans) > 64:  # callers that draw ever new subsets must not grow the cache
+            if len(self._plans) > 8:  # callers that draw ever new subsets must not grow the cache
                 self._plans.clear()
             self._plans[key] = self._plan(list(which), n_cells)
         plan = self._plans[key]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -30,7 +33,9 @@ def perturbation_parts(
     """
     pieces = tuple(str(label).split("+"))
     if labels is not None:
-        parts = None if label in singles else _joined(pieces, {str(one) for one in labels} - {label})
+        if len(pieces) == 1 or label in singles:
+            return (str(label),)
+        parts = _joined(pieces, {str(one) for one in labels} - {label})
         return (str(label),) if not parts or len(set(parts)) < len(parts) else parts
     clean = tuple(piece.strip() for piece in pieces)
     if pieces != clean or "" in pieces or len(set(clean)) < len(clean):
@@ -125,17 +130,91 @@ class Condition:
 
 @dataclass(frozen=True)
 class Design:
-    """Conditions as tensors: doses (condition, perturbation), context one-hot, pair products, strength."""
+    """Conditions as tensors; what was done stands as indices, so that it takes no more room with more perturbations.
 
+    Attributes
+    ----------
+    parts, doses : (condition, part)
+        Rows of the perturbations and their doses; a row with dose 0 fills up.
+    pairs, products : (condition, pair)
+        Rows of the measured pairs among the parts, and the products of their doses; filled up in the same way.
+    contexts : (condition, context)
+        Shares of the contexts.
+    strength : (condition,)
+        Largest dose.
+    """
+
+    parts: Tensor
     doses: Tensor
-    contexts: Tensor
     pairs: Tensor
+    products: Tensor
+    contexts: Tensor
     strength: Tensor
 
     @property
     def weight(self) -> Tensor:
         """Weight of each context's own part, (condition, context)."""
         return self.contexts * self.strength.unsqueeze(1)
+
+    def of(self, which: Tensor) -> Design:
+        """Some of the conditions."""
+        return Design(*(getattr(self, field.name).index_select(0, which) for field in fields(self)))
+
+    def sums(self, rows: Tensor) -> Tensor:
+        """(condition, ...) sums over the parts of the perturbations' rows (perturbation, ...), times their doses."""
+        return _sums(rows, self.parts, self.doses)
+
+    def gathered(self, values: Tensor, n_perturbations: int) -> Tensor:
+        """(perturbation, ...) sums over the conditions' values (condition, ...), times the doses of their parts."""
+        each = self.doses.to(values.dtype).unsqueeze(2) * values.unsqueeze(1)
+        rows = values.new_zeros(n_perturbations, values.shape[1])
+        return rows.index_add(0, self.parts.flatten(), each.flatten(0, 1))
+
+    def least_squares(self, target: Tensor, n_perturbations: int) -> Tensor:
+        r"""(perturbation, ...) rows of smallest norm whose :meth:`sums` are nearest to the target (condition, ...).
+
+        By conjugate gradients on the normal equations, all columns at once: conditions share few parts, so that a
+        handful of steps, each linear in the conditions, is enough.
+
+        References
+        ----------
+        Hestenes and Stiefel (1952), J. Res. Nat. Bur. Standards 49:409.
+        """
+
+        residual = self.gathered(target, n_perturbations)
+        solution, direction = torch.zeros_like(residual), residual
+        size = residual.square().sum(0)
+        least = size * torch.finfo(size.dtype).eps ** 1.5
+        for _ in range(min(n_perturbations, 500)):
+            if bool((size <= least).all()):
+                break
+            ahead = self.gathered(self.sums(direction), n_perturbations)
+            curvature = (direction * ahead).sum(0)
+            step = torch.where(size > least, size / curvature.clamp_min(torch.finfo(size.dtype).tiny), 0.0)
+            solution, residual = solution + step * direction, residual - step * ahead
+            size, before = residual.square().sum(0), size
+            direction = residual + size / before.clamp_min(torch.finfo(size.dtype).tiny) * direction
+        return solution
+
+
+def _sums(rows: Tensor, which: Tensor, weights: Tensor) -> Tensor:
+    """(condition, ...) weighted sums of the rows whose positions `which` (condition, part) holds."""
+    if not which.shape[1]:
+        return rows.new_zeros(len(which), rows.shape[1])
+    return (nn.functional.embedding(which, rows) * weights.unsqueeze(2)).sum(1)
+
+
+def _padded(rows: Sequence[dict[int, float]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Positions and weights (row, width), filled up with position 0 at weight 0."""
+    width = max(map(len, rows), default=0)
+    where, weight = (
+        torch.zeros(len(rows), width, dtype=torch.long),
+        torch.zeros(len(rows), width, dtype=dtype),
+    )
+    for k, row in enumerate(rows):
+        where[k, : len(row)] = torch.tensor(list(row), dtype=torch.long)
+        weight[k, : len(row)] = torch.tensor(list(row.values()), dtype=dtype)
+    return where, weight
 
 
 def first_embedding(n_rows: int, n_axes: int) -> Tensor:
@@ -182,6 +261,7 @@ class ConditionEncoder(nn.Module):
         self.pairs = [tuple(sorted(pair)) for pair in pairs]
         for name in {name for pair in self.pairs for name in pair}:
             self._index(name, self.perturbations, "perturbation")
+        self._pair = {pair: row for row, pair in enumerate(self.pairs)}
         if features is not None and len(features) != len(self.perturbations):
             fix = "give one row of features per perturbation, in the same order"
             expected = f"features of {len(self.perturbations)} perturbations"
@@ -203,39 +283,166 @@ class ConditionEncoder(nn.Module):
             For a perturbation or context that the model does not know; close names are suggested.
         """
         device, dtype = self.embedding.device, self.embedding.dtype
-        doses = torch.zeros(len(conditions), len(self.perturbations), dtype=dtype)
         contexts = torch.zeros(len(conditions), len(self.contexts), dtype=dtype)
+        parts: list[dict[int, float]] = []
+        pairs: list[dict[int, float]] = []
         for row, condition in enumerate(conditions):
+            doses: dict[str, float] = {}
             for name, dose in zip(condition.perturbations, condition.doses, strict=True):
-                doses[row, self._index(name, self.perturbations, "perturbation")] += dose
+                doses[name] = doses.get(name, 0.0) + dose
+            parts.append(
+                {self._index(name, self.perturbations, "perturbation"): s for name, s in doses.items()}
+            )
+            both = {pair: doses[pair[0]] * doses[pair[1]] for pair in combinations(sorted(doses), 2)}
+            pairs.append({self._pair[pair]: s for pair, s in both.items() if pair in self._pair})
             for name, share in condition.shares:
                 contexts[row, self._index(name, self.contexts, "context")] += share
-        index = [[self.perturbations.index(name) for name in pair] for pair in self.pairs]
-        pairs = torch.stack([doses[:, a] * doses[:, b] for a, b in index], 1) if index else doses[:, :0]
-        strength = doses.amax(1) if self.perturbations else doses.sum(1)
-        return Design(*(part.to(device) for part in (doses, contexts, pairs, strength)))
+        strength = torch.tensor([max(doses.values(), default=0.0) for doses in parts], dtype=dtype)
+        tensors = (*_padded(parts, dtype), *_padded(pairs, dtype), contexts, strength)
+        return Design(*(tensor.to(device) for tensor in tensors))
 
     def forward(self, design: Design) -> tuple[Tensor, Tensor]:
         """Coefficients alpha and beta, each (condition, axis)."""
         embedding = self.embedding if self.features is None else self.features @ self.embedding
-        main = design.doses @ embedding + design.pairs @ self.interaction
+        main = design.sums(embedding) + _sums(self.interaction, design.pairs, design.products)
         beta = main * (1 + design.contexts @ self.modulation)
         return beta @ self.to_alpha.T, beta
 
-    @staticmethod
-    def _index(name: str, labels: list[str], kind: str) -> int:
-        if name not in labels:
+    @cached_property
+    def _rows(self) -> dict[str, dict[str, int]]:
+        """Position of each label, by kind."""
+        kinds = {"perturbation": self.perturbations, "context": self.contexts}
+        return {kind: {name: row for row, name in enumerate(labels)} for kind, labels in kinds.items()}
+
+    def _index(self, name: str, labels: list[str], kind: str) -> int:
+        if name not in self._rows[kind]:
             fix = (
                 f"{did_you_mean(name, labels)} (a {kind} that was not trained on has no operator of its own)"
             )
             raise LabelError(three_beats(f"a {kind} the model was fitted with", repr(name), fix))
-        return labels.index(name)
+        return self._rows[kind][name]
 
     def extra_repr(self) -> str:
         return (
             f"{len(self.perturbations)} perturbations, {len(self.contexts)} contexts, {len(self.pairs)} measured "
             f"pairs -> {self.embedding.shape[1]} axes{'' if self.features is None else ', from given features'}"
         )
+
+
+@dataclass(frozen=True)
+class Effects:
+    """Effects of perturbations on mean latents, shrunk by their noise; :func:`shared_effects`.
+
+    Attributes
+    ----------
+    shrunk : (perturbation, d)
+    rank : number of directions that rise above the noise, the common response among them
+    """
+
+    shrunk: Tensor
+    rank: int
+
+
+def shared_effects(
+    design: Design, n_perturbations: int, controls: Sequence[Tensor], perturbed: Sequence[Tensor]
+) -> Effects:
+    r"""What each perturbation does to mean latents, with strength borrowed from all others.
+
+    With x the raw effect of a perturbation in units of the cells' own covariance, v the variance of its noise (one over
+    its cells), and m the mean over perturbations:
+
+    .. math:: \hat x = s\, m + \sum_{k \le K} \frac{\lambda_k}{\lambda_k + v}\, u_k u_k^\top (x - m)
+
+    The directions u are the principal ones of x - m, their number K those that rise above noise one after the other,
+    lambda the variance of the effects along them, and s shrinks the mean, which has the noise of the controls.
+
+    Parameters
+    ----------
+    design, n_perturbations
+        Of the groups; perturbations that are in none have no effect.
+    controls, perturbed
+        Latents (cell, d) of each group's two sides.
+
+    References
+    ----------
+    Johnstone (2001), Ann. Statist. 29:295 (largest eigenvalue of noise; 95 % quantile); Efron and Morris (1972),
+    Biometrika 59:335 (shrinking many means at once); James and Stein (1961), Proc. 4th Berkeley Symposium 1:361.
+    """
+    root, shifts = _within(perturbed), _means(perturbed) - _means(controls)
+    cells = torch.tensor([len(part) for part in perturbed], dtype=torch.float64, device=shifts.device)
+    raw = design.least_squares(shifts, n_perturbations).double()
+    squares = replace(design, doses=design.doses.double().square())
+    often = squares.gathered(torch.ones_like(cells)[:, None], n_perturbations)[:, 0]
+    noise = squares.gathered(1 / cells[:, None], n_perturbations)[:, 0] / often.square()
+    measured = often > 0
+    x, v = torch.linalg.solve_triangular(root, raw[measured].T, upper=False).T, noise[measured]
+    n, d = x.shape
+    weight = 1 / v
+    mean = weight @ x / weight.sum()
+    chance = _controls_noise(controls) + 1 / float(weight.sum())  # variance of the mean
+    length = max(float(mean.square().sum()), torch.finfo(x.dtype).tiny)
+    size = max(0.0, 1 - d * chance / length)
+    common = length / chance > _chi_squared(d)
+    rest = x - mean
+    values, vectors = torch.linalg.eigh(rest.T @ (weight.unsqueeze(1) * rest))
+    values, vectors = values.flip(0), vectors.flip(1)
+    rank = 0
+    while rank < min(d, n - 1) and values[rank] > _largest_of_noise(n - 1 - rank, d - rank):
+        rank += 1
+    along = rest @ vectors[:, :rank]
+    variance = (along.square().sum(0) / max(n - 1, 1) - v.mean()).clamp_min(0)
+    along = along * (variance / (variance + v.unsqueeze(1)))
+    shrunk = torch.zeros_like(raw)
+    shrunk[measured] = (size * mean + along @ vectors[:, :rank].T) @ root.T
+    return Effects(shrunk.to(shifts), min(max(rank + common, 1), n, d))
+
+
+def response_rank(
+    conditions: Sequence[Condition],
+    perturbations: Sequence[str],
+    contexts: Sequence[str],
+    controls: Sequence[Tensor],
+    perturbed: Sequence[Tensor],
+) -> int:
+    """Number of response directions that the groups' mean shifts show above their noise; at least one."""
+    design = ConditionEncoder(perturbations, contexts, 1).design(conditions)
+    return shared_effects(design, len(perturbations), controls, perturbed).rank
+
+
+def _means(clouds: Sequence[Tensor]) -> Tensor:
+    """(group, d) mean cell of each cloud (cell, d); one that serves several groups is averaged once."""
+    once = {(cells.data_ptr(), len(cells)): cells for cells in clouds}
+    means = {key: cells.mean(0) for key, cells in once.items()}
+    return torch.stack([means[cells.data_ptr(), len(cells)] for cells in clouds])
+
+
+def _within(clouds: Sequence[Tensor]) -> Tensor:
+    """Cholesky root (d, d) of the covariance within the clouds (cell, d), pooled over them."""
+    d = clouds[0].shape[1]
+    total, free = torch.zeros(d, d, dtype=torch.float64, device=clouds[0].device), 0
+    for cells in clouds:
+        rest = (cells - cells.mean(0)).double()
+        total, free = total + rest.T @ rest, free + len(cells) - 1
+    covariance = total / max(free, 1)
+    least = 1e-6 * covariance.diagonal().mean() + 1e-12
+    return torch.linalg.cholesky(covariance + least * identity_like(covariance))
+
+
+def _controls_noise(controls: Sequence[Tensor]) -> float:
+    """Variance of the mean of the groups' control means, in units of that of a cell; groups of a context share theirs."""
+    sizes = Counter((cells.data_ptr(), len(cells)) for cells in controls)
+    return sum((count / len(controls)) ** 2 / size for (_, size), count in sizes.items())
+
+
+def _chi_squared(d: int) -> float:
+    """95 % quantile of chi-squared with d degrees of freedom (Wilson and Hilferty 1931, PNAS 17:684)."""
+    return d * (1 - 2 / (9 * d) + 1.6449 * (2 / (9 * d)) ** 0.5) ** 3
+
+
+def _largest_of_noise(n: int, d: int) -> float:
+    """95 % quantile of the largest eigenvalue of the scatter (d, d) of n standard normal vectors."""
+    a, b = max(n - 1, 1) ** 0.5, d**0.5
+    return (a + b) ** 2 + 0.98 * (a + b) * (1 / a + 1 / b) ** (1 / 3)
 
 
 def gaussian_map(control: Tensor, perturbed: Tensor, *, shrink: float = 0.1) -> Tensor:
@@ -271,6 +478,10 @@ def _correlated(cloud: Tensor, shrink: float) -> tuple[Tensor, Tensor]:
 def _matrix_power(symmetric: Tensor, power: float) -> Tensor:
     values, vectors = torch.linalg.eigh(symmetric)
     return vectors * values.clamp_min(1e-8).pow(power) @ vectors.T
+
+
+_MAPS = 512
+"""Groups, evenly spread, whose covariances start the axes' matrices: many more than there are axes."""
 
 
 class OperatorModel(nn.Module):
@@ -438,19 +649,20 @@ class OperatorModel(nn.Module):
         controls, perturbed
             Latents (cell, d) of each group's matched control cells and of its perturbed cells.
         """
-        means = torch.stack([cells.mean(0) for cells in controls])
-        shifts = torch.stack([cells.mean(0) for cells in perturbed]) - means
+        means = _means(controls)
+        shifts = _means(perturbed) - means
         self.center.copy_(means.mean(0))
         self._forget()
         design = self.conditions.design(conditions)
-        self._start_embedding(design, shifts)
+        effects = shared_effects(design, len(self.conditions.perturbations), controls, perturbed)
+        self._start_embedding(effects)
         self._start_matrices(design, controls, perturbed)
         alpha, _ = self.conditions(design)
         departure = torch.einsum("nk,kij->nij", alpha, self.axis_left @ self.axis_right.mT)
-        target = shifts - torch.einsum("nij,nj->ni", departure, means - self.center)
-        self.axis_shift.copy_(_least_squares(alpha, target))
+        linear = torch.einsum("nij,nj->ni", departure, means - self.center)
+        self.axis_shift.copy_(_least_squares(alpha, design.sums(effects.shrunk) - linear))
         if self.context_shift.requires_grad:
-            left_over = target - alpha @ self.axis_shift
+            left_over = shifts - linear - alpha @ self.axis_shift
             self.context_shift.copy_(_least_squares(design.weight, left_over))
         return self
 
@@ -461,9 +673,9 @@ class OperatorModel(nn.Module):
             parameter.zero_()
         nn.init.eye_(self.conditions.to_alpha)
 
-    def _start_embedding(self, design: Design, shifts: Tensor) -> None:
-        """Embeddings along the main directions of the perturbations' mean shifts, of length about one."""
-        single = _least_squares(design.doses, shifts)
+    def _start_embedding(self, effects: Effects) -> None:
+        """Embeddings along the main directions of the perturbations' effects, of length about one."""
+        single = effects.shrunk.to(self.axis_shift)
         scores, _, _ = torch.linalg.svd(single, full_matrices=False)
         n_axes = self.axis_shift.shape[0]
         # Axes beyond the number of directions keep a first embedding: at zero they would never get a gradient.
@@ -479,14 +691,15 @@ class OperatorModel(nn.Module):
         self, design: Design, controls: Sequence[Tensor], perturbed: Sequence[Tensor]
     ) -> None:
         d, rank = self.axis_left.shape[1:]
-        enough = [min(len(a), len(b)) > 2 * d for a, b in zip(controls, perturbed, strict=True)]
-        if not rank or not any(enough):
+        sizes = [min(len(a), len(b)) for a, b in zip(controls, perturbed, strict=True)]
+        enough = [k for k, size in enumerate(sizes) if size > 2 * d]
+        if not rank or not enough:
             return
-        pairs = zip(controls, perturbed, enough, strict=True)
-        maps = torch.stack([gaussian_map(a, b) for a, b, good in pairs if good])
+        enough = enough[:: -(-len(enough) // _MAPS)]
+        maps = torch.stack([gaussian_map(controls[k], perturbed[k]) for k in enough])
         departure = maps - torch.eye(d, dtype=maps.dtype, device=maps.device)
         alpha, _ = self.conditions(design)
-        alpha = alpha[torch.tensor(enough, device=alpha.device)]
+        alpha = alpha[enough]
         axes = _least_squares(alpha, departure.flatten(1)).unflatten(1, (d, d))
         left, size, right = torch.linalg.svd(axes)
         root = size[:, :rank].sqrt().unsqueeze(1)

@@ -14,13 +14,16 @@ from torch import Tensor
 from ..data.groups import Groups, GroupSample, evenly
 from ..errors import LabelError, ModelError, check_values, checked, did_you_mean, three_beats
 from ..models.energy import grouped_energy_distance, moved_energy_distance, noise_floor, self_distance
-from ..models.operators import OperatorModel, spectral_excess
+from ..models.operators import Design, OperatorModel, response_rank, spectral_excess
 from .callbacks import Callback
 from .checkpoint import digest
 from .loop import Machine, Trainer
 
 MIN_SHOWN = 8
 """Held-out cells below which a group has no column of its own in the history: its energy is mostly noise."""
+
+GROUPS_AT_ONCE = 256
+"""Groups of one step, and groups whose held-out cells are looked at: of more, others in each step, evenly spread ones."""
 
 _REFERENCE = 2048  # cells of a group that its cells are compared with: beyond, cost without precision
 _ROWS = 1024
@@ -70,7 +73,11 @@ def new_operators(
     pairs = sorted({pair for c in conditions for pair in combinations(sorted(c.perturbations), 2)})
     descriptors = None if features is None else _descriptors(features, parts)
     contexts = sorted({str(condition.context) for condition in conditions})
-    n_latent = data.items[0].cells.shape[1]
+    controls = [data.control[group.context] for group in data.items]
+    perturbed = [group.cells for group in data.items]
+    n_latent = perturbed[0].shape[1]
+    if n_axes is None:
+        n_axes = response_rank(conditions, names, contexts, controls, perturbed)
     model = form(
         n_latent,
         names,
@@ -81,8 +88,7 @@ def new_operators(
         rank=rank,
         context_rank=context_rank,
     )
-    controls = [data.control[group.context] for group in data.items]
-    return model.start_from(conditions, controls, [group.cells for group in data.items])
+    return model.start_from(conditions, controls, perturbed)
 
 
 def _descriptors(features, parts: Sequence[str]) -> Tensor:
@@ -193,7 +199,8 @@ class OperatorTrainer(Trainer):
 
     The latents are read once from ``obsm``: the VAE and the genes take no part in training. The loss is the
     mean over (context, perturbation) groups of the energy distance (Euclidean, U-statistic), plus ridge and
-    stability penalties on the operators.
+    stability penalties on the operators. A step takes all groups, of more than 256 so many, each as often as any other;
+    validation looks at 256, evenly spread.
 
     Parameters
     ----------
@@ -289,7 +296,8 @@ class OperatorTrainer(Trainer):
 
     def _prepare_validation(self, names: Sequence[str]) -> None:
         """Cut the held-out groups to at most 256 cells a side, and cache what does not change."""
-        items = self.held_out.items
+        items = [self.held_out[int(k)] for k in evenly(len(self.held_out), GROUPS_AT_ONCE)]
+        self.val_labels = [group.label for group in items]
         self.val_design = self.model.conditions.design([group.condition(names) for group in items])
         controls = [_some(self.held_out.control[group.context]) for group in items]
         perturbed = [_some(group.cells) for group in items]
@@ -302,11 +310,27 @@ class OperatorTrainer(Trainer):
         self.val_self = self_distance(self.val_perturbed, self.val_counts)
 
     def batches(self) -> Iterator:
-        share = self.processes.share(len(self.groups))
-        for _ in range(self._steps):
-            # Drawn for all groups, so that the draw of one does not depend on who has the others.
-            sample = self.groups.sample(self.cells_per_group, self.cpu_generator)
+        share = self.processes.share(self._at_once)
+        for which in self._groups_of_steps():
+            # Drawn for all groups of the step, so that the draw of one does not depend on who has the others.
+            sample = self.groups.sample(self.cells_per_group, self.cpu_generator, which)
             yield sample if self.processes.size == 1 else sample.part(share)
+
+    def _groups_of_steps(self) -> Iterator[list[int] | None]:
+        """Positions of the groups of each step of an epoch, the next of a random order; None for all."""
+        order: list[int] = []
+        for _ in range(self._steps):
+            if len(self.groups) == self._at_once:
+                yield None
+                continue
+            if len(order) < self._at_once:
+                order += torch.randperm(len(self.groups), generator=self.cpu_generator).tolist()
+            yield sorted(order[: self._at_once])
+            order = order[self._at_once :]
+
+    @property
+    def _at_once(self) -> int:
+        return min(len(self.groups), GROUPS_AT_ONCE)
 
     def steps_per_epoch(self) -> int:
         return self._steps
@@ -315,22 +339,26 @@ class OperatorTrainer(Trainer):
         return len(batch.control) + len(batch.perturbed)
 
     def loss_terms(self, batch) -> dict[str, Tensor]:
-        matrices, shifts = self.module.affine(self.design)
+        matrices, shifts = self.module.affine(self._design_of(batch))
         clouds = batch.control, batch.perturbed, batch.control_sizes, batch.perturbed_sizes
         within = self.within.of(batch)
         # NaN must reach the loss: the guard says where it came from, and may roll back.
-        mine = slice(self.processes.rank, None, self.processes.size)
-        energy = moved_energy_distance(*clouds, matrices[mine], shifts[mine], y_self=within, validate=False)
-        term = self.processes.weighted({"energy": energy.mean()}, len(energy), len(matrices))
-        return term | self._penalties(matrices)
+        energy = moved_energy_distance(*clouds, matrices, shifts, y_self=within, validate=False)
+        terms = {"energy": energy.mean()} | self._penalties(matrices)
+        terms = self.processes.weighted(terms, len(energy), self._at_once)
+        if self.model.context_shift.requires_grad:
+            terms["ridge"] = terms["ridge"] + self.in_force["context_ridge"] * self.model.context_ridge()
+        return terms
+
+    def _design_of(self, batch: GroupSample) -> Design:
+        if len(batch.which) == len(self.groups):
+            return self.design
+        return self.design.of(torch.tensor(batch.which, device=self.design.strength.device))
 
     def _penalties(self, matrices: Tensor) -> dict[str, Tensor]:
         weights = self.in_force
-        ridge = weights["ridge"] * self.model.ridge(matrices)
-        if self.model.context_shift.requires_grad:
-            ridge = ridge + weights["context_ridge"] * self.model.context_ridge()
         return {
-            "ridge": ridge,
+            "ridge": weights["ridge"] * self.model.ridge(matrices),
             "stability": weights["stability_weight"] * spectral_excess(matrices, self.max_norm),
         }
 
@@ -343,7 +371,7 @@ class OperatorTrainer(Trainer):
         energy = grouped_energy_distance(
             moved, self.val_perturbed, self.val_sizes, self.val_counts, y_self=self.val_self
         )
-        named = zip(self.held_out.labels, energy.tolist(), self.val_counts, strict=True)
+        named = zip(self.val_labels, energy.tolist(), self.val_counts, strict=True)
         least = min(MIN_SHOWN, max(self.val_counts))
         per_group = {f"val_energy[{label}]": value for label, value, cells in named if cells >= least}
         # A group of three held-out cells is mostly noise: it must not decide which epoch is best.
@@ -353,6 +381,8 @@ class OperatorTrainer(Trainer):
         return {"val_loss": mean, "val_energy": mean, "operator_norm": norm, **per_group}
 
     def shape_of(self, batch: GroupSample) -> Hashable | None:
+        if len(self.groups) > self._at_once:
+            return None
         return tuple(batch.which), tuple(batch.control_sizes), tuple(batch.perturbed_sizes)
 
     def inputs_of(self, batch: GroupSample) -> dict[str, Tensor]:
@@ -365,7 +395,7 @@ class OperatorTrainer(Trainer):
         return replace(batch, control=control, perturbed=perturbed, control_rows=rows, perturbed_rows=changed)
 
     def describe_batch(self, batch) -> dict[str, list[str]]:
-        return {"groups": list(self.groups.labels)}
+        return {"groups": [self.groups[k].label for k in batch.which]}
 
 
 def _rows_of(data: Groups) -> Tensor:
