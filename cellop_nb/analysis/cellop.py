@@ -11,6 +11,7 @@ from copy import copy, deepcopy
 from dataclasses import asdict, dataclass, fields
 from io import StringIO
 from numbers import Real
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -19,10 +20,11 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import torch
+from scipy import sparse
 from tqdm.auto import tqdm
 
-from ..data.contract import Keys, check_values, is_set_up, keys_of, obs_labels
-from ..data.counts import require_in_memory
+from ..data.contract import Keys, check_values, counts, is_set_up, keys_of, obs_labels
+from ..data.counts import TOTAL_KEY, require_in_memory
 from ..data.genes import select_genes
 from ..data.groups import Groups, controls_by_context
 from ..display import card
@@ -35,7 +37,8 @@ from ..training.checkpoint import Saved, read_models, write_models
 from ..training.operators import OperatorTrainer, Penalties, new_operators
 from ..training.vae import VAETrainer, new_vae
 from .distances import etest
-from .means import Means
+from .means import Factors, Means
+from .metrics import log1p_cp10k
 from .plan import (
     NO_CHANGE,
     Evidence,
@@ -47,12 +50,14 @@ from .plan import (
     plan_combination,
     weigh,
 )
-from .predict import REP, Start, assemble, embed, modelled_counts, write_parts
+from .predict import REP, Start, assemble, carry_others, embed, modelled_counts, write_parts
 
 logger = logging.getLogger("cellop_nb")
 
 SPLIT = "split"
 CELLS_AT_ONCE = 4096
+LEAST_CELLS = 10
+"""Training cells in which a gene must be counted to be modelled, or planned."""
 
 
 @dataclass(frozen=True)
@@ -215,6 +220,8 @@ class CellOp:
         self.history, self.costs = pd.DataFrame(), pd.DataFrame()
         self.effects = pd.DataFrame()
         self.means: Means = None  # type: ignore[assignment]  # fit() makes them
+        self.others: list[str] = []
+        self.other_means: Means | None = None
         self._evidence: Evidence | None = None
         self._combination_evidence: Evidence | None = None
         self._plans: dict[tuple[str, str], Plan] = {}
@@ -313,6 +320,7 @@ class CellOp:
                 groups = Groups(cells)
                 _check_batches(cells, groups)
                 self.means = Means.of(cells, groups)
+                self.others, self.other_means = self._means_of_others(cells.var_names, groups)
                 self.effects = etest(cells, seed=self.seed)
             members = [self._fit_member(cells, groups, k, stages, callbacks) for k in range(self.n_members)]
             self._latent_means = self._means_of_latents(cells, groups)
@@ -323,23 +331,34 @@ class CellOp:
         self.history, self.costs = stages.history(), stages.costs()
         return self
 
+    def _training_rows(self) -> np.ndarray:
+        """Rows of the cells that may train, sorted by name."""
+        rows = np.arange(self.adata.n_obs)
+        if SPLIT in self.adata.obs:
+            rows = rows[(self.adata.obs[SPLIT] != "test").to_numpy()]
+        return rows[np.argsort(self.adata.obs_names.to_numpy()[rows], kind="stable")]
+
     def _training_cells(self) -> ad.AnnData:
-        """Counts of the modelled genes of all cells that may train, sorted by name, with a split of their own."""
-        adata = self.adata
-        rows = np.arange(adata.n_obs)
-        if SPLIT in adata.obs:
-            rows = rows[(adata.obs[SPLIT] != "test").to_numpy()]
-        rows = rows[np.argsort(adata.obs_names.to_numpy()[rows], kind="stable")]
-        chosen = adata[rows]
+        """Counts of the modelled genes of all cells that may train, with a split of their own."""
+        adata, chosen = self.adata, self.adata[self._training_rows()]
         genes = list(adata.var_names)
         if self._ready_vae is not None:
             genes = self._ready_vae.genes
         elif self.n_genes is not None and self.n_genes < adata.n_vars:
-            genes = select_genes(chosen, self.n_genes, split=None, min_cells=10)
+            genes = select_genes(chosen, self.n_genes, split=None, min_cells=LEAST_CELLS)
         cells = modelled_counts(chosen, genes if self._ready_vae is None else self._ready_vae, self.keys)
         if SPLIT not in adata.obs or not (cells.obs[SPLIT] == "val").any():
             cells.obs[SPLIT] = self._split(cells)
         return cells
+
+    def _means_of_others(self, modelled: Sequence[str], groups: Groups) -> tuple[list[str], Means | None]:
+        """Expressed genes that are not modelled, and what was measured of them in the same cells."""
+        chosen = self.adata[self._training_rows()]
+        seen = sparse.csr_matrix(counts(chosen, self.keys.layer)).getnnz(0) >= LEAST_CELLS
+        others = list(chosen.var_names[seen & ~chosen.var_names.isin(modelled)])
+        if not others:
+            return [], None
+        return others, Means.in_few_rows(modelled_counts(chosen, others, self.keys), groups)
 
     def _split(self, cells: ad.AnnData) -> pd.Categorical:
         """A tenth of each group for validation, by a hash of the cells' names: what else is measured does not matter."""
@@ -580,6 +599,48 @@ class CellOp:
             own_noise=None if own is None else own[1],
         )
 
+    def _others_are_planned(self, perturbation: str) -> bool:
+        """Whether measured groups tell of the genes that are not modelled: of a combination, of all its parts."""
+        measured = () if self.other_means is None else self.other_means.perturbations
+        return perturbation in measured or set(self._parts(perturbation)) <= set(measured)
+
+    def _planned_others(self, context: str, perturbation: str) -> np.ndarray | None:
+        """(gene,) planned change of the genes that are not modelled, by the estimators that need no model; None where
+        nothing tells it."""
+        means = self.other_means
+        if means is None or not self._others_are_planned(perturbation):
+            return None
+        if perturbation not in means.perturbations:
+            return np.sum([self._planned_others(context, part) for part in self._parts(perturbation)], axis=0)
+        measured = means.of_perturbation(perturbation, without=context)
+        own = means.own(context, perturbation)
+        if own is None:
+            return plan(measured, self._level_of_others(context)).change
+        if not len(measured):
+            return own[0]
+        return plan(measured, self._level_of_others(context), own_change=own[0], own_noise=own[1]).change
+
+    def _level_of_others(self, context: str) -> np.ndarray:
+        """(gene,) mean level of the genes that are not modelled in control cells; of those that the data lack 0."""
+        cells = modelled_counts(
+            self.adata[self._some(self.adata, self.control_rows(context))], self.others, self.keys, "zero"
+        )
+        total = cells.obs[TOTAL_KEY].to_numpy() if TOTAL_KEY in cells.obs else None
+        return np.asarray(log1p_cp10k(cells.X, total).mean(0), dtype=np.float64).ravel()
+
+    def _carried_others(self, rows, library, change, growth: float, generator):
+        """Counts (cell, gene) over all genes of the data, those that are not modelled carried by their planned `change`
+        (gene,), and what each cell gains by it: see :func:`~cellop_nb.analysis.predict.carry_others`.
+        """
+        cells = self.adata[rows]
+        x = sparse.csc_matrix(counts(cells, self.keys.layer), dtype=np.float32)
+        column = cells.var_names.get_indexer(self.others)
+        there, column = column >= 0, column[column >= 0]
+        carried, gained = carry_others(x[:, column], library, change[there], growth, generator)
+        order = np.arange(x.shape[1])
+        order[column] = x.shape[1] + np.arange(len(column))
+        return sparse.csr_matrix(sparse.hstack([x, carried], "csc")[:, order]), gained
+
     def _starts(self, context: str) -> list[Start]:
         """Some control cells of the context, as each member sees them."""
         rows = self._some(self.adata, self.control_rows(context))
@@ -744,11 +805,14 @@ class CellOp:
         Returns
         -------
         AnnData
-            Counts in ``X`` over all genes of the data, in their order; ``layers["mean"]`` expected counts; in
-            ``obs`` that of the control cell, its name in ``source_cell``, the perturbation, and ``predicted``; in
-            ``var["modelled"]`` which genes were predicted (the others keep the control cell's counts); moved latents
-            in ``obsm["X_nbvae"]``; ``uns["cellop_nb"]["predictions"]``, a row per condition. Or the path, where
-            `out` is one.
+            Counts in ``X`` over all genes of the data, in their order; ``layers["mean"]`` expected counts of the
+            modelled genes beside the others of ``X``; in ``obs`` that of the control cell, its name in
+            ``source_cell``, the perturbation, and ``predicted``; in ``var["modelled"]`` which genes the VAE holds, in
+            ``var["prediction"]`` how each gene was predicted: "moved" and carried to its planned mean, "planned" (not
+            modelled: the control cell's counts carried to a mean that the estimators without a model plan), or "kept"
+            (seen in hardly any training cell: the control cell's counts); moved latents in ``obsm["X_nbvae"]``;
+            ``uns["cellop_nb"]["predictions"]``, a row per condition, whose column `others` says "kept" where nothing
+            tells of the genes that are not modelled, and these keep their counts. Or the path, where `out` is one.
 
         Raises
         ------
@@ -791,6 +855,7 @@ class CellOp:
             source = source[np.sort(rng.choice(len(source), n_cells, replace=n_cells > len(source)))]
         planned = None if operator is not None else self.plan(context, perturbation)
         growth = 0.0 if operator is not None else strength * self.means.growth_of(context, perturbation)
+        change = None if operator is not None else self._planned_others(context, perturbation)
         parts = []
         shares = np.array_split(source, min(self.n_members, len(source)))
         pieces = [(k, rows) for k, share in enumerate(shares) for rows in _chunks(share)]
@@ -799,9 +864,18 @@ class CellOp:
             start = Start.of(self._cells(rows), member.vae)
             act = operator if operator is not None else self._operator_of(member, perturbation, context)
             generator = torch.Generator().manual_seed(draw + number)
-            drawn = start.moved(act, strength, planned, growth, generator)
-            parts.append(assemble(self.adata[rows], self.keys, self.genes, drawn, perturbation))
-        return parts[0] if len(parts) == 1 else ad.concat(parts, merge="same")
+            others, gained = None, None
+            if change is not None and strength != 0:
+                others, gained = self._carried_others(
+                    rows, start.library, strength * change, growth, generator
+                )
+            drawn = start.moved(act, strength, planned, growth, generator, gained)
+            parts.append(assemble(self.adata[rows], self.keys, self.genes, drawn, perturbation, others))
+        cells = parts[0] if len(parts) == 1 else ad.concat(parts, merge="same")
+        planned_genes = cells.var_names.isin(self.others)
+        ways = np.where(planned_genes, "planned", "kept")
+        cells.var["prediction"] = pd.Categorical(np.where(cells.var["modelled"], "moved", ways))
+        return cells
 
     def _provenance(self, asked: pd.DataFrame, operator, seed: int) -> dict:
         table = asked.assign(n_cells=pd.to_numeric(asked["n_cells"]).fillna(-1).astype(int), seed=seed)
@@ -809,6 +883,10 @@ class CellOp:
         table["measured"] = [
             self.means.own(c, p) is not None
             for c, p in zip(table["context"], table["perturbation"], strict=True)
+        ]
+        table["others"] = [
+            "planned" if operator is None and self._others_are_planned(p) else "kept"
+            for p in table["perturbation"]
         ]
         return {"predictions": table.reset_index(drop=True)}
 
@@ -844,6 +922,8 @@ class CellOp:
         means, judged = self.means, list(self.means.moved)
         arrays = {name: getattr(means, name) for name in _MEANS}
         arrays["moved"] = np.stack([means.moved[pair] for pair in judged]) if judged else np.zeros((0, 0))
+        if self.other_means is not None:
+            arrays |= _in_arrays(self.other_means)
         arrays["latents"] = np.stack(list(self._latent_means.values()))
         both = {"contexts": self._evidence, "combinations": self._combination_evidence}
         evidence_of = {name: seen for name, seen in both.items() if seen is not None}
@@ -852,6 +932,7 @@ class CellOp:
             "settings": {name: getattr(self, name) for name in ("n_latent", "n_genes", "n_members", "seed")},
             "recipe": asdict(self.recipe),
             "contexts": means.contexts,
+            "others": self.others,
             "pairs": means.pairs,
             "judged": judged,
             "latents": list(self._latent_means),
@@ -894,6 +975,12 @@ class CellOp:
 
 
 _MEANS = ("control", "change", "noise", "growth", "shares")
+_OTHERS = ("control", "change.left", "change.right", "noise.left", "noise.right")
+
+
+def _in_arrays(others: Means) -> dict[str, np.ndarray]:
+    """What a file keeps of the genes that are not modelled, by name."""
+    return {f"others.{name}": attrgetter(name)(others) for name in _OTHERS}
 
 
 def load(path: str | Path, adata: ad.AnnData | None = None) -> CellOp | Saved:
@@ -958,6 +1045,13 @@ def _restored(saved: Saved) -> CellOp:
     moved = dict(zip([tuple(pair) for pair in about["judged"]], arrays["moved"], strict=True))
     control, change, noise, growth, shares = (arrays[name] for name in _MEANS)
     model.means = Means(about["contexts"], control, pairs, change, noise, growth, shares, moved)
+    model.others = about.get("others", [])  # of a file of an earlier version none
+    if model.others:
+        level, *factors = (arrays[f"others.{name}"] for name in _OTHERS)
+        changes, noises = Factors(*factors[:2]), Factors(*factors[2:])
+        model.other_means = Means(
+            about["contexts"], level, pairs, changes, noises, np.zeros(len(pairs)), np.zeros(0)
+        )
     model._latent_means = dict(
         zip([tuple(pair) for pair in about["latents"]], arrays["latents"], strict=True)
     )

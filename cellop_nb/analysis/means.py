@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -13,6 +14,20 @@ from ..data.groups import Groups
 from ..models.operators import perturbation_parts
 from .metrics import log1p_cp10k
 from .plan import Measured
+
+RANK = 64
+"""Most rows that the changes of genes which are not modelled are kept in, however many groups were measured."""
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """An array (row, gene) as ``left @ right``, (row, rank) and (rank, gene); its rows are worked out when asked for."""
+
+    left: np.ndarray
+    right: np.ndarray
+
+    def __getitem__(self, rows) -> np.ndarray:
+        return self.left[rows].astype(np.float64) @ self.right
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,8 +48,8 @@ class Means:
     contexts: list[str]
     control: np.ndarray = field(repr=False)
     pairs: list[tuple[str, str]]
-    change: np.ndarray = field(repr=False)
-    noise: np.ndarray = field(repr=False)
+    change: np.ndarray | Factors = field(repr=False)
+    noise: np.ndarray | Factors = field(repr=False)
     growth: np.ndarray = field(repr=False)
     shares: np.ndarray = field(repr=False)
     moved: dict[tuple[str, str], np.ndarray] = field(default_factory=dict, repr=False)
@@ -87,6 +102,54 @@ class Means:
             mixing @ log_library - log_control[at],
             share.mean(0),
         )
+
+    @classmethod
+    def in_few_rows(cls, cells, groups: Groups, block: int = 1024) -> Means:
+        """The same of many genes, block by block and without growth and shares.
+
+        Changes of more than :data:`RANK` groups are kept in as many rows: the leading singular directions over groups (a
+        randomised range finder with a power iteration). Noise is that of a group times that of a gene.
+
+        References
+        ----------
+        Halko, Martinsson, Tropp (2011), SIAM Review 53:217.
+        """
+
+        def parts() -> Iterator[Means]:
+            for start in range(0, cells.n_vars, block):
+                yield cls.of(cells[:, start : start + block].copy(), groups)
+
+        n_pairs, chance = len(groups.pairs), np.random.default_rng(0)
+        basis = np.eye(n_pairs) if n_pairs <= RANK else np.zeros((n_pairs, 0))
+        for _ in range(0 if n_pairs <= RANK else 2):
+            sketch = np.zeros((n_pairs, RANK))
+            for part in parts():
+                change = part.change[:]
+                towards = change.T @ basis if basis.size else chance.normal(size=(change.shape[1], RANK))
+                sketch += change @ towards
+            basis = np.linalg.qr(sketch)[0]
+        control, right, noise, of_pair = [], [], [], np.zeros(n_pairs)
+        for part in parts():
+            control.append(part.control.astype(np.float32))
+            right.append((basis.T @ part.change[:]).astype(np.float32))
+            noise.append(part.noise[:].mean(0))
+            of_pair += part.noise[:].sum(1)
+        mean_noise = np.concatenate(noise).astype(np.float32)
+        share = of_pair / max(float(of_pair.mean()), np.finfo(float).tiny)
+        return cls(
+            groups.contexts,
+            np.concatenate(control, 1),
+            groups.pairs,
+            Factors(basis.astype(np.float32), np.concatenate(right, 1)),
+            Factors(share.astype(np.float32)[:, None], mean_noise[None]),
+            np.zeros(n_pairs),
+            np.zeros(0),
+        )
+
+    @property
+    def perturbations(self) -> Collection[str]:
+        """What was measured in one context or more."""
+        return self._of.keys()
 
     def of_perturbation(self, perturbation: str, without: str | None = None) -> Measured:
         """What was measured of a perturbation, in all contexts but one."""

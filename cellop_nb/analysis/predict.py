@@ -157,6 +157,7 @@ class Start:
         planned: Plan | None = None,
         growth: float = 0.0,
         generator: torch.Generator | None = None,
+        gained: Tensor | None = None,
     ) -> Drawn:
         r"""The cells moved by the operator at a strength, and carried to the planned mean.
 
@@ -169,6 +170,8 @@ class Start:
             Where the cells are carried to; they stay where the operator moves them where None.
         growth
             Change of the log of the library.
+        gained
+            (cell,) counts that the genes which are not modelled gain at an equal library; as the decoder says where None.
         """
         z = operator.power(strength)(self.z)
         expected = self.expected(z)
@@ -177,7 +180,9 @@ class Start:
             if strength != 1:
                 change = self._change(expected) + strength * (change - self.change(operator))
             target = torch.as_tensor(self.mean_level + change)
-            others = (self.library - expected.sum(-1)).clamp_min(0.0)
+            left = expected.sum(-1)
+            others = self.library - (left if gained is None else self.x.sum(-1) - gained)
+            others = torch.minimum(others, self.library - 0.5 * left).clamp_min(0.0)
             expected = carry_to_mean(expected, self.library, target, others=others)
         expected = expected * math.exp(growth)
         whole = balanced_counts(expected, generator)
@@ -235,19 +240,69 @@ def modelled_counts(
     return cells
 
 
+_AT_ONCE = 4_000_000
+"""Counts (cells times genes) of genes that are not modelled which are carried together."""
+
+
+def carry_others(
+    x: sparse.csr_matrix,
+    library: np.ndarray,
+    change: np.ndarray,
+    growth: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> tuple[sparse.csr_matrix, Tensor]:
+    """Genes that are not modelled, each carried by its change of mean log1p-CP10k, block by block.
+
+    Parameters
+    ----------
+    x, library
+        Counts (cell, gene) of control cells, and their counts over all genes (cell,).
+    change
+        (gene,) planned change of the mean level.
+    growth
+        Change of the log of the library.
+
+    Returns
+    -------
+    Whole counts (cell, gene), and (cell,) expected counts that they gained before the library grew.
+    """
+    columns, total = sparse.csc_matrix(x), torch.as_tensor(library, dtype=torch.float32)
+    parts, gained = [], torch.zeros(len(total))
+    for start in range(0, x.shape[1], width := max(1, _AT_ONCE // max(x.shape[0], 1))):
+        block = torch.from_numpy(columns[:, start : start + width].toarray())
+        target = levels(block, total).mean(0) + torch.as_tensor(
+            change[start : start + width], dtype=block.dtype
+        )
+        carried = carry_to_mean(block, total, target, scale_cells=False)
+        gained += carried.sum(1) - block.sum(1)
+        parts.append(sparse.csr_matrix(balanced_counts(carried * math.exp(growth), generator).numpy()))
+    return sparse.hstack(parts, "csr"), gained
+
+
 def assemble(
-    source: ad.AnnData, keys: Keys, genes: Sequence[str], drawn: Drawn, perturbation: str
+    source: ad.AnnData,
+    keys: Keys,
+    genes: Sequence[str],
+    drawn: Drawn,
+    perturbation: str,
+    others: sparse.csr_matrix | None = None,
 ) -> ad.AnnData:
-    """Virtual cells over all genes of the data: modelled ones as drawn, the others as the control cells have them."""
+    """Virtual cells over all genes of the data: modelled ones as drawn, the others as the control cells have them.
+
+    Parameters
+    ----------
+    others
+        Counts (cell, gene) of the genes that are not modelled, over all genes of the data; the control cells' where None.
+    """
     column = source.var_names.get_indexer(list(genes))
     there = np.flatnonzero(column >= 0)
     width = source.n_vars
     put = sparse.csr_matrix((np.ones(len(there), np.float32), (there, column[there])), (len(genes), width))
     modelled = np.zeros(width, dtype=bool)
     modelled[column[there]] = True
-    others = sparse.csr_matrix(counts(source, keys.layer), dtype=np.float32) @ sparse.diags(
-        (~modelled).astype(np.float32)
-    )
+    if others is None:
+        others = sparse.csr_matrix(counts(source, keys.layer), dtype=np.float32)
+    others = others @ sparse.diags((~modelled).astype(np.float32))
     whole, mean = (sparse.csr_matrix(part @ put + others) for part in (drawn.counts, drawn.mean))
     obs = source.obs.copy()
     obs[keys.perturbation_key] = perturbation

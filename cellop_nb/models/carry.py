@@ -111,6 +111,7 @@ def carry_to_mean(
     *,
     dispersion: Tensor | None = None,
     others: Tensor | None = None,
+    scale_cells: bool = True,
     iterations: int = 8,
     tolerance: float = 1e-4,
 ) -> Tensor:
@@ -141,12 +142,14 @@ def carry_to_mean(
         (gene,) inverse dispersion r; where None that of the moments of `expected`.
     others
         (cell,) counts of the genes that are not among the columns; none where None.
+    scale_cells
+        Scale cells to their library sizes. Otherwise every gene reaches its level, whatever that adds up to.
     iterations, tolerance
         At most so many steps; done where every mean level is this near.
 
     Returns
     -------
-    (cell, gene); its rows sum to ``library - others`` to within the tolerance.
+    (cell, gene); its rows sum to ``library - others`` to within the tolerance, where cells are scaled.
     """
     x, size = expected.clamp_min(0.0), library.clamp_min(MIN_MEAN).unsqueeze(-1)
     aim = target.to(x).clamp(0.0, MOST_LEVEL)
@@ -154,23 +157,25 @@ def carry_to_mean(
     share = ((x / size).mean(0)).clamp_min(0.1 / (COUNTS_PER_CELL * len(x)))
     mean = size * share
     added = mean * _own_factor(x, mean, dispersion)
-    t, carried, miss = torch.zeros_like(share), x, share.new_zeros(())
+    t, carried, miss, cost = torch.zeros_like(share), x, share.new_zeros(()), share
+    scale = torch.ones_like(size)
     for _ in range(iterations):
-        total = carried.sum(-1, keepdim=True).clamp_min(MIN_MEAN)
-        # that of each cell; what all cells miss is left to the genes
-        scale = room / total * (total.sum() / room.sum())
+        if scale_cells:
+            total = carried.sum(-1, keepdim=True).clamp_min(MIN_MEAN)
+            # that of each cell; what all cells miss is left to the genes
+            scale = room / total * (total.sum() / room.sum())
+            cost = (carried * scale / size).mean(0)
+            excess = cost.sum() - (room / size).mean()
+            # one gene may hold nearly all counts: what it gives or takes in a step is bounded
+            miss = miss + (excess / cost.square().sum().clamp_min(MIN_MEAN)).clamp(-4.0, 4.0)
         level, slope = whole_levels(carried * scale, library)
-        cost = (carried * scale / size).mean(0)
-        excess = cost.sum() - (room / size).mean()
-        # one gene may hold nearly all counts: what it gives or takes in a step is bounded
-        miss = miss + (excess / cost.square().sum().clamp_min(MIN_MEAN)).clamp(-4.0, 4.0)
         gap = (aim - miss * cost).clamp(0.0, MOST_LEVEL) - level.mean(0)
         if gap.abs().max() <= tolerance:
             break
         grown = (slope * torch.where(gap + t > 0, added, x) * scale).mean(0)
         t = (t + gap / grown.clamp_min(MIN_MEAN)).clamp_min(-1.0)
         carried = torch.addcmul(x * (1 + t.clamp_max(0.0)), added, t.clamp_min(0.0))
-    return carried * (room / carried.sum(-1, keepdim=True).clamp_min(MIN_MEAN))
+    return carried * (room / carried.sum(-1, keepdim=True).clamp_min(MIN_MEAN)) if scale_cells else carried
 
 
 def _own_factor(x: Tensor, mean: Tensor, dispersion: Tensor | None) -> Tensor:

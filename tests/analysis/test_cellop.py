@@ -12,9 +12,12 @@ import torch
 from scipy import sparse
 
 import cellop_nb as co
+from cellop_nb.analysis import means
 from cellop_nb.analysis.cellop import CellOp
+from cellop_nb.analysis.means import Means
 from cellop_nb.analysis.metrics import log1p_cp10k
 from cellop_nb.data.contract import Keys
+from cellop_nb.data.groups import Groups
 from cellop_nb.errors import DataError, LabelError, ModelError
 from cellop_nb.models.affine import AffineOperator
 
@@ -189,10 +192,73 @@ def test_a_prediction_is_whole_counts_of_the_contexts_control_cells(cells, scree
     assert np.abs(cells.X.toarray() - cells.layers["mean"].toarray()).max() < 1 + 1e-4
 
 
-def test_genes_that_are_not_modelled_keep_the_control_cells_counts(cells, screen):
-    source = screen[cells.obs["source_cell"].to_numpy()]
+@pytest.fixture(scope="module")
+def narrow(screen):
+    """A model of genes g5 to g34; g0 to g4 answer to "ifn" and are not modelled, and g39 was hardly ever counted."""
+    rare = screen.copy()
+    dense = rare.X.toarray()
+    dense[5:, 39] = 0
+    rare.X = sparse.csr_matrix(dense)
+    return tiny(rare, vae=co.NBVAE([f"g{k}" for k in range(5, 35)], n_latent=4)).fit(progress=False)
+
+
+def level_change(cells, model, genes):
+    """(gene,) change of mean log1p-CP10k between the source cells and the predicted ones."""
+    source = model.adata[cells.obs["source_cell"].to_numpy()]
+    return [
+        sign * log1p_cp10k(x[:, genes].X.toarray(), x.obs["total_counts"].to_numpy()).mean(0)
+        for sign, x in ((1, cells), (-1, source))
+    ]
+
+
+def test_genes_that_are_not_modelled_are_carried_to_a_planned_mean(narrow):
+    cells = narrow.predict(context="M", perturbation="ifn")
+    ways = cells.var["prediction"].astype(str)
+    assert (ways[narrow.genes] == "moved").all() and set(ways[ways == "moved"].index) == set(narrow.genes)
+    assert ways["g39"] == "kept" and (ways[[f"g{k}" for k in (0, 4, 35, 38)]] == "planned").all()
+    lifted, still = [f"g{k}" for k in range(5)], [f"g{k}" for k in range(35, 39)]
+    measured = []
+    for context in ("B", "NK", "T"):
+        for sign, name in ((1, "ifn"), (-1, "control")):
+            x = narrow.adata[rows_of(narrow.adata, cell_type=context, perturbation=name)]
+            measured.append(sign * log1p_cp10k(x[:, lifted].X.toarray(), x.obs["total_counts"]).mean(0))
+    expected = np.sum(measured, axis=0) / 3
+    change = np.sum(level_change(cells, narrow, lifted), axis=0)
+    assert (expected > 0.3).all()
+    assert change.mean() == pytest.approx(expected.mean(), rel=0.2) and change.min() > 0.5
+    assert np.abs(np.sum(level_change(cells, narrow, still), axis=0)).max() < 0.5 * change.min()
+    assert cells.uns["cellop_nb"]["predictions"]["others"].tolist() == ["planned"]
+
+
+def test_a_cell_holds_no_more_than_its_library(narrow):
+    cells = narrow.predict(context="M", perturbation="ifn")
+    total = cells.obs["total_counts"].to_numpy()
+    source = narrow.adata[cells.obs["source_cell"].to_numpy()]
+    before = source.obs["total_counts"].to_numpy()
+    unseen = (before - source.X.toarray().sum(1)) * total / before
+    np.testing.assert_allclose((cells.layers["mean"].toarray().sum(1) + unseen) / total, 1, atol=0.02)
+
+
+def test_genes_of_which_nothing_tells_keep_the_control_cells_counts(narrow):
+    act = narrow.operator("M", "ifn")
+    cells = narrow.predict(context="M", perturbation="mine", operator=act)
+    source = narrow.adata[cells.obs["source_cell"].to_numpy()]
     others = ~cells.var["modelled"].to_numpy()
     np.testing.assert_array_equal(cells.X[:, others].toarray(), source.X[:, others].toarray())
+    assert cells.uns["cellop_nb"]["predictions"]["others"].tolist() == ["kept"]
+
+
+def test_many_groups_are_kept_in_few_rows(screen, monkeypatch):
+    """Nine groups in three rows: the responses, which are few, survive; noise does not."""
+    groups = Groups(screen)
+    exact, chosen = Means.of(screen, groups), Means.in_few_rows(screen, groups, block=7)
+    np.testing.assert_allclose(chosen.change[:], exact.change, atol=1e-5)
+    np.testing.assert_allclose(chosen.noise[:].sum(0), exact.noise.sum(0), rtol=1e-4)
+    monkeypatch.setattr(means, "RANK", 4)
+    few = Means.in_few_rows(screen, groups, block=7)
+    assert few.change.left.shape[1] == 4 and len(few.pairs) == 10
+    best = np.linalg.svd(exact.change)[1]
+    assert np.square(few.change[:] - exact.change).sum() < 1.1 * np.square(best[4:]).sum()
 
 
 def test_latents_are_moved_by_the_operator_of_the_question(cells, screen, model):
