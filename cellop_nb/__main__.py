@@ -6,11 +6,14 @@ Standard library only until the environment exists, so that a fresh machine need
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
+from contextlib import nullcontext
 
 from cellop_nb import commands
+
+_LONG = {"run", "sweep", "predict", "holdout"}
+"""Commands that a signal ends in order: what was done is told, and nothing goes on or stays behind."""
 
 _DESCRIPTION = """\
 Learn what perturbations do to single cells, in notebooks.
@@ -101,34 +104,37 @@ def main(argv: list[str] | None = None) -> int:
         version = sys.version.split()[0]
         sys.stderr.write(f"Expected Python >= 3.11. Found {version}. To fix it: use a newer python3.\n")
         return 2
-    from cellop_nb.errors import CellopError, SetupError
+    from cellop_nb.commands.terminal import Stopped, complain, flush, settle
+    from cellop_nb.errors import CellopError, SetupError, StorageError
 
+    settle()
     argv = sys.argv[1:] if argv is None else argv
-    args = build_parser().parse_args(argv)
     try:
-        return _dispatch(args, argv)
+        return _dispatch(build_parser().parse_args(argv), argv)
     except CellopError as error:
-        sys.stdout.flush()
-        sys.stderr.write(f"{error}\n")
-        return 1 if isinstance(error, SetupError) else 2
+        complain(str(error))
+        return 1 if isinstance(error, (SetupError, StorageError)) else 2
+    except Stopped as stop:
+        complain(f"\nStopped by {stop.signal}.")
+        return stop.code
     except KeyboardInterrupt:
-        sys.stderr.write("\nStopped.\n")
+        complain("\nStopped.")
         return 130
+    finally:
+        flush()
 
 
 def _dispatch(args: argparse.Namespace, argv: list[str]) -> int:
     from cellop_nb.commands import environment
+    from cellop_nb.commands.terminal import stoppable
 
     command = commands.load(args.command)
     command.check(args)
     if command.extras is not None:
         environment.ensure(command.extras, argv)
-    return command.main(args)
+    with stoppable() if args.command in _LONG else nullcontext():
+        return command.main(args)
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except BrokenPipeError:  # `... params | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+    sys.exit(main())

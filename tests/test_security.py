@@ -366,3 +366,88 @@ def listening(port: int) -> set[str]:
         for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]
     ]
     return {row[1].split(":")[0] for row in rows if row[3] == "0A" and int(row[1].split(":")[1], 16) == port}
+
+
+# -- the statement in the docs
+
+HELD = {
+    "Nothing in a model": ["test_security.py::test_a_pickle_named_h5ad_or_model_runs_nothing",
+                           "test_security.py::test_nothing_is_unpickled_or_evaluated"],
+    "A model or checkpoint": ["test_damaged.py::test_damage_is_refused_with_the_path_and_a_way_out",
+                              "training/test_checkpoint.py::test_sizes_are_checked_against_the_file_before_anything_of_that_size_is_"
+                              "made"],
+    "A damaged file": ["test_damaged.py::test_damage_is_refused_with_the_path_and_a_way_out"],
+    "Labels and values": ["test_security.py::test_labels_show_as_text",
+                          "test_security.py::test_no_html_view_is_forgotten"],
+    "`lab` listens": ["test_security.py::test_jupyterlab_listens_on_this_machine_alone_and_asks_for_its_token"],
+    "A sweep or hold-out": ["notebook/test_sweep.py::test_a_sweep_on_this_machine_listens_on_no_port",
+                            "test_security.py::test_workers_of_a_hold_out_listen_on_no_port"],
+    "On a cluster": ["notebook/test_sweep.py::test_a_stranger_cannot_connect_to_the_scheduler_of_a_sweep",
+                     "notebook/test_sweep.py::test_a_scheduler_without_tls_is_refused"],
+    "Files are written": ["test_files.py::test_planted_links_are_never_followed",
+                          "test_files.py::test_the_mode_of_an_earlier_file_is_kept"],
+    "A name from data": ["test_errors.py::test_a_bad_input_is_refused_in_three_beats_and_leaves_nothing"],
+    "Nothing is sent": ["test_security.py::test_only_data_sets_open_a_connection",
+                        "data/test_datasets.py::test_changed_source_is_refused"],
+}  # fmt: skip
+"""Beginning of each sentence of the statement, and the tests that hold it."""
+
+
+def test_each_sentence_of_the_security_page_has_tests_that_are_there(root):
+    page = (root / "docs" / "guides" / "security.md").read_text(encoding="utf-8")
+    sentences = [line.removeprefix("- ") for line in page.splitlines() if line.startswith("- ")]
+    assert [next(key for key in HELD if sentence.startswith(key)) for sentence in sentences] == list(HELD)
+    for test in {name for names in HELD.values() for name in names}:
+        file, _, name = test.partition("::")
+        assert re.search(
+            rf"^def {name}\(", (root / "tests" / file).read_text(encoding="utf-8"), re.MULTILINE
+        ), test
+
+
+CONNECTIONS = {
+    "requests",
+    "urllib",
+    "http",
+    "socket",
+    "pooch",
+    "ftplib",
+    "smtplib",
+    "websocket",
+    "aiohttp",
+    "httpx",
+}
+
+
+def imported(path: Path) -> set[str]:
+    """First part of what a source file imports, inside functions too."""
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and not node.level]
+    return {name.partition(".")[0] for name in names}
+
+
+def test_only_data_sets_open_a_connection():
+    assert [path.name for path in SOURCES if imported(path) & CONNECTIONS] == ["datasets.py"]
+
+
+def test_workers_of_a_hold_out_listen_on_no_port():
+    from cellop_nb.commands.holdout import LocalWorkers
+
+    workers = LocalWorkers(1)
+    try:
+        assert workers.submit(_listening_ports).result() == workers.submit(_listening_ports).result() == []
+    finally:
+        workers.cancel([])
+
+
+def _listening_ports() -> list[int]:
+    """Ports on which this process, or the one that started it, listens."""
+    import psutil
+
+    both = [psutil.Process(), psutil.Process().parent()]
+    return [
+        one.laddr.port
+        for process in both
+        for one in process.net_connections(kind="inet")
+        if one.status == psutil.CONN_LISTEN
+    ]

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from ..data.contract import Keys, counts
 from ..data.counts import TOTAL_KEY, has_other_genes, measured_totals, model_counts
 from ..errors import DataError, did_you_mean, three_beats
-from ..files import write_whole
+from ..files import require_room, write_whole
 from ..models.affine import AffineOperator
 from ..models.carry import (
     Observed,
@@ -342,6 +342,8 @@ def _write(path: Path, parts: Iterable[ad.AnnData], about: dict) -> None:
     with h5py.File(path, "w") as file:
         for number, cells in enumerate(parts):
             latents = np.asarray(cells.obsm[REP])
+            file.flush()
+            require_room(path, 2 * (cells.X.data.nbytes + cells.X.indices.nbytes + latents.nbytes))
             if number == 0:
                 # Rows are appended below; all else is written with the first part.
                 ad.io.write_elem(file, "/", ad.AnnData(X=cells.X, var=cells.var, uns={"cellop_nb": about}))
@@ -351,7 +353,10 @@ def _write(path: Path, parts: Iterable[ad.AnnData], about: dict) -> None:
                 ad.io.sparse_dataset(file["X"]).append(cells.X)
                 _append(file["obsm"][REP], latents)
             obs.append(cells.obs)
-        ad.io.write_elem(file, "obs", pd.concat(obs))
+        labels = pd.concat(obs)
+        file.flush()
+        require_room(path, 2 * int(labels.memory_usage(deep=True).sum()))
+        ad.io.write_elem(file, "obs", labels)
 
 
 def _append(stored: h5py.Dataset, rows: np.ndarray) -> None:

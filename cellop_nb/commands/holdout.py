@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from concurrent.futures import Future, ProcessPoolExecutor
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 
 from cellop_nb.commands import Command
@@ -123,9 +123,12 @@ class LocalWorkers:
         return self._pool.submit(work, *arguments)
 
     def cancel(self, futures) -> None:
-        """Drop the tasks that have not begun, and end the workers."""
+        """Drop the tasks that have not begun, and end the workers, also one that is in the middle of a task."""
         for future in futures:
             future.cancel()
+        if not all(future.done() for future in futures):
+            for worker in active_children():
+                worker.terminate()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 

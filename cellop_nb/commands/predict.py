@@ -10,7 +10,7 @@ from typing import cast
 from cellop_nb.commands import Command
 from cellop_nb.commands.holdout import add_data_options, set_up
 from cellop_nb.commands.terminal import clock, say, table
-from cellop_nb.errors import DataError, LabelError, three_beats
+from cellop_nb.errors import DataError, LabelError, ModelError, three_beats
 
 N_GENES, N_LEADING, N_SHOWN = 10, 5, 10
 
@@ -68,10 +68,9 @@ def check(args: argparse.Namespace) -> None:
 def predict(args: argparse.Namespace) -> int:
     """Fit or load a model, print what it says of each question, and write the cells."""
     import cellop_nb as co
-    from cellop_nb.analysis.cellop import question_table
 
     adata = co.datasets.load(args.data)
-    asked = question_table(_conditions(args))
+    asked = _conditions(args)
     if args.model is None:
         set_up(adata, args)
         seed = 0 if args.seed is None else args.seed
@@ -101,11 +100,15 @@ def _conditions(args: argparse.Namespace):
     """The questions, as a DataFrame."""
     import pandas as pd
 
+    from cellop_nb.analysis.cellop import question_table
+
     if args.conditions is None:
-        return pd.DataFrame({"context": [args.context], "perturbation": [args.perturbation]})
+        return question_table(pd.DataFrame({"context": [args.context], "perturbation": [args.perturbation]}))
     try:
-        return pd.read_csv(args.conditions)
-    except (ValueError, UnicodeDecodeError) as error:
+        return question_table(pd.read_csv(args.conditions))
+    except (LabelError, ModelError) as refusal:
+        raise type(refusal)(f"{refusal} The table is {args.conditions}.") from None
+    except (OSError, ValueError) as error:
         problem, fix = f"{args.conditions}: {error}", "write it with commas and a first line of column names"
         raise DataError(three_beats("a table of questions as CSV", problem, fix)) from error
 

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
 import os
 import platform
 import re
 import shlex
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cellop_nb.commands import Command, environment
-from cellop_nb.commands.terminal import Status, clock, complain, say, table
+from cellop_nb.commands.terminal import Status, Stopped, clock, complain, say, table
 from cellop_nb.errors import DataError, LabelError, StorageError, did_you_mean, three_beats
-from cellop_nb.files import storing
+from cellop_nb.files import storing, sweep, write_whole
 from cellop_nb.notebook import parameters, runs
 from cellop_nb.notebook.report import link_notebooks
 
+RECORD = "run.json"
 _ALONE = ("00_quickstart", "06_predict")  # they make all they need themselves
 
 
@@ -76,16 +81,22 @@ def run(args: argparse.Namespace) -> int:
     selected = select(args)
     values = settings(args, selected, with_file=True)
     check_data(values)
-    target = folder(args)
-    with storing(target):
-        target.mkdir(parents=True, exist_ok=True)
+    target = claim(args)
     books = f"{len(selected)} notebook{'s' * (len(selected) != 1)} of {selected[0].parent}"
     say(f"Running {books} into {target}")
     start = time.monotonic()
-    outcomes = _execute(selected, target, values)
-    _record(target, values, outcomes)
+    outcomes: list[runs.Outcome] = []
+    state = "failed"
+    try:
+        _execute(selected, target, values, outcomes)
+        state = "failed" if any(outcome.error for outcome in outcomes) else "done"
+    except Stopped as stop:
+        state = f"stopped by {stop.signal}"
+        raise
+    finally:
+        is_recorded = _record(target, values, outcomes, state)
     _close(outcomes, selected, time.monotonic() - start)
-    return 1 if any(outcome.error for outcome in outcomes) else 0
+    return 0 if state == "done" and is_recorded else 1
 
 
 def select(args: argparse.Namespace) -> list[Path]:
@@ -164,8 +175,31 @@ def folder(args: argparse.Namespace) -> Path:
     parent = Path(args.runs).resolve() if args.runs else environment.home() / "runs"
     target = parent / folder_name(args.name or time.strftime("%Y-%m-%d_%H-%M-%S"))
     if args.name and args.only is None and target.exists() and any(target.iterdir()):
-        fix = "give another --name, or choose the notebooks to run again in it with --only"
-        raise DataError(three_beats("a new run folder", f"results in {target}", fix))
+        raise _taken(target)
+    return target
+
+
+def _taken(target: Path) -> DataError:
+    fix = "give another --name, or choose the notebooks to run again in it with --only"
+    return DataError(three_beats("a new run folder", f"results in {target}", fix))
+
+
+def claim(args: argparse.Namespace) -> Path:
+    """Make the run folder and its `run.json`; of two runs that begin together each has a folder of its own."""
+    first = target = folder(args)
+    for k in itertools.count(2):
+        with storing(target):
+            target.mkdir(parents=True, exist_ok=True)
+            try:
+                (target / RECORD).open("x").close()
+                break
+            except FileExistsError:
+                if args.name and args.only is not None:
+                    break
+        if args.name:
+            raise _taken(target)
+        target = first.with_name(f"{first.name}_{k}")
+    runs.write_json(target / RECORD, {"state": "running"})
     return target
 
 
@@ -177,11 +211,17 @@ def folder_name(name: str) -> str:
     return name
 
 
-def _execute(selected: list[Path], target: Path, values: dict[str, dict[str, Any]]) -> list[runs.Outcome]:
-    """Run two lanes side by side: notebooks that read what others wrote, in their order, and the rest."""
+def _execute(
+    selected: list[Path], target: Path, values: dict[str, dict[str, Any]], outcomes: list[runs.Outcome]
+) -> None:
+    """Run two lanes side by side: notebooks that read what others wrote, in their order, and the rest.
+
+    `outcomes` has, in the order of the notebooks, what there is at the end, or when a signal ends it.
+    """
     lanes = [[p for p in selected if (p.stem in _ALONE) is alone] for alone in (False, True)]
     lanes = [lane for lane in lanes if lane]
     stages: dict[str, str] = {}
+    stopped = threading.Event()
     with (
         Status("  running") as status,
         runs.surroundings(_shares(len(lanes))),
@@ -192,9 +232,19 @@ def _execute(selected: list[Path], target: Path, values: dict[str, dict[str, Any
             stages[notebook] = stage
             status.update(", ".join(f"{name} {text}" for name, text in list(stages.items()) if text))
 
-        futures = [pool.submit(_lane, lane, target, values, progress) for lane in lanes]
-        outcomes = [outcome for future in futures for outcome in future.result()]
-    return sorted(outcomes, key=lambda outcome: outcome.notebook)
+        futures = [pool.submit(_lane, lane, target, values, progress, outcomes, stopped) for lane in lanes]
+        try:
+            for future in futures:
+                future.result()
+        except Stopped:
+            stopped.set()
+            while wait(futures, timeout=0.2).not_done:
+                runs.end_kernels()
+            for place in [target, *filter(Path.is_dir, target.rglob("*"))]:
+                sweep(place)
+            raise
+        finally:
+            outcomes.sort(key=lambda outcome: outcome.notebook)
 
 
 def _tell(progress: Callable[[str, str], None], name: str, cell: int, of: int) -> None:
@@ -202,20 +252,27 @@ def _tell(progress: Callable[[str, str], None], name: str, cell: int, of: int) -
 
 
 def _lane(
-    lane: list[Path], target: Path, values: dict[str, dict[str, Any]], progress: Callable[[str, str], None]
-) -> list[runs.Outcome]:
-    """Outcomes up to the first failure: later notebooks of a lane read what earlier ones wrote."""
-    outcomes: list[runs.Outcome] = []
+    lane: list[Path],
+    target: Path,
+    values: dict[str, dict[str, Any]],
+    progress: Callable[[str, str], None],
+    outcomes: list[runs.Outcome],
+    stopped: threading.Event,
+) -> None:
+    """Add outcomes up to the first failure: later notebooks of a lane read what earlier ones wrote."""
     for path in lane:
+        if stopped.is_set():
+            break
         progress(path.stem, "starts")
         tell = partial(_tell, progress, path.stem)
         outcome = runs.execute(path, target, values[path.stem], on_cell=tell)
+        if outcome.error and stopped.is_set():  # its kernel was ended
+            outcome = replace(outcome, error="stopped", cell=None)
         outcomes.append(outcome)
         progress(path.stem, "")
         say(f"  {path.stem}  {clock(outcome.seconds)}  {_headline(outcome)}")
         if outcome.error:
             break
-    return outcomes
 
 
 def _shares(lanes: int) -> dict[str, str]:
@@ -225,8 +282,10 @@ def _shares(lanes: int) -> dict[str, str]:
     return {name: os.environ.get(name, value) for name, value in shares.items()}
 
 
-def _record(target: Path, values: dict[str, dict[str, Any]], outcomes: list[runs.Outcome]) -> None:
-    """Write `run.json`: what ran, with which values and versions."""
+def _record(
+    target: Path, values: dict[str, dict[str, Any]], outcomes: list[runs.Outcome], state: str
+) -> bool:
+    """Write `run.json`: what ran, with which values and versions; where the disk is full, to standard error."""
     from importlib.metadata import version
 
     packages = ("torch", "anndata", "scanpy", "numpy", "papermill")
@@ -239,7 +298,13 @@ def _record(target: Path, values: dict[str, dict[str, Any]], outcomes: list[runs
         for outcome in outcomes
     }
     content = {"python": platform.python_version(), "versions": {name: version(name) for name in packages}}
-    runs.write_json(target / "run.json", {**content, "notebooks": notebooks})
+    content |= {"state": state, "notebooks": notebooks}
+    try:
+        runs.write_json(target / RECORD, content)
+    except StorageError as refusal:
+        complain(f"{refusal}\nWhat it was to hold:\n{json.dumps(content, indent=2, default=str)}")
+        return False
+    return True
 
 
 def _close(outcomes: list[runs.Outcome], selected: list[Path], seconds: float) -> None:
@@ -336,7 +401,7 @@ def check_notebooks(args: argparse.Namespace) -> None:
     for name in ("notebooks", "data"):
         if (args.folder / name).exists():
             fix = "name another folder, or move that one away"
-            raise StorageError(three_beats("a folder without notebooks", f"{args.folder / name}", fix))
+            raise DataError(three_beats("a folder without notebooks", f"{args.folder / name}", fix))
 
 
 def notebooks(args: argparse.Namespace) -> int:
@@ -350,14 +415,8 @@ def notebooks(args: argparse.Namespace) -> int:
 def copy_notebooks(folder: Path) -> None:
     """Copy both folders whole: each under another name first, then renamed."""
     for name in ("notebooks", "data"):
-        target, part = folder / name, folder / f".{os.getpid()}.{name}"
         unwanted = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
-        with storing(target):
-            try:
-                shutil.copytree(environment.SHARE / name, part, ignore=unwanted)
-                os.replace(part, target)
-            finally:
-                shutil.rmtree(part, ignore_errors=True)
+        write_whole(folder / name, partial(shutil.copytree, environment.SHARE / name, ignore=unwanted))
 
 
 def add_params_arguments(parser: argparse.ArgumentParser) -> None:

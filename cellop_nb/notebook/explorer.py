@@ -18,7 +18,7 @@ from typing import cast
 from ..analysis.cellop import CellOp
 from ..analysis.combinations import RULES
 from ..errors import CellopError, LabelError, did_you_mean, three_beats
-from ..files import write_whole
+from ..files import require_room, write_whole
 from . import parameters
 from .controls import Panel, button, panel, sized, status_line
 from .explorer_picture import ExplorerPicture
@@ -128,7 +128,13 @@ class Explorer(Panel):
         The file; ``virtual_cells.h5ad`` in the explorer's folder where no path is given.
         """
         path = Path(path or self.folder / "virtual_cells.h5ad")
-        return write_whole(path, self.cells.to_adata(self.question).write_h5ad)
+        cells = self.cells.to_adata(self.question)
+
+        def write(part: Path) -> None:
+            require_room(part, 2 * cells.__sizeof__())
+            cells.write_h5ad(part)
+
+        return write_whole(path, write)
 
     def png(self) -> bytes:
         """The present picture, small enough to be kept in a notebook."""

@@ -176,12 +176,12 @@ def cell_of(path: Path) -> str:
     """
     try:
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    except (ValueError, KeyError, TypeError) as error:
+        for cell in cells:
+            if "parameters" in cell.get("metadata", {}).get("tags", []):
+                return "".join(cell["source"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         expected = "a Jupyter notebook (nbformat 4)"
         raise LabelError(three_beats(expected, f"{path} that is not one", "name an .ipynb file")) from error
-    for cell in cells:
-        if "parameters" in cell.get("metadata", {}).get("tags", []):
-            return "".join(cell["source"])
     expected = f"a cell tagged 'parameters' in {path.name}"
     raise LabelError(three_beats(expected, "none", "tag the cell of typed assignments 'parameters'"))
 

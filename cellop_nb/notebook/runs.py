@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import re
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -23,8 +24,8 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
-from ..errors import SetupError, three_beats
-from ..files import write_whole
+from ..errors import DataError, SetupError, StorageError, three_beats
+from ..files import read_json, storing, write_whole
 from ..packages import require
 from . import parameters
 
@@ -105,12 +106,17 @@ def execute(
     values = parameters.validate(notebook, values or {})
     if any(parameter.name == "run_dir" for parameter in parameters.for_notebook(notebook)):
         values = {"run_dir": ".", **values}  # the notebook's own default is for work by hand
-    folder.mkdir(parents=True, exist_ok=True)
+    with storing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     metrics_file(folder, notebook.stem).unlink(missing_ok=True)  # an old result must not pass for a new one
     start = time.monotonic()
     error, cell = _papermill(notebook, folder, values, on_cell, timeout)
     seconds = time.monotonic() - start
-    return Outcome(notebook.stem, folder, seconds, error, cell, read_metrics(folder, notebook.stem))
+    try:
+        metrics = read_metrics(folder, notebook.stem)
+    except DataError as damage:
+        metrics, error = {}, error or str(damage)
+    return Outcome(notebook.stem, folder, seconds, error, cell, metrics)
 
 
 def _papermill(
@@ -124,6 +130,7 @@ def _papermill(
 
     # papermill infers parameters with a pattern that does not know `str | None`, and warns of them as unknown
     logging.getLogger("papermill").setLevel(logging.ERROR)
+    _write_notebooks_whole()
     with kernel_settings() as settings:
         try:
             papermill.execute_notebook(
@@ -133,6 +140,8 @@ def _papermill(
                 progress_bar=False, execution_timeout=timeout, on_cell_start=_counter(notebook, on_cell),
                 **settings,
             )  # fmt: skip
+        except StorageError as problem:
+            return f"StorageError: {problem}", None
         except papermill.PapermillExecutionError as problem:
             return _ANSI.sub("", f"{problem.ename}: {problem.evalue}"), problem.exec_count
         except NoSuchKernel as problem:
@@ -143,10 +152,22 @@ def _papermill(
     return "", None
 
 
+@cache
+def _write_notebooks_whole() -> None:
+    """Have papermill write its notebooks as we write files, cell after cell: half a notebook cannot be opened."""
+    from papermill.iorw import LocalHandler, papermill_io
+
+    class Whole(LocalHandler):
+        def write(self, buf, path) -> None:
+            write_whole(path, lambda part: part.write_text(buf, encoding="utf-8"))
+
+    papermill_io.register(os.sep, Whole())
+
+
 def _counter(notebook: Path, on_cell: Callable[[int, int], None] | None) -> Callable | None:
     if on_cell is None:
         return None
-    total = len(json.loads(notebook.read_text(encoding="utf-8"))["cells"])
+    total = len(read_json(notebook, "a notebook", "copy the file again")["cells"])
 
     def started(cell: Any, cell_index: int) -> None:
         # papermill may have put a cell of its own among them
@@ -200,10 +221,14 @@ _managers: WeakSet = WeakSet()
 
 
 def end_kernels() -> None:
-    """End the kernels of this process at once, in whichever thread their notebooks run; these then fail."""
+    """End the kernels of this process at once, and what they started, in whichever thread their notebooks run."""
     for manager in list(_managers):
         process = getattr(manager.provisioner, "process", None)
-        if process is not None and process.poll() is None:
+        if process is None or process.poll() is not None:
+            continue
+        if os.name != "nt" and os.getpgid(process.pid) == process.pid:  # never our own group
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
             process.kill()
 
 
@@ -268,9 +293,15 @@ def write_metrics(run_dir: str | Path, notebook: str, metrics: Mapping[str, Any]
 
 
 def read_metrics(run_dir: str | Path, notebook: str) -> dict[str, Any]:
-    """Key numbers of a notebook; empty where it wrote none."""
+    """Key numbers of a notebook; empty where it wrote none.
+
+    Raises
+    ------
+    DataError
+        If the file is damaged.
+    """
     path = metrics_file(run_dir, notebook)
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(path, "key numbers of a notebook", "run the notebook again") if path.is_file() else {}
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -11,6 +11,7 @@ Okabe and Ito (2008), Color universal design.
 from __future__ import annotations
 
 import unicodedata
+import warnings
 from base64 import b64encode
 from collections.abc import Sequence
 from functools import cache
@@ -23,11 +24,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.font_manager import fontManager
+from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
 from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 from PIL import Image as Pixels
 
+from ..errors import three_beats
 from ..files import write_whole
 
 BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, YELLOW = (
@@ -139,10 +141,39 @@ def figure_of(ax: Axes) -> Figure:
 
 def safe(text: object, limit: int = 32) -> str:
     """A label from data: short, no mathtext, no hidden legend entry."""
-    letters = short(text, limit)
+    letters = short(drawable(text), limit)
     # matplotlib leaves legend entries out whose label begins with an underscore
     letters = " " + letters if letters.startswith("_") else letters
     return letters.replace("$", r"\$")
+
+
+def drawable(text: object) -> str:
+    """The text with a number such as U+5E72 for each letter that no font of this machine has; said once."""
+    letters = str(text)
+    missing = sorted({c for c in letters if c.isprintable() and ord(c) > 126} - _drawn_letters())
+    if missing:
+        _say_missing(families()[0])
+        for letter in missing:
+            letters = letters.replace(letter, f"U+{ord(letter):04X} ")
+    return letters
+
+
+@cache
+def _drawn_letters() -> frozenset[str]:
+    """Letters that one of our font families has."""
+    paths = {
+        findfont(FontProperties(family=name)) for name in families() if not name.startswith("Last Resort")
+    }
+    return frozenset(chr(code) for path in paths for code in get_font(path).get_charmap())
+
+
+@cache
+def _say_missing(family: str) -> None:
+    fix = "install a font such as Noto Sans CJK (Debian: apt install fonts-noto-cjk) and start Python anew"
+    problem = (
+        f"labels with letters that {family} and the other fonts here lack; they show as numbers (U+5E72)"
+    )
+    warnings.warn(three_beats("a font for every letter of the labels", problem, fix), stacklevel=2)
 
 
 def short(text: object, limit: int = 32) -> str:

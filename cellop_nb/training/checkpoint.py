@@ -31,6 +31,7 @@ SCHEMA = 2
 
 
 _ENTRY = "cellop_nb"
+_DIGEST = "sha256"  # of the description and the tensors; files of earlier versions have none
 _SEAL = b"\ncellop_nb sha256 "
 _PACKAGES = ("cellop_nb", "torch", "anndata", "numpy", "safetensors")
 _ARRAYS = "predictor"  # where the arrays beside the models stand
@@ -126,6 +127,7 @@ def write_models(
     tensors = {f"{name}.{key}": _plain(value) for name, state in states.items() for key, value in state}
     tensors |= {f"{_ARRAYS}.{key}": torch.tensor(np.asarray(value)) for key, value in (arrays or {}).items()}
     metadata = {_ENTRY: _json(about)}
+    metadata[_DIGEST] = _digest_of(metadata[_ENTRY], tensors)
     return write_whole(path, lambda part: save_file(tensors, part, metadata))
 
 
@@ -240,7 +242,10 @@ def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            about = json.loads((file.metadata() or {})[_ENTRY])
+            metadata = file.metadata() or {}
+            about = json.loads(metadata[_ENTRY])
+        if metadata.get(_DIGEST, "") not in ("", _digest_of(metadata[_ENTRY], tensors)):
+            raise ValueError("its digest is that of other content")
         if not (
             isinstance(about, dict)
             and isinstance(about.get("schema"), int)
@@ -257,6 +262,14 @@ def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
             three_beats(expected, problem, "save the models again, or check the path")
         ) from error
     return about, tensors
+
+
+def _digest_of(description: str, tensors: dict[str, Tensor]) -> str:
+    content = hashlib.sha256(description.encode())
+    for name in sorted(tensors):
+        content.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
+        content.update(tensors[name].reshape(-1).contiguous().view(torch.uint8).numpy())
+    return content.hexdigest()
 
 
 def _refuse_nonfinite(tensors: dict[str, Tensor], path: str | Path) -> None:
@@ -347,7 +360,8 @@ def write_state(path: str | Path, state: dict) -> Path:
     """
 
     def write(part: Path) -> None:
-        torch.save(state, part)
+        with part.open("wb") as file:  # torch's own writer does not say why it failed
+            torch.save(state, file)
         with part.open("rb+") as file:
             seal = _SEAL + hashlib.file_digest(file, "sha256").hexdigest().encode()
             file.write(seal)

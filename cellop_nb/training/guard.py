@@ -588,7 +588,8 @@ def save_reproducer(
     content = {"model": _copy(model.state_dict()), "batch": _plain(batch), "random": random, "fault": told}
 
     def write(part: Path) -> None:
-        torch.save(content, part)
+        with part.open("wb") as file:  # torch's own writer does not say why it failed
+            torch.save(content, file)
         torch.load(part, weights_only=True)  # a file that cannot be read back is of no use
 
     return write_whole(path, write)

@@ -6,6 +6,9 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.spatial.distance import cdist, pdist
+from scipy.stats import false_discovery_control, mannwhitneyu, spearmanr
+from sklearn.metrics import r2_score
 
 from cellop_nb.analysis import metrics as formulas
 from cellop_nb.analysis.baselines import BASELINES, Prediction, Training
@@ -54,6 +57,65 @@ def test_what_cannot_be_known_has_a_reason(table):
     assert "not a combination" in rows(table, "mae", "additive")["reason"].item()
     assert "predicts none" in rows(table, "counts_ratio", "mean shift")["reason"].item()
     assert "below 20" in rows(table, "discrimination", "mean shift")["reason"].item()
+
+
+def test_every_metric_is_what_its_name_says():
+    """One group by scipy and loops. What might be mixed up differs: controls, shared shift, library, groups' sizes."""
+    rng, n_genes = np.random.default_rng(0), 40
+    control = rng.gamma(2.0, 0.3, (60, n_genes)).astype(np.float32)
+    change = np.where(np.arange(n_genes) < 14, rng.choice([-0.35, 0.7], n_genes), 0.0)
+    real = np.maximum(rng.gamma(2.0, 0.3, (50, n_genes)) + change, 0.001).astype(np.float32)
+    guess = np.maximum(rng.gamma(2.0, 0.33, (45, n_genes)) + 0.5 * change[::-1] + 0.5 * change, 0.001)
+    guess, shared = guess.astype(np.float32), rng.normal(0, 0.3, n_genes)
+    counts = {name: rng.poisson(1.5, cells.shape) for name, cells in (("real", real), ("guess", guess))}
+    library = {name: rng.integers(100, 200, len(cells)) for name, cells in (("real", real), ("guess", guess))}
+    axes = np.linalg.qr(rng.normal(size=(n_genes, 5)))[0].T
+    space = EvaluationSpace(np.arange(n_genes).astype(str), rng.normal(size=n_genes), axes, 99)
+    truth = Truth(real, control, space, counts=counts["real"], library=library["real"], shared_shift=shared)
+    prediction = Prediction.of_cells("guess", guess, counts["guess"], library["guess"])
+    value = {row["metric"]: row["value"] for row in score(prediction, truth)}
+
+    m, p, c = (cells.mean(0, dtype=np.float64) for cells in (real, guess, control))
+    tests = [
+        mannwhitneyu(cells, control, use_continuity=False, method="asymptotic") for cells in (real, guess)
+    ]
+    sig, sig_p = (false_discovery_control(test.pvalue) < 0.05 for test in tests)
+    top = np.argsort(-np.abs(tests[0].statistic - len(real) * len(control) / 2))
+    lfc, lfc_p = (np.log2((np.expm1(mean) + 1e-9) / (np.expm1(c) + 1e-9)) for mean in (m, p))
+    ranked, ranked_p = (
+        [gene for gene in np.argsort(-np.abs(change)) if chosen[gene]]
+        for change, chosen in ((lfc, sig), (lfc_p, sig_p))
+    )
+
+    def energy(x, y):
+        x, y = ((cells.astype(np.float64) - space.centre) @ axes.T for cells in (x, y))
+        return 2 * cdist(x, y).mean() - sum(pdist(cells).mean() for cells in (x, y))
+
+    def correlation(x, y):
+        return np.corrcoef(x, y)[0, 1]
+
+    assert 3 <= sig.sum() < n_genes and 0 < sig_p.sum() != sig.sum() and (sig != sig_p).any()
+    expected = {
+        "e_distance": energy(guess, real),
+        "e_distance_centred": energy(guess - p + m, real),
+        "pearson_delta": correlation(p - c, m - c),
+        "pearson_delta_de20": correlation((p - c)[top[:20]], (m - c)[top[:20]]),
+        "pearson_delta_de100": correlation(p - c, m - c),
+        "pearson_systema": correlation(p - c - shared, m - c - shared),
+        "mae": np.mean(np.abs(p - m)),
+        "rmse": np.mean((p - m) ** 2) ** 0.5,
+        "l2_top1000": np.sum((p - m) ** 2) ** 0.5,
+        "r2_determination": r2_score(m, p),
+        "r2_pearson_squared": correlation(p, m) ** 2,
+        "direction_match": np.mean([np.sign(lfc[g]) == np.sign(lfc_p[g]) for g in np.flatnonzero(sig)]),
+        "lfc_spearman": spearmanr(lfc[sig], lfc_p[sig]).statistic,
+        "precision_at_50": len({*ranked} & {*ranked_p}) / len(ranked_p),
+        "de_score": len({*ranked} & {*ranked_p[: len(ranked)]}) / len(ranked),
+        "library_ratio": library["guess"].mean() / library["real"].mean(),
+        "counts_ratio": counts["guess"].sum(1).mean() / counts["real"].sum(1).mean(),
+        "zero_fraction_difference": (counts["guess"] == 0).mean() - (counts["real"] == 0).mean(),
+    }
+    assert value == pytest.approx(expected, rel=1e-5, abs=1e-9)
 
 
 def test_same_seed_same_table(table):
