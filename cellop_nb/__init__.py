@@ -20,6 +20,7 @@ _PUBLIC = {
     "diagnose": "analysis.diagnose",
     "distances": "analysis.distances",
     "exchange": "analysis.exchange",
+    "features": "analysis.features",
     "genes": "analysis.genes",
     "latent": "analysis.latent",
     "metrics": "analysis.metrics",
@@ -28,7 +29,6 @@ _PUBLIC = {
     "results": "notebook.results",
     "report": "notebook.report",
     "setup": "data.contract",
-    "context_labels": "data.contract",
     "split": "data.splits",
     "select_genes": "data.genes",
     "Groups": "data.groups",
@@ -60,6 +60,7 @@ _MODULES = {
     "distances",
     "errors",
     "exchange",
+    "features",
     "genes",
     "latent",
     "metrics",
@@ -75,6 +76,7 @@ if TYPE_CHECKING:  # the names below are found by `__getattr__` while running
     from .analysis import diagnose as diagnose
     from .analysis import distances as distances
     from .analysis import exchange as exchange
+    from .analysis import features as features
     from .analysis import genes as genes
     from .analysis import latent as latent
     from .analysis import metrics as metrics
@@ -85,7 +87,6 @@ if TYPE_CHECKING:  # the names below are found by `__getattr__` while running
     from .analysis.predict import embed as embed
     from .analysis.scores import evaluate as evaluate
     from .data import datasets as datasets  # noqa: F401
-    from .data.contract import context_labels as context_labels
     from .data.contract import setup as setup
     from .data.genes import select_genes as select_genes
     from .data.groups import Groups as Groups

@@ -326,7 +326,7 @@ def enrich(
     Badia-i-Mompel et al. 2022, Bioinform Adv 2:vbac016 (decoupler).
     """
     column = _value_column(changes, value)
-    sets = _gene_sets(gene_sets)
+    sets = gene_set_members(gene_sets)
     by = [name for name in ("axis", "group", "context", "perturbation", "dose") if name in changes]
     if not by:
         changes, by = changes.assign(profile="all"), ["profile"]
@@ -368,7 +368,7 @@ def _value_column(changes: pd.DataFrame, value: str | None) -> str:
     return value or usual[0]
 
 
-def _gene_sets(gene_sets) -> pd.DataFrame:
+def gene_set_members(gene_sets) -> pd.DataFrame:
     """Rows ``source, target`` without repeats."""
     if isinstance(gene_sets, Mapping):
         rows = [(str(name), str(gene)) for name, genes in gene_sets.items() for gene in genes]

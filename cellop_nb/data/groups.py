@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import DataError, LabelError, did_you_mean, three_beats
 from ..models.operators import Condition, perturbation_parts
-from .contract import Keys, keys_of, label_table, require_control
+from .contract import Keys, context_labels, keys_of, label_table, require_control
 from .counts import sent
 from .splits import rows_of
 
@@ -184,6 +184,11 @@ class Groups(Sequence[Group]):
 
     def _repr_html_(self) -> str:
         return self.table().to_html(index=False, max_rows=40)
+
+    @staticmethod
+    def context_of_cells(adata: AnnData) -> pd.Series:
+        """Context of each cell, (cell,) strings, indexed by cell; labels of several columns are joined with " | "."""
+        return context_labels(adata, keys_of(adata).context_key)
 
     @property
     def dim(self) -> int:

@@ -1,0 +1,576 @@
+"""Descriptors of perturbations: tables (perturbation, descriptor), from which what was never measured can be foreseen.
+
+A table describes genes, drugs or labels in any way: expression of the gene in control cells, the effects of another
+screen, gene sets, a network, chemical structure, or an embedding that someone else made. A perturbation without a
+descriptor has no row: nothing is filled with zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from ..data.contract import keys_of
+from ..data.counts import require_in_memory
+from ..data.groups import Groups, controls_by_context
+from ..errors import DataError, LabelError, did_you_mean, three_beats
+from ..models.operators import perturbation_parts
+from ..packages import require
+from .genes import gene_set_members
+from .means import Means
+from .metrics import log1p_cp10k
+from .predict import modelled_counts
+
+__all__ = [
+    "cover",
+    "coverage",
+    "from_expression",
+    "from_gene_sets",
+    "from_network",
+    "from_screen",
+    "from_smiles",
+    "from_table",
+    "join",
+]
+
+MISSING = ("refuse", "drop", "nearest")
+
+
+# -- readers ----------------------------------------------------------------------------------------------------------
+
+
+def from_expression(
+    adata: ad.AnnData, *, n_components: int = 50, symbols: str | None = None, seed: int = 0
+) -> pd.DataFrame:
+    r"""Describe each gene by its loadings on the principal components of the training controls.
+
+    .. math:: f_g = \mathrm{cov}(x_g, t_k / \sigma_k)_{k = 1..K}
+
+    with log1p-CP10k x of the control cells and their scores t: genes that go together in unperturbed cells are alike.
+
+    Parameters
+    ----------
+    adata
+        A screen that was set up. Cells with ``obs["split"] == "test"`` take no part.
+    n_components
+        K, fewer where there are fewer cells or genes.
+    symbols
+        Column of `var` with the names by which perturbations call their genes; None for ``var_names``.
+
+    Returns
+    -------
+    DataFrame
+        (gene, K); a row per gene that some control cell expresses.
+
+    Raises
+    ------
+    LabelError
+        If the data were not set up, or the column is missing.
+    DataError
+        If the counts lie on disk.
+
+    References
+    ----------
+    Ahlmann-Eltze, Huber, Anders (2025), Nat. Methods 22:1657 (descriptors of the perturbed gene from the screen itself).
+    """
+    import scanpy as sc
+
+    cells, keys = _training(adata), keys_of(adata)
+    rows = np.sort(np.concatenate(list(controls_by_context(cells, keys).values())))
+    counts = modelled_counts(cells[rows], list(cells.var_names), keys).X
+    level = sparse.csr_matrix(log1p_cp10k(counts))
+    heard = np.flatnonzero(np.asarray(level.sum(0)).ravel() > 0)
+    k = min(n_components, len(rows) - 1, len(heard) - 1)
+    space = ad.AnnData(level[:, heard])
+    sc.pp.pca(space, n_comps=k, random_state=seed)
+    loadings = space.varm["PCs"] * np.sqrt(space.uns["pca"]["variance"])
+    names = adata.var_names if symbols is None else _column(adata.var, symbols, "var")
+    return _table(loadings, np.asarray(names, dtype=object)[heard], "expression")
+
+
+def from_screen(other: ad.AnnData, *, n_components: int = 20) -> pd.DataFrame:
+    """Describe each perturbation by what it did in another screen: principal components of its mean effects.
+
+    Parameters
+    ----------
+    other
+        Another screen that was set up; its mean changes of log1p-CP10k, each context counting once.
+    n_components
+        Fewer where it has fewer perturbations.
+
+    Returns
+    -------
+    DataFrame
+        (perturbation, component), scores in the units of the effects.
+
+    Raises
+    ------
+    LabelError
+        If the data were not set up.
+    DataError
+        If the counts lie on disk, or fewer than 3 perturbations were measured.
+    """
+    cells = _training(other)
+    groups = Groups(cells)
+    means = Means.of(modelled_counts(cells, list(cells.var_names), groups.keys), groups)
+    names = groups.perturbations
+    effects = np.stack([means.of_perturbation(name).change.mean(0) for name in names])
+    return _table(_principal(effects, n_components, "perturbations"), names, "effect")
+
+
+def from_gene_sets(
+    gene_sets: str | Path | Mapping[str, Sequence[str]], *, n_components: int = 50
+) -> pd.DataFrame:
+    r"""Describe each gene by the sets it is in, rare sets counting more.
+
+    .. math:: f_{gs} = [g \in s]\, \log(N / n_s)
+
+    with n of N genes in the set; more sets than `n_components` are brought to as many principal components.
+
+    Parameters
+    ----------
+    gene_sets
+        Path of a GMT file (a line per set: name, description, genes, separated by tabs), or name to genes.
+    n_components
+        Most columns.
+
+    Returns
+    -------
+    DataFrame
+        (gene, set or component); a row per gene that is in some set of two genes or more, but not in all of them.
+
+    Raises
+    ------
+    DataError
+        Where the file is missing or malformed, or no two genes share a set.
+
+    References
+    ----------
+    Sparck Jones (1972), J. Documentation 28:11 (the weight of a set).
+    """
+    members = gene_set_members(gene_sets).drop_duplicates()
+    sets = members.groupby("source")["target"].agg(list)
+    genes = sorted(members["target"].unique())
+    sets = sets[(sets.map(len) > 1) & (sets.map(len) < len(genes))]
+    if not len(sets):
+        problem = f"{members['source'].nunique()} sets of {len(genes)} genes"
+        fix = "give sets of which some, not all, genes are members"
+        raise DataError(three_beats("sets that two genes or more share", problem, fix))
+    position = {gene: k for k, gene in enumerate(genes)}
+    rows = np.array([position[gene] for names in sets for gene in names])
+    columns = np.repeat(np.arange(len(sets)), sets.map(len))
+    weight = np.log(len(genes) / sets.map(len).to_numpy())[columns]
+    matrix = sparse.csr_matrix((weight, (rows, columns)), (len(genes), len(sets)))
+    inside = np.flatnonzero(matrix.getnnz(1))
+    names = [genes[k] for k in inside]
+    if len(sets) <= n_components:
+        return pd.DataFrame(matrix[inside].toarray(), index=names, columns=list(sets.index))
+    return _table(_principal(matrix[inside], n_components, "genes"), names, "sets")
+
+
+def from_network(edges: pd.DataFrame | str | Path, *, n_components: int = 32, seed: int = 0) -> pd.DataFrame:
+    """Describe each gene by its place in a network: spectral embedding, in which neighbours are near.
+
+    Parameters
+    ----------
+    edges
+        Rows (edge, column): the first two columns name genes, a third, where there is one, weighs the edge. Or the path
+        of such a table (.csv, .tsv, .txt, .parquet).
+    n_components
+        Fewer where the network has fewer genes.
+
+    Returns
+    -------
+    DataFrame
+        (gene, component) of the largest connected part; ``attrs["left_out"]`` names the genes outside of it, which
+        have no place in relation to the others.
+
+    Raises
+    ------
+    DataError
+        Where the table has no two columns, weights are not positive numbers, or fewer than 4 genes are connected.
+
+    References
+    ----------
+    Belkin and Niyogi (2003), Neural Computation 15:1373.
+    """
+    from sklearn.manifold import spectral_embedding
+
+    table = edges if isinstance(edges, pd.DataFrame) else _read(Path(edges))
+    if table.shape[1] < 2 or table.iloc[:, :2].isna().any(axis=None):
+        fix = "give two columns of names, and a third of weights if there are any"
+        raise DataError(three_beats("edges between two named genes", f"columns {list(table)}", fix))
+    weight = pd.to_numeric(table.iloc[:, 2], errors="coerce") if table.shape[1] > 2 else np.ones(len(table))
+    weight = np.asarray(weight, dtype=float)
+    if not (np.isfinite(weight) & (weight > 0)).all():
+        problem = f"{table.iloc[np.flatnonzero(~(weight > 0))[:1], 2].tolist()}"
+        raise DataError(three_beats("positive weights of edges", problem, "drop these edges"))
+    codes, names = pd.factorize(np.concatenate([table.iloc[:, 0], table.iloc[:, 1]]).astype(str), sort=True)
+    ends = codes.reshape(2, -1)
+    graph = sparse.csr_matrix((weight, (ends[0], ends[1])), (len(names), len(names)))
+    graph = sparse.csr_matrix(graph.maximum(graph.T))
+    graph.setdiag(0)
+    part = sparse.csgraph.connected_components(graph)[1]
+    inside = part == np.bincount(part).argmax()
+    if inside.sum() < 4:
+        raise DataError(
+            three_beats("4 connected genes or more", f"{int(inside.sum())}", "give a denser network")
+        )
+    k = min(n_components, int(inside.sum()) - 2)
+    place = spectral_embedding(graph[inside][:, inside], n_components=k, random_state=seed)
+    result = _table(place, names[inside], "network")
+    result.attrs["left_out"] = sorted(names[~inside])
+    return result
+
+
+def from_smiles(
+    smiles: pd.Series | Mapping[str, str], *, radius: int = 2, n_bits: int = 1024
+) -> pd.DataFrame:
+    """Describe each drug by its structure: counts of the circular substructures around its atoms.
+
+    Parameters
+    ----------
+    smiles
+        Drug to SMILES, one row per drug.
+    radius, n_bits
+        Bonds around each atom, and entries to which the substructures are hashed.
+
+    Returns
+    -------
+    DataFrame
+        (drug, substructure); those that no drug or all drugs have alike are left out.
+
+    Raises
+    ------
+    MissingExtraError
+        Where rdkit is not installed.
+    DataError
+        For a SMILES that cannot be read.
+
+    References
+    ----------
+    Rogers and Hahn (2010), J. Chem. Inf. Model. 50:742 (extended-connectivity fingerprints).
+    """
+    require("rdkit", "chemistry", of="chemical structures")
+    from rdkit import Chem, rdBase
+    from rdkit.Chem import rdFingerprintGenerator
+
+    series = pd.Series(smiles, dtype=object)
+    generator = rdFingerprintGenerator.GetMorganGenerator(radius=radius, fpSize=n_bits)
+    rows = []
+    with rdBase.BlockLogs():
+        for name, text in series.items():
+            molecule = Chem.MolFromSmiles(text) if isinstance(text, str) and text.strip() else None
+            if molecule is None:
+                problem = f"{text!r} of {name!r}"
+                raise DataError(three_beats("SMILES", problem, "repair it, or leave this drug out"))
+            rows.append(generator.GetCountFingerprintAsNumPy(molecule))
+    counts = np.log1p(np.stack(rows).astype(float))
+    table = _table(counts, series.index, "bit")
+    return table.loc[:, table.nunique() > 1]
+
+
+def from_table(file: str | Path, *, scale: bool = True) -> pd.DataFrame:
+    """Read descriptors that someone else made, such as ESM or GenePT embeddings.
+
+    Parameters
+    ----------
+    file
+        .csv, .tsv, .txt or .parquet: the first column names the perturbation, the others are numbers. .npz: an array
+        for each perturbation, or two arrays, of names (perturbation,) and of values (perturbation, descriptor).
+    scale
+        Bring every column to variance 1, for columns of different units; False keeps the values.
+
+    Returns
+    -------
+    DataFrame
+        (perturbation, descriptor).
+
+    Raises
+    ------
+    DataError
+        For a missing file, another kind of file (pickles are never opened), a column that is no number, values that are
+        not finite, or names that repeat.
+    """
+    path = Path(file)
+    table = _read_npz(path) if path.suffix == ".npz" else _read(path)
+    if path.suffix != ".npz":
+        named = not isinstance(table.index, pd.RangeIndex)  # parquet keeps an index of names
+        table = table if named else table.set_index(table.columns[0])
+    table.index = table.index.map(str)
+    numbers = table.apply(pd.to_numeric, errors="coerce")
+    bad = ~np.isfinite(numbers.to_numpy(dtype=float))
+    if bad.any() or not table.shape[1]:
+        row, column = np.argwhere(bad)[0] if bad.any() else (0, 0)
+        problem = f"{table.iloc[row, column]!r} for {table.index[row]!r}" if bad.any() else "no column"
+        fix = "drop these rows or columns; a first column names the perturbations"
+        raise DataError(three_beats(f"finite numbers in {path.name}", problem, fix))
+    if not table.index.is_unique:
+        problem = f"{table.index[table.index.duplicated()][0]!r} twice"
+        raise DataError(three_beats("one row per perturbation", problem, "keep one of them"))
+    if not scale:
+        return numbers
+    spread = numbers.std(ddof=0)
+    return numbers.loc[:, spread > 0] / spread[spread > 0]
+
+
+# -- several tables, and which perturbations they describe ---------------------------------------------------------------
+
+
+def join(*tables: pd.DataFrame, missing: str = "refuse") -> pd.DataFrame:
+    """One table of several, each of which counts alike.
+
+    Parameters
+    ----------
+    tables
+        Tables (perturbation, descriptor). Each is centred and brought to total variance 1.
+    missing
+        Of a perturbation that some tables lack: "refuse"; "drop" leaves it out; "nearest" gives it the row of the
+        perturbation that is nearest in the tables that do describe it.
+
+    Returns
+    -------
+    DataFrame
+        (perturbation, descriptor), with the descriptors of all tables.
+
+    Raises
+    ------
+    LabelError
+        For a perturbation that not all tables describe, under "refuse", or another word for `missing`.
+    DataError
+        For no table, or tables that share no perturbation.
+    """
+    _check_missing(missing)
+    names = list(dict.fromkeys(name for table in tables for name in table.index))
+    shared = [name for name in names if all(name in table.index for table in tables)]
+    if not shared:
+        problem = f"{len(tables)} tables of {[len(table) for table in tables]} perturbations"
+        raise DataError(three_beats("tables with perturbations in common", problem, "name them alike"))
+    lacking = [name for name in names if name not in set(shared)]
+    if lacking and missing == "refuse":
+        raise LabelError(_not_described(lacking, "pass missing='drop' or missing='nearest'"))
+    blocks = [_of_size_one(table) for table in tables]
+    if missing == "nearest":
+        twin = {name: _nearest(name, blocks, shared) for name in lacking}
+        blocks = [_filled(block, twin) for block in blocks]
+        shared = names
+    joined = pd.concat([block.loc[shared] for block in blocks], axis=1)
+    joined.columns = [f"{k} {column}" for k, block in enumerate(blocks, 1) for column in block]
+    return joined
+
+
+def coverage(features: pd.DataFrame, adata: ad.AnnData) -> pd.DataFrame:
+    """Which perturbations of a screen have a descriptor.
+
+    Parameters
+    ----------
+    features
+        (perturbation, descriptor).
+
+    Returns
+    -------
+    DataFrame
+        A row per measured perturbation, combinations by their parts: ``perturbation, cells, described``, those
+        without a descriptor first; ``attrs["share"]`` is the share of the perturbations that have one.
+
+    Raises
+    ------
+    LabelError
+        If the data were not set up.
+    """
+    groups = Groups(adata, min_cells=1)
+    cells: dict[str, int] = {}
+    for group in groups:
+        for part in _parts(group.perturbation, groups, features):
+            cells[part] = cells.get(part, 0) + len(group)
+    table = pd.DataFrame({"perturbation": list(cells), "cells": list(cells.values())})
+    table["described"] = table["perturbation"].isin(described(features))
+    table = table.sort_values("described", kind="stable", ignore_index=True)
+    table.attrs["share"] = float(table["described"].mean())
+    return table
+
+
+def cover(
+    features: pd.DataFrame,
+    adata: ad.AnnData,
+    *,
+    missing: str = "refuse",
+    by: pd.DataFrame | None = None,
+) -> pd.DataFrame:
+    """Descriptors for every perturbation of a screen, or a decision about those that have none.
+
+    Parameters
+    ----------
+    features
+        (perturbation, descriptor).
+    missing
+        Of measured perturbations without a descriptor: "refuse"; "drop" marks them (a row of NaN): they are measured
+        and predicted as ever, but tell nothing of perturbations that were never measured; "nearest" gives them the row
+        of the described perturbation that is nearest in `by`.
+    by
+        (perturbation, descriptor) for "nearest"; :func:`from_expression` of the screen's controls where None. What the
+        perturbations did is not looked at: they could then not be left out to judge the descriptors.
+
+    Returns
+    -------
+    DataFrame
+        (perturbation, descriptor), with a row for each measured perturbation.
+
+    Raises
+    ------
+    LabelError
+        For perturbations without a descriptor under "refuse", or that `by` does not describe either; for another word
+        for `missing`; or if the data were not set up.
+    """
+    _check_missing(missing)
+    table = coverage(features, adata)
+    lacking = table.loc[~table["described"], "perturbation"].tolist()
+    features = features.set_axis(features.index.map(str), axis=0).drop(index=lacking, errors="ignore")
+    if not lacking:
+        return features
+    if missing == "refuse":
+        fix = f"pass missing='drop' or 'nearest', or name them alike ({did_you_mean(lacking[0], features.index)})"
+        raise LabelError(_not_described(lacking, fix))
+    if missing == "drop":
+        return features.reindex([*features.index, *lacking])
+    by = from_expression(adata) if by is None else by
+    also_lacking = [name for name in lacking if name not in by.index]
+    if also_lacking:
+        raise LabelError(_not_described(also_lacking, "pass by=... that describes them, or missing='drop'"))
+    shared = [name for name in features.index if name in by.index]
+    if not shared:
+        fix = "pass by=... that names perturbations as `features` does"
+        raise LabelError(three_beats("descriptors of the described perturbations in `by`", "none", fix))
+    return _filled(features, {name: _nearest(name, [by], shared) for name in lacking})
+
+
+def described(features: pd.DataFrame) -> list[str]:
+    """Perturbations with a row that is no mark of a missing one (a row of NaN).
+
+    Raises
+    ------
+    DataError
+        For a name with several rows, or a row with some values that are not finite numbers.
+    """
+    names = features.index.map(str)
+    values = features.to_numpy(dtype=float)
+    marked = np.isnan(values).all(1)
+    broken = (~np.isfinite(values).all(1) & ~marked) | names.duplicated()
+    if broken.any() or not features.shape[1]:
+        problem = f"{list(names[broken][:5])} with NaN, infinity or several rows"
+        raise DataError(
+            three_beats("one row of finite features per perturbation", problem, "repair the table")
+        )
+    return list(names[~marked])
+
+
+def _parts(label: str, groups: Groups, features: pd.DataFrame) -> tuple[str, ...]:
+    """The perturbations that a measured label names: measured alone, or described."""
+    parts = groups.parts(label)
+    return parts if len(parts) > 1 else perturbation_parts(label, features.index, features.index)
+
+
+def _check_missing(missing: str) -> None:
+    if missing not in MISSING:
+        raise LabelError(three_beats(f"missing among {MISSING}", repr(missing), "name one of them"))
+
+
+def _not_described(lacking: Sequence[str], fix: str) -> str:
+    problem = f"none of {len(lacking)} of them, such as {list(lacking[:3])}"
+    return three_beats("features of every perturbation", problem, fix)
+
+
+def _of_size_one(table: pd.DataFrame) -> pd.DataFrame:
+    """The table centred, and divided so that its columns' variances add up to 1."""
+    centred = table - table.mean()
+    size = float(np.sqrt(np.square(centred.to_numpy(dtype=float)).sum(1).mean()))
+    return centred / (size or 1.0)
+
+
+def _nearest(name: str, tables: Sequence[pd.DataFrame], candidates: Sequence[str]) -> str:
+    """The candidate that is nearest to a perturbation (Euclid) in the tables that describe it."""
+    squares = sum(
+        np.square(table.loc[list(candidates)] - table.loc[name]).sum(axis=1)
+        for table in tables
+        if name in table.index
+    )
+    return str(squares.idxmin())
+
+
+def _filled(table: pd.DataFrame, twin: Mapping[str, str]) -> pd.DataFrame:
+    """The table with the rows of twins for perturbations that it lacks."""
+    lacking = [name for name in twin if name not in table.index]
+    rows = table.loc[[twin[name] for name in lacking]].set_axis(lacking, axis=0)
+    return pd.concat([table, rows])
+
+
+# -- files and matrices ----------------------------------------------------------------------------------------------
+
+
+def _training(adata: ad.AnnData) -> ad.AnnData:
+    require_in_memory(adata)
+    return adata[(adata.obs["split"] != "test").to_numpy()] if "split" in adata.obs else adata
+
+
+def _column(table: pd.DataFrame, name: str, what: str) -> pd.Series:
+    if name not in table:
+        fix = did_you_mean(name, table.columns)
+        raise LabelError(three_beats(f"a column {name!r} in {what}", "no such column", fix))
+    return table[name].astype(str)
+
+
+def _table(values: np.ndarray, names, prefix: str) -> pd.DataFrame:
+    columns = [f"{prefix} {k + 1}" for k in range(values.shape[1])]
+    table = pd.DataFrame(
+        np.asarray(values, dtype=float), index=pd.Index(names, dtype=object), columns=columns
+    )
+    return table[~table.index.duplicated()]
+
+
+def _principal(matrix, n_components: int, rows: str) -> np.ndarray:
+    """Scores (row, component) of the centred matrix on its main directions, signs fixed."""
+    dense = matrix.toarray() if sparse.issparse(matrix) else np.asarray(matrix, dtype=float)
+    if len(dense) < 3:
+        raise DataError(three_beats(f"3 {rows} or more", f"{len(dense)}", "describe more of them"))
+    scores, sizes, axes = np.linalg.svd(dense - dense.mean(0), full_matrices=False)
+    k = min(n_components, len(dense) - 1, len(sizes))
+    largest = np.abs(axes[:k]).argmax(1)
+    return scores[:, :k] * sizes[:k] * np.sign(axes[np.arange(k), largest])
+
+
+def _read(path: Path) -> pd.DataFrame:
+    if not path.is_file():
+        raise DataError(
+            three_beats("a table", f"no file {path}", "give the path of a .csv, .tsv or .parquet")
+        )
+    if path.suffix == ".parquet":
+        require("pyarrow", "notebook", of="parquet files")
+        return pd.read_parquet(path)
+    if path.suffix not in (".csv", ".tsv", ".txt"):
+        fix = "write it as .csv, .tsv, .parquet or .npz (a pickle could run any code)"
+        raise DataError(three_beats("a table of text, parquet or npz", path.name, fix))
+    return pd.read_csv(path, sep="," if path.suffix == ".csv" else "\t")
+
+
+def _read_npz(path: Path) -> pd.DataFrame:
+    if not path.is_file():
+        raise DataError(three_beats("a table", f"no file {path}", "give the path of an .npz"))
+    expected = "an array per perturbation, or names (perturbation,) and values (perturbation, descriptor)"
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except ValueError as error:
+        raise DataError(three_beats(expected, f"objects in {path.name}", "save plain arrays")) from error
+    names = [array for array in arrays.values() if array.dtype.kind in "US"]
+    values = [array for array in arrays.values() if array.ndim == 2]
+    if len(arrays) == 2 and len(names) == len(values) == 1 and len(names[0]) == len(values[0]):
+        return pd.DataFrame(values[0], index=names[0].astype(str))
+    shapes = {array.shape for array in arrays.values()}
+    if len(shapes) != 1 or len(next(iter(shapes))) != 1 or names:
+        raise DataError(three_beats(expected, f"arrays of shapes {sorted(shapes)[:4]}", "save one of these"))
+    return pd.DataFrame(np.stack(list(arrays.values())), index=list(arrays))
