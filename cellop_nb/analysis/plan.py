@@ -239,12 +239,12 @@ def _shares_left(squares: np.ndarray, change: np.ndarray, noise: np.ndarray) -> 
 
     `squares` (n, ...) are squared errors against the measured changes, whose own noise is taken off.
     """
-    reliability, size = _reliability(change, noise)
+    reliability, size = reliability_and_size(change, noise)
     weight = reliability / reliability.sum() / size
     return np.tensordot(weight, squares - noise.reshape(-1, *[1] * (squares.ndim - 1)), 1), weight
 
 
-def _reliability(change: np.ndarray, noise: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def reliability_and_size(change: np.ndarray, noise: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(n,) share of each change that is not noise, and (n,) squared size, neither of them 0."""
     raw = np.square(change).sum(1)
     size = np.maximum(raw - noise, 0.1 * max((raw - noise).mean(), 0.0))
@@ -311,17 +311,17 @@ class Evidence:
 
 def evidence(measured: Measured, by_name: Mapping[str, Estimate]) -> Evidence | None:
     """Errors of the estimators on contexts left out; None where fewer than two contexts, or no estimator, tell them."""
-    parts = _products(measured, by_name)
+    parts = products_left_out(measured, by_name)
     return None if parts is None else Evidence(parts[0], parts[1].sum(0), float(parts[2].sum()))
 
 
-def _products(measured: Measured, by_name: Mapping[str, Estimate]):
+def products_left_out(measured: Measured, by_name: Mapping[str, Estimate]):
     """Names, (n, k, k) products of errors and (n,) reliabilities."""
     names = tuple(name for name, estimate in by_name.items() if len(estimate.left_out) == len(measured))
     if len(measured) < 2 or not names:
         return None
     noise = measured.noise.sum(1)
-    reliability, size = _reliability(measured.change, noise)
+    reliability, size = reliability_and_size(measured.change, noise)
     errors = np.stack([measured.change - by_name[name].left_out for name in names], 1)
     products = errors @ errors.transpose(0, 2, 1) - noise[:, None, None]
     return names, products * (reliability / size)[:, None, None], reliability
@@ -482,6 +482,9 @@ class Plan:
         Whether the planned response is larger than every measured one.
     measured : bool
         Whether the group itself was measured: `change` is then what was measured, drawn towards the plan by its noise.
+    across : str
+        What was left out to judge the plan: "contexts", or "perturbations" where descriptors tell the response. The
+        names in `left_out` and `shares` are then those of perturbations, and distances are between descriptors.
     """
 
     context: str
@@ -501,6 +504,7 @@ class Plan:
     nearest: float
     extrapolated: bool
     measured: bool = False
+    across: str = "contexts"
 
     @property
     def low(self) -> np.ndarray:
@@ -572,11 +576,11 @@ def plan(
         by_name, _ = estimates(measured, target, moved, settings)
     else:
         by_name = {MOVED: Estimate(np.asarray(moved), np.zeros((0, len(target))), np.zeros(0))}
-    parts = _products(measured, by_name)
+    parts = products_left_out(measured, by_name)
     weights = _weights(by_name, parts, also, settings)
     mixed, size, shares = _mix(measured, target, by_name, weights, settings)
     table, residuals = _leave_out(measured, by_name, parts, also, settings)
-    error, quantile = _errors(measured, mixed, residuals, settings)
+    error, quantile = errors_of_genes(measured, mixed, residuals, settings)
     explained, rival, rival_explained = _explained(table)
     planned, is_measured = mixed, own_change is not None
     if own_change is not None:
@@ -706,7 +710,7 @@ def _check(measured, target, moved, names, context, perturbation) -> None:
 
 
 def _weights(by_name, parts, also, settings, without: int | None = None) -> dict[str, float]:
-    """Weight of every estimator, from the `parts` of :func:`_products`; the context `without` tells nothing."""
+    """Weight of every estimator, from the `parts` of :func:`products_left_out`; the context `without` tells nothing."""
     seen = None
     if parts is not None:
         names, products, reliability = parts
@@ -748,7 +752,7 @@ def _leave_out(measured, by_name, parts, also, settings) -> tuple[pd.DataFrame, 
     if parts is None:
         return pd.DataFrame(columns=columns), np.zeros((0, measured.change.shape[1]))
     noise = measured.noise.sum(1)
-    reliability, size = _reliability(measured.change, noise)
+    reliability, size = reliability_and_size(measured.change, noise)
     rows, residuals = [], np.empty_like(measured.change, dtype=np.float64)
     for c, context in enumerate(measured.contexts):
         weights = _weights(by_name, parts, also, settings, without=c)
@@ -787,7 +791,7 @@ def _spacing(control: np.ndarray) -> float:
     return max(float(np.median(between.min(1))), np.finfo(float).tiny)
 
 
-def _errors(measured, planned, residuals, settings) -> tuple[np.ndarray, float]:
+def errors_of_genes(measured, planned, residuals, settings) -> tuple[np.ndarray, float]:
     r"""Standard error (gene,) of the plan, and the quantile that makes an interval of it.
 
     .. math:: s_g^2 = \frac{\sum_c \max(e_{cg}^2 - v_{cg}, 0) + n_0\, (\alpha u_g + \beta \hat d_g^2)}{n + n_0}

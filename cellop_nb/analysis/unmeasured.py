@@ -1,0 +1,276 @@
+"""The mean response of a perturbation that was never measured, from descriptors and what the measured ones did.
+
+Unlike ways to go from descriptors to effects are averaged, with weights found by leaving perturbations out; the mean of
+the perturbed is one of them, so that descriptors that carry nothing do no harm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from scipy.spatial.distance import cdist
+
+from ..errors import ModelError, three_beats
+from .plan import (
+    LEAST_RELIABILITY,
+    NO_CHANGE,
+    Estimate,
+    Evidence,
+    Measured,
+    Plan,
+    PlanSettings,
+    errors_of_genes,
+    products_left_out,
+    reliability_and_size,
+    weigh,
+)
+
+MEAN, RIDGE, KERNEL, NEAREST = "mean of perturbed", "linear map", "kernel map", "nearest described"
+RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, np.inf)
+NEIGHBOURS = (1, 2, 3, 5, 10, 20)
+FEWEST = 4
+"""Measured and described perturbations that a map from descriptors to effects needs."""
+SETTINGS = PlanSettings()
+MOST_ERRORS = 64
+MOST_DIRECTIONS = 64
+"""Perturbations left out from which errors of genes are found, and directions of effects that choose ridges."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Way:
+    """One way from descriptors to effects: as all of them it weighs the measured effects.
+
+    Attributes
+    ----------
+    left_out : (n, gene) effect of each perturbation, from the others
+    weights : of a new descriptor (k,) to the weights (n,) of the measured effects
+    """
+
+    left_out: np.ndarray
+    weights: Callable[[np.ndarray], np.ndarray]
+
+
+class EffectMap:
+    r"""Effects as a function of descriptors, one for each context.
+
+    .. math:: \hat d(f) = \sum_m u_m \sum_j w_{mj}(f)\, d_j
+
+    with the weights w of the measured effects d by which each of the ways m foresees a perturbation with descriptor f:
+    their mean, ridge regression, kernel ridge regression (Gaussian, of median width), and the mean of the nearest
+    few; and weights u of the ways as in :func:`cellop_nb.analysis.plan.weigh`. Ridge and number of neighbours are
+    chosen by leaving perturbations out; the error of each perturbation is taken at what the others choose.
+
+    Parameters
+    ----------
+    measured
+        Measured effects: `contexts` are the perturbations, `control` their descriptors (n, k).
+
+    Raises
+    ------
+    ModelError
+        For fewer than four perturbations.
+
+    References
+    ----------
+    Allen (1974), Technometrics 16:125 (left-out errors in closed form); Saunders, Gammerman, Vovk (1998), ICML
+    (kernel ridge regression); Ahlmann-Eltze, Huber, Anders (2025), Nat. Methods 22:1657 (linear maps of descriptors).
+    """
+
+    def __init__(self, measured: Measured) -> None:
+        n = len(measured)
+        if n < FEWEST:
+            fix = "describe more of the measured perturbations, or measure more"
+            raise ModelError(three_beats(f"{FEWEST} measured perturbations with descriptors", f"{n}", fix))
+        self.measured = measured
+        change = measured.change
+        x = measured.control - measured.control.mean(0)
+        self._scale = float(np.sqrt(np.square(x).sum(1).mean())) or 1.0
+        nothing = np.zeros(n)
+        distance = cdist(measured.control, measured.control)
+        self._apart = distance + np.diag(np.full(n, np.inf))
+        width = float(np.median(distance[np.triu_indices(n, 1)])) or 1.0
+        scores = _scores(change)
+        self._ways = {
+            NO_CHANGE: _Way(np.zeros_like(change), lambda _: nothing),
+            MEAN: _Way((change.sum(0) - change) / (n - 1), lambda _: np.full(n, 1 / n)),
+            RIDGE: _ridge(measured, lambda a, b: a @ b.T, scores),
+            KERNEL: _ridge(measured, lambda a, b: np.exp(-np.square(cdist(a, b) / width) / 2), scores),
+            NEAREST: _nearest(measured, self._apart, scores),
+        }
+        estimates = {name: Estimate(nothing, way.left_out, nothing) for name, way in self._ways.items()}
+        names, self._products, self._reliability = products_left_out(measured, estimates)
+        self.evidence = Evidence(names, self._products.sum(0), float(self._reliability.sum()))
+        self._planned, self._table = self._left_out()
+
+    def plan(
+        self, descriptor: np.ndarray, *, genes, context: str, perturbation: str, also: Evidence | None
+    ) -> Plan:
+        """The planned effect of a perturbation with this descriptor (k,); `also` is evidence of other contexts."""
+        measured = self.measured
+        names = self.evidence.names
+        weights = weigh(self.evidence, SETTINGS)
+        by_way = {name: way.weights(descriptor) for name, way in self._ways.items()}
+        shares = sum(u * by_way[name] for name, u in zip(names, weights, strict=True))
+        rows = np.linspace(0, len(measured) - 1, min(len(measured), MOST_ERRORS)).round().astype(int)
+        some = Measured(
+            tuple(measured.contexts[k] for k in rows),
+            measured.control[rows],
+            measured.change[rows],
+            measured.noise[rows],
+        )
+        change = shares @ measured.change
+        error, quantile = errors_of_genes(some, change, (measured.change - self._planned)[rows], SETTINGS)
+        return Plan(
+            context=context,
+            perturbation=perturbation,
+            genes=np.asarray(genes, dtype=object),
+            estimates=pd.DataFrame({name: w @ measured.change for name, w in by_way.items()}, index=genes),
+            weights=pd.Series(weights, index=list(names)),
+            size=1.0,
+            change=change,
+            error=error * self.widening(descriptor),
+            quantile=quantile,
+            left_out=self._table,
+            explained=_explained(self._table, "plan"),
+            rival=MEAN,
+            rival_explained=_explained(self._table, MEAN),
+            shares=pd.Series(shares, index=list(measured.contexts), dtype=float),
+            nearest=self.nearest(descriptor),
+            extrapolated=self.nearest(descriptor) > self.farthest,
+            across="perturbations",
+        )
+
+    def _left_out(self) -> tuple[np.ndarray, pd.DataFrame]:
+        """(n, gene) planned effect of each perturbation by weights that have not seen it, and what is left of each."""
+        names, products, reliability = self.evidence.names, self._products, self._reliability
+        change, noise = self.measured.change, self.measured.noise.sum(1)
+        total, n = self.evidence.products, self.evidence.n_contexts
+        planned = np.empty_like(change)
+        for k in range(len(change)):
+            seen = Evidence(names, total - products[k], n - float(reliability[k]))
+            weights = weigh(seen, SETTINGS)
+            planned[k] = sum(u * self._ways[name].left_out[k] for name, u in zip(names, weights, strict=True))
+        by_name = {name: way.left_out for name, way in self._ways.items()} | {"plan": planned}
+        size = reliability_and_size(change, noise)[1]
+        tables = [
+            pd.DataFrame(
+                {
+                    "context": self.measured.contexts,
+                    "estimator": name,
+                    "left": (np.square(change - rows).sum(1) - noise) / size,
+                    "reliability": reliability,
+                }
+            )
+            for name, rows in by_name.items()
+        ]
+        return planned, pd.concat(tables, ignore_index=True)
+
+    @property
+    def spacing(self) -> float:
+        """Median distance of the measured perturbations to their nearest one."""
+        return float(np.median(self._apart.min(1))) or self._scale
+
+    @property
+    def farthest(self) -> float:
+        """The largest distance of a measured perturbation to its nearest one, in units of the spacing."""
+        return float(self._apart.min(1).max() / self.spacing)
+
+    def nearest(self, descriptor: np.ndarray) -> float:
+        """Distance of a descriptor (k,) to the nearest measured perturbation, in units of the spacing."""
+        return float(cdist(descriptor[None], self.measured.control).min() / self.spacing)
+
+    def widening(self, descriptor: np.ndarray) -> float:
+        r"""Factor, 1 or more, on the errors at a descriptor (k,).
+
+        .. math:: \sqrt{\max(1, (a + b d^2) / \overline{e^2})} \; \max(1, d / d_\text{far})
+
+        with the squared errors e of perturbations left out regressed on their squared distance d to the nearest other
+        one (b at least 0), and beyond the farthest of these in proportion to the distance.
+        """
+        residuals = self.measured.change - self._planned
+        squares = np.maximum(np.square(residuals).sum(1) - self.measured.noise.sum(1), 0.0)
+        d2 = np.square(self._apart.min(1) / self.spacing)
+        spread = float(np.square(d2 - d2.mean()).sum())
+        slope = max(float((d2 - d2.mean()) @ squares) / spread, 0.0) if spread > 0 else 0.0
+        d = self.nearest(descriptor)
+        inside = min(d, self.farthest) ** 2
+        growth = 1 + slope * (inside - d2.mean()) / max(float(squares.mean()), np.finfo(float).tiny)
+        return float(np.sqrt(max(growth, 1.0)) * max(1.0, d / max(self.farthest, np.finfo(float).tiny)))
+
+
+def _scores(change: np.ndarray) -> np.ndarray:
+    """(n, direction) effects along their main directions: errors of ridges are compared in these alone."""
+    directions, sizes, _ = np.linalg.svd(change, full_matrices=False)
+    return directions[:, :MOST_DIRECTIONS] * sizes[:MOST_DIRECTIONS]
+
+
+def _best_of_others(errors: np.ndarray) -> np.ndarray:
+    """(n,) the row of (setting, n) errors with the smallest sum over the other perturbations; the last of equal ones."""
+    others = errors.sum(1, keepdims=True) - errors
+    return len(errors) - 1 - np.argmin(others[::-1], axis=0)
+
+
+def _ridge(measured: Measured, kernel: Callable, scores: np.ndarray) -> _Way:
+    r"""Ridge regression on the features of a kernel, with a constant.
+
+    .. math:: w(f) = 1/n + (K + \lambda s I)^{-1} k(f), \quad s = \mathrm{tr} K / n
+
+    with the kernel matrix K and the vector k centred over the measured perturbations. A left-out effect is
+    :math:`(H d - h d)_j / (1 - h_j)` with the hat matrix H and its diagonal h; an infinite ridge gives the mean.
+    """
+    x, change = measured.control - measured.control.mean(0), measured.change
+    n = len(x)
+    raw = kernel(x, x)
+    centred = raw - raw.mean(0) - raw.mean(1)[:, None] + raw.mean()
+    values, vectors = np.linalg.eigh(centred)
+    values = np.maximum(values, 0.0)
+    scale = max(float(values.sum()) / n, np.finfo(float).tiny)
+
+    def without(ridge: float, effects: np.ndarray) -> np.ndarray:
+        share = values / (values + ridge * scale)
+        own = (1 / n + np.square(vectors) @ share)[:, None]
+        fitted = effects.mean(0) + vectors @ (share[:, None] * (vectors.T @ effects))
+        return (fitted - own * effects) / np.maximum(1 - own, 1e-9)
+
+    errors = np.stack([np.square(scores - without(ridge, scores)).sum(1) for ridge in RIDGES])
+    chosen = _best_of_others(errors)
+    left_out = np.empty_like(change)
+    for k in np.unique(chosen):
+        left_out[chosen == k] = without(RIDGES[k], change)[chosen == k]
+    ridge = RIDGES[len(RIDGES) - 1 - int(np.argmin(errors.sum(1)[::-1]))]
+
+    def weights(descriptor: np.ndarray) -> np.ndarray:
+        k = kernel((descriptor - measured.control.mean(0))[None], x)[0]
+        k = k - k.mean() - raw.mean(0) + raw.mean()
+        return 1 / n + vectors @ ((vectors.T @ k) / (values + ridge * scale))
+
+    return _Way(left_out, weights)
+
+
+def _nearest(measured: Measured, apart: np.ndarray, scores: np.ndarray) -> _Way:
+    """The mean effect of the nearest few perturbations."""
+    change, n = measured.change, len(measured)
+    counts = [count for count in NEIGHBOURS if count < n]
+    order = np.argsort(apart, axis=1, kind="stable")[:, : max(counts)]
+    errors = np.stack([np.square(scores - scores[order[:, :m]].mean(1)).sum(1) for m in counts])
+    left_out = np.stack(
+        [change[order[j, : counts[k]]].mean(0) for j, k in enumerate(_best_of_others(errors))]
+    )
+    count = counts[len(counts) - 1 - int(np.argmin(errors.sum(1)[::-1]))]
+
+    def weights(descriptor: np.ndarray) -> np.ndarray:
+        near = np.argsort(cdist(descriptor[None], measured.control)[0], kind="stable")[:count]
+        return np.bincount(near, minlength=n) / count
+
+    return _Way(left_out, weights)
+
+
+def _explained(table: pd.DataFrame, name: str) -> float:
+    """Share of the response of perturbations left out that a way explains; NaN where what was measured is noise."""
+    if table["reliability"].mean() < LEAST_RELIABILITY:
+        return float("nan")
+    left = (table["left"] * table["reliability"]).groupby(table["estimator"]).sum()
+    return 1 - float(left[name] / left[NO_CHANGE])
