@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from anndata import AnnData
 
 from ..data.counts import measured_totals
@@ -215,6 +216,44 @@ def linear_shift(training: Training, target: Target) -> Prediction:
     measured = training.measured(target)
     estimate, _ = linear(measured.control, measured.change, target.mean, measured.noise.sum(1))
     return _shifted("linear", target, estimate.change)
+
+
+def linear_features(
+    training: Training, target: Target, *, features: pd.DataFrame, n_components: int = 10, ridge: float = 0.1
+) -> Prediction:
+    r"""Control cells plus a linear map of the descriptor of a perturbation that was never measured.
+
+    .. math:: \hat d = G W p + b, \quad
+        W = (G^\top G + \lambda I)^{-1} G^\top (Y - b) P (P^\top P + \lambda I)^{-1}
+
+    with the shifts Y (gene, perturbation) of the described perturbations that were measured in this context, else
+    their mean over the others, their mean b, the principal components G of Y - b, and descriptors P (perturbation, k).
+
+    References
+    ----------
+    Ahlmann-Eltze, Huber, Anders 2025, Nat Methods 22:1657 (ten components, a ridge of 0.1).
+    """
+    name, rows = target.perturbation, features.dropna(how="all")
+    rows = rows.set_axis(rows.index.map(str), axis=0)
+    if name not in rows.index or name in training.groups.perturbations:
+        raise Undefined(f"{name!r} has no descriptor, or it was measured")
+    measured = [p for p in training.groups.perturbations if p in rows.index]
+    if len(measured) < 3:
+        raise Undefined(f"{len(measured)} described perturbations were measured; a map needs 3")
+    y = np.stack([_shift_near(training, target.context, p) for p in measured], axis=1)
+    b = y.mean(1, keepdims=True)
+    u, s, _ = np.linalg.svd(y - b, full_matrices=False)
+    g, p = u[:, :n_components] * s[:n_components], rows.loc[measured].to_numpy(dtype=float)
+    left = np.linalg.solve(g.T @ g + ridge * np.eye(g.shape[1]), g.T @ (y - b) @ p)
+    w = np.linalg.solve(p.T @ p + ridge * np.eye(p.shape[1]), left.T).T
+    return _shifted("linear features", target, g @ w @ rows.loc[name].to_numpy(dtype=float) + b[:, 0])
+
+
+def _shift_near(training: Training, context: str, perturbation: str) -> np.ndarray:
+    """(gene,) shift measured in a context, else the mean over those where it was."""
+    contexts = training.groups.contexts_of(perturbation)
+    chosen = [context] if context in contexts else contexts
+    return np.mean([training.shift(c, perturbation) for c in chosen], axis=0)
 
 
 def _single_shifts(training: Training, target: Target) -> list[np.ndarray]:

@@ -37,6 +37,7 @@ from ..training.checkpoint import Saved, read_models, write_models
 from ..training.operators import OperatorTrainer, Penalties, new_operators
 from ..training.vae import VAETrainer, new_vae
 from .distances import etest
+from .features import described
 from .means import Factors, Means
 from .metrics import log1p_cp10k
 from .plan import (
@@ -51,6 +52,8 @@ from .plan import (
     weigh,
 )
 from .predict import REP, Start, assemble, carry_others, embed, modelled_counts, write_parts
+from .unmeasured import Described, borrowed_operator, check_described
+from .unmeasured import verdict as verdict_of_described
 
 logger = logging.getLogger("cellop_nb")
 
@@ -224,6 +227,7 @@ class CellOp:
         self.other_means: Means | None = None
         self._evidence: Evidence | None = None
         self._combination_evidence: Evidence | None = None
+        self._described: Described | None = None
         self._plans: dict[tuple[str, str], Plan] = {}
         self._index: dict[str, np.ndarray] | None = None
         self._labels: list[str] | None = None
@@ -272,15 +276,16 @@ class CellOp:
     def perturbations(self) -> list[str]:
         """What can be asked for, combinations of these besides; before a fit, what the training cells will tell."""
         if self.members:
-            return list(self.operators.conditions.perturbations)
+            named = [] if self._described is None else self._described.names
+            return list(dict.fromkeys([*self.operators.conditions.perturbations, *named]))
         if self._labels is None:
             cells = self.adata
             if SPLIT in cells.obs:
                 cells = cells[(cells.obs[SPLIT] != "test").to_numpy()]
             groups = Groups(cells)
             measured = [part for label in groups.perturbations for part in groups.parts(label)]
-            described = [] if self.features is None else self.features.index.astype(str)
-            self._labels = list(dict.fromkeys([*measured, *described]))
+            named = [] if self.features is None else described(self.features)
+            self._labels = list(dict.fromkeys([*measured, *named]))
         return self._labels
 
     def _fitted(self) -> CellOp:
@@ -318,9 +323,12 @@ class CellOp:
             with stages("data"):
                 cells = self._training_cells()
                 groups = Groups(cells)
+                if self.features is not None:
+                    check_described(self.features, groups)
                 _check_batches(cells, groups)
                 self.means = Means.of(cells, groups)
                 self.others, self.other_means = self._means_of_others(cells.var_names, groups)
+                self._described = None if self.features is None else Described(self.features, self.means)
                 self.effects = etest(cells, seed=self.seed)
             members = [self._fit_member(cells, groups, k, stages, callbacks) for k in range(self.n_members)]
             self._latent_means = self._means_of_latents(cells, groups)
@@ -431,7 +439,7 @@ class CellOp:
 
     def _train_operators(self, cells, seed: int, stages: _Stages, callbacks=()) -> OperatorModel:
         r = self.recipe
-        operators = new_operators(cells, features=self.features, context_rank=None)
+        operators = new_operators(cells, context_rank=None)
         trainer = OperatorTrainer(
             cells,
             operators,
@@ -553,8 +561,21 @@ class CellOp:
     def _operator_of(self, member: Member, perturbation: str, context: str | None) -> AffineOperator:
         conditions = member.operators.conditions
         own = context if context in conditions.contexts else None
+        parts = [] if self._described is None else self._parts(perturbation)
+        if context is not None and not set(parts) <= set(conditions.perturbations):
+            return borrowed_operator(member.operators, own, self._borrowed(context, parts), perturbation)
         condition = Condition.parse(perturbation, own, perturbations=conditions.perturbations)
         return member.operators.operator(condition)
+
+    def _borrowed(self, context: str, parts: Sequence[str]) -> dict[str, float]:
+        """In which shares the measured perturbations stand for these parts of a perturbation, measured or described."""
+        each = [
+            pd.Series({part: 1.0})
+            if len(self.means.of_perturbation(part))
+            else self.plan(context, part).shares
+            for part in parts
+        ]
+        return pd.concat(each).groupby(level=0, sort=False).sum().to_dict()
 
     def plan(self, context: str, perturbation: str) -> Plan:
         """The planned mean response: what each estimator says, their weights, and an interval for every gene.
@@ -572,6 +593,8 @@ class CellOp:
         return self._plans[context, perturbation]
 
     def _new_plan(self, context: str, perturbation: str) -> Plan:
+        if self._is_foreseen(perturbation):
+            return self._described.plan(context, perturbation, self.genes)
         starts = self._starts(context)
         moved = np.mean(
             [
@@ -602,7 +625,9 @@ class CellOp:
     def _others_are_planned(self, perturbation: str) -> bool:
         """Whether measured groups tell of the genes that are not modelled: of a combination, of all its parts."""
         measured = () if self.other_means is None else self.other_means.perturbations
-        return perturbation in measured or set(self._parts(perturbation)) <= set(measured)
+        parts = self._parts(perturbation) if len(measured) else ()
+        told = bool(parts) and all(part in measured or self._is_foreseen(part) for part in parts)
+        return perturbation in measured or told
 
     def _planned_others(self, context: str, perturbation: str) -> np.ndarray | None:
         """(gene,) planned change of the genes that are not modelled, by the estimators that need no model; None where
@@ -610,6 +635,9 @@ class CellOp:
         means = self.other_means
         if means is None or not self._others_are_planned(perturbation):
             return None
+        if self._is_foreseen(perturbation):
+            shares = self.plan(context, perturbation).shares.items()
+            return np.sum([share * means.near(context, name)[0] for name, share in shares], axis=0)
         if perturbation not in means.perturbations:
             return np.sum([self._planned_others(context, part) for part in self._parts(perturbation)], axis=0)
         measured = means.of_perturbation(perturbation, without=context)
@@ -640,6 +668,11 @@ class CellOp:
         order = np.arange(x.shape[1])
         order[column] = x.shape[1] + np.arange(len(column))
         return sparse.csr_matrix(sparse.hstack([x, carried], "csc")[:, order]), gained
+
+    def _is_foreseen(self, perturbation: str) -> bool:
+        """Whether a perturbation is known by its descriptor alone."""
+        by_descriptor = self._described is not None and perturbation in self._described.names
+        return by_descriptor and perturbation not in self.means.perturbations
 
     def _starts(self, context: str) -> list[Start]:
         """Some control cells of the context, as each member sees them."""
@@ -700,14 +733,19 @@ class CellOp:
         Returns
         -------
         DataFrame
-            A row per measured context, the nearest first: ``context, distance, share, response``; distances of mean
+            A row per measured context, the nearest first: ``context, distance, share, response``, or per measured
+            perturbation (``perturbation, ...``) of one that was never measured; distances of mean
             control cells in units of the usual distance between nearest measured contexts, `response` the length of
             the measured change, beside the planned one in ``attrs["planned"]``; ``attrs["extrapolated"]`` says
             whether that is larger than every measured one.
         """
         said = self.plan(context, perturbation)
-        measured = self.means.of_perturbation(perturbation, without=context)
-        table = measured.near(self._starts(context)[0].mean_level).assign(share=said.shares.to_numpy())
+        if said.across == "perturbations":
+            table = self._described.near(context, perturbation)
+        else:
+            measured = self.means.of_perturbation(perturbation, without=context)
+            table = measured.near(self._starts(context)[0].mean_level)
+        table["share"] = said.shares.to_numpy()
         table = table.sort_values("distance").reset_index(drop=True)
         table.attrs = {"planned": float(np.linalg.norm(said.change)), "extrapolated": said.extrapolated}
         return table
@@ -715,6 +753,8 @@ class CellOp:
     def verdict(self, context: str, perturbation: str) -> str:
         """What to trust of a prediction, in a sentence with numbers."""
         said, name = self.plan(context, perturbation), f"{perturbation} in {context}"
+        if said.across == "perturbations":
+            return verdict_of_described(said, name)
         tests = self.effects[self.effects["perturbation"] == perturbation]
         if len(tests) and not tests["different"].any():
             return (
@@ -854,8 +894,8 @@ class CellOp:
         if n_cells is not None:
             source = source[np.sort(rng.choice(len(source), n_cells, replace=n_cells > len(source)))]
         planned = None if operator is not None else self.plan(context, perturbation)
-        growth = 0.0 if operator is not None else strength * self.means.growth_of(context, perturbation)
         change = None if operator is not None else self._planned_others(context, perturbation)
+        growth = 0.0 if operator is not None else strength * self._growth(context, perturbation)
         parts = []
         shares = np.array_split(source, min(self.n_members, len(source)))
         pieces = [(k, rows) for k, share in enumerate(shares) for rows in _chunks(share)]
@@ -876,6 +916,13 @@ class CellOp:
         ways = np.where(planned_genes, "planned", "kept")
         cells.var["prediction"] = pd.Categorical(np.where(cells.var["modelled"], "moved", ways))
         return cells
+
+    def _growth(self, context: str, perturbation: str) -> float:
+        """Change of the log of the mean library."""
+        if self._described is None or perturbation in self.means.perturbations:
+            return self.means.growth_of(context, perturbation)
+        shares = self._borrowed(context, self._parts(perturbation))
+        return float(sum(share * self.means.growth_of(context, name) for name, share in shares.items()))
 
     def _provenance(self, asked: pd.DataFrame, operator, seed: int) -> dict:
         table = asked.assign(n_cells=pd.to_numeric(asked["n_cells"]).fillna(-1).astype(int), seed=seed)
@@ -926,6 +973,8 @@ class CellOp:
             arrays |= _in_arrays(self.other_means)
         arrays["latents"] = np.stack(list(self._latent_means.values()))
         both = {"contexts": self._evidence, "combinations": self._combination_evidence}
+        if self.features is not None:
+            arrays["features"] = self.features.dropna(how="all").to_numpy(dtype=float)
         evidence_of = {name: seen for name, seen in both.items() if seen is not None}
         arrays |= {f"evidence_{name}": seen.products for name, seen in evidence_of.items()}
         about = {
@@ -940,6 +989,9 @@ class CellOp:
                 name: {"names": seen.names, "n_contexts": seen.n_contexts}
                 for name, seen in evidence_of.items()
             },
+            "features": None
+            if self._described is None
+            else [self._described.names, [*map(str, self.features)]],
             "effects": self.effects.to_json(orient="split"),
             "history": self.history.to_json(orient="split"),
             "costs": self.costs.to_json(orient="split"),
@@ -1052,6 +1104,10 @@ def _restored(saved: Saved) -> CellOp:
         model.other_means = Means(
             about["contexts"], level, pairs, changes, noises, np.zeros(len(pairs)), np.zeros(0)
         )
+    if about.get("features"):
+        index, columns = about["features"]
+        model.features = pd.DataFrame(arrays["features"], index, columns)
+        model._described = Described(model.features, model.means)
     model._latent_means = dict(
         zip([tuple(pair) for pair in about["latents"]], arrays["latents"], strict=True)
     )

@@ -18,7 +18,7 @@ from scipy import sparse
 from ..data.contract import keys_of
 from ..data.counts import require_in_memory
 from ..data.groups import Groups, controls_by_context
-from ..errors import DataError, LabelError, did_you_mean, three_beats
+from ..errors import DataError, LabelError, ModelError, did_you_mean, three_beats
 from ..models.operators import perturbation_parts
 from ..packages import require
 from .genes import gene_set_members
@@ -454,7 +454,7 @@ def described(features: pd.DataFrame) -> list[str]:
 
     Raises
     ------
-    DataError
+    ModelError
         For a name with several rows, or a row with some values that are not finite numbers.
     """
     names = features.index.map(str)
@@ -463,7 +463,7 @@ def described(features: pd.DataFrame) -> list[str]:
     broken = (~np.isfinite(values).all(1) & ~marked) | names.duplicated()
     if broken.any() or not features.shape[1]:
         problem = f"{list(names[broken][:5])} with NaN, infinity or several rows"
-        raise DataError(
+        raise ModelError(
             three_beats("one row of finite features per perturbation", problem, "repair the table")
         )
     return list(names[~marked])

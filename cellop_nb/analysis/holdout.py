@@ -17,12 +17,12 @@ from ..data.groups import Groups
 from ..errors import CellopError, HoldoutError, LabelError, did_you_mean, three_beats
 from ..models.operators import perturbation_parts
 from ..models.vae import NBVAE
-from .baselines import BASELINES, Method, Prediction, Target, Training, run
+from .baselines import BASELINES, Method, Prediction, Target, Training, linear_features, run
 from .cellop import CellOp
 from .metrics import EvaluationSpace, Undefined
 from .scores import MAX_CELLS, Truth, known_metrics, rows_by_group, shared_shift, table_of
 
-CELLOP, LATENT_SHIFT = "CellOp", "latent shift"
+CELLOP, LATENT_SHIFT, LINEAR_FEATURES = "CellOp", "latent shift", "linear features"
 WAYS = ("context", "group", "perturbation", "combination")
 
 FEWEST_CELLS = 4
@@ -134,7 +134,7 @@ class Holdout:
             ``group, cellop, best_baseline, baseline, excess``, the worst first; empty is good.
         """
         wide = self.summary(metric).iloc[:-1]
-        baselines = wide[[name for name in (*BASELINES, LATENT_SHIFT) if name in wide]]
+        baselines = wide[[name for name in (*BASELINES, LATENT_SHIFT, LINEAR_FEATURES) if name in wide]]
         best = baselines.min(axis=1)
         table = pd.DataFrame(
             {
@@ -233,7 +233,7 @@ def holdout(
 
 def _own_names(methods: Mapping[str, Method]) -> None:
     """A method by the name of another one would silently take its place, or lose its own."""
-    shared = [name for name in methods if name in (*BASELINES, LATENT_SHIFT, CELLOP)]
+    shared = [name for name in methods if name in (*BASELINES, LATENT_SHIFT, LINEAR_FEATURES, CELLOP)]
     if shared:
         fix = "give it another name"
         raise LabelError(three_beats("a name that no other method of the table has", repr(shared[0]), fix))
@@ -363,6 +363,8 @@ def _scored(model: CellOp, question: Question, seed: int, shared: dict, methods,
     training = Training.of(train, space)
     cells: dict[tuple[str, str], ad.AnnData] = {}
     rules = {**BASELINES, LATENT_SHIFT: partial(latent_shift, model=fitted), **methods}
+    if model.features is not None:
+        rules[LINEAR_FEATURES] = partial(linear_features, features=model.features)
     rules[CELLOP] = partial(_by_cellop, model=source, cells=cells, seed=seed)
     truths: dict[tuple[str, str], Truth] = {}
     unscored: dict[tuple[str, str], str] = {}

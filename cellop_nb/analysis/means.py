@@ -169,6 +169,14 @@ class Means:
         row = self._row[context, perturbation]
         return self.change[row], self.noise[row]
 
+    def near(self, context: str, perturbation: str) -> tuple[np.ndarray, np.ndarray]:
+        """Change of a measured perturbation and its noise, (gene,) each, in a context, else the mean over those where it
+        was measured."""
+        if (context, perturbation) in self._row:
+            return self.change_of(context, perturbation)
+        measured = self.of_perturbation(perturbation)
+        return measured.change.mean(0), measured.noise.mean(0) / len(measured)
+
     def growth_of(self, context: str, perturbation: str) -> float:
         r"""By how much a perturbation changes the log of the mean library: measured here, else the mean over
         contexts; of a combination that was measured nowhere the sum over its parts.

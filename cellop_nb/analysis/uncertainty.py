@@ -92,7 +92,7 @@ def bootstrap_operators(
     for k in tqdm(range(n_replicates), desc="refitting operators", disable=not progress):
         sample = _drawn_anew(adata, groups, use_rep, np.random.default_rng([seed, k]), resample)
         model = new_operators(
-            sample, features=_features(operators), form=type(operators), n_axes=config["n_axes"],
+            sample, form=type(operators), n_axes=config["n_axes"],
             rank=config["rank"], context_rank=config["context_rank"], use_rep=use_rep,
         )  # fmt: skip
         if config["rank"]:
@@ -117,13 +117,6 @@ def _drawn_anew(
     sample = AnnData(obs=obs, obsm={use_rep: np.asarray(adata.obsm[use_rep])[drawn]})
     groups.keys.write(sample)
     return sample
-
-
-def _features(operators: OperatorModel) -> pd.DataFrame | None:
-    features = operators.conditions.features
-    return (
-        None if features is None else pd.DataFrame(features.cpu().numpy(), operators.conditions.perturbations)
-    )
 
 
 @torch.no_grad()

@@ -6,14 +6,20 @@ the perturbed is one of them, so that descriptors that carry nothing do no harm.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
+import torch
 from scipy.spatial.distance import cdist
 
-from ..errors import ModelError, three_beats
+from ..data.groups import Groups
+from ..errors import LabelError, ModelError, did_you_mean, three_beats
+from ..models.affine import AffineOperator
+from ..models.operators import Condition, OperatorModel
+from .features import described
+from .means import Means
 from .plan import (
     LEAST_RELIABILITY,
     NO_CHANGE,
@@ -31,7 +37,7 @@ from .plan import (
 MEAN, RIDGE, KERNEL, NEAREST = "mean of perturbed", "linear map", "kernel map", "nearest described"
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, np.inf)
 NEIGHBOURS = (1, 2, 3, 5, 10, 20)
-FEWEST = 4
+FEWEST = 3
 """Measured and described perturbations that a map from descriptors to effects needs."""
 SETTINGS = PlanSettings()
 MOST_ERRORS = 64
@@ -39,8 +45,115 @@ MOST_DIRECTIONS = 64
 """Perturbations left out from which errors of genes are found, and directions of effects that choose ridges."""
 
 
+class Described:
+    """Perturbations that were never measured, foreseen in each context by its own :class:`EffectMap`.
+
+    Parameters
+    ----------
+    features
+        (perturbation, descriptor); a row of NaN marks a perturbation without one.
+    means
+        What was measured. Where a perturbation was not measured in a context, the mean of its other contexts stands in.
+    """
+
+    def __init__(self, features: pd.DataFrame, means: Means) -> None:
+        self.names = described(features)
+        self._row = dict(zip(self.names, features.dropna(how="all").to_numpy(dtype=float), strict=True))
+        self._means, self._maps = means, {}
+        self._measured = [name for name in self.names if len(means.of_perturbation(name))]
+
+    def map(self, context: str) -> EffectMap:
+        """Effects in a context as a function of descriptors."""
+        if context not in self._maps:
+            rows = [self._means.near(context, name) for name in self._measured]
+            change, noise = (
+                (np.stack(part) for part in zip(*rows, strict=True)) if rows else (np.empty((0, 0)),) * 2
+            )
+            descriptors = np.stack([self._row[name] for name in self._measured]) if rows else np.empty((0, 0))
+            self._maps[context] = EffectMap(Measured(tuple(self._measured), descriptors, change, noise))
+        return self._maps[context]
+
+    def plan(self, context: str, perturbation: str, genes: Sequence[str]) -> Plan:
+        """The planned effect of a perturbation that was never measured."""
+        return self.map(context).plan(
+            self._row[perturbation], genes=genes, context=context, perturbation=perturbation
+        )
+
+    def near(self, context: str, perturbation: str) -> pd.DataFrame:
+        """A row per measured perturbation: ``perturbation, distance, response``, distances in units of the spacing."""
+        effects = self.map(context)
+        change, noise = effects.measured.change, effects.measured.noise
+        return pd.DataFrame(
+            {
+                "perturbation": self._measured,
+                "distance": effects.distances(self._row[perturbation]),
+                "response": np.sqrt(np.maximum(np.square(change).sum(1) - noise.sum(1), 0.0)),
+            }
+        )
+
+
+def check_described(features: pd.DataFrame, groups: Groups) -> None:
+    """Refuse features that lack a measured perturbation which was not marked as one without a descriptor.
+
+    Raises
+    ------
+    LabelError
+    ModelError
+        For rows that repeat or hold some values that are not finite.
+    """
+    described(features)
+    rows = set(features.index.map(str))
+    parts = dict.fromkeys(part for label in groups.perturbations for part in groups.parts(label))
+    lacking = [part for part in parts if part not in rows and not set(part.split("+")) <= rows]
+    if lacking:
+        fix = f"see co.features.cover(features, adata, missing=...) ({did_you_mean(lacking[0], rows)})"
+        raise LabelError(
+            three_beats("features of every perturbation in training", f"none of {lacking[:5]}", fix)
+        )
+
+
+@torch.no_grad()
+def borrowed_operator(
+    operators: OperatorModel, context: str | None, shares: Mapping[str, float], label: str
+) -> AffineOperator:
+    """The operator that departs from the identity as measured ones do, in these shares (perturbation to share)."""
+    names = tuple(name for name in shares if name in operators.conditions.perturbations)
+    condition = Condition(names, context, tuple(float(shares[name]) for name in names))
+    design = operators.conditions.design([condition])
+    matrices, shifts = operators.affine(replace(design, pairs=torch.zeros_like(design.pairs)))
+    return AffineOperator(matrices[0].cpu(), shifts[0].cpu(), label)
+
+
+def verdict(said: Plan, name: str) -> str:
+    """What to trust of a plan of :class:`EffectMap`, in a sentence with numbers."""
+    if not np.isfinite(said.explained):
+        return f"{name}: never measured, and cannot be foreseen; what was measured of the others is noise."
+    wide = said.left_out.pivot(index="context", columns="estimator", values="left")
+    weight = said.left_out.groupby("context")["reliability"].first()
+    gain = (wide[MEAN] - wide["plan"]) * weight / weight.mean()
+    doubtful = gain.mean() <= gain.sem()
+    numbers = (
+        f"predictions of perturbations left out explained {100 * said.explained:.0f} % of their squared mean response, "
+        f"the {MEAN} {100 * said.rival_explained:.0f} %"
+    )
+    if said.explained <= 0:
+        return f"{name}: never measured, and cannot be known; {numbers}."
+    said_of_descriptors = (
+        "the descriptors carry nothing, and what is predicted is what perturbations do on average"
+        if doubtful
+        else "foreseen from its descriptor"
+    )
+    far = (
+        f" It lies {said.nearest:.1f} times the usual distance from the nearest measured perturbation, farther than any "
+        f"of these from the others: extrapolated."
+        if said.extrapolated and not doubtful
+        else ""
+    )
+    return f"{name}: never measured; {said_of_descriptors}: {numbers}.{far}"
+
+
 @dataclass(frozen=True, eq=False)
-class _Way:
+class Way:
     """One way from descriptors to effects: as all of them it weighs the measured effects.
 
     Attributes
@@ -71,7 +184,7 @@ class EffectMap:
     Raises
     ------
     ModelError
-        For fewer than four perturbations.
+        For fewer than three perturbations.
 
     References
     ----------
@@ -93,26 +206,24 @@ class EffectMap:
         self._apart = distance + np.diag(np.full(n, np.inf))
         width = float(np.median(distance[np.triu_indices(n, 1)])) or 1.0
         scores = _scores(change)
-        self._ways = {
-            NO_CHANGE: _Way(np.zeros_like(change), lambda _: nothing),
-            MEAN: _Way((change.sum(0) - change) / (n - 1), lambda _: np.full(n, 1 / n)),
+        self.ways = {
+            NO_CHANGE: Way(np.zeros_like(change), lambda _: nothing),
+            MEAN: Way((change.sum(0) - change) / (n - 1), lambda _: np.full(n, 1 / n)),
             RIDGE: _ridge(measured, lambda a, b: a @ b.T, scores),
             KERNEL: _ridge(measured, lambda a, b: np.exp(-np.square(cdist(a, b) / width) / 2), scores),
             NEAREST: _nearest(measured, self._apart, scores),
         }
-        estimates = {name: Estimate(nothing, way.left_out, nothing) for name, way in self._ways.items()}
+        estimates = {name: Estimate(nothing, way.left_out, nothing) for name, way in self.ways.items()}
         names, self._products, self._reliability = products_left_out(measured, estimates)
         self.evidence = Evidence(names, self._products.sum(0), float(self._reliability.sum()))
         self._planned, self._table = self._left_out()
 
-    def plan(
-        self, descriptor: np.ndarray, *, genes, context: str, perturbation: str, also: Evidence | None
-    ) -> Plan:
-        """The planned effect of a perturbation with this descriptor (k,); `also` is evidence of other contexts."""
+    def plan(self, descriptor: np.ndarray, *, genes: Sequence[str], context: str, perturbation: str) -> Plan:
+        """The planned effect of a perturbation with this descriptor (k,), with intervals that widen with its distance."""
         measured = self.measured
         names = self.evidence.names
         weights = weigh(self.evidence, SETTINGS)
-        by_way = {name: way.weights(descriptor) for name, way in self._ways.items()}
+        by_way = {name: way.weights(descriptor) for name, way in self.ways.items()}
         shares = sum(u * by_way[name] for name, u in zip(names, weights, strict=True))
         rows = np.linspace(0, len(measured) - 1, min(len(measured), MOST_ERRORS)).round().astype(int)
         some = Measured(
@@ -152,8 +263,8 @@ class EffectMap:
         for k in range(len(change)):
             seen = Evidence(names, total - products[k], n - float(reliability[k]))
             weights = weigh(seen, SETTINGS)
-            planned[k] = sum(u * self._ways[name].left_out[k] for name, u in zip(names, weights, strict=True))
-        by_name = {name: way.left_out for name, way in self._ways.items()} | {"plan": planned}
+            planned[k] = sum(u * self.ways[name].left_out[k] for name, u in zip(names, weights, strict=True))
+        by_name = {name: way.left_out for name, way in self.ways.items()} | {"plan": planned}
         size = reliability_and_size(change, noise)[1]
         tables = [
             pd.DataFrame(
@@ -180,7 +291,11 @@ class EffectMap:
 
     def nearest(self, descriptor: np.ndarray) -> float:
         """Distance of a descriptor (k,) to the nearest measured perturbation, in units of the spacing."""
-        return float(cdist(descriptor[None], self.measured.control).min() / self.spacing)
+        return float(self.distances(descriptor).min())
+
+    def distances(self, descriptor: np.ndarray) -> np.ndarray:
+        """(n,) distances of a descriptor (k,) to the measured perturbations, in units of the spacing."""
+        return cdist(descriptor[None], self.measured.control)[0] / self.spacing
 
     def widening(self, descriptor: np.ndarray) -> float:
         r"""Factor, 1 or more, on the errors at a descriptor (k,).
@@ -213,7 +328,7 @@ def _best_of_others(errors: np.ndarray) -> np.ndarray:
     return len(errors) - 1 - np.argmin(others[::-1], axis=0)
 
 
-def _ridge(measured: Measured, kernel: Callable, scores: np.ndarray) -> _Way:
+def _ridge(measured: Measured, kernel: Callable, scores: np.ndarray) -> Way:
     r"""Ridge regression on the features of a kernel, with a constant.
 
     .. math:: w(f) = 1/n + (K + \lambda s I)^{-1} k(f), \quad s = \mathrm{tr} K / n
@@ -247,10 +362,10 @@ def _ridge(measured: Measured, kernel: Callable, scores: np.ndarray) -> _Way:
         k = k - k.mean() - raw.mean(0) + raw.mean()
         return 1 / n + vectors @ ((vectors.T @ k) / (values + ridge * scale))
 
-    return _Way(left_out, weights)
+    return Way(left_out, weights)
 
 
-def _nearest(measured: Measured, apart: np.ndarray, scores: np.ndarray) -> _Way:
+def _nearest(measured: Measured, apart: np.ndarray, scores: np.ndarray) -> Way:
     """The mean effect of the nearest few perturbations."""
     change, n = measured.change, len(measured)
     counts = [count for count in NEIGHBOURS if count < n]
@@ -265,7 +380,7 @@ def _nearest(measured: Measured, apart: np.ndarray, scores: np.ndarray) -> _Way:
         near = np.argsort(cdist(descriptor[None], measured.control)[0], kind="stable")[:count]
         return np.bincount(near, minlength=n) / count
 
-    return _Way(left_out, weights)
+    return Way(left_out, weights)
 
 
 def _explained(table: pd.DataFrame, name: str) -> float:

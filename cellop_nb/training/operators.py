@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..data.groups import Groups, GroupSample, evenly
-from ..errors import LabelError, ModelError, check_values, checked, did_you_mean, three_beats
+from ..errors import ModelError, check_values, checked, three_beats
 from ..models.energy import grouped_energy_distance, moved_energy_distance, noise_floor, self_distance
 from ..models.operators import Design, OperatorModel, response_rank, spectral_excess
 from .callbacks import Callback
@@ -34,7 +34,6 @@ def new_operators(
     adata,
     *,
     use_rep: str = "X_nbvae",
-    features=None,
     form: Callable[..., OperatorModel] = OperatorModel,
     n_axes: int | None = None,
     rank: int | None = None,
@@ -46,9 +45,6 @@ def new_operators(
     ----------
     adata
         A screen that was set up and split, with latents in ``obsm[use_rep]`` (:func:`cellop_nb.embed`).
-    features
-        DataFrame (perturbation, feature) of given descriptors; operators of perturbations that were never
-        measured can then be asked for. It must hold every perturbation of the training cells.
     form
         A subclass of :class:`OperatorModel`, for operators of another form; ``functools.partial`` of one sets
         arguments of its own.
@@ -62,16 +58,14 @@ def new_operators(
     Raises
     ------
     LabelError
-        If the data were not set up, or a perturbation in `features` or a size is unknown.
+        If the data were not set up.
     DataError
         If the latents are missing or not finite, a context has no controls, or no perturbed group is left.
     """
     data = Groups(adata, use_rep=use_rep, split="train")
     parts = sorted({part for label in data.perturbations for part in data.parts(label)})
-    names = parts if features is None else list(features.index.astype(str))
-    conditions = [group.condition(names) for group in data.items]
+    conditions = [group.condition(parts) for group in data.items]
     pairs = sorted({pair for c in conditions for pair in combinations(sorted(c.perturbations), 2)})
-    descriptors = None if features is None else _descriptors(features, parts)
     contexts = sorted({str(condition.context) for condition in conditions})
     controls = [data.control[group.context] for group in data.items]
     perturbed = [group.cells for group in data.items]
@@ -80,34 +74,14 @@ def new_operators(
         n_axes = response_rank(conditions, names, contexts, controls, perturbed)
     model = form(
         n_latent,
-        names,
+        parts,
         contexts,
         pairs=pairs,
-        features=descriptors,
         n_axes=n_axes,
         rank=rank,
         context_rank=context_rank,
     )
     return model.start_from(conditions, controls, perturbed)
-
-
-def _descriptors(features, parts: Sequence[str]) -> Tensor:
-    """The features (perturbation, feature) as a tensor, once they are whole."""
-    names = features.index.astype(str)
-    missing = [part for part in parts if part not in set(names)]
-    if missing:
-        fix = f"add their rows, or leave these cells out ({did_you_mean(missing[0], names)})"
-        raise LabelError(
-            three_beats("features of every perturbation in training", f"none of {missing[:5]}", fix)
-        )
-    values = torch.tensor(features.to_numpy(dtype=float, copy=True), dtype=torch.float32)
-    broken = ~values.isfinite().all(1).numpy()
-    if broken.any() or not names.is_unique:
-        problem = f"{list(names[broken | names.duplicated()][:5])} with NaN, infinity or several rows"
-        raise ModelError(
-            three_beats("one row of finite features per perturbation", problem, "repair the table")
-        )
-    return values
 
 
 class WithinTerm:

@@ -11,7 +11,7 @@ from sklearn.metrics import pairwise_distances
 
 import cellop_nb as co
 from cellop_nb import features
-from cellop_nb.errors import DataError, LabelError, MissingExtraError
+from cellop_nb.errors import DataError, LabelError, MissingExtraError, ModelError
 
 from .screens import screen
 
@@ -192,7 +192,7 @@ def test_what_lacks_a_descriptor_is_reported_and_decided(modules):
     ):  # it is no gene: the controls do not describe it
         features.cover(partial, adata, missing="nearest")
     assert features.coverage(filled, adata)["described"].all()
-    with pytest.raises(DataError, match="'g0'"):
+    with pytest.raises(ModelError, match="'g0'"):
         features.described(table(["g0", "g0"], x=[1, 2]))
 
 

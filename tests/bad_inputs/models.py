@@ -88,7 +88,7 @@ def _(place):
     import pandas as pd
 
     features = pd.DataFrame(np.eye(1), index=["drug 1"])
-    co.new_operators(place.embedded, features=features)
+    co.CellOp(place.adata, features=features).fit(progress=False)
 
 
 @case(MODELS, "NaN in training")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from toy import Do, assert_same_run
@@ -326,14 +325,6 @@ def test_a_label_that_was_declared_single_has_an_operator_of_its_own():
     assert "drug 1+drug 2" in model.conditions.perturbations and not model.conditions.pairs
     trainer = OperatorTrainer(adata, model, max_epochs=1, **REP, **QUIET)
     assert ("drug 1+drug 2",) in {condition.perturbations for condition in trainer.conditions}
-
-
-def test_features_reach_a_perturbation_that_was_never_measured(small):
-    table = pd.DataFrame(np.eye(4)[:, :3] + 0.5, index=["drug 1", "drug 2", "drug 3", "drug 4"])
-    model = new_operators(small, features=table, **REP)
-    assert model.shift(Condition(("drug 4",))).isfinite().all()
-    with pytest.raises(LabelError, match="drug 3"):
-        new_operators(small, features=table.drop(index="drug 3"), **REP)
 
 
 def test_the_trainer_knows_the_floor_of_each_group(small):
