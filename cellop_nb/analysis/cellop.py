@@ -593,8 +593,8 @@ class CellOp:
         return self._plans[context, perturbation]
 
     def _new_plan(self, context: str, perturbation: str) -> Plan:
-        if self._is_foreseen(perturbation):
-            return self._described.plan(context, perturbation, self.genes)
+        if (foreseen := self._foreseen(perturbation)) is not None:
+            return foreseen.plan(context, perturbation, self.genes)
         starts = self._starts(context)
         moved = np.mean(
             [
@@ -626,7 +626,7 @@ class CellOp:
         """Whether measured groups tell of the genes that are not modelled: of a combination, of all its parts."""
         measured = () if self.other_means is None else self.other_means.perturbations
         parts = self._parts(perturbation) if len(measured) else ()
-        told = bool(parts) and all(part in measured or self._is_foreseen(part) for part in parts)
+        told = bool(parts) and all(part in measured or self._foreseen(part) is not None for part in parts)
         return perturbation in measured or told
 
     def _planned_others(self, context: str, perturbation: str) -> np.ndarray | None:
@@ -635,7 +635,7 @@ class CellOp:
         means = self.other_means
         if means is None or not self._others_are_planned(perturbation):
             return None
-        if self._is_foreseen(perturbation):
+        if self._foreseen(perturbation) is not None:
             shares = self.plan(context, perturbation).shares.items()
             return np.sum([share * means.near(context, name)[0] for name, share in shares], axis=0)
         if perturbation not in means.perturbations:
@@ -669,10 +669,10 @@ class CellOp:
         order[column] = x.shape[1] + np.arange(len(column))
         return sparse.csr_matrix(sparse.hstack([x, carried], "csc")[:, order]), gained
 
-    def _is_foreseen(self, perturbation: str) -> bool:
-        """Whether a perturbation is known by its descriptor alone."""
+    def _foreseen(self, perturbation: str) -> Described | None:
+        """What tells of a perturbation that is known by its descriptor alone; None of any other."""
         by_descriptor = self._described is not None and perturbation in self._described.names
-        return by_descriptor and perturbation not in self.means.perturbations
+        return self._described if by_descriptor and perturbation not in self.means.perturbations else None
 
     def _starts(self, context: str) -> list[Start]:
         """Some control cells of the context, as each member sees them."""
@@ -740,8 +740,8 @@ class CellOp:
             whether that is larger than every measured one.
         """
         said = self.plan(context, perturbation)
-        if said.across == "perturbations":
-            table = self._described.near(context, perturbation)
+        if (foreseen := self._foreseen(perturbation)) is not None:
+            table = foreseen.near(context, perturbation)
         else:
             measured = self.means.of_perturbation(perturbation, without=context)
             table = measured.near(self._starts(context)[0].mean_level)

@@ -59,7 +59,8 @@ class Described:
     def __init__(self, features: pd.DataFrame, means: Means) -> None:
         self.names = described(features)
         self._row = dict(zip(self.names, features.dropna(how="all").to_numpy(dtype=float), strict=True))
-        self._means, self._maps = means, {}
+        self._means = means
+        self._maps: dict[str, EffectMap] = {}
         self._measured = [name for name in self.names if len(means.of_perturbation(name))]
 
     def map(self, context: str) -> EffectMap:

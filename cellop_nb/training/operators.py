@@ -71,7 +71,7 @@ def new_operators(
     perturbed = [group.cells for group in data.items]
     n_latent = perturbed[0].shape[1]
     if n_axes is None:
-        n_axes = response_rank(conditions, names, contexts, controls, perturbed)
+        n_axes = response_rank(conditions, parts, contexts, controls, perturbed)
     model = form(
         n_latent,
         parts,
