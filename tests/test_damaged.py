@@ -22,7 +22,7 @@ from cellop_nb.training.guard import load_reproducer, save_reproducer
 
 
 def screen():
-    return co.datasets.synthetic(n_contexts=2, n_perturbations=1, n_cells=20, n_genes=12, n_latent=2)
+    return co.datasets.synthetic(n_contexts=2, n_perturbations=1, n_cells=20, n_genes=12, n_latent=4)
 
 
 def read_screen(path, **how):

@@ -231,6 +231,23 @@ def test_validation_names_each_group_and_caches_what_is_constant(small):
     assert row["operator_norm"] == pytest.approx(max(norms), rel=1e-5)
 
 
+def test_the_validation_loss_is_that_of_all_held_out_cells_and_not_of_the_groups(small, monkeypatch):
+    """Groups of unlike size: the mean over groups is another number."""
+    monkeypatch.setattr("cellop_nb.training.operators.MIN_SHOWN", 1)
+    adata = small.copy()
+    crowded = (adata.obs["perturbation"] == "drug 1") & (adata.obs["cell_type"] == "type A")
+    rare = (adata.obs["perturbation"] != "control") & ~crowded & (adata.obs["split"] == "val")
+    adata.obs.loc[adata.obs_names[rare][::2], "split"] = "train"
+    trainer = small_trainer(adata)
+    row = trainer.fit(1).iloc[-1]
+    sizes = trainer.val_counts
+    energies = [row[f"val_energy[{label}]"] for label in trainer.held_out.labels]
+    assert len({*sizes}) > 1 and np.mean(energies) != pytest.approx(
+        np.average(energies, weights=sizes), rel=1e-3
+    )
+    assert row["val_loss"] == pytest.approx(np.average(energies, weights=sizes), rel=1e-6)
+
+
 def test_validation_cells_are_spread_over_the_whole_group(small):
     trainer = small_trainer(screen_of(400))
     positions = trainer.held_out.control["type A"]

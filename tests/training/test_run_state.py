@@ -51,6 +51,27 @@ def test_a_last_checkpoint_is_written_when_the_run_ends_between_two(tmp_path):
     assert torch.load(tmp_path / "last.pt", weights_only=True)["epoch"] == 4
 
 
+def test_all_that_a_run_depends_on_is_restored(tmp_path):
+    """Weights and rate that were changed by hand, seed, best epoch and both generators: none as in a new trainer."""
+    first = LineTrainer(seed=3, scripted=[3.0, 1.0, 2.0, 2.0])
+    first.callbacks.append(Do(lambda t: (t.change("ridge", 0.5), t.change("learning_rate", 0.02)), step=2))
+    first.fit(3)
+    first.rows[-1]["by_hand"] = "noted"
+    other = LineTrainer(seed=3)
+    other.load_checkpoint(first.save_checkpoint(tmp_path / "now.pt"))
+    assert other.weights == first.weights == {"ridge": 0.5}
+    assert other.learning_rate == first.learning_rate == 0.02
+    assert other._base_lr == first._base_lr
+    assert (other.best_epoch, other.best_value) == (first.best_epoch, first.best_value) == (1, 1.0)
+    assert (other.seed, other.epoch, other.step) == (3, 3, 12) and other.changes == first.changes
+    assert other.rows == first.rows
+    for name in ("generator", "cpu_generator"):
+        assert torch.equal(getattr(other, name).get_state(), getattr(first, name).get_state())
+        assert not torch.equal(
+            getattr(other, name).get_state(), getattr(LineTrainer(seed=3), name).get_state()
+        )
+
+
 def test_numbers_of_numpy_do_not_break_a_checkpoint(tmp_path):
     trainer = LineTrainer(lr=np.float64(0.1), weight_decay=np.float64(0.1))
     trainer.weights["ridge"] = np.float64(0.5)
@@ -64,7 +85,7 @@ def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     before = path.read_bytes()
 
     def half(state, where):
-        where.write_bytes(b"half a file")
+        where.write(b"half a file")
         raise OSError("disk full")
 
     monkeypatch.setattr(torch, "save", half)
