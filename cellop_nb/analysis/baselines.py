@@ -218,21 +218,8 @@ def linear_shift(training: Training, target: Target) -> Prediction:
     return _shifted("linear", target, estimate.change)
 
 
-def linear_features(
-    training: Training, target: Target, *, features: pd.DataFrame, n_components: int = 10, ridge: float = 0.1
-) -> Prediction:
-    r"""Control cells plus a linear map of the descriptor of a perturbation that was never measured.
-
-    .. math:: \hat d = G W p + b, \quad
-        W = (G^\top G + \lambda I)^{-1} G^\top (Y - b) P (P^\top P + \lambda I)^{-1}
-
-    with the shifts Y (gene, perturbation) of the described perturbations that were measured in this context, else
-    their mean over the others, their mean b, the principal components G of Y - b, and descriptors P (perturbation, k).
-
-    References
-    ----------
-    Ahlmann-Eltze, Huber, Anders 2025, Nat Methods 22:1657 (ten components, a ridge of 0.1).
-    """
+def linear_features(training: Training, target: Target, *, features: pd.DataFrame) -> Prediction:
+    """Control cells plus :func:`linear_map` of the descriptor of a perturbation that was never measured."""
     name, rows = target.perturbation, features.dropna(how="all")
     rows = rows.set_axis(rows.index.map(str), axis=0)
     if name not in rows.index or name in training.groups.perturbations:
@@ -240,13 +227,32 @@ def linear_features(
     measured = [p for p in training.groups.perturbations if p in rows.index]
     if len(measured) < 3:
         raise Undefined(f"{len(measured)} described perturbations were measured; a map needs 3")
-    y = np.stack([_shift_near(training, target.context, p) for p in measured], axis=1)
+    shifts = np.stack([_shift_near(training, target.context, p) for p in measured], axis=1)
+    shift = linear_map(shifts, rows.loc[measured].to_numpy(dtype=float), rows.loc[name].to_numpy(dtype=float))
+    return _shifted("linear features", target, shift)
+
+
+def linear_map(
+    y: np.ndarray, p: np.ndarray, new: np.ndarray, *, n_components: int = 10, ridge: float = 0.1
+) -> np.ndarray:
+    r"""Shift (gene,) of a perturbation with the descriptor `new` (k,).
+
+    .. math:: \hat d = G W f + b, \quad
+        W = (G^\top G + \lambda I)^{-1} G^\top (Y - b) P (P^\top P + \lambda I)^{-1}
+
+    with the shifts Y (gene, n) of measured perturbations, their mean b, the principal components G of Y - b, and
+    descriptors P (n, k).
+
+    References
+    ----------
+    Ahlmann-Eltze, Huber, Anders 2025, Nat Methods 22:1657 (ten components, a ridge of 0.1).
+    """
     b = y.mean(1, keepdims=True)
     u, s, _ = np.linalg.svd(y - b, full_matrices=False)
-    g, p = u[:, :n_components] * s[:n_components], rows.loc[measured].to_numpy(dtype=float)
+    g = u[:, :n_components] * s[:n_components]
     left = np.linalg.solve(g.T @ g + ridge * np.eye(g.shape[1]), g.T @ (y - b) @ p)
     w = np.linalg.solve(p.T @ p + ridge * np.eye(p.shape[1]), left.T).T
-    return _shifted("linear features", target, g @ w @ rows.loc[name].to_numpy(dtype=float) + b[:, 0])
+    return g @ w @ new + b[:, 0]
 
 
 def _shift_near(training: Training, context: str, perturbation: str) -> np.ndarray:
