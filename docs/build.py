@@ -23,6 +23,16 @@ ROOMS = {
     "Errors": ("errors",),
 }
 
+RESULTS = (
+    "analysis.holdout.Holdout",
+    "analysis.baselines.Prediction",
+    "analysis.cellop.Choice",
+    "analysis.plan.Plan",
+    "training.checkpoint.Saved",
+    "analysis.scores.METRICS",
+)
+"""What public functions give back, and the table of metrics; they have no name of their own in `co`."""
+
 KEYWORDS = """\
 ## Keywords that mean the same everywhere
 
@@ -112,6 +122,8 @@ def reference() -> dict[str, str]:
         names = sorted(n for n, module in cellop_nb._PUBLIC.items() if module.partition(".")[0] in rooms)
         pages[page] = "\n\n".join([f"# {title}", *(_entry(name) for name in names)]) + "\n"
         index.append(f"- [{title}]({page}.md): {', '.join(f'`{name}`' for name in names)}")
+    pages["results"] = "\n\n".join(["# What comes back", *map(_result, RESULTS)]) + "\n"
+    index.append(f"- [What comes back](results.md): {', '.join(path.rpartition('.')[2] for path in RESULTS)}")
     toctree = "\n".join(["```{toctree}", ":hidden:", "", *pages, "```"])
     pages["index"] = "\n".join([*index, "", KEYWORDS, toctree]) + "\n"
     return pages
@@ -125,13 +137,27 @@ def _entry(name: str) -> str:
 
     value = getattr(cellop_nb, name)
     if inspect.ismodule(value):
-        kind = "autoclass" if name == "errors" else "autofunction"
-        parts = [_directive(kind, f"{value.__name__}.{each}") for each in value.__all__]
+        parts = [
+            _directive(_kind(getattr(value, each)), f"{value.__name__}.{each}") for each in value.__all__
+        ]
         about = (inspect.getdoc(value) or "").partition("\n")[0]
         return "\n\n".join([f"## {name}\n\n`co.{name}`: {about}", *parts])
-    if inspect.isclass(value):
-        return _directive("autoclass", f"cellop_nb.{name}", ":members:")
-    return _directive("autofunction", f"cellop_nb.{name}")
+    return _directive(_kind(value), f"cellop_nb.{name}", *[":members:"] * inspect.isclass(value))
+
+
+def _kind(value: object) -> str:
+    import inspect
+
+    return "autoclass" if inspect.isclass(value) else "autofunction" if callable(value) else "autodata"
+
+
+def _result(path: str) -> str:
+    """Directive for what has its name in a module alone."""
+    from importlib import import_module
+
+    module, _, name = f"cellop_nb.{path}".rpartition(".")
+    value = getattr(import_module(module), name)
+    return _directive(_kind(value), f"{module}.{name}", *[":members:"] * isinstance(value, type))
 
 
 def _directive(kind: str, target: str, *options: str) -> str:

@@ -1,5 +1,6 @@
 """The documentation site; `python3 -m cellop_nb docs` prepares the generated pages and builds it."""
 
+import os
 from importlib.resources import files
 
 from docutils import nodes
@@ -15,7 +16,19 @@ extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+    "sphinxcontrib.bibtex",
 ]
+bibtex_bibfiles = ["references.bib"]
+copybutton_exclude = ".linenos, .gp, .go"
+if os.environ.get("READTHEDOCS"):  # elsewhere the site is built without a network
+    extensions.append("sphinx.ext.intersphinx")
+    intersphinx_mapping = {
+        "python": ("https://docs.python.org/3", None),
+        "anndata": ("https://anndata.readthedocs.io/en/stable", None),
+        "scanpy": ("https://scanpy.readthedocs.io/en/stable", None),
+        "torch": ("https://docs.pytorch.org/docs/stable", None),
+    }
 exclude_patterns = ["_build"]
 suppress_warnings = [
     "mystnb.unknown_mime_type"

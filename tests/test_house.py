@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,34 @@ def test_the_citation_is_of_this_version(root):
     assert citation["version"] == cellop_nb.__version__
     assert citation["license"] == "BSD-3-Clause"
     assert {"cff-version", "message", "title", "authors"} <= set(citation)
+
+
+def test_the_papers_of_the_registry_agree(root):
+    """The registry's entry, the addresses of the project, the versions of Python that are declared and tried."""
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    entry = yaml.safe_load((root / "meta.yaml").read_text(encoding="utf-8"))
+    required = {
+        "name",
+        "description",
+        "project_home",
+        "documentation_home",
+        "install",
+        "license",
+        "tags",
+        "version",
+    }
+    assert required <= set(entry)
+    assert (entry["name"], entry["license"]) == (project["name"], project["license"])
+    assert entry["version"] == f"v{cellop_nb.__version__}"
+    urls = project["urls"]
+    assert (entry["project_home"], entry["documentation_home"]) == (urls["Homepage"], urls["Documentation"])
+    home = urls["Homepage"].removeprefix("https://github.com/")
+    for path in (root / "notebooks").glob("*.ipynb"):
+        assert f"github/{home}/blob/main/notebooks/{path.name}" in path.read_text(encoding="utf-8")
+    jobs = yaml.safe_load((root / ".github" / "workflows" / "test.yml").read_text(encoding="utf-8"))["jobs"]
+    tried = {job["python"] for job in jobs["test"]["strategy"]["matrix"]["include"]}
+    declared = re.findall(r"Python :: (3\.\d+)", " ".join(project["classifiers"]))
+    assert tried == set(declared)
 
 
 def test_the_hooks_are_of_programs_that_are_here(root):

@@ -19,7 +19,7 @@ PATHS = sorted(FOLDER.glob("*.ipynb"))
 BENCHMARK = FOLDER.parent / "benchmarks" / "benchmark.ipynb"
 numbered = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 every_notebook = pytest.mark.parametrize("path", [*PATHS, BENCHMARK], ids=lambda path: path.stem)
-MAX_CELLS, MAX_LINES, MAX_BYTES, MAX_FUNCTION = 25, 12, 1_000_000, 10
+MAX_CELLS, MAX_LINES, MAX_BYTES, MAX_FUNCTION = 28, 12, 1_000_000, 10
 MAX_WORDS, MAX_CODE = 500, 100
 IMPORTS = {"cellop_nb", "matplotlib", "matplotlib.pyplot", "numpy", "pandas", "scanpy"}
 
@@ -62,10 +62,7 @@ def long_cells(cells, exempt):
 
 def long_functions(code):
     for cell in code:
-        # magics and top-level await are no plain Python
-        source = "\n".join(line for line in cell.source.splitlines() if not re.match(r"\s*[%!]", line))
-        flags = ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
-        for node in ast.walk(compile(source, "cell", "exec", flags)):
+        for node in ast.walk(tree_of(cell)):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 length = node.end_lineno - node.lineno + 1
                 if length > MAX_FUNCTION:
@@ -102,7 +99,9 @@ def code_of(book) -> list:
 
 
 def tree_of(cell) -> ast.Module:
-    return compile(cell.source, "cell", "exec", ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    """The cell as Python; magics are none."""
+    source = re.sub(r"(?m)^(\s*)[%!].*", r"\1pass", cell.source)
+    return compile(source, "cell", "exec", ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
 
 
 @numbered

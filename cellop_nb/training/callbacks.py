@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,14 +12,18 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from ..files import write_whole
+from ..packages import require
 
 __all__ = [
     "Callback",
     "EarlyStopping",
     "HistoryCSV",
+    "MLflow",
     "ProgressBar",
     "Replay",
     "SaveCheckpoints",
+    "TensorBoard",
+    "WeightsAndBiases",
 ]
 
 
@@ -147,3 +153,102 @@ class SaveCheckpoints(Callback):
             trainer.save_checkpoint(self.folder / "best.pt")
         if row["epoch"] % self.every == 0 or trainer.ending:
             trainer.save_checkpoint(self.folder / "last.pt")
+
+
+# -- where others keep their runs
+
+
+def _numbers(row: Mapping) -> dict[str, float]:
+    """The finite numbers of a line of the history."""
+    values = {name: value for name, value in row.items() if isinstance(value, int | float)}
+    return {name: float(value) for name, value in values.items() if math.isfinite(value)}
+
+
+class TensorBoard(Callback):
+    """Write every column of the history as a TensorBoard scalar, by epoch: ``tensorboard --logdir FOLDER`` shows them.
+
+    Parameters
+    ----------
+    folder
+        Where the event files go; one folder for each run.
+    """
+
+    def __init__(self, folder: str | Path):
+        require("tensorboard", "logging", of="TensorBoard")
+        self.folder = Path(folder)
+        self._writer: Any = None
+
+    def on_fit_start(self, trainer) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(self.folder))
+
+    def on_epoch_end(self, trainer, row: dict) -> None:
+        for name, value in _numbers(row).items():
+            self._writer.add_scalar(name, value, row["epoch"])
+
+    def on_fit_end(self, trainer) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+class MLflow(Callback):
+    """Log every column of the history to MLflow, by epoch; to the active run, or to one that lasts as long as the fit.
+
+    Parameters
+    ----------
+    run_name
+        Name of a run that is started; the tracking address is that of ``mlflow.set_tracking_uri``.
+    """
+
+    def __init__(self, run_name: str | None = None):
+        require("mlflow", "logging", of="MLflow")
+        self.run_name, self._owns = run_name, False
+
+    def on_fit_start(self, trainer) -> None:
+        import mlflow
+
+        self._owns = mlflow.active_run() is None
+        if self._owns:
+            mlflow.start_run(run_name=self.run_name)
+
+    def on_epoch_end(self, trainer, row: dict) -> None:
+        import mlflow
+
+        # MLflow takes no brackets and commas in a name
+        named = {re.sub(r"[^\w. /-]", "_", name): value for name, value in _numbers(row).items()}
+        mlflow.log_metrics(named, step=row["epoch"])
+
+    def on_fit_end(self, trainer) -> None:
+        import mlflow
+
+        if self._owns:
+            failed = trainer.status == "failed"
+            mlflow.end_run("FAILED" if failed else "FINISHED")
+
+
+class WeightsAndBiases(Callback):
+    """Log every column of the history to Weights & Biases, by epoch.
+
+    Parameters
+    ----------
+    run
+        What ``wandb.init(...)`` gave, which is left open; None starts a run of its own for each fit.
+    """
+
+    def __init__(self, run: Any = None):
+        require("wandb", "logging", of="Weights & Biases")
+        self.run, self._owns = run, run is None
+
+    def on_fit_start(self, trainer) -> None:
+        import wandb
+
+        if self._owns:
+            self.run = wandb.init()
+
+    def on_epoch_end(self, trainer, row: dict) -> None:
+        self.run.log(_numbers(row), step=row["epoch"], commit=True)
+
+    def on_fit_end(self, trainer) -> None:
+        if self._owns and self.run is not None:
+            self.run.finish(exit_code=int(trainer.status == "failed"))
