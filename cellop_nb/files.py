@@ -223,6 +223,15 @@ def read_json(path: str | Path, expected: str, fix: str) -> dict:
     return content
 
 
+def unused(path: Path) -> Path:
+    """The path, or the first of ``name_2``, ``name_3``, ... beside it that is not there: an export replaces none."""
+    number, free = 1, path
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.stem}_{number}{path.suffix}")
+    return free
+
+
 def inside(folder: str | Path, name: str) -> Path:
     """The path of `name` in `folder`; a name that leads out of it, as a label from data may, is refused.
 

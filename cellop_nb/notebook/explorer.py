@@ -17,8 +17,8 @@ from typing import cast
 
 from ..analysis.cellop import CellOp
 from ..analysis.combinations import RULES
-from ..errors import CellopError, LabelError, did_you_mean, three_beats
-from ..files import require_room, write_whole
+from ..errors import CellopError, LabelError, StorageError, did_you_mean, three_beats
+from ..files import require_room, unused, write_whole
 from . import parameters
 from .controls import Panel, button, panel, sized, status_line
 from .explorer_picture import ExplorerPicture
@@ -123,11 +123,25 @@ class Explorer(Panel):
     def export(self, path: str | Path | None = None) -> Path:
         """Write the moved cells as AnnData (``.h5ad``), in one step.
 
+        Parameters
+        ----------
+        path
+            A new file; where None ``virtual_cells.h5ad`` in the explorer's folder, or its next number that is free.
+
         Returns
         -------
-        The file; ``virtual_cells.h5ad`` in the explorer's folder where no path is given.
+        The file.
+
+        Raises
+        ------
+        StorageError
+            Where there is a file of that name already.
         """
-        path = Path(path or self.folder / "virtual_cells.h5ad")
+        path = unused(self.folder / "virtual_cells.h5ad") if path is None else Path(path)
+        if path.exists():
+            raise StorageError(
+                three_beats("a new file for the cells", f"{path} is there", "name another file")
+            )
         cells = self.cells.to_adata(self.question)
 
         def write(part: Path) -> None:

@@ -48,6 +48,7 @@ __all__ = [
     "predictive_checks",
     "response_axes",
     "response_genes",
+    "shapes",
     "spectra",
     "strength_curves",
     "training_curves",
@@ -545,6 +546,65 @@ def transport(
         "" if len(names) == len(moved) else f"{len(names)} of {len(moved)}: those that move most and least"
     )
     s.legend(fig, *handles, loc="outside upper center", columns=3, handlelength=0.8, title=chosen or None)
+    return s.finish(fig, show, save)
+
+
+def shapes(
+    clouds: Mapping[str, np.ndarray],
+    kinds: Mapping[str, Sequence[object]],
+    *,
+    notes: Mapping[str, str] | None = None,
+    axis: str = "PC",
+    max_cells: int = 600,
+    max_kinds: int = 8,
+    seed: int = 0,
+    show: bool | None = None,
+    save: str | Path | None = None,
+) -> Figure:
+    """Clouds of cells side by side on common axes, coloured by what each cell is: does every kind go its own way?
+
+    A right mean is not enough: where kinds of cells respond in their own ways, one shift for all gives a cloud of the
+    wrong shape.
+
+    Parameters
+    ----------
+    clouds
+        Panel title -> coordinates in a common projection, (cell, 2), such as real, shifted and predicted cells.
+    kinds
+        Panel title -> what each cell is, (cell,).
+    notes
+        Panel title -> a short text in its panel (the energy distance of the centred cloud, say).
+    axis
+        Name of the projection's axes.
+    max_cells
+        Cells drawn in a panel, at random (seeded).
+    max_kinds
+        Kinds with a colour of their own, the most frequent; the others are grey.
+
+    Returns
+    -------
+    Figure
+    """
+    labels = {name: np.asarray(kinds[name]).astype(str) for name in clouds}
+    frequent = list(pd.Series(np.concatenate(list(labels.values()))).value_counts().index[:max_kinds])
+    looks = {kind: s.mark(i) for i, kind in enumerate(sorted(frequent))}
+    fig, axes, columns = _grid(len(clouds), 3, row_height=3.3)
+    points = {name: np.asarray(cells, dtype=float)[:, :2] for name, cells in clouds.items()}
+    every = np.concatenate(list(points.values()))
+    low, high = np.quantile(every, [0.002, 0.998], axis=0)
+    pad = 0.06 * (high - low)
+    for i, (ax, name) in enumerate(zip(axes, points, strict=False)):
+        some = np.random.default_rng(seed).permutation(len(points[name]))[:max_cells]
+        for kind in [*looks, None]:
+            here = some[labels[name][some] == kind] if kind else some[~np.isin(labels[name][some], frequent)]
+            look = looks.get(kind, {"color": s.FAINT, "marker": "o"})
+            ax.scatter(*points[name][here].T, s=11, alpha=0.7, linewidths=0, rasterized=True, **look)
+        x, y = f"{axis} 1" if i >= len(points) - columns else "", "" if i % columns else f"{axis} 2"
+        s.label(ax, s.safe(name), x, y).set(xticks=[], yticks=[])
+        ax.set(xlim=(low[0] - pad[0], high[0] + pad[0]), ylim=(low[1] - pad[1], high[1] + 2.5 * pad[1]))
+        s.note(ax, 0.02, 0.99, s.safe((notes or {}).get(name, ""), 60))
+    handles = [Line2D([], [], linestyle="", markersize=6, label=s.safe(k, 22), **v) for k, v in looks.items()]
+    s.legend(fig, *handles, loc="outside lower center", columns=min(len(handles), 7), handlelength=0.8)
     return s.finish(fig, show, save)
 
 

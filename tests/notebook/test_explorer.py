@@ -8,7 +8,7 @@ import anndata as ad
 import numpy as np
 import pytest
 
-from cellop_nb.errors import CellopError, DataError
+from cellop_nb.errors import CellopError, DataError, StorageError
 from cellop_nb.notebook import style
 from cellop_nb.notebook.explorer import NOTHING, Explorer
 from cellop_nb.notebook.explorer_picture import N_GENES
@@ -124,6 +124,12 @@ def test_export_writes_a_file_that_says_what_it_is(explorer, tmp_path):
     assert made.uns["cellop_nb"]["prediction"]["perturbation"] == "drug 1"
     assert "saved" in explorer.status.value
     assert [path.name for path in tmp_path.iterdir()] == ["virtual_cells.h5ad"]
+    first = (tmp_path / "virtual_cells.h5ad").read_bytes()
+    explorer.export_button.click()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["virtual_cells.h5ad", "virtual_cells_2.h5ad"]
+    with pytest.raises(StorageError, match="a new file"):
+        explorer.export(tmp_path / "virtual_cells.h5ad")
+    assert (tmp_path / "virtual_cells.h5ad").read_bytes() == first, "an export replaces none"
 
 
 def test_every_control_has_words_and_a_place_in_the_tab_order(explorer):

@@ -105,6 +105,11 @@ FIGURES = {
         {name: np.eye(4) for name in groups}, {name: np.eye(4) + 0.1 for name in groups}
     ),
     "condition_similarity": lambda groups: co.pl.condition_similarity(alike(groups)),
+    "shapes": lambda groups: co.pl.shapes(
+        {name: rng.normal(size=(2 * len(groups), 2)) for name in ("real", "$odd_")},
+        dict.fromkeys(("real", "$odd_"), groups * 2),
+        notes={"real": "centred E 0.1"},
+    ),
     "strength_curves": lambda groups: co.pl.strength_curves(*strengths(groups), floor=0.1),
 }
 SINGLE = [name for name in FIGURES if "ax" in inspect.signature(getattr(co.pl, name)).parameters]
