@@ -197,7 +197,7 @@ def wordy(book):
 
 
 def crowded(book):
-    book.cells += [nbformat.v4.new_markdown_cell("text") for _ in range(25)]
+    book.cells += [nbformat.v4.new_markdown_cell("text") for _ in range(MAX_CELLS)]
 
 
 def widgets(book):
@@ -218,7 +218,7 @@ def mute(book):
     [
         (stripped, "not executed"), (stripped, "no outputs"), (swapped, "not executed"), (failed, "an error"),
         (noisy, "stderr"), (untagged, "'parameters'"), (long, "13 lines"), (wordy, "function of 11 lines"),
-        (crowded, "28 cells"), (widgets, "widget state"), (heavy, "bytes"), (mute, "without words"),
+        (crowded, "cells, more than"), (widgets, "widget state"), (heavy, "bytes"), (mute, "without words"),
     ],
 )  # fmt: skip
 def test_a_spoilt_notebook_is_noticed(spoil, message, tmp_path):

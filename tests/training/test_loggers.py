@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from importlib.util import find_spec
 
 import pytest
@@ -73,14 +72,12 @@ def test_weights_and_biases_has_every_column(tmp_path, monkeypatch):
     import wandb
 
     monkeypatch.setenv("WANDB_SILENT", "true")
-    run = wandb.init(mode="offline", dir=tmp_path)
-    rows = trained(WeightsAndBiases(run))
-    assert run.summary["val_loss"] == rows[-1]["val_loss"]
-    assert run.step >= rows[-1]["epoch"]
-    run.finish()
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    own = WeightsAndBiases()
-    trained(own)
+    run = wandb.init()
+    rows = trained(WeightsAndBiases(run))
+    assert wandb.run is run, "a run of the user's own is left open"
+    assert run.summary["val_loss"] == rows[-1]["val_loss"]
+    run.finish()
+    trained(WeightsAndBiases())
     assert wandb.run is None, "a run of the fit's own is ended with it"
-    json.dumps(dict(own.run.summary))
