@@ -45,7 +45,7 @@ _PUBLIC = {
     "load": "analysis.cellop",
     "CellOp": "analysis.cellop",
     "embed": "analysis.predict",
-    "evaluate": "analysis.scores",
+    "score": "analysis.scores",
     "holdout": "analysis.holdout",
     "LivePlot": "notebook.live",
     "Explorer": "notebook.explorer",
@@ -85,7 +85,7 @@ if TYPE_CHECKING:  # the names below are found by `__getattr__` while running
     from .analysis.cellop import load as load
     from .analysis.holdout import holdout as holdout
     from .analysis.predict import embed as embed
-    from .analysis.scores import evaluate as evaluate
+    from .analysis.scores import score as score
     from .data import datasets as datasets  # noqa: F401
     from .data.contract import setup as setup
     from .data.genes import select_genes as select_genes

@@ -11,6 +11,8 @@ from html import escape
 import numpy as np
 import pandas as pd
 
+from .errors import LabelError, did_you_mean, three_beats
+
 _MANY, _LEFT = 6, 'style="text-align:left"'
 
 
@@ -172,10 +174,56 @@ class SplitTable(Table):
         return {**shares, "groups": len(self), "held out whole": names or "none"}
 
 
+SHOWN = (
+    "e_distance",
+    "replicate_share",
+    "e_distance_centred",
+    "pearson_delta",
+    "direction_match_de50",
+    "variance_ratio_de100",
+    "zero_error_de100",
+    "classifier_auc",
+)
+"""Metrics that a table of scores shows where it has more than these: distance, shape, mean, leading genes, spread."""
+
+
 class Scores(Table):
-    """Metrics of predictions, a row per group, method and metric; shown are means over groups."""
+    """Metrics of predictions, a row per group, method and metric; shown are means over the groups that all have."""
 
     _OWN = ("group", "method", "metric", "value")
+
+    def summary(self, metric: str | None = None) -> pd.DataFrame:
+        """Means over the groups that all methods have: methods by metrics, or of one metric with a row per group above.
+
+        A method that predicted fewer than half of the groups, such as "additive" where few are combinations, has no mean;
+        the groups that others lack are left out of every mean. What was left out of one metric stands in
+        ``attrs["left_out"]``.
+
+        Raises
+        ------
+        LabelError
+            For a metric that is not in the table.
+        """
+        if metric is None:
+            means = {name: self.summary(name).iloc[-1] for name in self["metric"].unique()}
+            methods = self["method"].unique()
+            return pd.DataFrame(means).reindex(methods).rename_axis("method").dropna(how="all")
+        rows = pd.DataFrame(self[self["metric"] == metric])
+        if not len(rows):
+            fix = did_you_mean(metric, self["metric"].unique())
+            raise LabelError(three_beats("a metric of the table", repr(metric), fix))
+        order = list(dict.fromkeys(rows["method"]))
+        wide = rows.pivot_table(index="group", columns="method", values="value", sort=False)
+        wide = wide[[method for method in order if method in wide]]
+        usual = [method for method in wide if wide[method].notna().mean() >= 0.5]
+        whole = wide[usual].notna().all(axis=1)
+        mean = wide.loc[whole, usual].mean().to_frame(f"mean of {int(whole.sum())} groups").T
+        wide = pd.concat([wide, mean]).rename_axis("group")
+        wide.attrs["left_out"] = {
+            "groups": [str(group) for group in whole.index[~whole]],
+            "methods": [str(method) for method in wide if method not in usual],
+        }
+        return wide.rename_axis(columns=None)
 
     def _title(self) -> str:
         return "Scores of predictions, means over groups"
@@ -186,6 +234,10 @@ class Scores(Table):
         said = [f"{len(missing)} of {len(self)}", *(str(reason) for reason in why if str(reason))]
         return {
             "groups": [str(name) for name in self["group"].unique()],
+            **{
+                name: "; ".join(f"{what}: {fact}" for what, fact in facts.items() if fact)
+                for name, facts in self.attrs.get("inputs", {}).items()
+            },
             "without a value": "; ".join(said[:3]) if len(missing) else None,
             "e_distance": "Euclidean, U-statistic, per group"
             if (self["metric"] == "e_distance").any()
@@ -193,8 +245,10 @@ class Scores(Table):
         }
 
     def _shown(self) -> pd.DataFrame:
-        wide = pd.DataFrame(self).pivot_table(index="method", columns="metric", values="value", sort=False)
-        return wide.round(3)
+        wide = self.summary()
+        return wide[
+            [name for name in SHOWN if name in wide] if len(wide.columns) > len(SHOWN) else [*wide]
+        ].round(3)
 
 
 class Distances(Table):

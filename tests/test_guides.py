@@ -17,6 +17,8 @@ from cellop_nb.commands import load
 from cellop_nb.models.operators import Condition
 from cellop_nb.training.checkpoint import read_models
 
+from . import foreign
+
 GUIDES = sorted((Path(__file__).resolve().parents[1] / "docs" / "guides").glob("*.md"))
 
 
@@ -39,6 +41,7 @@ def mine(tmp_path, monkeypatch):
     adata.X = adata.X.log1p()
     del adata.uns["cellop_nb"]
     adata.write_h5ad(tmp_path / "mine.h5ad")
+    foreign.write(tmp_path)
     monkeypatch.chdir(tmp_path)
 
 

@@ -80,7 +80,7 @@ class Training:
     @classmethod
     def of(cls, adata: AnnData, space: EvaluationSpace) -> Training:
         """The cells of a screen that was set up, in `space`."""
-        return cls(space.transform(space.select(adata)), Groups(adata, min_cells=1), adata)
+        return cls(space.cells(adata), Groups(adata, min_cells=0), adata)
 
     @property
     def control(self) -> str:
@@ -183,6 +183,8 @@ def mean_of_perturbed(training: Training, target: Target) -> Prediction:
     Viñas Torné et al. 2025, Nat Biotechnol (Systema), "perturbed mean".
     """
     pairs = training.groups.pairs
+    if not pairs:
+        raise Undefined("there are no perturbed training cells")
     chosen = [pair for pair in pairs if pair[0] == target.context] or pairs
     return Prediction("mean of perturbed", np.mean([training.mean(*pair) for pair in chosen], axis=0))
 

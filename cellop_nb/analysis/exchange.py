@@ -22,7 +22,7 @@ def cell_eval_pair(
     """A hold-out as the pair of AnnData that cell-eval compares: predicted and real, both with the same controls.
 
     ``cell_eval.MetricsEvaluator(predicted, real, control_pert=control, pert_col=perturbation_key)`` then gives
-    the numbers of :func:`cellop_nb.evaluate`. cell-eval knows no contexts, so there is one pair per context.
+    the numbers of :func:`cellop_nb.score`. cell-eval knows no contexts, so there is one pair per context.
 
     Parameters
     ----------

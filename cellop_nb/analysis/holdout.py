@@ -14,15 +14,18 @@ from tqdm.auto import tqdm
 from ..data.contract import obs_labels
 from ..data.counts import measured_totals, require_in_memory
 from ..data.groups import Groups
+from ..display import Scores
 from ..errors import CellopError, HoldoutError, LabelError, did_you_mean, three_beats
 from ..models.operators import perturbation_parts
 from ..models.vae import NBVAE
-from .baselines import BASELINES, Method, Prediction, Target, Training, linear_features, run
+from .baselines import BASELINES, Method, Prediction, Target, Training, linear_features
 from .cellop import CellOp
 from .metrics import EvaluationSpace, Undefined
-from .scores import MAX_CELLS, Truth, known_metrics, rows_by_group, shared_shift, table_of
+from .predict import Start, modelled_counts
+from .scores import check_names, known_metrics, score_rules
 
-CELLOP, LATENT_SHIFT, LINEAR_FEATURES = "CellOp", "latent shift", "linear features"
+CELLOP, LATENT_SHIFT, AFFINE = "CellOp", "latent shift", "affine operator"
+LINEAR_FEATURES = "linear features"
 WAYS = ("context", "group", "perturbation", "combination")
 
 FEWEST_CELLS = 4
@@ -101,22 +104,7 @@ class Holdout:
         A method that predicted fewer than half of the groups, such as "additive" where few are combinations, has no mean;
         the groups that others lack are left out of every mean. What was left out stands in ``attrs["left_out"]``.
         """
-        rows = self.scores[self.scores["metric"] == metric]
-        if not len(rows):
-            fix = did_you_mean(metric, self.scores["metric"].unique())
-            raise LabelError(three_beats("a metric of the table", repr(metric), fix))
-        order = list(dict.fromkeys(rows["method"]))
-        wide = rows.pivot_table(index="group", columns="method", values="value", sort=False)
-        wide = wide[[method for method in order if method in wide]]
-        usual = [method for method in wide if wide[method].notna().mean() >= 0.5]
-        whole = wide[usual].notna().all(axis=1)
-        mean = wide.loc[whole, usual].mean()
-        wide.loc[f"mean of {int(whole.sum())} groups"] = mean
-        wide.attrs["left_out"] = {
-            "groups": [str(group) for group in whole.index[~whole]],
-            "methods": [str(method) for method in wide if method not in usual],
-        }
-        return wide.rename_axis(columns=None)
+        return Scores(self.scores).summary(metric)
 
     def behind(self, metric: str = "e_distance", *, share: float = 0.1, margin: float = 0.1) -> pd.DataFrame:
         """Groups where CellOp is farther from the truth than the best baseline, mean over seeds.
@@ -205,7 +193,7 @@ def holdout(
     adata, metrics = model.adata, None if metrics is None else list(metrics)
     require_in_memory(adata)
     known_metrics(metrics)
-    _own_names(methods or {})
+    check_names(methods or {}, (*BASELINES, LATENT_SHIFT, AFFINE, LINEAR_FEATURES, CELLOP))
     if n_seeds < 1:
         raise HoldoutError(three_beats("n_seeds of at least 1", str(n_seeds), "pass a positive number"))
     questions, refused = questions_of(adata, over, described=model.features is not None)
@@ -229,14 +217,6 @@ def holdout(
         bar.update()
     bar.close()
     return _pooled(results, refused)
-
-
-def _own_names(methods: Mapping[str, Method]) -> None:
-    """A method by the name of another one would silently take its place, or lose its own."""
-    shared = [name for name in methods if name in (*BASELINES, LATENT_SHIFT, LINEAR_FEATURES, CELLOP)]
-    if shared:
-        fix = "give it another name"
-        raise LabelError(three_beats("a name that no other method of the table has", repr(shared[0]), fix))
 
 
 # -- what is asked ----------------------------------------------------------------------------------------------------
@@ -362,42 +342,27 @@ def _scored(model: CellOp, question: Question, seed: int, shared: dict, methods,
     space = EvaluationSpace.fit(train, genes=fitted.genes, seed=seed)
     training = Training.of(train, space)
     cells: dict[tuple[str, str], ad.AnnData] = {}
-    rules = {**BASELINES, LATENT_SHIFT: partial(latent_shift, model=fitted), **methods}
+    latent = {
+        LATENT_SHIFT: partial(latent_shift, model=fitted),
+        AFFINE: partial(affine_operator, model=fitted),
+    }
+    rules = {**BASELINES, **latent, **methods}
     if model.features is not None:
         rules[LINEAR_FEATURES] = partial(linear_features, features=model.features)
     rules[CELLOP] = partial(_by_cellop, model=source, cells=cells, seed=seed)
-    truths: dict[tuple[str, str], Truth] = {}
-    unscored: dict[tuple[str, str], str] = {}
-    guesses: dict[str, dict] = {name: {} for name in rules}
-    measured, shift = rows_by_group(real, model.keys), shared_shift(training)
-    for pair in question.pairs:
-        rows, start = measured.get(pair, np.zeros(0, int)), source.control_rows(pair[0])
-        if min(len(rows), len(start)) < 2:
-            problem = f"{len(rows)} held-out cells and {len(start)} control cells in {pair[0]!r}"
-            unscored[pair] = f"{problem}; 2 of each are needed"
-            continue
-        counts, control = space.select(real[rows]), source.adata[start]
-        at_start = space.select(control)
-        target = Target(*pair, space.transform(at_start), at_start, control, space)
-        truths[pair] = Truth(
-            space.transform(counts),
-            target.control,
-            space,
-            counts=counts,
-            library=measured_totals(real[rows]),
-            shared_shift=shift,
-            max_cells=MAX_CELLS,
-            seed=seed,
-        )
-        for name, rule in rules.items():
-            guesses[name][pair] = run(name, rule, training, target)
-    if not truths:
-        problem = "; ".join(f"{', '.join(pair)}: {reason}" for pair, reason in unscored.items())
-        raise HoldoutError(three_beats("held-out cells and controls to start from", problem, "hold out more"))
+    scores, scored = score_rules(
+        rules,
+        question.pairs,
+        training,
+        real,
+        lambda context: source.adata[source.control_rows(context)],
+        space,
+        metrics=metrics,
+        seed=seed,
+    )
     pooled = ad.concat(cells.values(), merge="same") if cells else None
-    starts = np.concatenate([source.control_rows(context) for context in sorted({c for c, _ in truths})])
+    starts = np.concatenate([source.control_rows(context) for context in sorted({c for c, _ in scored})])
     fit = Fit(question.name, seed, space, fitted.vae, real, source.adata[starts].copy())
-    scores = table_of(truths, guesses, metrics, unscored)
     return {"scores": scores, "cells": pooled, "choice": fitted.choice.table, "fit": fit}
 
 
@@ -424,6 +389,22 @@ def latent_shift(training: Training, target: Target, *, model: CellOp) -> Predic
     """
     shift = model.latent_shift(training.others(target), target.perturbation)
     return Prediction.of_counts(LATENT_SHIFT, model.fresh(target.adata, shift), target.space, target.library)
+
+
+def affine_operator(training: Training, target: Target, *, model: CellOp) -> Prediction:
+    r"""The operator alone: control latents moved by its map, then counts drawn as for the latent shift.
+
+    .. math:: x \sim \mathrm{decode}(A z + b)
+
+    What it has over the latent shift, above all after both clouds are centred, is what the matrix adds.
+    """
+    try:
+        operator = model.operator(target.context, target.perturbation)
+    except CellopError as refusal:
+        raise Undefined(str(refusal)) from None
+    z = Start.of(modelled_counts(target.adata, model.vae, model.keys), model.vae).z
+    counts = model.fresh(target.adata, (operator(z) - z).cpu().numpy())
+    return Prediction.of_counts(AFFINE, counts, target.space, target.library)
 
 
 def _shared_out(client, work, model: CellOp, tasks: list) -> Iterator[dict]:

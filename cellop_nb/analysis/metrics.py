@@ -11,12 +11,14 @@ from anndata import AnnData
 from scipy import sparse
 
 from ..data.contract import counts as raw_counts
-from ..data.contract import keys_of
+from ..data.contract import keys_of, library_size
+from ..data.counts import measured_totals
 from ..data.genes import TARGET_SUM
 from ..errors import CellopError, DataError, LabelError, did_you_mean, three_beats
 from ..models.energy import energy_distance
 
 __all__ = [
+    "classifier_auc",
     "coefficient_of_determination",
     "de_score",
     "direction_match",
@@ -28,9 +30,12 @@ __all__ = [
     "perturbation_discrimination",
     "precision_at_k",
     "ratio_of_means",
+    "replicate_share",
     "rmse",
     "spearman_brown",
     "squared_pearson",
+    "variance_ratio",
+    "zero_error",
     "zero_fraction_difference",
 ]
 
@@ -249,6 +254,67 @@ def zero_fraction_difference(predicted_counts, real_counts) -> float:
     return float(nonzero[1] - nonzero[0])
 
 
+def zero_error(predicted_counts, real_counts, genes) -> float:
+    """Mean over `genes` of the absolute difference between the shares of cells that count none; (cell, gene) counts."""
+    zeros = []
+    for counts in (predicted_counts[:, genes], real_counts[:, genes]):
+        zeros.append(1 - np.asarray((counts != 0).sum(axis=0), dtype=np.float64).ravel() / counts.shape[0])
+    return float(np.abs(zeros[0] - zeros[1]).mean())
+
+
+def variance_ratio(predicted: np.ndarray, real: np.ndarray, genes) -> float:
+    """Median over `genes` of the variance of the predicted over that of the real cells (cell, gene); 1 is right.
+
+    Decoded means have too little variance, cells of the wrong kinds too much.
+    """
+    if min(len(predicted), len(real)) < 2:
+        raise Undefined("a variance needs two cells a side")
+    spread = [np.var(cells[:, genes], axis=0, ddof=1, dtype=np.float64) for cells in (predicted, real)]
+    there = spread[1] > CONSTANT
+    if not there.any():
+        raise Undefined("the real cells do not vary in these genes")
+    return float(np.median(spread[0][there] / spread[1][there]))
+
+
+def classifier_auc(predicted: np.ndarray, real: np.ndarray, n_folds: int = 5) -> float:
+    r"""How well a logistic regression tells predicted from real cells: area under the curve, left-out folds pooled.
+
+    1/2 where they cannot be told apart, 1 where they always can. Both sides have as many cells.
+
+    Parameters
+    ----------
+    predicted, real : (cell, component)
+        Principal components.
+
+    References
+    ----------
+    Lopez-Paz and Oquab 2017, Revisiting classifier two-sample tests, ICLR.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import roc_auc_score
+    from sklearn.model_selection import StratifiedKFold, cross_val_predict
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    n = min(len(predicted), len(real))
+    if n < 2 * n_folds:
+        raise Undefined(f"{n} cells a side are too few for {n_folds} folds")
+    cells, side = np.concatenate([predicted[:n], real[:n]]), np.repeat([1, 0], n)
+    model = make_pipeline(StandardScaler(), LogisticRegression())
+    folds = StratifiedKFold(n_folds, shuffle=True, random_state=0)
+    return float(
+        roc_auc_score(side, cross_val_predict(model, cells, side, cv=folds, method="decision_function"))
+    )
+
+
+def replicate_share(value: float, baseline: float, floor: float) -> float:
+    r"""Where an energy distance lies between the best simple baseline (0) and another half of the real cells (1).
+
+    .. math:: (b - v) / (b - f)
+    """
+    return (baseline - value) / (baseline - floor)
+
+
 def log1p_cp10k(counts, library: np.ndarray | None = None):
     r"""Scale every cell to 10,000 counts and take the logarithm, :math:`\log(1 + 10^4\, x / l)`; an empty cell stays 0.
 
@@ -272,7 +338,7 @@ def log1p_cp10k(counts, library: np.ndarray | None = None):
 
 @dataclass(frozen=True, eq=False)
 class EvaluationSpace:
-    """log1p-CP10k over `genes` (library size over these genes too), and its principal components.
+    """log1p-CP10k of `genes`, and its principal components.
 
     Attributes
     ----------
@@ -280,12 +346,14 @@ class EvaluationSpace:
     centre : (gene,) mean of the training cells
     components : (component, gene) orthonormal rows
     n_cells : training cells behind it
+    all_measured : whether 10,000 is the sum over all measured genes, as most packages normalise, or over `genes`
     """
 
     genes: np.ndarray
     centre: np.ndarray = field(repr=False)
     components: np.ndarray = field(repr=False)
     n_cells: int
+    all_measured: bool = False
 
     @classmethod
     def fit(
@@ -294,6 +362,7 @@ class EvaluationSpace:
         *,
         genes: Sequence[str] | None = None,
         n_components: int = 20,
+        all_measured: bool = False,
         seed: int = 0,
     ) -> EvaluationSpace:
         """Fit the principal components on training cells only (fewer than `n_components` where rank is
@@ -312,13 +381,14 @@ class EvaluationSpace:
         if training.n_obs < 3:
             problem = f"{training.n_obs}"
             raise DataError(three_beats("at least 3 training cells", problem, "loosen the hold-out"))
-        cells = _dense(log1p_cp10k(_select(training, names))).astype(np.float64)
+        library = _totals(training) if all_measured else None
+        cells = _dense(log1p_cp10k(_select(training, names), library)).astype(np.float64)
         rank = min(n_components, len(cells) - 1, len(names))
         # exact where the gene x gene matrix is small; the solver would otherwise change with the number of
         # cells
         solver = "covariance_eigh" if len(names) <= 2000 else "auto"
         pca = PCA(rank, svd_solver=solver, random_state=seed).fit(cells)
-        return cls(names, pca.mean_, pca.components_, len(cells))
+        return cls(names, pca.mean_, pca.components_, len(cells), all_measured)
 
     def select(self, adata: AnnData, slot: str | None = None):
         """Raw counts (cell, gene) of the genes of this space, in its order; a missing gene is refused.
@@ -328,14 +398,18 @@ class EvaluationSpace:
         """
         return _select(adata, self.genes, slot)
 
-    def transform(self, counts) -> np.ndarray:
-        """Raw counts (cell, gene) over the genes of this space to log1p-CP10k, float32."""
+    def cells(self, adata: AnnData) -> np.ndarray:
+        """Cells of a screen that was set up, (cell, gene) log1p-CP10k, float32."""
+        return self.transform(self.select(adata), _totals(adata) if self.all_measured else None)
+
+    def transform(self, counts, library: np.ndarray | None = None) -> np.ndarray:
+        """Raw counts (cell, gene) over the genes of this space to log1p-CP10k, float32; `library` (cell,) their sum."""
         if counts.shape[1] != len(self.genes):
             problem = f"{counts.shape[1]} columns"
             raise DataError(
                 three_beats(f"counts of {len(self.genes)} genes", problem, "use space.select(adata)")
             )
-        return _dense(log1p_cp10k(counts))
+        return _dense(log1p_cp10k(counts, library))
 
     def project(self, cells: np.ndarray) -> np.ndarray:
         """log1p-CP10k cells (cell, gene) to principal components (cell, component), float64."""
@@ -353,6 +427,12 @@ def _select(adata: AnnData, genes: np.ndarray, slot: str | None = None):
         )
     counts = raw_counts(adata, None if slot == "X" else keys_of(adata).layer)
     return counts[:, column]
+
+
+def _totals(adata: AnnData) -> np.ndarray:
+    """Counts (cell,) over all measured genes."""
+    totals = measured_totals(adata)
+    return library_size(adata, keys_of(adata).layer) if totals is None else totals
 
 
 def _dense(matrix) -> np.ndarray:

@@ -13,14 +13,16 @@ import torch
 from anndata import AnnData
 
 from ..data.contract import Keys, keys_of, label_table
-from ..data.counts import measured_totals
+from ..data.counts import measured_totals, require_in_memory
+from ..data.splits import SPLIT_KEY, rows_of
 from ..display import Scores
 from ..errors import HoldoutError, LabelError, did_you_mean, three_beats
-from ..models.energy import noise_floor
+from ..models.energy import noise_floor, noise_limit
 from ..packages import same_threads
 from . import metrics as formulas
-from .baselines import Prediction, Training
+from .baselines import BASELINES, Method, Prediction, Target, Training, run
 from .metrics import EvaluationSpace, Undefined
+from .predicted import Predicted, shared_genes
 
 logger = logging.getLogger("cellop_nb")
 
@@ -207,6 +209,20 @@ def _delta(s: Scored, genes=None) -> float:
     return formulas.pearson_delta(s.mean, s.truth.mean, s.truth.control_mean, genes)
 
 
+def _leading_direction(s: Scored, n: int) -> float:
+    """Direction of the n genes that differ most, among the significant ones."""
+    leading = np.zeros(len(s.truth.mean), dtype=bool)
+    leading[s.truth.top_genes[:n]] = True
+    predicted, real, significant = s.lfc
+    return formulas.direction_match(predicted, real, leading & significant)
+
+
+def _leading_zeros(s: Scored, n: int) -> float:
+    """Zeros of the n genes that differ most."""
+    predicted, real = s.counts()
+    return formulas.zero_error(predicted, real, s.truth.top_genes[:n])
+
+
 METRICS: dict[str, Callable[[Scored], float]] = {
     "e_distance": lambda s: formulas.e_distance(s.truth.points(s.cells), s.truth.real_points),
     "e_distance_centred": lambda s: formulas.e_distance(s.centred(), s.truth.real_points),
@@ -219,6 +235,7 @@ METRICS: dict[str, Callable[[Scored], float]] = {
     "l2_top1000": lambda s: formulas.l2_top_expressed(s.mean, s.truth.mean, s.truth.control_mean),
     "r2_determination": lambda s: formulas.coefficient_of_determination(s.mean, s.truth.mean),
     "r2_pearson_squared": lambda s: formulas.squared_pearson(s.mean, s.truth.mean),
+    "direction_match_de50": lambda s: _leading_direction(s, 50),
     "direction_match": lambda s: formulas.direction_match(*s.lfc),
     "lfc_spearman": lambda s: formulas.lfc_spearman(*s.lfc),
     "precision_at_50": lambda s: formulas.precision_at_k(*s.de, k=50),
@@ -226,12 +243,19 @@ METRICS: dict[str, Callable[[Scored], float]] = {
     "library_ratio": lambda s: formulas.ratio_of_means(*s.libraries()),
     "counts_ratio": lambda s: formulas.ratio_of_means(*s.sums()),
     "zero_fraction_difference": lambda s: formulas.zero_fraction_difference(*s.counts()),
+    "zero_error_de100": lambda s: _leading_zeros(s, 100),
+    "variance_ratio_de100": lambda s: formulas.variance_ratio(s.cells, s.truth.real, s.truth.top_genes[:100]),
+    "classifier_auc": lambda s: formulas.classifier_auc(s.truth.points(s.cells), s.truth.real_points),
 }
 PDS = "discrimination"  # over all perturbations of a context, so it stands beside the table of single groups
+SHARE = "replicate_share"  # of one method beside the others, likewise
+BESIDE = (PDS, SHARE)
 QUICK = ("e_distance", "pearson_delta", "mae", "rmse")
 
 
-def score(prediction: Prediction, truth: Truth, metrics: Iterable[str] | None = None) -> list[dict]:
+def score_prediction(
+    prediction: Prediction, truth: Truth, metrics: Iterable[str] | None = None
+) -> list[dict]:
     """Score one prediction: rows ``method, metric, value, reason``; NaN and a reason where undefined."""
     scored, rows = Scored(prediction, truth), []
     for name in known_metrics(metrics):
@@ -254,10 +278,17 @@ def known_metrics(metrics: Iterable[str] | None) -> list[str]:
     """Names of the metrics of single groups, all of them for None; an unknown one is refused."""
     names = list(METRICS) if metrics is None else [metrics] if isinstance(metrics, str) else list(metrics)
     for name in names:
-        if name not in METRICS and name != PDS:
-            hint = did_you_mean(name, [*METRICS, PDS])
+        if name not in METRICS and name not in BESIDE:
+            hint = did_you_mean(name, [*METRICS, *BESIDE])
             raise LabelError(three_beats("names of metrics", repr(name), hint))
-    return [name for name in names if name != PDS]
+    return [name for name in names if name not in BESIDE]
+
+
+def _beside(metrics: Iterable[str] | None) -> set[str]:
+    """Which metrics that need all methods or perturbations are asked for."""
+    return {*BESIDE} & (
+        {*BESIDE} if metrics is None else {metrics} if isinstance(metrics, str) else {*metrics}
+    )
 
 
 def noise(truth: Truth, metrics: Iterable[str] | None = None, *, n_splits: int = 10) -> list[dict]:
@@ -284,7 +315,7 @@ def noise(truth: Truth, metrics: Iterable[str] | None = None, *, n_splits: int =
 
 # what the score of one half against the other says about a perfect prediction
 _BOUNDS: dict[str, tuple[str, Callable[[float], float]]] = {
-    "e_distance": (FLOOR, float),
+    **dict.fromkeys(("e_distance", "e_distance_centred", "classifier_auc"), (FLOOR, float)),
     **{name: (FLOOR, lambda half: half / 2) for name in ("mae", "rmse", "l2_top1000")},
     **{name: (CEILING, formulas.spearman_brown) for name in METRICS if name.startswith("pearson_")},
 }
@@ -324,12 +355,19 @@ def table_of(
     unscored: Mapping | None = None,
 ) -> pd.DataFrame:
     """All rows of the table; `guesses` is method -> group -> Prediction, `unscored` group -> reason."""
-    names, rows = known_metrics(metrics), []
+    metrics = metrics if metrics is None or isinstance(metrics, str) else list(metrics)
+    names, beside, rows = known_metrics(metrics), _beside(metrics), []
+    needed = [*names, *({"e_distance"} - {*names} if SHARE in beside else ())]
     for group, truth in truths.items():
+        energies: list[dict] = []
         for predictions in guesses.values():
-            rows += _labelled(score(predictions[group], truth, names), group)
+            scores = score_prediction(predictions[group], truth, needed)
+            rows += _labelled([row for row in scores if row["metric"] in names], group)
+            energies += [row for row in scores if row["metric"] == "e_distance"]
         rows += _labelled(noise(truth, names), group)
-    if metrics is None or PDS in ([metrics] if isinstance(metrics, str) else list(metrics)):
+        if SHARE in beside:
+            rows += _labelled(_replicate_shares(energies, truth), group)
+    if PDS in beside:
         for method, predictions in guesses.items():
             rows += _discrimination(truths, predictions, method)
     for group, reason in (unscored or {}).items():
@@ -341,6 +379,24 @@ def table_of(
 def _labelled(rows: list[dict], group: tuple[str, str]) -> list[dict]:
     labels = {"context": group[0], "perturbation": group[1], "group": ", ".join(group)}
     return [labels | row for row in rows]
+
+
+def _replicate_shares(energies: list[dict], truth: Truth) -> list[dict]:
+    """How far each method comes from the best simple baseline of this group to another half of its real cells."""
+    simple = [row["value"] for row in energies if row["method"] in BASELINES]
+    best = min((value for value in simple if np.isfinite(value)), default=np.nan)
+    points = torch.from_numpy(truth.real_points)
+    floor, limit = noise_floor(points, seed=truth.seed), noise_limit(points, seed=truth.seed)
+    reason = ""
+    if not np.isfinite(best) or not np.isfinite(floor):
+        reason = "no simple baseline or no noise floor to compare with"
+    elif best <= limit:
+        reason = f"the best simple baseline ({best:.2f}) is as near as another half of the real cells ({limit:.2f})"
+    rows = []
+    for row in energies:
+        value = np.nan if reason or row["reason"] else formulas.replicate_share(row["value"], best, floor)
+        rows.append(row | {"metric": SHARE, "value": value, "reason": row["reason"] or reason})
+    return rows
 
 
 def _discrimination(truths: Mapping, guesses: Mapping, method: str) -> list[dict]:
@@ -376,67 +432,169 @@ def shared_shift(training: Training) -> np.ndarray | None:
     return np.mean([training.shift(*pair) for pair in pairs], axis=0) if pairs else None
 
 
-def evaluate(
-    predicted: AnnData,
+def score(
+    predictions: AnnData | Mapping[str, AnnData],
     real: AnnData,
-    control: AnnData,
     *,
-    space: EvaluationSpace,
+    space: str | None = None,
+    genes: Sequence[str] | None = None,
     metrics: Iterable[str] | None = None,
-    method: str = "prediction",
-    training: Training | None = None,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Score predicted cells against the real ones of the same (context, perturbation) group.
+    """Score predicted cells of any package beside every baseline and the noise of the real cells, in one table.
+
+    All are compared alike: over the same genes, in log1p of shares of 10,000 counts over all measured genes, in
+    components of training cells, with the same real cells and the same controls. The real cells of the predicted groups
+    are compared with and nothing else.
 
     Parameters
     ----------
-    predicted, real, control : AnnData
-        Raw counts: sampled predictions (in ``X``), real perturbed cells and the control cells of the same contexts, both
-        of a screen that was set up.
-    space : EvaluationSpace
-        Fitted on training cells only.
-    metrics : names, optional
-        All of :data:`METRICS` and "discrimination" (PDS) by default.
-    method : str
-        Name of the prediction in the column `method`.
-    training : Training, optional
-        Training cells in this space; without them the Systema correlation is undefined.
+    predictions
+        Name to predicted cells (cell, gene), values in ``X``, with the label columns of `real` in ``obs``; or one alone.
+        A group of a single row is a predicted mean: it has no metrics of clouds. Control cells among them are ignored.
+    real
+        A screen that was set up, with the controls, the groups to compare with, and those that baselines learn from.
+        Where it was split, the test cells are compared with and the others are learnt from; else the predicted groups
+        are compared with and all others are learnt from.
+    space
+        What ``X`` of the predictions holds: "counts" (drawn, or expected ones) or "log1p" (the logarithm of expression
+        normalised over all measured genes to 10,000 or another power of ten). None guesses for each prediction: whole
+        numbers are counts, and of other values that reading is taken whose mean profile is more like the real one.
+    genes
+        Genes to compare; those that all predictions and `real` share where None.
+    metrics
+        Names in :data:`METRICS`, "replicate_share" and "discrimination" (PDS); all where None.
 
     Returns
     -------
     DataFrame
-        ``context, perturbation, group, method, metric, value, reason``: rows for `method`, and for the noise floor and
-        ceiling of the real cells. `e_distance` is Euclidean, U-statistic, one per group, in the components of `space`.
+        A row per group, method and metric: ``context, perturbation, group, method, metric, value, reason``. Methods are
+        the predictions, the baselines, and the noise floor and ceiling of the real cells. ``.summary()`` has the means
+        over the groups that all methods have, ``.summary(metric)`` the groups; ``attrs["inputs"]`` says of every
+        prediction its space, cells, missing genes, missing groups and values below 0.
 
     Raises
     ------
     HoldoutError
-        No group is in both tables, or a group has too few cells.
+        No group is both predicted and real, or none has enough cells.
+    LabelError
+        A label column, gene or metric is not there, a prediction has the name of a baseline, or `real` was not set up.
+    DataError
+        Values that are neither counts nor logarithms: not finite, or scaled.
     """
-    keys = keys_of(real)
-    truth_rows, guess_rows, start_rows = (rows_by_group(a, keys) for a in (real, predicted, control))
-    _matching(truth_rows, guess_rows)
-    shift = None if training is None else shared_shift(training)
-    truths, guesses = {}, {}
-    for (context, perturbation), rows in truth_rows.items():
-        start = control[start_rows.get((context, keys.control), np.zeros(0, int))]
-        counts = space.select(real[rows])
-        truths[context, perturbation] = Truth(
-            space.transform(counts),
-            space.transform(space.select(start)),
+    predictions = {"prediction": predictions} if isinstance(predictions, AnnData) else dict(predictions)
+    keys, metrics = keys_of(real), metrics if metrics is None or isinstance(metrics, str) else list(metrics)
+    known_metrics(metrics)
+    require_in_memory(real)
+    check_names(predictions, BASELINES)
+    shared = shared_genes(predictions, real, genes)
+    files = {name: _read(name, adata, real, shared, space) for name, adata in predictions.items()}
+    left_out = _left_out(real, keys, files)
+    training_cells, truth = real[~left_out].copy(), real[left_out]
+    evaluation = EvaluationSpace.fit(training_cells, genes=shared, all_measured=True, seed=seed)
+    controls = rows_by_group(training_cells, keys)
+    groups = list(rows_by_group(truth, keys))
+    table, _ = score_rules(
+        {**BASELINES, **{name: file.predict for name, file in files.items()}},
+        groups,
+        Training.of(training_cells, evaluation),
+        truth,
+        lambda context: training_cells[controls.get((context, keys.control), np.zeros(0, int))],
+        evaluation,
+        metrics=metrics,
+        seed=seed,
+    )
+    table.attrs["inputs"] = {name: file.facts(groups) for name, file in files.items()}
+    for name, facts in table.attrs["inputs"].items():
+        logger.info("score: %s: %s", name, facts)
+        if facts["missing genes"] and genes is None:
+            logger.warning("score: %s lacks %d genes of the screen", name, facts["missing genes"])
+    return table
+
+
+def score_rules(
+    rules: Mapping[str, Method],
+    groups: Sequence[tuple[str, str]],
+    training: Training,
+    real: AnnData,
+    control: Callable[[str], AnnData],
+    space: EvaluationSpace,
+    *,
+    metrics: Iterable[str] | None = None,
+    seed: int = 0,
+) -> tuple[pd.DataFrame, list[tuple[str, str]]]:
+    """The table of all rules for (context, perturbation) groups of real cells, and the groups that could be scored.
+
+    `control` gives the control cells of a context, from which every rule starts.
+
+    Raises
+    ------
+    HoldoutError
+        No group has two real and two control cells.
+    """
+    truths: dict[tuple[str, str], Truth] = {}
+    unscored: dict[tuple[str, str], str] = {}
+    guesses: dict[str, dict] = {name: {} for name in rules}
+    measured, shift = rows_by_group(real, training.groups.keys), shared_shift(training)
+    for pair in groups:
+        rows, start = measured.get(pair, np.zeros(0, int)), control(pair[0])
+        if min(len(rows), start.n_obs) < 2:
+            problem = f"{len(rows)} held-out cells and {start.n_obs} control cells in {pair[0]!r}"
+            unscored[pair] = f"{problem}; 2 of each are needed"
+            continue
+        target = Target(*pair, space.cells(start), space.select(start), start, space)
+        truths[pair] = Truth(
+            space.cells(real[rows]),
+            target.control,
             space,
+            counts=space.select(real[rows]),
+            library=measured_totals(real[rows]),
             shared_shift=shift,
             seed=seed,
-            counts=counts,
-            library=measured_totals(real[rows]),
         )
-        guess = Prediction(method, reason="no predicted cells of this group")
-        if (context, perturbation) in guess_rows:
-            cells = predicted[guess_rows[context, perturbation]]
-            guess = Prediction.of_counts(method, space.select(cells, "X"), space, measured_totals(cells))
-        guesses[context, perturbation] = guess
-    return table_of(truths, {method: guesses}, metrics)
+        for name, rule in rules.items():
+            guesses[name][pair] = run(name, rule, training, target)
+    if not truths:
+        problem = "; ".join(f"{', '.join(pair)}: {reason}" for pair, reason in unscored.items()) or "no group"
+        raise HoldoutError(three_beats("held-out cells and controls to start from", problem, "hold out more"))
+    return table_of(truths, guesses, metrics, unscored), list(truths)
+
+
+def check_names(names: Iterable[str], taken: Iterable[str]) -> None:
+    """A method by the name of another one would silently take its place, or lose its own."""
+    shared = [name for name in names if name in {*taken, FLOOR, CEILING}]
+    if shared:
+        fix = "give it another name"
+        raise LabelError(three_beats("a name that no other method of the table has", repr(shared[0]), fix))
+
+
+def _read(name: str, adata: AnnData, real: AnnData, genes: Sequence[str], space: str | None) -> Predicted:
+    keys = keys_of(real)
+    try:
+        rows = {pair: r for pair, r in rows_by_group(adata, keys).items() if pair[1] != keys.control}
+    except LabelError as refusal:
+        raise LabelError(f"{name}: {refusal}") from None
+    same = [r for pair, r in rows_by_group(real, keys).items() if pair in rows]
+    alike = np.concatenate(same) if same else np.arange(real.n_obs)
+    return Predicted.of(name, adata, rows, real, genes, space, alike)
+
+
+def _left_out(real: AnnData, keys: Keys, files: Mapping[str, Predicted]) -> np.ndarray:
+    """Mask (cell,) of the real cells to compare with: perturbed test cells, or all cells of the predicted groups."""
+    by_group = {pair: rows for pair, rows in rows_by_group(real, keys).items() if pair[1] != keys.control}
+    predicted = {pair for file in files.values() for pair in file.rows}
+    mask = np.zeros(real.n_obs, dtype=bool)
+    for pair, rows in by_group.items():
+        mask[rows] = SPLIT_KEY in real.obs or pair in predicted
+    if SPLIT_KEY in real.obs:
+        mask &= np.isin(np.arange(real.n_obs), rows_of(real, "test"))
+    if not any(mask[by_group[pair]].any() for pair in predicted & set(by_group)):
+        problem = f"predicted {sorted(predicted)[:4]}, real {list(by_group)[:4]}"
+        fix = "write the labels of obs as the screen does"
+        if predicted & set(by_group):
+            fix = "predict the test cells of the split, or drop obs['split']"
+        raise HoldoutError(three_beats("at least one group both predicted and real", problem, fix))
+    return mask
 
 
 def rows_by_group(adata: AnnData, keys: Keys) -> dict[tuple[str, str], np.ndarray]:
@@ -448,14 +606,3 @@ def rows_by_group(adata: AnnData, keys: Keys) -> dict[tuple[str, str], np.ndarra
             .indices.items()
         )
     )
-
-
-def _matching(real: Mapping, predicted: Mapping) -> None:
-    if not set(real) & set(predicted):
-        problem = f"predicted {list(predicted)[:4]}, real {list(real)[:4]}"
-        raise HoldoutError(
-            three_beats("at least one group both predicted and real", problem, "check the labels in obs")
-        )
-    extra = sorted(set(predicted) - set(real))
-    if extra:
-        logger.warning("evaluate: no real cells for %d predicted groups, such as %s", len(extra), extra[0])

@@ -26,7 +26,7 @@ from .baselines import Prediction
 from .holdout import CELLOP, Fit, Holdout
 from .metrics import e_distance
 from .predict import Start, modelled_counts
-from .scores import FLOOR, MAX_CELLS, Truth, known_metrics, rows_by_group, score
+from .scores import FLOOR, MAX_CELLS, Truth, known_metrics, rows_by_group, score_prediction
 
 __all__ = [
     "bootstrap_operators",
@@ -333,7 +333,7 @@ def _redrawn(sides: Sides, truth: Truth, names: list[str], rng: np.random.Genera
     if sides.fit_libraries is not None:
         library = np.concatenate([sides.fit_libraries[fit][rows] for fit, rows in chosen])
     again = _Redrawn(truth, *sample, measured)
-    scored = score(Prediction.of_cells(CELLOP, cells, counts, library), again, names)
+    scored = score_prediction(Prediction.of_cells(CELLOP, cells, counts, library), again, names)
     return {row["metric"]: row["value"] for row in scored}
 
 

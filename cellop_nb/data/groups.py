@@ -71,7 +71,7 @@ class Groups(Sequence[Group]):
         Where the controls come from; by default the same split. A test group whose context has too few
         controls there (they were not held out with it) starts from all controls of its context.
     min_cells
-        Smaller groups are left out and listed in `dropped`.
+        Smaller groups are left out and listed in `dropped`; 0 allows an index of controls alone.
 
     Attributes
     ----------
@@ -144,7 +144,7 @@ class Groups(Sequence[Group]):
             logger.warning(
                 "%d groups have fewer than %d cells and are left out: %s", len(small), min_cells, small[:5]
             )
-        if not kept:
+        if not kept and min_cells:
             problem = f"{len(members)} groups, none with {min_cells} cells"
             fix = "check the split and the control label, or lower min_cells"
             raise DataError(three_beats("at least one perturbed group", problem, fix))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -21,13 +22,15 @@ SPLIT_KEY = "split"
 def split(
     adata: AnnData,
     *,
-    holdout: Mapping[str, object] | None = None,
+    holdout: Mapping[str, object] | str | Path | None = None,
     test_fraction: float = 0.1,
     val_fraction: float = 0.1,
     holdout_controls: bool = False,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Assign every cell to train, val or test.
+    """Assign every cell to train, val or test, by a rule or as a file says.
+
+    ``adata.obs["split"].to_csv("split.csv")`` writes a split for others, ``split(adata, holdout="split.csv")`` reads it.
 
     Parameters
     ----------
@@ -36,7 +39,8 @@ def split(
     holdout
         Column of `obs` to value or list of values; a cell is held out if it matches all of them:
         ``{"cell_type": "B", "perturbation": "IFNb"}``, ``{"donor": "d1"}``, ``{"perturbation": ["A", "B"]}``.
-        None holds out random cells of every group.
+        None holds out random cells of every group. A path: a CSV of cell names and their split, which then decides
+        alone; cells of the file that are not here are ignored.
     test_fraction
         Share of each (context, perturbation) group that becomes test when `holdout` is None.
     val_fraction
@@ -63,6 +67,10 @@ def split(
     is_control = require_control(labels["perturbation"], keys.control, keys.perturbation_key)
     _check_fractions(test_fraction if holdout is None else 0.0, val_fraction)
     rng = np.random.default_rng(seed)
+    if isinstance(holdout, (str, Path)):
+        assigned = _read(adata, holdout)
+        _refuse_bad_holdout(adata, labels, assigned == "test", is_control, {"file": str(holdout)})
+        return _write(adata, labels, assigned, {"control": keys.control, "file": str(holdout)})
     if holdout is None:
         test = _random_share(labels, np.ones(len(labels), dtype=bool), test_fraction, rng)
     else:
@@ -71,13 +79,40 @@ def split(
         _refuse_bad_holdout(adata, labels, test, is_control, holdout)
     val = _random_share(labels, ~test, val_fraction, rng)
     assigned = np.select([test, val], ["test", "val"], "train")
-    adata.obs[SPLIT_KEY] = pd.Categorical(assigned, categories=list(SPLITS))
     about = {"seed": int(seed), "val_fraction": float(val_fraction), "control": keys.control}
     about["holdout"] = {
         key: [str(value) for value in _values(chosen)] for key, chosen in (holdout or {}).items()
     }
+    return _write(adata, labels, assigned, about)
+
+
+def _write(adata: AnnData, labels: pd.DataFrame, assigned: np.ndarray, about: dict) -> pd.DataFrame:
+    """Keep the split of each cell and how it was made; the table of groups."""
+    adata.obs[SPLIT_KEY] = pd.Categorical(assigned, categories=list(SPLITS))
     adata.uns.setdefault("cellop_nb", {})["split"] = about
     return split_table(labels, assigned)
+
+
+def _read(adata: AnnData, file: str | Path) -> np.ndarray:
+    """The split of each cell (cell,), from a CSV whose first column is the name of the cell."""
+    table = pd.read_csv(file, index_col=0, dtype=str, keep_default_na=False)
+    column = SPLIT_KEY if SPLIT_KEY in table else table.columns[-1] if len(table.columns) else None
+    if column is None or not table.index.is_unique:
+        problem = "one column alone" if column is None else "names that repeat"
+        fix = 'write it with adata.obs["split"].to_csv(file)'
+        raise HoldoutError(three_beats(f"cell names and their split in {str(file)!r}", problem, fix))
+    names = pd.Index(adata.obs_names)
+    missing = names[~names.isin(table.index)]
+    if len(missing):
+        problem = f"{len(missing)} cells without one, such as {missing[0]!r}"
+        fix = f"use the cell names of the file, such as {str(table.index[0])!r}, or drop these cells"
+        raise HoldoutError(three_beats(f"a split of every cell in {str(file)!r}", problem, fix))
+    assigned = table[column].reindex(names).to_numpy(dtype=str)
+    unknown = sorted({*assigned} - {*SPLITS})
+    if unknown:
+        fix = "rename them in the file"
+        raise HoldoutError(three_beats(f"splits named {SPLITS}", repr(unknown[0]), fix))
+    return assigned
 
 
 def split_table(labels: pd.DataFrame, assigned: np.ndarray) -> pd.DataFrame:

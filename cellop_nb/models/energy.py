@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +21,15 @@ from ..errors import ModelError, did_you_mean, three_beats
 from . import host
 
 ESTIMATORS = ("U", "V")
+
+CONVENTIONS = {
+    "cellop": ("U", 1, 1.0),
+    "pertpy": ("V", 1, 1.0),
+    "cell-eval": ("V", 1, 1.0),
+    "scperturb": ("U", 2, 1.0),
+    "geomloss": ("V", 1, 0.5),
+}
+"""Name of a package: which estimator, power of the Euclidean norm and factor its energy distance has by default."""
 
 CLOSE = 1e-3
 """Pairs with d^2 below this share of |x|^2 + |y|^2 come from differences; above it, d is good to 1e-4."""
@@ -49,7 +59,8 @@ def energy_distance(
     x: Tensor,
     y: Tensor,
     *,
-    estimator: str = "U",
+    estimator: str | None = None,
+    convention: str = "cellop",
     tile: int | None = None,
     y_self: Tensor | float | None = None,
     validate: bool = True,
@@ -64,10 +75,14 @@ def energy_distance(
     Parameters
     ----------
     x, y
-        (cell, d) clouds. They need not be paired nor of one size.
+        (cell, d) clouds, tensors or numpy arrays. They need not be paired nor of one size.
     estimator
         "U": unbiased, pairs of a point with itself are left out (may be slightly negative).
         "V": they are counted, as in dcor, pertpy and cell-eval (biased upwards, never negative).
+        None: that of the convention.
+    convention
+        Whose number to reproduce. "cellop": U. "pertpy", "cell-eval": V. "geomloss": one half of V. "scperturb": U of the
+        *squared* norm, 2 |mean x - mean y|^2 less its sampling noise, which sees neither spread nor shape.
     tile
         Side of a tile in cells; sized to the cache where None.
     y_self
@@ -82,14 +97,25 @@ def energy_distance(
     Raises
     ------
     ModelError
-        Empty or non-finite clouds, fewer than 2 cells with "U", different dimensions, unknown estimator; a gradient
+        Empty or non-finite clouds, fewer than 2 cells with "U", different dimensions, unknown estimator or convention; a
+        gradient
         that is to be differentiated again (``create_graph=True``).
 
     References
     ----------
     Szekely and Rizzo (2013), Energy statistics: a class of statistics based on distances, Journal of
-    Statistical Planning and Inference 143:1249.
+    Statistical Planning and Inference 143:1249. Peidli et al. (2024), scPerturb, Nature Methods 21:531.
     """
+    x, y = (torch.from_numpy(cloud) if isinstance(cloud, np.ndarray) else cloud for cloud in (x, y))
+    default, power, factor = _convention(convention, y_self)
+    estimator = default if estimator is None else estimator
+    if power == 2:
+        _check(x, y, ((len(x),), (len(y),)), estimator, None, validate)
+        return _squared_energy(x, y, estimator)
+    if factor != 1:
+        return factor * energy_distance(
+            x, y, estimator=estimator, tile=tile, y_self=y_self, validate=validate
+        )
     y_self = None if y_self is None else torch.as_tensor(y_self, device=x.device).reshape(1)
     energies = _small_pair(x, y, estimator, y_self) if tile is None else None
     if energies is not None:
@@ -364,6 +390,16 @@ def _weighted(grad: Tensor, upstream: Tensor, sizes: tuple[int, ...]) -> Tensor:
     return grad * upstream.repeat_interleave(counts, output_size=len(grad)).unsqueeze(-1)
 
 
+def _squared_energy(x: Tensor, y: Tensor, estimator: str) -> Tensor:
+    r"""The energy distance of the squared norm: :math:`2 |\bar x - \bar y|^2`, for "U" less :math:`2 v_x / (n - 1)` and
+    :math:`2 v_y / (m - 1)` with the mean squared distances :math:`v` of the cells from their mean."""
+    x, y = (cloud.to(torch.promote_types(cloud.dtype, torch.float32)) for cloud in (x, y))
+    value = 2 * (x.mean(0) - y.mean(0)).square().sum()
+    if estimator == "V":
+        return value
+    return value - sum(2 * cloud.var(0, correction=0).sum() / (len(cloud) - 1) for cloud in (x, y))
+
+
 # -- what is refused ---------------------------------------------------------------------------------------
 
 
@@ -393,6 +429,16 @@ def _check(
 
 def _as_integers(sizes: Sequence[int] | Tensor) -> tuple[int, ...]:
     return tuple(sizes.tolist() if isinstance(sizes, Tensor) else map(int, sizes))
+
+
+def _convention(name: str, y_self) -> tuple[str, int, float]:
+    if name not in CONVENTIONS:
+        received = f"{name!r} ({did_you_mean(name, CONVENTIONS)})"
+        raise ModelError(three_beats(f"a convention of {[*CONVENTIONS]}", received, 'pass "cellop" for ours'))
+    if y_self is not None and CONVENTIONS[name][1] != 1:
+        fix = "drop y_self"
+        raise ModelError(three_beats("no y_self with the squared norm", "y_self", fix))
+    return CONVENTIONS[name]
 
 
 def _check_estimator(estimator: str) -> None:

@@ -8,10 +8,10 @@ import pandas as pd
 from scipy import sparse
 
 from cellop_nb import CellOp, split
-from cellop_nb.analysis.baselines import BASELINES, Target, Training, run
+from cellop_nb.analysis.baselines import BASELINES, Training
 from cellop_nb.analysis.cellop import Recipe
 from cellop_nb.analysis.metrics import EvaluationSpace
-from cellop_nb.analysis.scores import Truth, shared_shift, table_of
+from cellop_nb.analysis.scores import score_rules
 from cellop_nb.data.contract import Keys
 from cellop_nb.data.groups import Groups
 
@@ -39,20 +39,13 @@ def scored(adata, left_out: np.ndarray, methods=BASELINES, *, genes=None, metric
     """The table of rules without a model: groups of the left-out cells (cell,) predicted from the rest."""
     train, real = adata[~left_out].copy(), adata[left_out].copy()
     space = EvaluationSpace.fit(train, genes=genes)
-    training, truths, guesses = Training.of(train, space), {}, {name: {} for name in methods}
+    training, controls = Training.of(train, space), Groups(train, min_cells=1).controls
     keys = training.groups.keys
     labels = real.obs[[*keys.context_key, keys.perturbation_key]].astype(str)
-    for pair in dict.fromkeys(labels.itertuples(index=False, name=None)):
-        cells = space.select(real[(labels == list(pair)).all(axis=1).to_numpy()])
-        control = train[Groups(train, min_cells=1).controls(pair[0])]
-        start = space.select(control)
-        target = Target(*pair, space.transform(start), start, control, space)
-        truths[pair] = Truth(
-            space.transform(cells), target.control, space, counts=cells, shared_shift=shared_shift(training)
-        )
-        for name, rule in methods.items():
-            guesses[name][pair] = run(name, rule, training, target)
-    return table_of(truths, guesses, metrics)
+    pairs = list(dict.fromkeys(labels.itertuples(index=False, name=None)))
+    return score_rules(methods, pairs, training, real, lambda c: train[controls(c)], space, metrics=metrics)[
+        0
+    ]
 
 
 def screen(n=60, genes=30, contexts=("B", "NK", "T"), perturbations=("ifn",), seed=0):

@@ -8,16 +8,17 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
-from cellop_nb import datasets, holdout, select_genes
+from cellop_nb import datasets, holdout, score, select_genes
 from cellop_nb.analysis import holdout as room
 from cellop_nb.analysis.baselines import BASELINES, Prediction
 from cellop_nb.analysis.holdout import (
+    AFFINE,
     CELLOP,
     LATENT_SHIFT,
     Holdout,
     questions_of,
 )
-from cellop_nb.analysis.scores import CEILING, FLOOR, evaluate
+from cellop_nb.analysis.scores import CEILING, FLOOR
 from cellop_nb.analysis.uncertainty import STAGES, error_advice, error_budget
 from cellop_nb.data.contract import Keys
 from cellop_nb.errors import HoldoutError, LabelError
@@ -73,7 +74,7 @@ def test_every_group_has_every_method_beside_the_noise(result, data):
     assert not len(result.refused)
     assert set(result.scores["question"]) == {"type A", "type B", "type C"}
     methods = set(result.scores["method"])
-    assert {*BASELINES, LATENT_SHIFT, CELLOP, FLOOR, CEILING} == methods
+    assert {*BASELINES, LATENT_SHIFT, AFFINE, CELLOP, FLOOR, CEILING} == methods
     assert len(result.scores.drop_duplicates("group")) == 9
     assert not result.scores.duplicated(["group", "method", "metric", "seed"]).any()
     bare = result.scores["value"].isna()
@@ -440,9 +441,7 @@ def test_predicted_libraries_grow_as_planted(grown):
     shift = result.scores[(result.scores["method"] == "mean shift") & (result.scores["group"] == group)]
     assert shift["reason"].str.contains("counts").all()
     predicted = result.predictions[rows_of(result.predictions, perturbation="drug 1")]
-    fit = result.fits[0]
-    real = fit.real[rows_of(fit.real, perturbation="drug 1")]
-    table = evaluate(predicted, real, fit.control, space=fit.space, metrics=["library_ratio"])
+    table = score(predicted, grown, metrics=["library_ratio"])
     again = table[table["method"] == "prediction"]["value"].item()
     assert again == pytest.approx(value(result, "library_ratio", CELLOP, group))
 

@@ -132,6 +132,26 @@ def test_counts_metrics():
     assert formulas.zero_fraction_difference(guess, real) == pytest.approx(0.5 - 0.25)
 
 
+def test_zeros_and_variances_of_genes_by_hand():
+    real, guess = np.array([[0, 1, 5], [0, 2, 5.0]]), np.array([[1, 0, 1], [0, 4, 2], [1, 8, 3.0]])
+    assert formulas.zero_error(guess, sparse.csr_matrix(real), [0, 1]) == pytest.approx((2 / 3 + 1 / 3) / 2)
+    expected = np.var([0, 4, 8], ddof=1) / np.var([1, 2], ddof=1)  # the other genes do not vary
+    assert formulas.variance_ratio(guess, real, [0, 1, 2]) == pytest.approx(expected)
+    with pytest.raises(Undefined, match="do not vary"):
+        formulas.variance_ratio(guess, real, [2])
+
+
+def test_a_classifier_tells_clouds_apart_as_far_as_they_are_apart():
+    """Two Gaussians a distance s apart: area Phi(s / sqrt 2)."""
+    pairs = [np.random.default_rng(seed).normal(size=(2, 600, 5)) for seed in range(4)]
+    assert np.mean([formulas.classifier_auc(*pair) for pair in pairs]) == pytest.approx(0.5, abs=0.03)
+    x, y = pairs[0]
+    x[:, 0] += 1.5
+    assert formulas.classifier_auc(x, y) == pytest.approx(stats.norm.cdf(1.5 / np.sqrt(2)), abs=0.03)
+    with pytest.raises(Undefined, match="too few for 5 folds"):
+        formulas.classifier_auc(x[:9], y)
+
+
 # --- properties ---
 
 

@@ -6,19 +6,25 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import sparse
 from scipy.spatial.distance import cdist, pdist
 from scipy.stats import false_discovery_control, mannwhitneyu, spearmanr
 from sklearn.metrics import r2_score
 
+from cellop_nb import holdout, score, setup, split
 from cellop_nb.analysis import metrics as formulas
 from cellop_nb.analysis.baselines import BASELINES, Prediction, Training
 from cellop_nb.analysis.metrics import EvaluationSpace, log1p_cp10k
-from cellop_nb.analysis.scores import CEILING, FLOOR, METRICS, Truth, evaluate, noise, score
+from cellop_nb.analysis.scores import BESIDE, CEILING, FLOOR, METRICS, Truth, noise, score_prediction
 from cellop_nb.data.contract import Keys
 from cellop_nb.data.genes import select_genes
-from cellop_nb.errors import HoldoutError, LabelError
+from cellop_nb.display import Scores
+from cellop_nb.errors import DataError, HoldoutError, LabelError
 
-from .screens import rows_of, scored, screen
+from .. import foreign
+from .screens import rows_of, scored, screen, tiny
 
 IFN_IN_T = {"cell_type": "T", "perturbation": "ifn"}
 
@@ -37,7 +43,11 @@ def test_table_is_tidy_and_complete(table):
     assert list(table) == ["context", "perturbation", "group", "method", "metric", "value", "reason"]
     assert not table.duplicated(["group", "method", "metric"]).any()
     for method in BASELINES:
-        assert set(table.loc[table["method"] == method, "metric"]) == {*METRICS, "discrimination"}
+        assert set(table.loc[table["method"] == method, "metric"]) == {
+            *METRICS,
+            "discrimination",
+            "replicate_share",
+        }
     assert (table["value"].isna() == (table["reason"] != "")).all()
     assert set(table["group"]) == {"T, ifn"}
 
@@ -50,6 +60,37 @@ def test_methods_stand_in_the_order_that_they_must(table):
     assert value["pearson_delta", "no change"] == 0 and value["pearson_delta", "mean shift"] > 0.8
     assert value["pearson_delta", "mean shift"] <= value["pearson_delta", CEILING] <= 1
     assert value["mae", FLOOR] < value["mae", "mean shift"]
+
+
+def test_the_share_of_a_replicate_is_0_at_the_best_baseline_and_1_at_the_floor(table):
+    value = table.set_index(["metric", "method"])["value"]
+    share, energy = value["replicate_share"], value["e_distance"].dropna()
+    simple = energy[[name for name in energy.index if name in BASELINES]]
+    assert share[simple.idxmin()] == pytest.approx(0) and (share[simple.index] <= 1e-12).all()
+    half_way = (simple.min() + energy[FLOOR]) / 2
+    assert formulas.replicate_share(half_way, simple.min(), energy[FLOOR]) == pytest.approx(0.5)
+    assert "mean only" in rows(table, "replicate_share", "control mean")["reason"].item()
+
+
+@given(st.lists(st.sampled_from([*METRICS, *BESIDE]), min_size=1, max_size=4, unique=True))
+@settings(max_examples=12, deadline=None)
+def test_a_score_does_not_depend_on_which_others_are_asked_for(names):
+    """Any metrics in any order: the same numbers as in the whole table."""
+    data = screen()
+    if not hasattr(test_a_score_does_not_depend_on_which_others_are_asked_for, "whole"):
+        whole = score(perturbed_in_t(data), data).set_index(["method", "metric"])["value"]
+        test_a_score_does_not_depend_on_which_others_are_asked_for.whole = whole
+    part = score(perturbed_in_t(data), data, metrics=names).set_index(["method", "metric"])["value"]
+    whole = test_a_score_does_not_depend_on_which_others_are_asked_for.whole
+    assert {metric for _, metric in part.index} == {*names}
+    pd.testing.assert_series_equal(part, whole.reindex(part.index))
+
+
+def test_a_long_table_shows_the_metrics_that_say_most(table):
+    shown = table._repr_html_()
+    assert "classifier_auc" in shown and "lfc_spearman" not in shown and len(table["metric"].unique()) > 20
+    short = Scores(table[table["metric"].isin(["lfc_spearman", "mae"])])
+    assert "lfc_spearman" in short._repr_html_()
 
 
 def test_what_cannot_be_known_has_a_reason(table):
@@ -73,7 +114,7 @@ def test_every_metric_is_what_its_name_says():
     space = EvaluationSpace(np.arange(n_genes).astype(str), rng.normal(size=n_genes), axes, 99)
     truth = Truth(real, control, space, counts=counts["real"], library=library["real"], shared_shift=shared)
     prediction = Prediction.of_cells("guess", guess, counts["guess"], library["guess"])
-    value = {row["metric"]: row["value"] for row in score(prediction, truth)}
+    value = {row["metric"]: row["value"] for row in score_prediction(prediction, truth)}
 
     m, p, c = (cells.mean(0, dtype=np.float64) for cells in (real, guess, control))
     tests = [
@@ -115,6 +156,11 @@ def test_every_metric_is_what_its_name_says():
         "counts_ratio": counts["guess"].sum(1).mean() / counts["real"].sum(1).mean(),
         "zero_fraction_difference": (counts["guess"] == 0).mean() - (counts["real"] == 0).mean(),
     }
+    zeros = [(counts[name] == 0).mean(0) for name in ("guess", "real")]
+    expected["zero_error_de100"] = np.abs(zeros[0] - zeros[1]).mean()
+    expected["variance_ratio_de100"] = np.median(guess.var(0, ddof=1) / real.var(0, ddof=1))
+    expected["direction_match_de50"] = expected["direction_match"]  # 40 genes
+    assert 0.5 < value.pop("classifier_auc") < 1
     assert value == pytest.approx(expected, rel=1e-5, abs=1e-9)
 
 
@@ -123,56 +169,155 @@ def test_same_seed_same_table(table):
     pd.testing.assert_frame_equal(table, scored(data, rows_of(data, **IFN_IN_T)))
 
 
-def test_evaluate_agrees_with_the_same_cells_scored_in_a_holdout():
+def perturbed_in_t(data):
+    return data[rows_of(data, **IFN_IN_T)].copy()
+
+
+def test_a_score_agrees_with_the_same_cells_scored_in_a_holdout():
     data = screen()
-    held = rows_of(data, **IFN_IN_T)
-    training, real = data[~held], data[held]
-    control = data[rows_of(data, cell_type="T", perturbation="control")]
-    space = EvaluationSpace.fit(training)
-    predicted = control.copy()
-    predicted.obs["perturbation"] = "ifn"
-    table = evaluate(predicted, real, control, space=space, metrics=["e_distance", "mae"], method="no change")
-    other = scored(data, held, {"no change": BASELINES["no change"]}, metrics=["e_distance", "mae"])
-    pd.testing.assert_frame_equal(table, other)
-    perfect = evaluate(real, real, control, space=space).set_index(["metric", "method"])["value"]
-    assert perfect["mae", "prediction"] == 0 and perfect["library_ratio", "prediction"] == 1
-    assert perfect["pearson_delta", "prediction"] == pytest.approx(1)
-    assert perfect["de_score", "prediction"] == perfect["direction_match", "prediction"] == 1
+    result = holdout(tiny(data, n_genes=None), only=["T"], metrics=["e_distance", "mae"], progress=False)
+    table = score({"mine": result.predictions}, data, metrics=["e_distance", "mae"])
+    there = result.scores[~result.scores["method"].isin(["latent shift", "affine operator"])]
+    there = there.replace({"method": {"CellOp": "mine"}})[list(table)]
+    pd.testing.assert_frame_equal(pd.DataFrame(table), there.reset_index(drop=True))
 
 
-def test_a_group_without_prediction_stays_in_the_table():
-    data = screen(perturbations=("ifn", "tnf"), contexts=("T",))
-    label = data.obs["perturbation"]
-    control, real = data[(label == "control").to_numpy()], data[(label != "control").to_numpy()]
-    predicted = data[(label == "ifn").to_numpy()]
-    table = evaluate(predicted, real, control, space=EvaluationSpace.fit(data), metrics=["mae"])
+def test_a_perfect_prediction_is_perfect_in_every_form():
+    """Counts, and logarithms normalised to any sum over any genes: read alike, without being told."""
+    data = screen()
+    real = perturbed_in_t(data)
+    forms = {"counts": real, "CP10k": real.copy(), "CPM": real.copy(), "shuffled": real[:, ::-1].copy()}
+    forms["CP10k"].X = foreign.log_normalised(real)
+    forms["CPM"].X = sparse.csr_matrix(foreign.log_normalised(real, 1e6))
+    few = [
+        score({name: form[:, ::2].copy()}, data, metrics=["mae"])
+        for name, form in forms.items()
+        if "C" in name
+    ]
+    assert all(table[table["method"].str.startswith("C")]["value"].item() < 1e-6 for table in few)
+    table = score(forms, data)
+    value = table.set_index(["metric", "method"])["value"]
+    for name in forms:
+        assert value["mae", name] == pytest.approx(0, abs=1e-6)
+        assert value["pearson_delta", name] == pytest.approx(1)
+        assert value["e_distance", name] == pytest.approx(value["e_distance", "counts"], abs=1e-5)
+    assert value["library_ratio", "counts"] == 1 and np.isnan(value["library_ratio", "CP10k"])
+    assert value["mae", "mean shift"] > value["mae", FLOOR] > 0
+    spaces = {name: facts["space"] for name, facts in table.attrs["inputs"].items()}
+    assert spaces == {name: f"{'log1p' if 'CP' in name else 'counts'} (guessed)" for name in forms}
+
+
+def test_what_a_package_writes_is_read(tmp_path):
+    """The recipes of the guide: scGen's labels, CPA's expected counts, GEARS' means."""
+    foreign.write(tmp_path)
+    real = ad.read_h5ad(tmp_path / "screen.h5ad")
+    setup(real, perturbation_key="condition", context_key="celltype", control="ctrl")
+    scgen, cpa = (ad.read_h5ad(tmp_path / f"{name}.h5ad") for name in ("scgen", "cpa"))
+    scgen.obs["condition"] = "drug 1"
+    cpa = ad.AnnData(cpa.obsm["CPA_pred"], obs=cpa.obs, var=cpa.var)
+    means = ad.AnnData(np.load(tmp_path / "gears.npz")["drug 1"][None], obs=cpa.obs[:1], var=cpa.var)
+    table = score({"scGen": scgen, "CPA": cpa, "GEARS": means}, real)
+    inputs, value = table.attrs["inputs"], table.set_index(["metric", "method"])
+    assert inputs["CPA"]["space"] == "counts (guessed)" and inputs["scGen"]["space"] == "log1p (guessed)"
+    assert inputs["scGen"]["values below 0"] == pytest.approx(1 / scgen.X.size)
+    assert value.loc[("mae", "scGen"), "value"] < 1e-4 > value.loc[("mae", "GEARS"), "value"]
+    assert value.loc[("e_distance", "CPA"), "value"] > value.loc[("e_distance", "scGen"), "value"] + 1
+    assert "mean only" in value.loc[("e_distance", "GEARS"), "reason"]
+    assert "none" in value.loc[("zero_fraction_difference", "CPA"), "reason"], "expected counts have no zeros"
+
+
+def test_the_cells_compared_with_are_not_learnt_from():
+    """A gene that is loud in the predicted group alone changes no baseline, component or rank."""
+    data, loud = screen(), screen()
+    counts = loud.X.toarray()
+    counts[rows_of(loud, **IFN_IN_T), 0] += 500
+    loud.X = sparse.csr_matrix(counts)
+    predictions = [score_of.copy() for score_of in (perturbed_in_t(data), perturbed_in_t(data))]
+    spaces = []
+    for version, predicted in zip((data, loud), predictions, strict=True):
+        for by_split in (False, True):
+            if by_split:
+                split(version, holdout={"cell_type": "T", "perturbation": "ifn"})
+            table = score(predicted, version, metrics=["mae"]).set_index("method")["value"]
+            spaces.append(table["mean shift"] - table["no change"])
+            real = perturbed_in_t(version)
+            mean = log1p_cp10k(real.X.toarray()).mean(axis=0)
+            control = version[rows_of(version, cell_type="T", perturbation="control")]
+            expected = formulas.mae(log1p_cp10k(control.X.toarray()).mean(axis=0), mean)
+            assert table["no change"] == pytest.approx(expected, rel=1e-5)
+    assert spaces[0] == spaces[1] != spaces[2] == spaces[3]
+
+
+def test_groups_and_genes_that_are_missing_are_reported():
+    data = screen(perturbations=("ifn", "tnf"), contexts=("T", "B"))
+    split(data, holdout={"cell_type": "T", "perturbation": ["ifn", "tnf"]})
+    predicted = perturbed_in_t(data)[:, 3:].copy()
+    elsewhere = predicted.copy()
+    elsewhere.obs["perturbation"], elsewhere.obs_names = "other", elsewhere.obs_names + " again"
+    table = score(ad.concat([predicted, elsewhere]), data, metrics=["mae"])
     missing = table[(table["perturbation"] == "tnf") & (table["method"] == "prediction")]
     assert missing["value"].isna().all() and "no predicted cells" in missing["reason"].item()
+    facts = table.attrs["inputs"]["prediction"]
+    assert facts["missing genes"] == 3 and facts["groups without predicted cells"] == ["T, tnf"]
+    assert facts["groups without real cells"] == ["T, other"]
+    assert "T, tnf" in table._repr_html_() and "missing genes: 3" in table._repr_html_()
+    assert table.summary("mae").index[-1] == "mean of 1 groups"
 
 
 def test_discrimination_with_enough_perturbations():
     names = tuple(f"p{i}" for i in range(21))
     data = screen(n=12, genes=60, contexts=("T",), perturbations=names)
-    label = data.obs["perturbation"]
-    control, real = data[(label == "control").to_numpy()], data[(label != "control").to_numpy()]
-    space = EvaluationSpace.fit(data, n_components=3)
-    table = evaluate(real, real, control, space=space, metrics=["discrimination"])
-    assert len(table) == 21 and (table["value"] == 1).all()
+    real = data[(data.obs["perturbation"] != "control").to_numpy()]
+    table = score(real, data, metrics=["discrimination"])
+    mine = table[table["method"] == "prediction"]
+    assert len(mine) == 21 and (mine["value"] == 1).all()
+    assert "no perturbed training cells" in set(table["reason"].str.removeprefix("there are "))
 
 
-def test_refusals():
+@pytest.mark.parametrize(
+    ("change", "options", "error", "message"),
+    [
+        (lambda p: p, {"metrics": ["pearson_dleta"]}, LabelError, "did you mean 'pearson_delta'"),
+        (lambda p: p, {"space": "log"}, LabelError, "space.*'log'.*log1p"),
+        (lambda p: p[:, :0].copy(), {}, LabelError, "genes that 'prediction' and the screen share"),
+        (lambda p: p[:, 1:].copy(), {"genes": ["g0"]}, LabelError, "genes that 'prediction'.*'g0'"),
+        (lambda p: {"linear": p}, {}, LabelError, "no other method.*'linear'"),
+        (lambda p: shifted(p, -5.0), {}, DataError, "counts or logarithms.*scaled or centred"),
+        (lambda p: shifted(p, np.nan), {}, DataError, "finite values.*not replaced"),
+        (lambda p: shifted(p, 100.5), {"space": "log1p"}, DataError, "log1p.*space='counts'"),
+        (lambda p: labelled(p, "other"), {}, HoldoutError, "at least one group.*'other'"),
+        (lambda p: p[:, [0, 0, 1]].copy(), {}, LabelError, "named once"),
+        (lambda p: {"mine": bare(p)}, {}, LabelError, "^mine: Expected a column 'cell_type'"),
+    ],
+    ids=range(11),
+)
+def test_refusals(change, options, error, message):
     data = screen()
-    with pytest.raises(LabelError, match="did you mean 'pearson_delta'"):
-        scored(data, rows_of(data, **IFN_IN_T), metrics=["pearson_dleta"])
-    with pytest.raises(HoldoutError, match="at least one group"):
-        evaluate(data[:60], data[60:120], data[:60], space=EvaluationSpace.fit(data))
-    bare = data[rows_of(data, **IFN_IN_T)][:1]
-    with pytest.raises(HoldoutError, match="at least 2 real and 2 control cells.*1 real"):
-        evaluate(bare, bare, data[rows_of(data, perturbation="control")], space=EvaluationSpace.fit(data))
-    unlabelled = data.copy()
-    del unlabelled.uns["cellop_nb"]
+    with pytest.raises(error, match=message) as caught:
+        score(change(perturbed_in_t(data)), data, **options)
+    assert "To fix it" in str(caught.value)
+    few = perturbed_in_t(data)[:1]
+    lone = ad.concat([data[~rows_of(data, **IFN_IN_T)], few], uns_merge="first")
+    with pytest.raises(HoldoutError, match="to start from.*1 held-out cells"):
+        score(few, lone)
+    del data.uns["cellop_nb"]
     with pytest.raises(LabelError, match="setup"):
-        evaluate(unlabelled, unlabelled, unlabelled, space=EvaluationSpace.fit(data))
+        score(few, data)
+
+
+def shifted(adata, by):
+    adata.X = adata.X.toarray() + by
+    return adata
+
+
+def labelled(adata, label):
+    adata.obs["perturbation"] = label
+    return adata
+
+
+def bare(adata):
+    del adata.obs["cell_type"]
+    return adata
 
 
 def test_floor_of_the_truth_against_itself_shrinks_with_cells():
@@ -212,7 +357,7 @@ def test_mean_only_prediction_has_its_mean_metrics():
     data = screen(contexts=("T",))
     cells = log1p_cp10k(data.X.toarray())
     truth = Truth(cells[60:], cells[:60], EvaluationSpace.fit(data))
-    flat = score(Prediction("flat", truth.mean), truth, ["mae", "e_distance"])
+    flat = score_prediction(Prediction("flat", truth.mean), truth, ["mae", "e_distance"])
     found = pd.DataFrame(flat).set_index("metric")
     assert found.loc["mae", "value"] == 0 and np.isnan(found.loc["e_distance", "value"])
     assert Training.of(data, EvaluationSpace.fit(data)).groups.pairs == [("T", "ifn")]

@@ -196,3 +196,36 @@ def test_real_held_out_cell_type(kang_file):
     )
     assert table.loc[("CD4 T", "IFNb"), ["train", "val"]].sum() == 0
     assert table["test"].sum() == table.loc[("CD4 T", "IFNb"), "test"] == 497
+
+
+def test_a_split_is_written_and_read(tmp_path):
+    """Cells in another order, and more in the file than here: the same split, or a reason."""
+    adata, file = full_screen(), tmp_path / "split.csv"
+    table = split(adata, holdout={"cell_type": "B", "perturbation": "p"}, seed=3)
+    adata.obs["split"].to_csv(file)
+    other = adata[::-1][: adata.n_obs - 5].copy()
+    del other.obs["split"]
+    assert split(other, holdout=file)["test"].sum() == table["test"].sum()
+    pd.testing.assert_series_equal(other.obs["split"], adata.obs["split"][other.obs_names])
+    assert other.uns["cellop_nb"]["split"]["file"] == str(file)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.set_axis([f"x{k}" for k in range(len(s))]), "a split of every cell.*'c0'.*'x0'"),
+        (lambda s: s.replace("val", "valid"), "splits named.*'valid'"),
+        (lambda s: s.set_axis(["c0"] * len(s)), "names that repeat"),
+        (lambda s: s.replace("test", "train"), "perturbed cells.*none match"),
+        (lambda s: s.replace("train", "test").replace("val", "test"), "left for training"),
+    ],
+    ids=range(5),
+)
+def test_a_split_that_cannot_work_is_not_read(change, message, tmp_path):
+    adata, file = full_screen(), tmp_path / "split.csv"
+    split(adata, holdout={"cell_type": "B", "perturbation": "p"})
+    before = adata.obs["split"].copy()
+    change(before.astype(str)).to_csv(file)
+    with pytest.raises(HoldoutError, match=message) as caught:
+        split(adata, holdout=file)
+    assert "To fix it" in str(caught.value) and (adata.obs["split"] == before).all()

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from anndata import AnnData
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -532,3 +533,67 @@ def test_two_samples_of_one_cloud_lie_below_the_limit_19_times_out_of_20():
 def test_the_limit_falls_with_more_cells():
     cells = torch.randn(400, 5, generator=torch.Generator().manual_seed(0))
     assert noise_limit(cells) < noise_limit(cells[:40])
+
+
+# --- conventions ---
+
+
+def naive(x, y, power, within):
+    """Double loops: 2 E|x - y|^p - E|x - x'|^p - E|y - y'|^p; `within` pairs of a cell with itself, or not."""
+
+    def mean(a, b, same):
+        pairs = [(p, q) for i, p in enumerate(a) for j, q in enumerate(b) if within or not same or i != j]
+        return np.mean([np.sqrt(np.square(p - q).sum()) ** power for p, q in pairs])
+
+    return 2 * mean(x, y, False) - mean(x, x, True) - mean(y, y, True)
+
+
+def theirs(name, x, y):
+    """The number of the package itself, on clouds (cell, d)."""
+    if name == "scperturb":
+        package = pytest.importorskip("scperturb", reason="part of the extra benchmark")
+        both = AnnData(np.zeros((len(x) + len(y), 1)), obsm={"X_pca": np.concatenate([x, y])})
+        both.obs["perturbation"] = ["x"] * len(x) + ["y"] * len(y)
+        return package.edist(both, obs_key="perturbation", obsm_key="X_pca", verbose=False).loc["x", "y"]
+    if name == "geomloss":
+        package = pytest.importorskip("geomloss", reason="part of the extra benchmark")
+        return package.SamplesLoss("energy", backend="tensorized")(
+            torch.from_numpy(x), torch.from_numpy(y)
+        ).item()
+    dcor = pytest.importorskip("dcor", reason="part of the extra test")  # what cell-eval computes
+    return dcor.energy_distance(x, y)
+
+
+SAMPLES = [np.random.default_rng(0).normal(0.3 * k, 1 + k, size=(40 + k, 5)) for k in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("convention", "power", "within", "factor"),
+    [
+        ("cellop", 1, False, 1),
+        ("pertpy", 1, True, 1),
+        ("cell-eval", 1, True, 1),
+        ("scperturb", 2, False, 1),
+        ("geomloss", 1, True, 0.5),
+    ],
+)
+def test_a_convention_is_its_double_loop(convention, power, within, factor):
+    expected = factor * naive(*SAMPLES, power, within)
+    assert float(energy_distance(*SAMPLES, convention=convention)) == pytest.approx(expected, rel=1e-10)
+    other = energy_distance(*SAMPLES, convention=convention, estimator="U" if within else "V")
+    assert float(other) == pytest.approx(factor * naive(*SAMPLES, power, not within), rel=1e-10)
+    x, y = (torch.from_numpy(cloud).requires_grad_() for cloud in SAMPLES)
+    torch.autograd.gradcheck(lambda *clouds: energy_distance(*clouds, convention=convention), (x, y))
+
+
+@pytest.mark.parametrize("name", ["scperturb", "geomloss", "cell-eval"])
+def test_a_convention_is_the_number_of_its_package(name):
+    ours = float(energy_distance(*SAMPLES, convention=name))
+    assert ours == pytest.approx(theirs(name, *SAMPLES), rel=1e-5)
+
+
+def test_a_convention_that_is_not_known_is_refused():
+    with pytest.raises(ModelError, match="a convention of.*'scpertub'.*did you mean 'scperturb'"):
+        energy_distance(*SAMPLES, convention="scpertub")
+    with pytest.raises(ModelError, match="no y_self with the squared norm"):
+        energy_distance(*SAMPLES, convention="scperturb", y_self=1.0)
