@@ -21,6 +21,8 @@ def test_a_bad_input_is_refused_in_three_beats_and_leaves_nothing(one, tmp_path)
     beats = [text.find(beat) for beat in ("Expected ", " Found ", " To fix it: ")]
     assert beats == sorted(beats)
     assert min(beats) >= 0, text
+    assert f" Found {one.found}" in text, text
+    assert not one.found or f" Found {one.found}. To fix it: " in text, text
     assert "Traceback" not in text
     assert len(text.splitlines()) == 1, text
     assert text.endswith((".", "?")), text

@@ -23,10 +23,11 @@ import torch
 from scipy import sparse
 from tqdm.auto import tqdm
 
-from ..data.contract import Keys, check_values, counts, is_set_up, keys_of, obs_labels
+from ..data.contract import Keys, check_names, check_values, counts, is_set_up, keys_of, obs_labels
 from ..data.counts import TOTAL_KEY, require_in_memory
 from ..data.genes import select_genes
 from ..data.groups import Groups, controls_by_context
+from ..data.splits import SPLIT_KEY, outside_test
 from ..display import card
 from ..errors import CheckpointError, LabelError, ModelError, did_you_mean, three_beats
 from ..models.affine import AffineOperator, check_strength
@@ -57,7 +58,6 @@ from .unmeasured import verdict as verdict_of_described
 
 logger = logging.getLogger("cellop_nb")
 
-SPLIT = "split"
 CELLS_AT_ONCE = 4096
 LEAST_CELLS = 10
 """Training cells in which a gene must be counted to be modelled, or planned."""
@@ -279,10 +279,7 @@ class CellOp:
             named = [] if self._described is None else self._described.names
             return list(dict.fromkeys([*self.operators.conditions.perturbations, *named]))
         if self._labels is None:
-            cells = self.adata
-            if SPLIT in cells.obs:
-                cells = cells[(cells.obs[SPLIT] != "test").to_numpy()]
-            groups = Groups(cells)
+            groups = Groups(self.adata[outside_test(self.adata)])
             measured = [part for label in groups.perturbations for part in groups.parts(label)]
             named = [] if self.features is None else described(self.features)
             self._labels = list(dict.fromkeys([*measured, *named]))
@@ -341,9 +338,8 @@ class CellOp:
 
     def _training_rows(self) -> np.ndarray:
         """Rows of the cells that may train, sorted by name."""
-        rows = np.arange(self.adata.n_obs)
-        if SPLIT in self.adata.obs:
-            rows = rows[(self.adata.obs[SPLIT] != "test").to_numpy()]
+        check_names(self.adata)
+        rows = np.flatnonzero(outside_test(self.adata))
         return rows[np.argsort(self.adata.obs_names.to_numpy()[rows], kind="stable")]
 
     def _training_cells(self) -> ad.AnnData:
@@ -355,8 +351,8 @@ class CellOp:
         elif self.n_genes is not None and self.n_genes < adata.n_vars:
             genes = select_genes(chosen, self.n_genes, split=None, min_cells=LEAST_CELLS)
         cells = modelled_counts(chosen, genes if self._ready_vae is None else self._ready_vae, self.keys)
-        if SPLIT not in adata.obs or not (cells.obs[SPLIT] == "val").any():
-            cells.obs[SPLIT] = self._split(cells)
+        if SPLIT_KEY not in adata.obs or not (cells.obs[SPLIT_KEY] == "val").any():
+            cells.obs[SPLIT_KEY] = self._split(cells)
         return cells
 
     def _means_of_others(self, modelled: Sequence[str], groups: Groups) -> tuple[list[str], Means | None]:

@@ -198,12 +198,13 @@ def holdout(
         raise HoldoutError(three_beats("n_seeds of at least 1", str(n_seeds), "pass a positive number"))
     questions, refused = questions_of(adata, over, described=model.features is not None)
     if only is not None:
-        names = [question.name for question in questions]
+        names = [*(question.name for question in questions), *(row["question"] for row in refused)]
         unknown = [name for name in only if name not in names]
         if unknown:
             fix = did_you_mean(unknown[0], names)
             raise LabelError(three_beats(f"questions over {over!r}", repr(unknown[0]), fix))
         questions = [question for question in questions if question.name in only]
+        refused = [row for row in refused if row["question"] in only] or refused
     if not questions:
         problem = "; ".join(f"{row['question']}: {row['reason']}" for row in refused) or "none"
         fix = "hold out something else (over=...)"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from typing import Any
@@ -13,14 +14,17 @@ from anndata import AnnData
 from scipy import sparse
 
 from ..errors import DataError, LabelError, did_you_mean, three_beats
-from .on_disk import StoredRows, is_stored_by_cells
+from .on_disk import StoredRows, blocks_by_genes, is_stored_by_cells, is_stored_by_genes
 
 JOINER = " | "
 EVERYWHERE = "all"
 FEW_CELLS = 10
 """Groups under this size are marked in the table of :func:`setup`."""
 
-_MISSING = {"", "nan", "na", "none", "null"}
+LARGEST_COUNT = 2**24
+"""Whole numbers up to here are exact in float32, in which the models hold counts."""
+
+_MISSING = {"", "nan", "na", "none", "null", "<na>", "n/a", "#n/a"}
 _GENES = {"gene expression", "gene", "genes", "rna", "mrna"}
 _USUAL = {
     "perturbation_key": (
@@ -64,13 +68,31 @@ class Keys:
     batch_key: str | None = None
     singles: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        """Refuse what can name no column, layer or label, and columns with two meanings."""
+        said = [(name, value) for name, value in vars(self).items() if value is not None]
+        tuples = [(name, one) for name, value in said if isinstance(value, tuple) for one in value]
+        for name, value in [pair for pair in said if not isinstance(pair[1], tuple)] + tuples:
+            if not isinstance(value, str):
+                fix = "pass one name; several labels are written alike first: obs[key].replace({...})"
+                raise LabelError(three_beats(f"{name}, a string", repr(value), fix))
+        for name in ("perturbation_key", "control"):
+            if getattr(self, name) is None:
+                raise LabelError(three_beats(f"{name}, a string", "None", "pass the name"))
+        columns = [self.perturbation_key, *(self.context_key or ())]
+        columns += [] if self.dose_key is None else [self.dose_key]
+        more = [key for key in (self.time_key, self.batch_key) if key == self.perturbation_key]
+        twice = [key for key in columns if (columns + more).count(key) > 1]
+        if twice:
+            fix = "name another column, or None where there is none, such as context_key=None"
+            raise LabelError(three_beats("a column of its own for each key", f"{twice[0]!r} twice", fix))
+
     def write(self, adata: AnnData) -> None:
         """Keep the keys in ``uns["cellop_nb"]["keys"]``, in a form that h5ad and zarr can hold (no None)."""
         stored = {name: value for name, value in asdict(self).items() if value is not None}
         for name in stored.keys() & {"context_key", "singles"}:
             stored[name] = np.array(stored[name], dtype=str)
-        ours = dict(adata.uns.get("cellop_nb", {}))
-        adata.uns["cellop_nb"] = ours | {"keys": stored}
+        adata.uns["cellop_nb"] = {**_ours(adata), "keys": stored}
 
 
 def setup(
@@ -119,22 +141,11 @@ def setup(
     LabelError
         If a column, the control label or a context's controls are missing, or labels or doses are malformed.
     """
-    _check_names(adata)
+    check_names(adata)
     _check_features(adata)
-    context = (
-        (context_key,)
-        if isinstance(context_key, str)
-        else None
-        if context_key is None
-        else tuple(context_key)
-    )
-    if not isinstance(control, str):
-        fix = "write all controls alike first: adata.obs[key] = adata.obs[key].replace(...)"
-        raise LabelError(three_beats("one control label, a string", f"control={control!r}", fix))
-    keys = Keys(layer, perturbation_key, context, control, dose_key, time_key, batch_key, tuple(singles))
-    if context is not None and perturbation_key in context:
-        fix = "name the column of cell types, or pass context_key=None"
-        raise LabelError(three_beats("different columns", f"{perturbation_key!r} as both keys", fix))
+    _ours(adata)
+    context = None if context_key is None else _several(context_key)
+    keys = Keys(layer, perturbation_key, context, control, dose_key, time_key, batch_key, _several(singles))
     labels = label_table(adata, keys)
     for key in (time_key, batch_key):
         if key is not None:
@@ -154,6 +165,11 @@ def setup(
     return table.assign(note=np.where(table["cells"] < FEW_CELLS, f"fewer than {FEW_CELLS} cells", ""))
 
 
+def _several(names) -> tuple:
+    """One name or several as a tuple."""
+    return (names,) if isinstance(names, str) or not np.iterable(names) else tuple(names)
+
+
 def keys_of(adata) -> Keys:
     """The keys that :func:`setup` kept in the data.
 
@@ -162,8 +178,8 @@ def keys_of(adata) -> Keys:
     LabelError
         If there are none; the columns that look like them are named.
     """
-    stored = getattr(adata, "uns", {}).get("cellop_nb", {}).get("keys")
-    if stored is None:
+    stored = _ours(adata).get("keys") if hasattr(adata, "uns") else None
+    if not isinstance(stored, Mapping):
         raise LabelError(
             three_beats("a screen that was set up", "no keys in uns['cellop_nb']", _likely(adata))
         )
@@ -177,7 +193,16 @@ def keys_of(adata) -> Keys:
 
 def is_set_up(adata) -> bool:
     """Whether :func:`setup` kept keys in the data."""
-    return "keys" in adata.uns.get("cellop_nb", {})
+    return "keys" in _ours(adata)
+
+
+def _ours(adata) -> Mapping:
+    """What the package keeps in `uns`; refuses what others wrote under its name."""
+    ours = adata.uns.get("cellop_nb", {})
+    if not isinstance(ours, Mapping):
+        fix = "keep it under another name: adata.uns['other'] = adata.uns.pop('cellop_nb')"
+        raise LabelError(three_beats("a dictionary in uns['cellop_nb']", f"a {type(ours).__name__}", fix))
+    return ours
 
 
 def _likely(adata) -> str:
@@ -196,14 +221,8 @@ def _likely(adata) -> str:
 # -- labels -------------------------------------------------------------------------------------------------------
 
 
-def obs_labels(adata: AnnData, key: str) -> pd.Series:
-    """Column `key` of `obs` as strings, (cell,).
-
-    Raises
-    ------
-    LabelError
-        If the column does not exist or exists twice, or some cells have no label.
-    """
+def obs_column(adata: AnnData, key: str) -> pd.Series:
+    """Column `key` of `obs`, (cell,); refuses one that does not exist or exists twice."""
     if key not in adata.obs:
         options = did_you_mean(key, adata.obs.columns)
         raise LabelError(
@@ -213,6 +232,18 @@ def obs_labels(adata: AnnData, key: str) -> pd.Series:
     if column.ndim > 1:
         problem = f"{column.shape[1]} columns of this name"
         raise LabelError(three_beats(f"one column {key!r} in obs", problem, "rename or drop the others"))
+    return column
+
+
+def obs_labels(adata: AnnData, key: str) -> pd.Series:
+    """Column `key` of `obs` as strings, (cell,).
+
+    Raises
+    ------
+    LabelError
+        If the column does not exist or exists twice, or some cells have no label.
+    """
+    column = obs_column(adata, key)
     missing = column.isna()
     if missing.any():
         first = list(adata.obs_names[missing][:3])
@@ -291,13 +322,12 @@ def _doses(adata: AnnData, key: str | None, perturbed: np.ndarray) -> np.ndarray
     doses = np.ones(adata.n_obs)
     if key is None:
         return doses
-    if key not in adata.obs:
-        obs_labels(adata, key)
-    column = adata.obs[key][perturbed]
+    column = obs_column(adata, key)[perturbed]
     numbers = pd.to_numeric(column.astype(str), errors="coerce").to_numpy(float)
     wrong = ~(np.isfinite(numbers) & (numbers > 0))
     if wrong.any():
-        seen = ", ".join(repr(value) for value in pd.unique(column[wrong])[:3])
+        first = pd.unique(column[wrong])[:3]
+        seen = ", ".join(repr(value) if isinstance(value, str) else str(value) for value in first)
         negative = np.isfinite(numbers[wrong]).all()
         fix = (
             "if these are logarithms, give doses: 10 ** value"
@@ -323,14 +353,18 @@ def count_slot(adata: AnnData, layer: str | None = None):
     """
     if layer is None:
         if adata.X is None:
-            raise DataError(three_beats("raw counts in X", "X is empty", "name the layer that holds them"))
-        return adata.X
-    if layer not in adata.layers:
+            fix = f"name the layer that holds them{_elsewhere(adata, layer)}"
+            raise DataError(three_beats("raw counts in X", "X is empty", fix))
+    elif layer not in adata.layers:
         options = did_you_mean(layer, adata.layers)
         raise DataError(
             three_beats(f"a layer {layer!r}", "no such layer", f"pass layer=None for X ({options})")
         )
-    return adata.layers[layer]
+    slot = adata.X if layer is None else adata.layers[layer]
+    if hasattr(slot, "dask"):
+        fix = f"compute it first: adata.{_where(layer)} = adata.{_where(layer)}.compute()"
+        raise DataError(three_beats(f"counts in memory or in a file in {_where(layer)}", "a dask array", fix))
+    return slot
 
 
 def counts(adata: AnnData, layer: str | None = None) -> sparse.csr_matrix | np.ndarray:
@@ -338,33 +372,45 @@ def counts(adata: AnnData, layer: str | None = None) -> sparse.csr_matrix | np.n
     slot = count_slot(adata, layer)
     if hasattr(slot, "to_memory"):
         slot = slot.to_memory()
-    if sparse.issparse(slot):
-        return slot.tocsr()
-    return np.asarray(slot[...])
+    return _held(slot if sparse.issparse(slot) else slot[...], _where(layer))
+
+
+def _held(block, where: str) -> sparse.csr_matrix | np.ndarray:
+    """A block in memory as CSR or array; half precision, in which sums overflow, becomes single."""
+    if sparse.issparse(block):
+        _check_structure(block, where)  # scipy writes past its arrays where indices are wrong
+        return block.tocsr()
+    block = np.asarray(block)
+    return block.astype(np.float32) if block.dtype == np.float16 else block
 
 
 def count_blocks(adata: AnnData, layer: str | None = None, size: int = 4096) -> Iterator[tuple[int, Any]]:
     """Counts in blocks of cells: (first row, CSR or array of (at most `size`, gene))."""
     slot = count_slot(adata, layer)
     if sparse.issparse(slot):
-        slot = slot.tocsr()
+        slot = _held(slot, _where(layer))
     stored = StoredRows(slot) if is_stored_by_cells(slot) else None
     for start in range(0, adata.n_obs, size):
         end = min(start + size, adata.n_obs)
         block = slot[start:end] if stored is None else stored.read(np.array([start]), np.array([end]))
-        yield start, block.tocsr() if sparse.issparse(block) else np.asarray(block)
+        yield start, block if sparse.issparse(slot) else _held(block, _where(layer))
 
 
 def library_size(adata: AnnData, layer: str | None = None) -> np.ndarray:
     """Counts per cell summed over the genes, (cell,) float64."""
-    sums = [np.asarray(block.sum(axis=1), dtype=float).ravel() for _, block in count_blocks(adata, layer)]
+    sums = [_totals(block) for _, block in count_blocks(adata, layer)]
     return np.concatenate(sums) if sums else np.zeros(0)
+
+
+def _totals(block) -> np.ndarray:
+    """Sums over genes, (cell,) float64."""
+    return np.asarray(block.sum(axis=1, dtype=float), dtype=float).ravel()
 
 
 # -- the gate -----------------------------------------------------------------------------------------------------
 
 
-def _check_names(adata: AnnData) -> None:
+def check_names(adata: AnnData) -> None:
     """Refuse what is no AnnData, empty, or has repeated cell or gene names."""
     if not isinstance(adata, AnnData):
         fix = "read the file first, with anndata.read_h5ad or cellop_nb.datasets.load"
@@ -424,24 +470,35 @@ def check_values(adata: AnnData, layer: str | None = None) -> np.ndarray:
         For values that are not numbers, not finite, negative or not whole.
     """
     totals, check = np.zeros(adata.n_obs), block_check(adata, layer)
+    slot = count_slot(adata, layer)
+    if is_stored_by_genes(slot):  # rows of it would cost a pass through the file each time
+        for first, block in blocks_by_genes(slot):
+            check(_held(block, _where(layer)), np.arange(adata.n_obs), first)
+            totals += _totals(block)
+        return totals
     for start, block in count_blocks(adata, layer):
         rows = np.arange(start, start + block.shape[0])
         check(block, rows)
-        totals[rows] = np.asarray(block.sum(axis=1), dtype=float).ravel()
+        totals[rows] = _totals(block)
     return totals
 
 
-def block_check(adata: AnnData, layer: str | None = None) -> Callable[[Any, np.ndarray], None]:
+def block_check(adata: AnnData, layer: str | None = None) -> Callable[..., None]:
     """What refuses a block of counts (cell, gene), as stored, of the rows (cell,), as :func:`check_values` does.
+
+    Where the block holds some of the genes, the position of the first is a third argument.
 
     Raises
     ------
     DataError
         At once, if the values are not numbers.
     """
-    if np.dtype(count_slot(adata, layer).dtype).kind not in "biuf":
-        problem = f"values of type {count_slot(adata, layer).dtype}"
-        fix = "store counts as integers or floats"
+    slot = count_slot(adata, layer)
+    kind = np.dtype(slot.dtype)
+    if kind.kind not in "iuf" or (kind == np.float16 and hasattr(slot, "format")):  # which scipy has not
+        problem = f"values of type {kind}"
+        fix = "store counts as integers or float32"
+        fix = "pass the counts that were made yes or no" if kind.kind == "b" else fix
         raise DataError(three_beats(f"numbers in {_where(layer)}", problem, fix))
     return partial(_check_block, adata, layer)
 
@@ -479,25 +536,33 @@ def check_labels(labels: pd.DataFrame, keys: Keys) -> None:
         raise LabelError(three_beats(f"control cells {keys.control!r} in every context", problem, fix))
 
 
-def _check_spelling(what: str, labels, control: str) -> None:
-    """No blanks around labels, no written-out missing values."""
+def _check_spelling(what: str, labels: Sequence[str], control: str) -> None:
+    """No blanks around labels, no invisible characters, no written-out missing values, one spelling of each."""
+    seen: dict[str, str] = {}
     for label in labels:
         if label != label.strip():
             fix = "strip the labels: obs[key] = obs[key].str.strip()"
-            raise LabelError(three_beats(f"{what} labels without blanks around them", repr(label), fix))
+            raise LabelError(three_beats(f"{what} labels without blanks around them", ascii(label), fix))
         if label.lower() in _MISSING and label != control:
             fix = "label or drop these cells"
             raise LabelError(three_beats(f"a {what} for every cell", f"the label {label!r}", fix))
+        if not label.isprintable():
+            fix = "write them with letters, signs and plain blanks: obs[key] = obs[key].replace({...})"
+            raise LabelError(three_beats(f"{what} labels of visible characters", ascii(label), fix))
+        folded = " ".join(unicodedata.normalize("NFKC", label).casefold().split())
+        twin = seen.setdefault(folded, label)
+        if twin != label:
+            show = repr if twin.casefold() == label.casefold() else ascii
+            both = f"{show(twin)} and {show(label)}"
+            fix = "write both alike, or name them apart: obs[key] = obs[key].replace({...})"
+            raise LabelError(three_beats(f"one spelling of each {what} label", both, fix))
 
 
 def _check_combinations(treated: list[str], keys: Keys) -> None:
-    """Combinations name no control and are each written in one order; there is no second control."""
+    """Combinations name no control and are each written in one order."""
     labels, control = {*treated, keys.control}, keys.control
     seen: dict[tuple, str] = {}
     for label in treated:
-        if label.lower() == control.lower():
-            fix = "write all controls alike"
-            raise LabelError(three_beats(f"one control label {control!r}", f"{label!r} as well", fix))
         parts = [part.strip() for part in label.split("+")]
         named = [part for part in dict.fromkeys(parts) if part]
         if label in keys.singles or len(parts) < 2:
@@ -514,40 +579,51 @@ def _check_combinations(treated: list[str], keys: Keys) -> None:
             raise LabelError(three_beats("one label per combination", f"{twin!r} and {label!r}", fix))
 
 
-def _check_block(adata: AnnData, layer: str | None, block, rows: np.ndarray) -> None:
+def _check_block(adata: AnnData, layer: str | None, block, rows: np.ndarray, first_gene: int = 0) -> None:
     where = _where(layer)
     if sparse.issparse(block):
         _check_structure(block, where)
     values = block.data if sparse.issparse(block) else block
-    if values.dtype.kind in "bu":
-        return
-    if not np.isfinite(values).all():
-        problem = _describe(adata, block, rows, lambda v: ~np.isfinite(v))
+    describe = partial(_describe, adata, block, rows, first_gene)
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        problem = describe(lambda v: ~np.isfinite(v))
         raise DataError(three_beats(f"finite counts in {where}", problem, "drop or repair these cells"))
-    if (values < 0).any():
-        problem = (
-            f"negative values: {_describe(adata, block, rows, lambda v: v < 0)}; scaled or corrected data"
-        )
+    if values.dtype.kind != "u" and (values < 0).any():
+        problem = f"negative values: {describe(lambda v: v < 0)}; scaled or corrected data"
         fix = f"pass the raw counts{_elsewhere(adata, layer)}"
         raise DataError(three_beats(f"counts of at least 0 in {where}", problem, fix))
     if values.dtype.kind == "f" and (values != np.rint(values)).any():
-        problem = f"{_describe(adata, block, rows, lambda v: v != np.rint(v))}; {_guess(block, values)}"
-        fix = f"pass the raw counts{_elsewhere(adata, layer)}"
+        guess, advice = _guess(block, values)
+        problem = f"{describe(lambda v: v != np.rint(v))}; {guess}"
+        fix = f"pass the raw counts{_elsewhere(adata, layer)}{advice}"
         raise DataError(three_beats(f"whole numbers in {where}", problem, fix))
+    if values.size and values.max() > LARGEST_COUNT:
+        problem = describe(lambda v: v > LARGEST_COUNT)
+        fix = f"pass counts of molecules or reads{_elsewhere(adata, layer)}"
+        raise DataError(three_beats(f"counts of at most {LARGEST_COUNT:,} in {where}", problem, fix))
 
 
 def _check_structure(block, where: str) -> None:
-    """Refuse a sparse matrix whose indices point outside its genes, or whose row pointers do not rise."""
+    """Refuse a sparse matrix whose indices point outside its genes or cells, or whose pointers do not rise."""
+    by_cells = block.format == "csr"
+    n_pointed, n_others = block.shape if by_cells else block.shape[::-1]
     low, high = (block.indices.min(), block.indices.max()) if len(block.indices) else (0, 0)
-    steps = np.diff(block.indptr)
-    if low < 0 or high >= block.shape[1] or (steps < 0).any() or block.indptr[-1] > len(block.data):
-        bad = int(low) if low < 0 else int(high)
-        problem = f"the gene index {bad}" if low < 0 or high >= block.shape[1] else "row pointers that fall"
+    ends, stored = block.indptr, min(len(block.data), len(block.indices))
+    outside = low < 0 or high >= n_others
+    if (
+        outside
+        or len(ends) != n_pointed + 1
+        or ends[0] != 0
+        or (np.diff(ends) < 0).any()
+        or ends[-1] > stored
+    ):
+        what = "gene" if by_cells else "cell"
+        problem = f"the {what} index {low if low < 0 else high}" if outside else "row pointers that fall"
         fix = "the file is damaged, or its shape was cut: make it again from its source"
-        raise DataError(three_beats(f"gene indices of 0 to {block.shape[1] - 1} in {where}", problem, fix))
+        raise DataError(three_beats(f"{what} indices of 0 to {n_others - 1} in {where}", problem, fix))
 
 
-def _describe(adata: AnnData, block, rows: np.ndarray, bad) -> str:
+def _describe(adata: AnnData, block, rows: np.ndarray, first_gene: int, bad: Callable) -> str:
     """How many values are bad, and the first one with its cell and gene."""
     coo = block.tocoo() if sparse.issparse(block) else None
     mask = bad(coo.data if coo is not None else block)
@@ -557,18 +633,38 @@ def _describe(adata: AnnData, block, rows: np.ndarray, bad) -> str:
     else:
         row, column = np.argwhere(mask)[0]
         value = block[row, column]
-    cell, gene = adata.obs_names[rows[row]], adata.var_names[column]
+    cell, gene = adata.obs_names[rows[row]], adata.var_names[first_gene + column]
     return f"{value:g} in cell {cell!r}, gene {gene!r} ({int(mask.sum())} such values)"
 
 
-def _guess(block, values: np.ndarray) -> str:
-    """What values that are not whole probably are."""
-    if values.max() < 30:  # log1p of any count below 10^13
-        return "it looks log-normalised"
-    sums = np.asarray(block.sum(axis=1), dtype=float).ravel()
+def _guess(block, values: np.ndarray) -> tuple[str, str]:
+    """What values that are not whole probably are, and what else can be done about it."""
+    rounded = np.rint(values)
+    if (np.abs(values - rounded) < 1e-3 + 1e-6 * values).all():
+        advice = "; or round these: adata.X = adata.X.round()"
+        return "they are whole but for rounding, as after undoing a logarithm", advice
+    sums = _totals(block)
     if len(sums) > 1 and np.ptp(sums) <= 1e-3 * sums.mean():
-        return f"it looks normalised to {sums.mean():.4g} per cell"
-    return "it looks corrected or averaged"
+        return f"it looks normalised to {sums.mean():.4g} per cell", ""
+    rows = sparse.coo_matrix(block)
+    worst = np.bincount(rows.row[rows.data != np.rint(rows.data)]).argmax()
+    cell = rows.data[rows.row == worst].astype(float)
+    for what, undone in (
+        ("normalised by a factor per cell", cell),
+        ("log-normalised", np.expm1(np.minimum(cell, 50))),
+        ("log2-normalised", np.exp2(np.minimum(cell, 50)) - 1),
+    ):
+        steps = undone / undone.min()  # whole where the smallest count is 1
+        if len(cell) > 2 and 1 < steps.max() < 1e6 and np.abs(steps - np.rint(steps)).max() < 0.02:
+            return f"it looks {what}", ""
+    whole = float((values == rounded)[values > 0].mean())
+    if values.max() < 30 and not whole > 0.2:  # log1p of any count below 10^13
+        return "it looks log-normalised, or corrected", ""
+    advice = "; fractions of counts may be rounded: adata.X = adata.X.round()"
+    return (
+        f"it looks corrected or averaged ({whole:.0%} are whole): alevin, SoupX and CellBender do that",
+        advice,
+    )
 
 
 def _elsewhere(adata: AnnData, layer: str | None) -> str:

@@ -16,7 +16,17 @@ from scipy import sparse
 from torch import Tensor
 
 from ..errors import DataError, LabelError, did_you_mean, three_beats
-from .contract import block_check, check_values, count_slot, counts, keys_of, library_size, obs_labels
+from .contract import (
+    block_check,
+    check_names,
+    check_values,
+    count_slot,
+    counts,
+    keys_of,
+    library_size,
+    obs_column,
+    obs_labels,
+)
 from .on_disk import PASS, Check, RowReader, is_on_disk
 
 PART = 16_384
@@ -576,7 +586,19 @@ def model_counts(adata: AnnData, model) -> CountMatrix | DiskCounts:
 
 def measured_totals(adata: AnnData) -> np.ndarray | None:
     """Counts (cell,) over all measured genes, as ``obs["total_counts"]`` tells; None where nothing tells."""
-    return adata.obs[TOTAL_KEY].to_numpy(np.float64) if TOTAL_KEY in adata.obs else None
+    return _totals(adata, TOTAL_KEY) if TOTAL_KEY in adata.obs else None
+
+
+def _totals(adata: AnnData, key: str) -> np.ndarray:
+    """A column of totals, (cell,) float64; refuses what is no number."""
+    column = obs_column(adata, key)
+    total = pd.to_numeric(column.astype(str), errors="coerce").to_numpy(np.float64)
+    wrong = ~np.isfinite(total)
+    if wrong.any():
+        problem = f"{str(column[wrong].iloc[0])!r} in cell {adata.obs_names[wrong][0]!r}"
+        fix = "set the column to the counts of all genes, or delete it before training"
+        raise DataError(three_beats(f"numbers as totals in obs[{key!r}]", problem, fix))
+    return total
 
 
 def has_other_genes(adata: AnnData) -> bool:
@@ -592,13 +614,14 @@ def _other_genes(adata: AnnData, sums: np.ndarray, total_key: str) -> np.ndarray
         expected = f"each cell's counts over all genes in obs[{total_key!r}], as the model was trained with"
         fix = f"set adata.obs[{total_key!r}] = adata.X.sum(1) before genes are left out"
         raise LabelError(three_beats(expected, "no such column", fix))
-    total = pd.to_numeric(adata.obs[total_key], errors="coerce").to_numpy(np.float64)
+    total = _totals(adata, total_key)
     rest = total - sums
-    wrong = ~(rest > -0.5)  # NaN too; half a count forgives rounding
+    wrong = rest < -0.5  # half a count forgives rounding
     if wrong.any():
         row = int(np.flatnonzero(wrong)[0])
-        problem = f"{total[row]:g} against {total[row] - rest[row]:g} counts in cell {adata.obs_names[row]!r}"
-        fix = "set the column to the counts of all genes, or pass total_key=None"
+        problem = f"{total[row]:g} against {sums[row]:g} counts in cell {adata.obs_names[row]!r}"
+        problem += "; these look like logarithms" if total.max() < 30 else ""
+        fix = "set the column to the counts of all genes, or delete it before training"
         raise DataError(
             three_beats(f"totals in obs[{total_key!r}] of at least the cell's counts", problem, fix)
         )
@@ -607,6 +630,8 @@ def _other_genes(adata: AnnData, sums: np.ndarray, total_key: str) -> np.ndarray
 
 def gene_positions(adata: AnnData, genes: Sequence[str]) -> np.ndarray:
     """Columns of the named genes, (gene,); refuses names that `adata` lacks."""
+    if not adata.var_names.is_unique:
+        check_names(adata)
     positions = adata.var_names.get_indexer(list(genes))
     missing = [gene for gene, position in zip(genes, positions, strict=True) if position < 0]
     if missing:

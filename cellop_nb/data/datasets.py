@@ -6,6 +6,7 @@ Exported as ``cellop_nb.datasets``.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -18,10 +19,12 @@ from anndata import AnnData
 
 from ..errors import DataError, did_you_mean, three_beats
 from ..files import write_whole
-from .on_disk import open_lazily
+from .on_disk import open_lazily, readable
 from .synthetic import EXAMPLE, planted_operator, planted_proportions, synthetic
 
 __all__ = ["cache_folder", "fetch", "list", "load", "planted_operator", "planted_proportions", "synthetic"]
+
+logger = logging.getLogger("cellop_nb")
 
 EXAMPLE_NAME = "synthetic_screen"
 _RECORD = "checksums.json"
@@ -203,18 +206,26 @@ def _read(path: Path, backed: bool) -> AnnData:
         raise DataError(three_beats("a file .h5ad or .zarr", f"{path.name!r}", fix))
     if backed:
         return open_lazily(path)
-    try:
-        return anndata.read_zarr(path) if path.suffix == ".zarr" else anndata.read_h5ad(path)
-    except (
-        OSError,
-        KeyError,
-        TypeError,
-        ValueError,
-        AttributeError,
-    ) as error:  # h5py and anndata raise them all
-        problem = f"{path}: {str(error).splitlines()[0]}"
-        fix = "copy the file again, or write it with adata.write_h5ad"
-        raise DataError(three_beats(f"a readable {path.suffix}", problem, fix)) from error
+    with readable(path):
+        return _writable(anndata.read_zarr(path) if path.suffix == ".zarr" else anndata.read_h5ad(path))
+
+
+def _writable(adata: AnnData) -> AnnData:
+    """The same with other names for columns that anndata reads but does not write: "_index", as Seurat's converters
+    leave it, and names with a slash."""
+    tables = [adata.obs, adata.var, *([] if adata.raw is None else [adata.raw.var])]
+    columns = {str(column) for table in tables for column in table}
+    names = {name: name.replace("/", "_").lstrip("_") for name in columns if name == "_index" or "/" in name}
+    names = {name: new + "_" * (new in columns) for name, new in names.items()}
+    if not names:
+        return adata
+    logger.warning("columns that no file can hold got other names: %s", names)
+    adata.obs, adata.var = adata.obs.rename(columns=names), adata.var.rename(columns=names)
+    if adata.raw is not None:
+        raw = adata.raw.to_adata()
+        raw.var = raw.var.rename(columns=names)
+        adata.raw = raw
+    return adata
 
 
 def _download(screen: Screen, path: Path, known: str | None, progress: bool) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import anndata
@@ -36,15 +37,38 @@ def open_lazily(path: str | Path) -> AnnData:
         If the file cannot be read.
     """
     path = Path(path)
-    try:
+    with readable(path):
         store = _zarr_group(path) if path.suffix == ".zarr" else h5py.File(path, "r")
+        if isinstance(store["obs"], h5py.Dataset):
+            fix = f"write it anew once: anndata.read_h5ad({path.name!r}).write_h5ad({'new_' + path.name!r})"
+            raise DataError(three_beats("a file of anndata 0.7 or later", f"an older one, {path}", fix))
         tables = {name: anndata.io.read_elem(store[name]) for name in _TABLES if name in store}
         layers = {name: _matrix(store["layers"][name]) for name in store.get("layers", ())}
         x = _matrix(store["X"]) if "X" in store else None
-    except (OSError, KeyError, ValueError) as error:
-        fix = "copy or make the file again"
-        raise DataError(three_beats(f"a readable {path.suffix}", f"{path}: {error}", fix)) from error
-    return AnnData(X=x, layers=layers, **tables)
+        return AnnData(X=x, layers=layers, **tables)
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turn what h5py, zarr and anndata raise on files that they cannot read into one error.
+
+    Raises
+    ------
+    DataError
+        With what to do: close the file elsewhere, or make it again.
+    """
+    try:
+        yield
+    except DataError:
+        raise
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        problem = f"{path}: {(str(error) or type(error).__name__).splitlines()[0]}"
+        fix = "copy the file again, or write it with adata.write_h5ad"
+        if "dtype float16" in problem:
+            fix = "write its matrix in single precision where it was made: adata.X.astype('float32')"
+        if "lock" in problem or "already open" in problem:
+            fix = "close it in the program or notebook that has it open for writing"
+        raise DataError(three_beats(f"a readable {path.suffix}", problem, fix)) from error
 
 
 _TABLES = ("obs", "var", "uns", "obsm", "varm")
@@ -140,6 +164,27 @@ class RowReader:
 def is_stored_by_cells(slot) -> bool:
     """Whether a matrix is a CSR matrix in a file, as anndata opens it."""
     return hasattr(slot, "group") and getattr(slot, "format", "") == "csr"
+
+
+def is_stored_by_genes(slot) -> bool:
+    """Whether a matrix is a CSC matrix in a file, as anndata opens it."""
+    return hasattr(slot, "group") and getattr(slot, "format", "") == "csc"
+
+
+def blocks_by_genes(slot, size: int = 2**22) -> Iterator[tuple[int, sparse.csc_matrix]]:
+    """A CSC matrix of a file in one pass: (first gene, (cell, gene)), of about `size` values or one gene each."""
+    starts = np.asarray(slot.group["indptr"][...])
+    first = 0
+    while first < len(starts) - 1:
+        last = max(int(np.searchsorted(starts, starts[first] + size, side="right")) - 1, first + 1)
+        begin, end = starts[first], starts[last]
+        parts = (
+            slot.group["data"][begin:end],
+            slot.group["indices"][begin:end],
+            starts[first : last + 1] - begin,
+        )
+        yield first, sparse.csc_matrix(parts, (slot.shape[0], last - first))
+        first = last
 
 
 class StoredRows:

@@ -128,6 +128,27 @@ def split_table(labels: pd.DataFrame, assigned: np.ndarray) -> pd.DataFrame:
     )
 
 
+def split_labels(adata: AnnData) -> pd.Series:
+    """The split of each cell, (cell,) strings; refuses a column that says something else than train, val and test."""
+    labels = obs_labels(adata, SPLIT_KEY)
+    other = [label for label in labels.unique() if label not in SPLITS]
+    if other:
+        fix = "run cellop_nb.split(adata, ...), or rename the column where it means something else"
+        raise LabelError(three_beats(f"train, val or test in obs[{SPLIT_KEY!r}]", repr(other[0]), fix))
+    return labels
+
+
+def outside_test(adata: AnnData) -> np.ndarray:
+    """Mask of the cells that may train, (cell,): all where the data have no split."""
+    if SPLIT_KEY not in adata.obs:
+        return np.ones(adata.n_obs, dtype=bool)
+    mask = (split_labels(adata) != "test").to_numpy()
+    if not mask.any():
+        fix = "run cellop_nb.split(adata, ...), or delete the column"
+        raise HoldoutError(three_beats("cells outside the test split", "all cells in it", fix))
+    return mask
+
+
 def rows_of(adata: AnnData, name: str | Sequence[str]) -> np.ndarray:
     """Rows of the cells in a split (or several), (cell,) ascending.
 
@@ -139,7 +160,7 @@ def rows_of(adata: AnnData, name: str | Sequence[str]) -> np.ndarray:
     if SPLIT_KEY not in adata.obs:
         fix = "run cellop_nb.split(adata, ...) first"
         raise LabelError(three_beats(f"a column {SPLIT_KEY!r} in obs", "cells without a split", fix))
-    labels = obs_labels(adata, SPLIT_KEY)
+    labels = split_labels(adata)
     for one in _values(name):
         if one not in set(labels):
             fix = f"run split(adata, ...) or name another one ({did_you_mean(one, labels.unique())})"

@@ -93,16 +93,17 @@ class Case:
     title: str
     do: Callable[[Place], object]
     code: int | None = None  # exit code of the command line; None: an error of the library
+    found: str = ""  # the second beat, word for word; empty where it is not compared
 
 
 CASES: list[Case] = []
 
 
-def case(area: str, title: str, *, code: int | None = None):
+def case(area: str, title: str, *, code: int | None = None, found: str = ""):
     """Register the decorated function as a case."""
 
     def register(do):
-        CASES.append(Case(area, title, do, code))
+        CASES.append(Case(area, title, do, code, found))
         return do
 
     return register

@@ -223,13 +223,17 @@ BAD = {
         "did you mean 'donor'",
     ),
     "no context keys": (argument(context_key=[]), LabelError, "an empty list"),
-    "same keys": (argument(context_key="perturbation"), LabelError, "as both keys"),
+    "same keys": (argument(context_key="perturbation"), LabelError, "'perturbation' twice"),
     "control label": (
         argument(control="Control"),
         LabelError,
         "control cells 'Control'.*did you mean 'control'",
     ),
-    "two controls": (labelled("perturbation", 4, "CONTROL"), LabelError, "one control label.*'CONTROL'"),
+    "two controls": (
+        labelled("perturbation", 4, "CONTROL"),
+        LabelError,
+        "one spelling.*'control' and 'CONTROL'",
+    ),
     "context without control": (
         without_controls_in_one_context,
         LabelError,
@@ -393,7 +397,7 @@ def test_features_that_are_no_genes_are_refused(screen):
 
 
 def test_control_labels_in_a_list_are_refused(screen):
-    with pytest.raises(LabelError, match="one control label, a string.*replace"):
+    with pytest.raises(LabelError, match="control, a string.*replace"):
         setup(screen, control=["control"])
 
 
