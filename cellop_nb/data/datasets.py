@@ -205,7 +205,7 @@ def _read(path: Path, backed: bool) -> AnnData:
         fix = "convert it, for example with scanpy.read_10x_h5(...).write_h5ad(...)"
         raise DataError(three_beats("a file .h5ad or .zarr", f"{path.name!r}", fix))
     if backed:
-        return open_lazily(path)
+        return _writable(open_lazily(path))
     with readable(path):
         return _writable(anndata.read_zarr(path) if path.suffix == ".zarr" else anndata.read_h5ad(path))
 

@@ -8,6 +8,7 @@ import pytest
 from anndata import AnnData, concat, read_h5ad, read_zarr
 from scipy import sparse
 
+from cellop_nb.data import contract, on_disk
 from cellop_nb.data.contract import (
     Keys,
     context_labels,
@@ -17,6 +18,7 @@ from cellop_nb.data.contract import (
     library_size,
     setup,
 )
+from cellop_nb.data.datasets import load
 from cellop_nb.errors import DataError, LabelError
 from cellop_nb.models.operators import perturbation_parts
 
@@ -69,6 +71,45 @@ def test_backed_on_disk(screen, store, tmp_path):
     total = counts(backed).sum()
     backed.file.close()
     assert total == screen.X.sum()
+
+
+def test_a_file_stored_by_genes_is_read_once(screen, tmp_path, monkeypatch):
+    reference = library_size(screen)
+    screen.X = screen.X.tocsc()
+    screen.write_h5ad(tmp_path / "screen.h5ad")
+    backed = load(tmp_path / "screen.h5ad", backed=True)
+    parts = list(on_disk.blocks_by_genes(backed.X, size=500))
+    assert len(parts) > 5 and sum(part.nnz for _, part in parts) == screen.X.nnz
+    assert (sparse.hstack([part for _, part in parts]) != screen.X).nnz == 0
+    monkeypatch.setattr(contract, "count_blocks", None)  # each block of cells would read the whole file
+    np.testing.assert_array_equal(contract.check_values(backed), reference)
+
+
+def test_half_precision_does_not_overflow(screen):
+    screen.X = np.full(screen.shape, 4000, dtype=np.float16)
+    assert (setup(screen)["counts_per_cell"] == 4000 * 60).all()
+    assert counts(screen).dtype == np.float32
+
+
+@pytest.mark.parametrize("column", ["cell_type", "perturbation"])
+def test_an_index_named_like_a_column_does_no_harm(screen, column):
+    reference = setup(screen)
+    screen.obs.index.name = column
+    pd.testing.assert_frame_equal(setup(screen), reference)
+
+
+def test_labels_of_any_type_are_read_as_text(screen):
+    reference = setup(screen)
+    labels = screen.obs["perturbation"].astype(str)
+    for typed in (
+        labels.astype("string"),
+        labels.astype(pd.CategoricalDtype(["unused", *sorted(set(labels))])),
+    ):
+        screen.obs["perturbation"] = typed
+        pd.testing.assert_frame_equal(setup(screen), reference)
+    for dtype in ("Int64", "boolean", int):
+        screen.obs["number"] = (screen.obs["cell_type"] == "type A").astype(dtype)
+        assert setup(screen, context_key="number")["cells"].sum() == screen.n_obs
 
 
 def test_setup_writes_the_keys_alone(screen):
@@ -276,8 +317,6 @@ def test_bad_input_is_refused(screen, case):
 
 
 def test_fault_in_a_late_block_is_found(screen, monkeypatch):
-    from cellop_nb.data import contract
-
     monkeypatch.setattr(contract, "count_blocks", lambda a, layer, size=4096: _blocks(a, layer, 16))
     x = screen.X.toarray()
     x[200, 11] = 0.5

@@ -9,6 +9,8 @@ import shutil
 import threading
 
 import anndata
+import h5py
+import numpy as np
 import pytest
 
 from cellop_nb.data import datasets
@@ -150,6 +152,38 @@ def test_files_load_as_they_are(screen, tmp_path):
         assert (datasets.load(tmp_path / name).X != screen.X).nnz == 0
     backed = datasets.load(str(tmp_path / "mine.h5ad"), backed=True)
     assert not hasattr(backed.X, "nnz") and (backed[:].X != screen.X).nnz == 0
+
+
+def rename_column(table, old, new):
+    """As other programs write it: anndata itself refuses such names."""
+    table[new] = table[old][:]
+    for name, value in table[old].attrs.items():
+        table[new].attrs[name] = value
+    del table[old]
+    order = [new if name == old else name for name in table.attrs["column-order"]]
+    table.attrs["column-order"] = np.array(order, dtype=h5py.string_dtype())
+
+
+@pytest.mark.parametrize("backed", [False, True])
+def test_columns_that_no_file_can_hold_get_other_names(screen, tmp_path, backed, caplog):
+    screen.obs["percent"], screen.var["names"] = 1.5, screen.var_names.to_numpy()
+    screen.raw = screen
+    screen.write_h5ad(tmp_path / "screen.h5ad")
+    with h5py.File(tmp_path / "screen.h5ad", "a") as file:
+        rename_column(file["obs"], "percent", "pct/mt")
+        rename_column(file["raw/var"], "names", "_index_of")
+        file["raw/var"].move("_index_of", "names")
+        rename_column(file["raw/var"], file["raw/var"].attrs["_index"], "features")
+        file["raw/var"].move("names", "_index")
+        file["raw/var"].attrs["_index"] = "features"
+        file["raw/var"].attrs["column-order"] = np.array(["_index"], dtype=h5py.string_dtype())
+    adata = datasets.load(tmp_path / "screen.h5ad", backed=backed)
+    assert (adata.obs["pct_mt"] == 1.5).all() and "pct/mt" not in adata.obs
+    assert "'pct/mt': 'pct_mt'" in caplog.text
+    adata = adata if not backed else adata.to_memory()
+    assert backed or list(adata.raw.var["index"]) == list(screen.var_names)
+    adata.write_h5ad(tmp_path / "again.h5ad")
+    adata.write_zarr(tmp_path / "again.zarr")
 
 
 @pytest.mark.parametrize(
