@@ -604,7 +604,8 @@ def shapes(
         ax.set(xlim=(low[0] - pad[0], high[0] + pad[0]), ylim=(low[1] - pad[1], high[1] + 2.5 * pad[1]))
         s.note(ax, 0.02, 0.99, s.safe((notes or {}).get(name, ""), 60))
     handles = [Line2D([], [], linestyle="", markersize=6, label=s.safe(k, 22), **v) for k, v in looks.items()]
-    s.legend(fig, *handles, loc="outside lower center", columns=min(len(handles), 7), handlelength=0.8)
+    columns = len(handles) if len(handles) < 7 else -(-len(handles) // 2)
+    s.legend(fig, *handles, loc="outside lower center", columns=columns, handlelength=0.8)
     return s.finish(fig, show, save)
 
 
