@@ -18,14 +18,17 @@ from ..display import Scores
 from ..errors import CellopError, HoldoutError, LabelError, did_you_mean, three_beats
 from ..models.operators import perturbation_parts
 from ..models.vae import NBVAE
+from ..packages import require
 from .baselines import BASELINES, Method, Prediction, Target, Training, linear_features
 from .cellop import CellOp
+from .exchange import vcc2026
 from .metrics import EvaluationSpace, Undefined
 from .predict import Start, modelled_counts
 from .scores import check_names, known_metrics, score_rules
 
 CELLOP, LATENT_SHIFT, AFFINE = "CellOp", "latent shift", "affine operator"
 LINEAR_FEATURES = "linear features"
+SUITES = {"vcc2026": vcc2026}
 WAYS = ("context", "group", "perturbation", "combination")
 
 FEWEST_CELLS = 4
@@ -146,6 +149,7 @@ def holdout(
     only: Sequence[str] | None = None,
     methods: Mapping[str, Method] | None = None,
     metrics: Iterable[str] | None = None,
+    suite: str | None = None,
     n_seeds: int = 1,
     client=None,
     progress: bool = True,
@@ -172,6 +176,9 @@ def holdout(
         Further methods to score: name to ``(Training, Target) -> Prediction``.
     metrics
         Names in :data:`cellop_nb.analysis.scores.METRICS`; all where None.
+    suite
+        "vcc2026": also the six metrics of :func:`cellop_nb.exchange.vcc2026` for CellOp, a row per context, named
+        "vcc2026 ..." and scaled to 0 for the mean response and 1 for a replicate.
     n_seeds
         Independent fits of each question, with the seeds `seed`, `seed` + 1, ...
     client
@@ -194,6 +201,10 @@ def holdout(
     require_in_memory(adata)
     known_metrics(metrics)
     check_names(methods or {}, (*BASELINES, LATENT_SHIFT, AFFINE, LINEAR_FEATURES, CELLOP))
+    if suite is not None:
+        if suite not in SUITES:
+            raise LabelError(three_beats(f"a suite of {[*SUITES]}", repr(suite), did_you_mean(suite, SUITES)))
+        require("cell_eval2", "evaluation", of=f"suite={suite!r}")
     if n_seeds < 1:
         raise HoldoutError(three_beats("n_seeds of at least 1", str(n_seeds), "pass a positive number"))
     questions, refused = questions_of(adata, over, described=model.features is not None)
@@ -210,7 +221,7 @@ def holdout(
         fix = "hold out something else (over=...)"
         raise HoldoutError(three_beats(f"something to hold out over {over!r}", problem, fix))
     tasks = [(question, seed + k) for question in questions for k in range(n_seeds)]
-    work = partial(_answer, methods=methods or {}, metrics=metrics)
+    work = partial(_answer, methods=methods or {}, metrics=metrics, suite=suite)
     bar = tqdm(total=len(tasks), desc="hold-outs", disable=not progress)
     results = []
     for result in _shared_out(client, work, model, tasks):
@@ -322,16 +333,16 @@ def _refusal(adata, groups: Groups, question: Question) -> str:
 # -- one answer -------------------------------------------------------------------------------------------------------
 
 
-def _answer(model: CellOp, question: Question, seed: int, shared: dict, *, methods, metrics) -> dict:
+def _answer(model: CellOp, question: Question, seed: int, shared: dict, *, methods, metrics, suite) -> dict:
     """Scores, predictions and choice of one question; a refusal becomes a reason, so that it does not sink the others."""
     labels = {"question": question.name, "seed": seed}
     try:
-        return labels | _scored(model, question, seed, shared, methods, metrics)
+        return labels | _scored(model, question, seed, shared, methods, metrics, suite)
     except CellopError as refusal:
         return labels | {"reason": str(refusal)}
 
 
-def _scored(model: CellOp, question: Question, seed: int, shared: dict, methods, metrics) -> dict:
+def _scored(model: CellOp, question: Question, seed: int, shared: dict, methods, metrics, suite) -> dict:
     adata = model.adata
     train, real = adata[~question.left_out].copy(), adata[question.left_out].copy()
     fitted = model.unfitted(train, seed)
@@ -364,6 +375,12 @@ def _scored(model: CellOp, question: Question, seed: int, shared: dict, methods,
     pooled = ad.concat(cells.values(), merge="same") if cells else None
     starts = np.concatenate([source.control_rows(context) for context in sorted({c for c, _ in scored})])
     fit = Fit(question.name, seed, space, fitted.vae, real, source.adata[starts].copy())
+    if suite is not None and pooled is not None:
+        chosen = question.left_out | adata.obs_names.isin(source.adata.obs_names[starts])
+        rows = [
+            _suite_rows(suite, pooled, adata[chosen], context) for context in sorted({c for c, _ in scored})
+        ]
+        scores = pd.concat([scores, *rows], ignore_index=True)
     return {"scores": scores, "cells": pooled, "choice": fitted.choice.table, "fit": fit}
 
 
@@ -377,6 +394,16 @@ def _by_cellop(training: Training, target: Target, *, model: CellOp, cells: dict
     return Prediction.of_counts(
         CELLOP, target.space.select(predicted, "X"), target.space, measured_totals(predicted)
     )
+
+
+def _suite_rows(suite: str, cells: ad.AnnData, real: ad.AnnData, context: str) -> pd.DataFrame:
+    """Rows of one context, over all its perturbations."""
+    try:
+        rows = SUITES[suite](cells, real, context=context)[["metric", "value", "reason"]]
+    except CellopError as refusal:
+        rows = pd.DataFrame([{"metric": suite, "value": np.nan, "reason": str(refusal)}])
+    group = {"context": context, "perturbation": "", "group": context, "method": CELLOP}
+    return rows.assign(**group, metric=suite + " " + rows["metric"])
 
 
 def latent_shift(training: Training, target: Target, *, model: CellOp) -> Prediction:

@@ -117,6 +117,30 @@ def test_a_method_by_ones_own_stands_beside_the_others(data):
         )
 
 
+def test_a_suite_stands_beside_our_metrics(data, monkeypatch):
+    pytest.importorskip(
+        "cell_eval2", reason="cell-eval2 is not installed: pip install 'cellop_nb[evaluation]'"
+    )
+    seen = []
+
+    def suite(cells, real, *, context):
+        seen.append((set(cells.obs["perturbation"]), set(real.obs["perturbation"]), context))
+        return pd.DataFrame([{"metric": "m", "value": 0.5, "reason": "", "raw": 2.0}])
+
+    monkeypatch.setitem(room.SUITES, "vcc2026", suite)
+    table = holdout(tiny(data), only=["type B"], metrics=["mae"], suite="vcc2026", progress=False).scores
+    rows = table[table["metric"] == "vcc2026 m"]
+    assert (
+        rows["value"].tolist() == [0.5]
+        and rows["method"].item() == CELLOP
+        and rows["group"].item() == "type B"
+    )
+    drugs = {"drug 1", "drug 2", "drug 1+drug 2"}
+    assert seen == [(drugs, drugs | {"control"}, "type B")]
+    with pytest.raises(LabelError, match="a suite of.*did you mean 'vcc2026'"):
+        holdout(tiny(data), suite="vcc2025")
+
+
 def test_a_method_that_fails_is_not_hidden(data):
     def broken(training, target):
         raise ZeroDivisionError("a bug, not a refusal")
