@@ -1,6 +1,8 @@
 """Ask for contexts whose perturbed cells were put aside, and compare: `python -m benchmarks.held_out FILE [options]`.
 
 One context of Kang et al.'s screen: ``python -m benchmarks.held_out kang18_pbmc_ifnb.h5ad --context "CD14 Mono"``.
+Null data: ``python -m benchmarks.held_out mcfaline23_glioma_subset.h5ad --verdicts`` fits once and counts what the
+verdicts say of its groups.
 The README's table: the same with ``--seeds 3 --flavor seurat --out docs/kang_types.csv`` and no context: each in turn.
 """
 
@@ -35,8 +37,13 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--flavor", default="pearson_residuals", choices=["pearson_residuals", "seurat"])
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--out", help="CSV file of the whole table")
+    parser.add_argument(
+        "--verdicts", action="store_true", help="hold nothing out; the verdict of every group"
+    )
     args = parser.parse_args(words)
     whole = co.datasets.load(args.data)
+    if args.verdicts:
+        return _verdicts(args, whole)
     labels = whole.obs[[args.context_key, args.perturbation_key]].astype(str).set_axis(["c", "p"], axis=1)
     sizes = (
         labels.groupby(["c", "p"]).size().unstack(fill_value=0)[[args.control, args.perturbation]].min(axis=1)
@@ -55,6 +62,18 @@ def main(words: list[str] | None = None) -> int:
         say(
             f"\n{metric}, mean of {args.seeds} seeds\n{wide.assign(mean=wide.mean(axis=1)).round(3).to_string()}"
         )
+    return 0
+
+
+def _verdicts(args, whole) -> int:
+    co.setup(
+        whole, perturbation_key=args.perturbation_key, context_key=args.context_key, control=args.control
+    )
+    model = co.CellOp(whole, n_genes=args.genes).fit(progress=False)
+    pairs = model.effects[["context", "perturbation"]].itertuples(index=False, name=None)
+    said = [model.verdict(*pair) for pair in pairs]
+    say("\n".join(said))
+    say(f"no effect to predict: {sum('no effect to predict' in one for one in said)} of {len(said)} groups")
     return 0
 
 

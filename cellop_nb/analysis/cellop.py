@@ -13,7 +13,7 @@ from io import StringIO
 from numbers import Real
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from zlib import crc32
 
 import anndata as ad
@@ -24,13 +24,15 @@ from scipy import sparse
 from tqdm.auto import tqdm
 
 from ..data.contract import Keys, check_names, check_values, counts, is_set_up, keys_of, obs_labels
-from ..data.counts import TOTAL_KEY, require_in_memory
+from ..data.counts import TOTAL_KEY, count_matrix, require_in_memory
 from ..data.genes import select_genes
 from ..data.groups import Groups, controls_by_context
 from ..data.splits import SPLIT_KEY, outside_test
 from ..display import card
 from ..errors import CheckpointError, LabelError, ModelError, did_you_mean, three_beats
 from ..models.affine import AffineOperator, check_strength
+from ..models.carry import balanced_counts
+from ..models.energy import noise_floor
 from ..models.operators import Condition, OperatorModel, perturbation_parts
 from ..models.vae import NBVAE
 from ..training.callbacks import Callback
@@ -40,14 +42,17 @@ from ..training.vae import VAETrainer, new_vae
 from .distances import etest
 from .features import described
 from .means import Factors, Means
-from .metrics import log1p_cp10k
+from .metrics import EvaluationSpace, e_distance, log1p_cp10k
 from .plan import (
+    ADDITIVE,
     NO_CHANGE,
+    SIMPLE,
     Evidence,
     Plan,
     combination_evidence,
     estimates,
     evidence,
+    foresee,
     plan,
     plan_combination,
     weigh,
@@ -59,6 +64,7 @@ from .unmeasured import verdict as verdict_of_described
 logger = logging.getLogger("cellop_nb")
 
 CELLS_AT_ONCE = 4096
+_LEFT_OUT = ["context", "perturbation", "method", "energy", "floor"]
 LEAST_CELLS = 10
 """Training cells in which a gene must be counted to be modelled, or planned."""
 
@@ -181,6 +187,11 @@ class CellOp:
         What was chosen by leaving contexts out, in words and as a table.
     history : DataFrame
         A row per epoch, of all stages: ``stage, epoch, ...``.
+    effects : DataFrame
+        The energy-distance test of every measured group (:func:`~cellop_nb.analysis.distances.etest`).
+    left_out : DataFrame
+        How far predictions of measured groups that were left out lie from their real cells: ``context, perturbation,
+        method, energy, floor``.
     costs : DataFrame
         A row per stage: ``stage, wall, cpu`` (seconds), ``peak_mb`` of the process.
 
@@ -221,7 +232,7 @@ class CellOp:
         self.members: list[Member] = []
         self.choice = Choice.of(None)
         self.history, self.costs = pd.DataFrame(), pd.DataFrame()
-        self.effects = pd.DataFrame()
+        self.effects, self.left_out = pd.DataFrame(), pd.DataFrame(columns=_LEFT_OUT)
         self.means: Means = None  # type: ignore[assignment]  # fit() makes them
         self.others: list[str] = []
         self.other_means: Means | None = None
@@ -326,10 +337,12 @@ class CellOp:
                 self.means = Means.of(cells, groups)
                 self.others, self.other_means = self._means_of_others(cells.var_names, groups)
                 self._described = None if self.features is None else Described(self.features, self.means)
-                self.effects = etest(cells, seed=self.seed)
+                space = EvaluationSpace.fit(cells, seed=self.seed)
+                points = space.project(space.transform(space.select(cells)))
+                self.effects = etest(Groups(cells, use_rep=points, min_cells=1), seed=self.seed)
             members = [self._fit_member(cells, groups, k, stages, callbacks) for k in range(self.n_members)]
             self._latent_means = self._means_of_latents(cells, groups)
-            self._judge(cells, groups, stages)
+            self._judge(cells, groups, space, stages)
             self._judge_combinations(cells, groups, members[0], stages)
         self.members, self._plans = members, {}
         self.choice = Choice.of(self._evidence)
@@ -452,7 +465,7 @@ class CellOp:
 
     # -- the choice -----------------------------------------------------------------------------------------------
 
-    def _judge(self, cells, groups: Groups, stages: _Stages) -> None:
+    def _judge(self, cells, groups: Groups, space: EvaluationSpace, stages: _Stages) -> None:
         """Predict measured contexts by models that have not seen their perturbed cells, and weigh the estimators."""
         shared = [pair for pair in groups.pairs if len(groups.contexts_of(pair[1])) > 1]
         contexts = sorted({context for context, _ in shared})
@@ -461,11 +474,14 @@ class CellOp:
             shared = [shared[k] for k in np.sort(chance.permutation(len(shared))[: self.recipe.most_judged])]
         n_folds = min(self.recipe.n_folds, len(contexts))
         dealt = dict(zip(self._alike(contexts), np.arange(len(contexts)) % max(n_folds, 1), strict=True))
+        folds = []
         for fold in range(n_folds):
             with stages("choice"):
                 out = {context for context, k in dealt.items() if k == fold}
-                self._judge_fold(cells, groups, out, [pair for pair in shared if pair[0] in out], stages)
+                judged = [pair for pair in shared if pair[0] in out]
+                folds += self._judge_fold(cells, groups, out, judged, stages)
         self._evidence = self._gather(sorted({p for _, p in shared}))
+        self.left_out = self._distances_left_out(cells, groups, folds, space)
 
     def _judge_combinations(self, cells, groups: Groups, member: Member, stages: _Stages) -> None:
         """Foresee measured combinations by operators that have seen none: weights of additive rule and moved cells."""
@@ -501,27 +517,70 @@ class CellOp:
         order = np.argsort(sign * main, kind="stable")
         return [contexts[k] for k in order]
 
-    def _judge_fold(self, cells, groups: Groups, out: set[str], judged, stages: _Stages) -> None:
+    def _judge_fold(self, cells, groups: Groups, out: set[str], judged, stages: _Stages) -> list[tuple]:
+        """Change of the moved cells of the judged pairs; the member that moved them, and the pairs that it could move."""
         hidden = np.zeros(cells.n_obs, dtype=bool)
         for group in groups:
             hidden[group.rows] |= group.context in out
         judged = [pair for pair in judged if set(groups.contexts_of(pair[1])) - out]
         if not judged:
-            return
+            return []
         seen = cells[~hidden].copy()
-        start = self._control_vae(cells, groups, self.seed, stages)
-        vae = self._finish(seen, start, self.seed, stages)
+        vae = self._finish(seen, self._control_vae(cells, groups, self.seed, stages), self.seed, stages)
         embed(seen, vae)
         operators = self._train_operators(seen, self.seed, stages)
-        member = Member(vae, operators)
-        starts: dict[str, Start] = {}
-        for context, perturbation in judged:
-            if not set(groups.parts(perturbation)) <= set(operators.conditions.perturbations):
-                continue
-            if context not in starts:
-                starts[context] = Start.of(cells, vae, self._some(cells, groups.controls(context)))
+        member, known = Member(vae, operators), set(operators.conditions.perturbations)
+        judged = [pair for pair in judged if set(groups.parts(pair[1])) <= known]
+        for start, context, perturbation in self._moved_apart(cells, groups, member, judged):
             operator = self._operator_of(member, perturbation, None)
-            self.means.moved[context, perturbation] = starts[context].change(operator)
+            self.means.moved[context, perturbation] = start.change(operator)
+        return [(member, judged)]
+
+    def _moved_apart(self, cells, groups: Groups, member: Member, judged) -> Iterator[tuple[Start, str, str]]:
+        """Some control cells, as a member sees them, of every judged (context, perturbation)."""
+        start, last = None, None
+        for context, perturbation in sorted(judged):
+            if context != last:
+                start = Start.of(cells, member.vae, self._some(cells, groups.controls(context)))
+            last = context
+            yield cast(Start, start), context, perturbation
+
+    def _distances_left_out(self, cells, groups: Groups, folds, space: EvaluationSpace) -> pd.DataFrame:
+        """How far predictions of groups left out lie from their real cells: models, weights and plan have not seen them.
+
+        Levels are over all measured genes, along the components of `space`; the simple rules add their shift to each
+        control cell. The floor is that of random halves of the real cells.
+        """
+        rows, plans = [], {}
+        library = count_matrix(cells, total_key=TOTAL_KEY if TOTAL_KEY in cells.obs else None).library.numpy()
+
+        def points(x, total) -> np.ndarray:
+            return space.project(log1p_cp10k(np.asarray(x), np.asarray(total)))
+
+        for member, judged in folds:
+            for start, context, perturbation in self._moved_apart(cells, groups, member, judged):
+                measured = self.means.of_perturbation(perturbation)
+                if perturbation not in plans:
+                    plans[perturbation] = foresee(measured, self._evidence_of_others(perturbation))
+                if not plans[perturbation]:
+                    continue
+                at = measured.contexts.index(context)
+                changes = {name: change[at] for name, change in plans[perturbation].items()}
+                chosen = self._some(cells, groups.rows(context, perturbation))
+                real = points(cells.X[chosen].toarray(), library[chosen])
+                before = points(start.x, start.library)
+                expected = start.expected(self._operator_of(member, perturbation, None)(start.z))
+                whole = balanced_counts(
+                    start.carried(expected, changes["plan"]), torch.Generator().manual_seed(self.seed)
+                )
+                clouds = {NO_CHANGE: before, "CellOp": points(whole, start.library)}
+                clouds |= {
+                    name: before + changes[name] @ space.components.T for name in SIMPLE if name in changes
+                }
+                floor = noise_floor(torch.from_numpy(real), seed=self.seed)
+                for name, cloud in clouds.items():
+                    rows.append((context, perturbation, name, e_distance(cloud, real), floor))
+        return pd.DataFrame(rows, columns=_LEFT_OUT)
 
     def _some(self, cells, rows: np.ndarray) -> np.ndarray:
         """At most `most_cells` of the rows, by the cells' names."""
@@ -529,6 +588,11 @@ class CellOp:
             [crc32(f"{self.seed} {name}".encode()) for name in cells.obs_names[rows]], kind="stable"
         )
         return rows[np.sort(order[: self.recipe.most_cells])]
+
+    def _evidence_of_others(self, perturbation: str) -> Evidence | None:
+        """What leaving contexts out says of the estimators, over all judged perturbations but this one."""
+        own = self._gather([perturbation])
+        return self._evidence if own is None or self._evidence is None else self._evidence.without(own)
 
     def _gather(self, perturbations: Sequence[str]) -> Evidence | None:
         """What leaving contexts out says of the estimators, over all judged perturbations."""
@@ -613,7 +677,7 @@ class CellOp:
             genes=self.genes,
             context=context,
             perturbation=perturbation,
-            also=self._evidence,
+            also=self._evidence_of_others(perturbation),
             own_change=None if own is None else own[0],
             own_noise=None if own is None else own[1],
         )
@@ -746,6 +810,26 @@ class CellOp:
         table.attrs = {"planned": float(np.linalg.norm(said.change)), "extrapolated": said.extrapolated}
         return table
 
+    def explained(self, context: str, perturbation: str) -> pd.Series:
+        r"""Share of a perturbation's change that was explained in measured contexts left out, by method.
+
+        .. math:: 1 - \frac{\sum_c (E_c - f_c)}{\sum_c (E^0_c - f_c)}
+
+        with the energy distance E of predicted to real cells of context c, that of no change :math:`E^0`, and the floor
+        f, the mean distance between random halves of the real cells. Models, weights and plans have not seen c.
+
+        Returns
+        -------
+        Series
+            "CellOp" and the simple rules; empty where no other context was left out, or its change is not above the
+            floor. :attr:`left_out` has the distances.
+        """
+        rows = self.left_out.query("perturbation == @perturbation and context != @context")
+        above = (rows["energy"] - rows["floor"]).groupby(rows["method"]).sum()
+        if not above.get(NO_CHANGE, 0) > 0:
+            return pd.Series(dtype=float)
+        return (1 - above / above[NO_CHANGE]).drop(NO_CHANGE)
+
     def verdict(self, context: str, perturbation: str) -> str:
         """What to trust of a prediction, in a sentence with numbers."""
         said, name = self.plan(context, perturbation), f"{perturbation} in {context}"
@@ -757,23 +841,39 @@ class CellOp:
                 f"{name}: no effect to predict; none of {len(tests)} measured groups differs from its controls "
                 f"(energy-distance test, smallest p {tests['p'].min():.2g})."
             )
+        own = tests[tests["context"] == context]
+        if said.measured and len(own) and not own["different"].any():
+            return (
+                f"{name}: no effect to predict; it was measured here and does not differ from its controls "
+                f"(energy-distance test, p {own['p'].min():.2g}), where {tests['different'].sum()} of {len(tests)} "
+                f"measured groups do."
+            )
         if said.measured:
             return (
                 f"{name}: measured; the prediction is the measured mean, drawn towards the plan by its noise."
             )
-        if not np.isfinite(said.explained):
-            return f"{name}: cannot be checked; it was measured in too few contexts to leave one out."
-        if said.explained <= 0:
-            return (
-                f"{name}: cannot be known; there is an effect, but predictions of measured contexts left out were no "
-                f"better than no change."
-            )
         doubt = " Its size is extrapolated." if said.extrapolated else ""
         genes = ", ".join(self._doubtful(said))
         doubt += f" Trust the direction, not the size, of {genes}." if genes else ""
+        if said.rival == ADDITIVE and np.isfinite(said.explained):
+            return (
+                f"{name}: such predictions explained {100 * said.explained:.0f} % of the squared mean response of "
+                f"measured combinations left out, the {said.rival} rule {100 * said.rival_explained:.0f} %.{doubt}"
+            )
+        explained = self.explained(context, perturbation)
+        if explained.empty:
+            return f"{name}: cannot be checked; it was measured in too few contexts to leave one out."
+        rules = explained.drop("CellOp")
+        if explained.max() <= 0:
+            return (
+                f"{name}: cannot be known; there is an effect, but of measured contexts left out no prediction and no "
+                f"simple rule was nearer to the real cells than no change."
+            )
+        contexts = self.left_out.query("perturbation == @perturbation and context != @context")["context"]
         return (
-            f"{name}: such predictions explained {100 * said.explained:.0f} % of the squared mean response of measured "
-            f"contexts left out, {said.rival} {100 * said.rival_explained:.0f} %.{doubt}"
+            f"{name}: such predictions explained {100 * explained['CellOp']:.0f} % of the change in "
+            f"{contexts.nunique()} measured contexts left out, the best simple rule, {rules.idxmax()}, "
+            f"{100 * rules.max():.0f} % (energy distance above the floor of split halves, of that of no change).{doubt}"
         )
 
     def _doubtful(self, said: Plan, n: int = 2) -> list[str]:
@@ -987,8 +1087,9 @@ class CellOp:
             },
             "features": None
             if self._described is None
-            else [self._described.names, [*map(str, self.features)]],
+            else [self._described.names, [*map(str, cast(pd.DataFrame, self.features))]],
             "effects": self.effects.to_json(orient="split"),
+            "left_out": self.left_out.to_json(orient="split", double_precision=15),
             "history": self.history.to_json(orient="split"),
             "costs": self.costs.to_json(orient="split"),
         }
@@ -1113,9 +1214,13 @@ def _restored(saved: Saved) -> CellOp:
     }
     model._evidence, model._combination_evidence = seen.get("contexts"), seen.get("combinations")
     model.choice = Choice.of(model._evidence)
-    model.effects, model.history, model.costs = (
-        pd.read_json(StringIO(about[name]), orient="split") for name in ("effects", "history", "costs")
-    )
+    tables = {
+        name: pd.read_json(StringIO(about[name]), orient="split", precise_float=True, dtype=False)
+        for name in ("effects", "history", "costs", "left_out")
+        if name in about  # a file of an earlier version has no distances
+    }
+    model.effects, model.history, model.costs = (tables[name] for name in ("effects", "history", "costs"))
+    model.left_out = tables.get("left_out", model.left_out)
     return model
 
 

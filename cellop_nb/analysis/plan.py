@@ -303,6 +303,11 @@ class Evidence:
             raise ModelError(three_beats(f"evidence on {self.names}", f"{other.names}", "add alike evidence"))
         return Evidence(self.names, self.products + other.products, self.n_contexts + other.n_contexts)
 
+    def without(self, part: Evidence) -> Evidence | None:
+        """The evidence less a part of it; None where nothing is left."""
+        left = self.n_contexts - part.n_contexts
+        return Evidence(self.names, self.products - part.products, left) if left > 1e-9 else None
+
     @property
     def errors(self) -> np.ndarray:
         """(k,) share of the response that each estimator leaves."""
@@ -746,14 +751,25 @@ def _average_left_out(by_name, weights) -> np.ndarray:
     )
 
 
-def _leave_out(measured, by_name, parts, also, settings) -> tuple[pd.DataFrame, np.ndarray]:
-    """What is left of each measured context, and (n, gene) measured less planned change; the weights have not seen it."""
-    columns = ["context", "estimator", "left", "reliability"]
+def foresee(
+    measured: Measured, also: Evidence | None = None, settings: PlanSettings = PlanSettings()
+) -> dict[str, np.ndarray]:
+    """(n, gene) change of each measured context as the estimators, and the "plan", foresee it from the others.
+
+    Empty where fewer than two contexts were measured.
+    """
+    moved = None if measured.moved is None else measured.moved.mean(0)
+    by_name, _ = estimates(measured, measured.control.mean(0), moved, settings)
+    parts = products_left_out(measured, by_name)
     if parts is None:
-        return pd.DataFrame(columns=columns), np.zeros((0, measured.change.shape[1]))
-    noise = measured.noise.sum(1)
-    reliability, size = reliability_and_size(measured.change, noise)
-    rows, residuals = [], np.empty_like(measured.change, dtype=np.float64)
+        return {}
+    left_out = {name: by_name[name].left_out for name in parts[0]}
+    return left_out | {"plan": _planned_left_out(measured, by_name, parts, also, settings)}
+
+
+def _planned_left_out(measured, by_name, parts, also, settings) -> np.ndarray:
+    """(n, gene) planned change of each measured context; the weights have not seen it."""
+    planned = np.empty_like(measured.change, dtype=np.float64)
     for c, context in enumerate(measured.contexts):
         weights = _weights(by_name, parts, also, settings, without=c)
         average = _average_left_out(by_name, weights)
@@ -763,7 +779,20 @@ def _leave_out(measured, by_name, parts, also, settings) -> tuple[pd.DataFrame, 
         others = np.arange(len(measured)) != c
         rest = measured.without(context)
         trust = _trust_in_stretch(average[others], stretched[others], rest, settings)
-        residuals[c] = measured.change[c] - average[c] * (1 + trust * (stretched[c] - 1))
+        planned[c] = average[c] * (1 + trust * (stretched[c] - 1))
+    return planned
+
+
+def _leave_out(measured, by_name, parts, also, settings) -> tuple[pd.DataFrame, np.ndarray]:
+    """What is left of each measured context, and (n, gene) measured less planned change."""
+    columns = ["context", "estimator", "left", "reliability"]
+    if parts is None:
+        return pd.DataFrame(columns=columns), np.zeros((0, measured.change.shape[1]))
+    noise = measured.noise.sum(1)
+    reliability, size = reliability_and_size(measured.change, noise)
+    residuals = measured.change - _planned_left_out(measured, by_name, parts, also, settings)
+    rows = []
+    for c, context in enumerate(measured.contexts):
         left = {name: measured.change[c] - e.left_out[c] for name, e in by_name.items() if len(e.left_out)}
         for name, residual in (left | {"plan": residuals[c]}).items():
             rows.append((context, name, (residual @ residual - noise[c]) / size[c], reliability[c]))

@@ -145,6 +145,20 @@ class Start:
         return whole_levels(expected, self.library)[0].mean(0).double().cpu().numpy() - self.mean_level
 
     @torch.no_grad()
+    def carried(self, expected: Tensor, change: np.ndarray, gained: Tensor | None = None) -> Tensor:
+        """Expected counts (cell, gene) of moved cells, carried to a `change` (gene,) of the cells' mean level.
+
+        Parameters
+        ----------
+        gained
+            (cell,) counts that the genes which are not modelled gain at an equal library; as the decoder says where None.
+        """
+        left = expected.sum(-1)
+        others = self.library - (left if gained is None else self.x.sum(-1) - gained)
+        others = torch.minimum(others, self.library - 0.5 * left).clamp_min(0.0)
+        return carry_to_mean(expected, self.library, torch.as_tensor(self.mean_level + change), others=others)
+
+    @torch.no_grad()
     def fresh(self, z: Tensor, generator: torch.Generator) -> sparse.csr_matrix:
         """Counts (cell, gene) drawn anew from the decoder at latents `z` and these cells' library sizes."""
         return sparse.csr_matrix(self._decode(z).sample(generator).cpu().numpy())
@@ -179,11 +193,7 @@ class Start:
             change = planned.change
             if strength != 1:
                 change = self._change(expected) + strength * (change - self.change(operator))
-            target = torch.as_tensor(self.mean_level + change)
-            left = expected.sum(-1)
-            others = self.library - (left if gained is None else self.x.sum(-1) - gained)
-            others = torch.minimum(others, self.library - 0.5 * left).clamp_min(0.0)
-            expected = carry_to_mean(expected, self.library, target, others=others)
+            expected = self.carried(expected, change, gained)
         expected = expected * math.exp(growth)
         whole = balanced_counts(expected, generator)
         counts, mean = (sparse.csr_matrix(part.cpu().numpy()) for part in (whole, expected))

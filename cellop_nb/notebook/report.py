@@ -253,7 +253,9 @@ def _picture(drawn) -> str:
 def _unknown(model: CellOp, questions) -> str:
     plans = {pair: model.plan(*pair) for pair in questions}
     doubtful = [
-        model.verdict(*pair) for pair, plan in plans.items() if not plan.measured and not plan.explained > 0
+        model.verdict(*pair)
+        for pair, plan in plans.items()
+        if not plan.measured and not model.explained(*pair).max() > 0
     ]
     own = (
         "A response that only the asked context has (genes that no measured context induces) cannot be foreseen; "

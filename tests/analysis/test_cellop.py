@@ -615,10 +615,32 @@ def test_verdicts(model):
     assert "cannot be checked" in model.verdict("M", "once")
     assert "cannot be known" in model.verdict("M", "odd")
     assert model.verdict("T", "ifn").startswith("ifn in T: measured")
-    normal = model.verdict("M", "ifn")
-    plan = model.plan("M", "ifn")
-    assert f"explained {100 * plan.explained:.0f} %" in normal and plan.explained > 0.5
-    assert f"{plan.rival} {100 * plan.rival_explained:.0f} %" in normal
+    normal, explained = model.verdict("M", "ifn"), model.explained("M", "ifn")
+    assert f"explained {100 * explained['CellOp']:.0f} % of the change in 3 measured contexts" in normal
+    best = explained.drop("CellOp")
+    assert f"{best.idxmax()}, {100 * best.max():.0f} %" in normal and explained["CellOp"] > 0.5
+
+
+def test_a_group_without_effect_has_none_to_predict_where_others_have_one(model):
+    mixed = copy.copy(model)
+    here = (model.effects["context"] == "T") & (model.effects["perturbation"] == "ifn")
+    mixed.effects = model.effects.assign(different=model.effects["different"] & ~here)
+    said = mixed.verdict("T", "ifn")
+    assert "no effect to predict; it was measured here" in said and "2 of 3 measured groups do" in said
+    assert mixed.verdict("B", "ifn").startswith("ifn in B: measured")
+
+
+def test_explained_is_what_left_out_predictions_take_off_the_distance(model):
+    table = model.left_out
+    assert set(table["method"]) == {"no change", "CellOp", "mean shift", "near mean shift", "linear"}
+    assert set(table["context"]) == {"B", "NK", "T"} and "once" not in set(table["perturbation"])
+    left = {"CellOp": 0.0, "no change": 0.0}
+    for row in table.itertuples():
+        if row.perturbation == "ifn" and row.context != "B" and row.method in left:
+            left[row.method] += row.energy - row.floor
+    assert model.explained("B", "ifn")["CellOp"] == pytest.approx(1 - left["CellOp"] / left["no change"])
+    assert abs(table["floor"]).max() < 0.2 * table.query("perturbation == 'ifn'")["energy"].max()
+    assert model.explained("M", "once").empty and model.explained("M", "odd").max() <= 0
 
 
 def test_intervals_are_sorted_and_hold_the_change(model):

@@ -45,6 +45,8 @@ def test_predictions_are_those_of_the_model_that_was_saved(model, path, screen):
             assert model.verdict(*pair) == again.verdict(*pair)
             pd.testing.assert_frame_equal(model.intervals(*pair), again.intervals(*pair))
             pd.testing.assert_frame_equal(model.support(*pair), again.support(*pair))
+        for table in ("effects", "left_out"):
+            pd.testing.assert_frame_equal(getattr(model, table), getattr(again, table), check_dtype=False)
         assert str(model.choice) == str(again.choice)
         pd.testing.assert_frame_equal(model.choice.table, again.choice.table)
         assert again.history["stage"].tolist() == model.history["stage"].tolist()

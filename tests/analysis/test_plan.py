@@ -16,6 +16,7 @@ from cellop_nb.analysis.plan import (
     Measured,
     estimates,
     evidence,
+    foresee,
     linear,
     near_mean_shift,
     plan,
@@ -187,6 +188,9 @@ def test_evidence_of_other_perturbations_is_added():
         evidence(d, estimates(d, m, x)[0])
         for d, m, _, x in (screen(s, 6, 0.1, moved_error=0.1) for s in range(1, 6))
     ]
+    both = more[0] + more[1]
+    np.testing.assert_allclose(both.without(more[1]).products, more[0].products)
+    assert more[0].without(more[0]) is None
     pooled = more[0] + more[1] + more[2] + more[3] + more[4]
     assert pooled.n_contexts > 20
     assert plan(data, target, moved, also=pooled).weights.sum() == pytest.approx(1)
@@ -238,6 +242,21 @@ def test_explained_and_rival_are_measured_on_contexts_left_out():
     assert 0.9 < result.explained <= 1.02 and result.rival == LINEAR
     assert set(result.left_out["estimator"]) == {NO_CHANGE, MEAN_SHIFT, NEAR, LINEAR, MOVED, "plan"}
     assert result.left_out.query("estimator == 'no change'")["left"].mean() == pytest.approx(1, abs=0.05)
+
+
+def test_what_is_foreseen_of_a_context_has_not_seen_it():
+    """Another response of context 3 changes what is foreseen of the others, and nothing of its own."""
+    data, _, _, _ = screen(n=6, noise=0.1, moved_error=0.05)
+    other = Measured(data.contexts, data.control, data.change.copy(), data.noise, data.moved)
+    other.change[3] = np.random.default_rng(1).normal(size=GENES)
+    before, after = foresee(data), foresee(other)
+    assert set(before) == {NO_CHANGE, MEAN_SHIFT, NEAR, LINEAR, MOVED, "plan"}
+    for name in (MEAN_SHIFT, NEAR, MOVED):
+        np.testing.assert_allclose(before[name][3], after[name][3])
+    assert relative(before["plan"][3], data.change[3]) < 0.2 and not np.allclose(
+        before["plan"][2], after["plan"][2]
+    )
+    assert foresee(data.without("context 0").without("context 1")) != {} == foresee(screen(n=1)[0])
 
 
 def test_a_plan_is_the_weighted_mean_at_its_size():
