@@ -1,7 +1,7 @@
 """Leave each perturbation out, foresee it from descriptors, and compare: `python -m benchmarks.unmeasured DATA`.
 
-DATA is the folder of Norman's and McFaline's subsets; ``--out docs/unmeasured.csv`` keeps the table. Mean effects alone, no
-VAE: 20 seconds of CPU. "half of the cells" describes perturbations by what they did to other cells: the best descriptors.
+DATA is the folder of both subsets; ``--out docs/unmeasured.csv`` keeps the table. Mean effects alone, no VAE: 20 seconds
+of CPU. "half of the cells" describes perturbations by what they did to other cells: the best descriptors there can be.
 """
 
 from __future__ import annotations

@@ -1193,13 +1193,14 @@ def _restored(saved: Saved) -> CellOp:
     pairs = [tuple(pair) for pair in about["pairs"]]
     moved = dict(zip([tuple(pair) for pair in about["judged"]], arrays["moved"], strict=True))
     control, change, noise, growth, shares = (arrays[name] for name in _MEANS)
-    model.means = Means(about["contexts"], control, pairs, change, noise, growth, shares, moved)
+    n_factors = len(keys["context_key"] or ("",))
+    model.means = Means(about["contexts"], control, pairs, change, noise, growth, shares, moved, n_factors)
     model.others = about.get("others", [])  # of a file of an earlier version none
     if model.others:
         level, *factors = (arrays[f"others.{name}"] for name in _OTHERS)
         changes, noises = Factors(*factors[:2]), Factors(*factors[2:])
         model.other_means = Means(
-            about["contexts"], level, pairs, changes, noises, np.zeros(len(pairs)), np.zeros(0)
+            about["contexts"], level, pairs, changes, noises, np.zeros(len(pairs)), np.zeros(0), {}, n_factors
         )
     if about.get("features"):
         index, columns = about["features"]

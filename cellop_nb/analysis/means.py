@@ -9,6 +9,7 @@ from typing import cast
 
 import numpy as np
 
+from ..data.contract import JOINER
 from ..data.counts import TOTAL_KEY, CountMatrix, count_matrix
 from ..data.groups import Groups
 from ..models.operators import perturbation_parts
@@ -42,6 +43,7 @@ class Means:
     change, noise : (pair, gene) mean perturbed less mean control cell, and its sampling variance
     growth : (pair,) change of the log of the mean library
     shares : (gene,) mean share of the counts in control cells
+    n_factors : columns of which the labels of contexts are joined
     moved : what models that have not seen a pair's cells say of its change, (gene,), for the pairs that were judged
     """
 
@@ -53,6 +55,7 @@ class Means:
     growth: np.ndarray = field(repr=False)
     shares: np.ndarray = field(repr=False)
     moved: dict[tuple[str, str], np.ndarray] = field(default_factory=dict, repr=False)
+    n_factors: int = 1
 
     _of: dict[str, list[int]] = field(init=False, repr=False)
     _row: dict[tuple[str, str], int] = field(init=False, repr=False)
@@ -101,6 +104,7 @@ class Means:
             variance + control_variance[at],
             mixing @ log_library - log_control[at],
             share.mean(0),
+            n_factors=len(groups.keys.context_key or ("",)),
         )
 
     @classmethod
@@ -144,6 +148,7 @@ class Means:
             Factors(share.astype(np.float32)[:, None], mean_noise[None]),
             np.zeros(n_pairs),
             np.zeros(0),
+            n_factors=len(groups.keys.context_key or ("",)),
         )
 
     @property
@@ -158,7 +163,8 @@ class Means:
         judged = [self.moved.get(self.pairs[k]) for k in rows]
         moved = None if not judged or any(row is None for row in judged) else np.stack(judged)
         names = tuple(self.pairs[k][0] for k in rows)
-        return Measured(names, self.control[at], self.change[rows], self.noise[rows], moved)
+        levels = tuple(tuple(name.split(JOINER)) for name in names) if self.n_factors > 1 and names else None
+        return Measured(names, self.control[at], self.change[rows], self.noise[rows], moved, levels)
 
     def own(self, context: str, perturbation: str) -> tuple[np.ndarray, np.ndarray] | None:
         """Measured change and its noise, (gene,) each, of a group; None where it was not measured."""

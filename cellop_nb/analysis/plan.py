@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 
 import numpy as np
 import pandas as pd
 from scipy.stats import t as student
 
+from ..data.contract import JOINER
 from ..display import card
 from ..errors import ModelError, three_beats
 
@@ -25,8 +27,10 @@ NO_CHANGE, MEAN_SHIFT, NEAR, LINEAR, MOVED = (
     "moved cells",
 )
 ADDITIVE = "additive"
+FACTORS = "factors"
 ESTIMATORS = (NO_CHANGE, MEAN_SHIFT, NEAR, LINEAR, MOVED)
 SIMPLE = (MEAN_SHIFT, NEAR, LINEAR)
+FACTOR_VARIANCES, INTERACTION_VARIANCES = (0.0, 0.1, 0.3, 1.0, 3.0), (0.1, 1.0)
 LEAST_RELIABILITY = 0.2
 """Mean share of the measured changes that is not noise, below which there is no effect to explain."""
 
@@ -73,6 +77,7 @@ class Measured:
     noise : (n, gene) sampling variance of `change`; :math:`s_1^2/n_1 + s_0^2/n_0`
     moved : (n, gene) mean change of the context's moved control cells, by operators (and a VAE) that have not seen its
         perturbed cells; None where there are none
+    levels : (n,) levels of each context's factors, such as (cell type, donor); None where contexts have one label
     """
 
     contexts: tuple[str, ...]
@@ -80,6 +85,7 @@ class Measured:
     change: np.ndarray = field(repr=False)
     noise: np.ndarray = field(repr=False)
     moved: np.ndarray | None = field(default=None, repr=False)
+    levels: tuple[tuple[str, ...], ...] | None = field(default=None, repr=False)
 
     def __post_init__(self):
         shapes = {name: np.shape(getattr(self, name)) for name in ("control", "change", "noise", "moved")}
@@ -103,7 +109,8 @@ class Measured:
         keep = np.array([name != context for name in self.contexts])
         moved = None if self.moved is None else self.moved[keep]
         names = tuple(np.asarray(self.contexts, dtype=object)[keep])
-        return Measured(names, self.control[keep], self.change[keep], self.noise[keep], moved)
+        levels = None if self.levels is None else tuple(np.array(self.levels, dtype=object)[keep].tolist())
+        return Measured(names, self.control[keep], self.change[keep], self.noise[keep], moved, levels)
 
     def near(self, target: np.ndarray) -> pd.DataFrame:
         """A row per context: ``context, distance, response``.
@@ -234,6 +241,55 @@ def linear(
     return Estimate(pulls[best] @ change, change - left[best], pulls[best]), float(ridges[best])
 
 
+def factors(
+    levels: Sequence[Sequence[str]], change: np.ndarray, target: Sequence[str], noise: np.ndarray
+) -> Estimate:
+    r"""Changes as a sum over factors, such as cell type and donor: a pair never seen is told by its margins.
+
+    .. math:: d_c = \mu + \sum_f a_{f, l_f(c)} + i_c + e_c, \quad
+        \Sigma_{cc'} = \sum_f \tau_f\, [l_f(c) = l_f(c')] + (\tau_i + v_c)\, [c = c']
+
+    with random effects a of the levels, the interaction i and the noise v of each context: the best linear prediction
+    with an unknown mean. Variances are those of a grid with the smallest error on contexts left out; one factor alone,
+    and none (a mean weighed by noise), are in it. The error of a context is :math:`(Q d)_c / Q_{cc}` with
+    :math:`Q = \Sigma^{-1} - \Sigma^{-1} 1 1^\top \Sigma^{-1} / (1^\top \Sigma^{-1} 1)`.
+
+    Parameters
+    ----------
+    levels, target
+        Levels of the n measured contexts, and of the one that is asked for, a level per factor.
+    change, noise
+        (n, gene), and (n,) its sampling variance summed over genes.
+
+    References
+    ----------
+    Robinson (1991), Statistical Science 6:15 (best linear unbiased prediction); Dubrule (1983), Math. Geology 15:687
+    (errors left out in closed form).
+    """
+    n = len(levels)
+    if n < 2:
+        return Estimate(change.mean(0), change[:0], np.full(n, 1 / n))
+    columns = [np.array(column, dtype=object) for column in zip(*levels, strict=True)]
+    alike = np.stack([column[:, None] == column for column in columns]).astype(float)
+    near = np.stack([column == level for column, level in zip(columns, target, strict=True)]).astype(float)
+    signal = max(
+        float(np.square(change - change.mean(0)).sum(1).mean() - noise.mean()), 0.1 * float(noise.mean())
+    )
+    signal = max(signal, np.finfo(float).tiny)
+    best, least = None, np.inf
+    for *taus, own in product(*[FACTOR_VARIANCES] * len(columns), INTERACTION_VARIANCES):
+        shared = signal * np.asarray(taus)
+        inverse = np.linalg.inv(np.tensordot(shared, alike, 1) + np.diag(signal * own + noise))
+        ones = inverse.sum(0)
+        projected = inverse - np.outer(ones, ones) / ones.sum()
+        left = (projected @ change) / np.maximum(np.diag(projected), np.finfo(float).tiny)[:, None]
+        error = float(_shares_left(np.square(left).sum(1), change, noise)[0])
+        if error < least - 1e-9:
+            least, best = error, (left, projected @ (shared @ near) + ones / ones.sum())
+    left, shares = best
+    return Estimate(shares @ change, change - left, shares)
+
+
 def _shares_left(squares: np.ndarray, change: np.ndarray, noise: np.ndarray) -> tuple[float, np.ndarray]:
     """Share of the changes that is left, mean over contexts by their reliability, and (n,) weights of that mean.
 
@@ -253,7 +309,11 @@ def reliability_and_size(change: np.ndarray, noise: np.ndarray) -> tuple[np.ndar
 
 
 def estimates(
-    measured: Measured, target: np.ndarray, moved: np.ndarray | None, settings: PlanSettings = PlanSettings()
+    measured: Measured,
+    target: np.ndarray,
+    moved: np.ndarray | None,
+    settings: PlanSettings = PlanSettings(),
+    levels: Sequence[str] | None = None,
 ) -> tuple[dict[str, Estimate], float]:
     """What every estimator says of the target, by name, and the ridge of the linear one.
 
@@ -263,6 +323,8 @@ def estimates(
         (gene,) mean control cell.
     moved
         (gene,) mean change of the target's moved control cells.
+    levels
+        Of the target's factors; a level that was never seen where None.
     """
     control, change = (np.asarray(x, dtype=np.float64) for x in (measured.control, measured.change))
     n = len(measured)
@@ -273,6 +335,10 @@ def estimates(
         NEAR: near_mean_shift(control, change, target, settings.power),
     }
     result[LINEAR], ridge = linear(control, change, target, measured.noise.sum(1), settings.ridges)
+    if measured.levels is not None:
+        n = len(measured.levels[0])
+        of_target = levels if levels is not None and len(levels) == n else ("",) * n
+        result[FACTORS] = factors(measured.levels, change, of_target, measured.noise.sum(1))
     if moved is not None:
         left_out = change[:0] if measured.moved is None else measured.moved
         result[MOVED] = Estimate(moved, left_out, everyone)
@@ -578,7 +644,7 @@ def plan(
     names = np.arange(len(target)).astype(str) if genes is None else np.asarray(list(genes), dtype=object)
     _check(measured, target, moved, names, context, perturbation)
     if len(measured):
-        by_name, _ = estimates(measured, target, moved, settings)
+        by_name, _ = estimates(measured, target, moved, settings, context.split(JOINER))
     else:
         by_name = {MOVED: Estimate(np.asarray(moved), np.zeros((0, len(target))), np.zeros(0))}
     parts = products_left_out(measured, by_name)
