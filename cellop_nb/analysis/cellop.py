@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import resource
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy, deepcopy
 from dataclasses import asdict, dataclass, fields
@@ -23,7 +23,16 @@ import torch
 from scipy import sparse
 from tqdm.auto import tqdm
 
-from ..data.contract import Keys, check_names, check_values, counts, is_set_up, keys_of, obs_labels
+from ..data.contract import (
+    Keys,
+    check_names,
+    check_values,
+    context_name,
+    counts,
+    is_set_up,
+    keys_of,
+    obs_labels,
+)
 from ..data.counts import TOTAL_KEY, count_matrix, require_in_memory
 from ..data.genes import select_genes
 from ..data.groups import Groups, controls_by_context
@@ -63,6 +72,8 @@ from .unmeasured import verdict as verdict_of_described
 
 logger = logging.getLogger("cellop_nb")
 
+Context = str | Sequence[str] | Mapping[str, str]
+"""A context: its label, or the levels of its factors."""
 CELLS_AT_ONCE = 4096
 _LEFT_OUT = ["context", "perturbation", "method", "energy", "floor"]
 LEAST_CELLS = 10
@@ -608,7 +619,7 @@ class CellOp:
 
     # -- asking ---------------------------------------------------------------------------------------------------
 
-    def operator(self, context: str, perturbation: str) -> AffineOperator:
+    def operator(self, context: Context, perturbation: str) -> AffineOperator:
         """The operator of a perturbation in a context, in the latent space of the first member.
 
         Raises
@@ -616,6 +627,7 @@ class CellOp:
         LabelError
             For a perturbation that is neither measured, described by features, nor a combination of such.
         """
+        context = context_name(context, self.keys)
         return self._operator_of(self._fitted().members[0], perturbation, context)
 
     def _operator_of(self, member: Member, perturbation: str, context: str | None) -> AffineOperator:
@@ -637,7 +649,7 @@ class CellOp:
         ]
         return pd.concat(each).groupby(level=0, sort=False).sum().to_dict()
 
-    def plan(self, context: str, perturbation: str) -> Plan:
+    def plan(self, context: Context, perturbation: str) -> Plan:
         """The planned mean response: what each estimator says, their weights, and an interval for every gene.
 
         Raises
@@ -647,6 +659,7 @@ class CellOp:
         ModelError
             Where nothing tells the response.
         """
+        context = context_name(context, self.keys)
         self._fitted().check_question(context, perturbation)
         if (context, perturbation) not in self._plans:
             self._plans[context, perturbation] = self._new_plan(context, perturbation)
@@ -772,7 +785,7 @@ class CellOp:
         """The perturbations that a label names: one that the operators know, or those that it combines."""
         return perturbation_parts(perturbation, self.perturbations, self.perturbations)
 
-    def intervals(self, context: str, perturbation: str) -> pd.DataFrame:
+    def intervals(self, context: Context, perturbation: str) -> pd.DataFrame:
         """Change of every gene with its interval, the largest first.
 
         Returns
@@ -781,13 +794,14 @@ class CellOp:
             ``gene, change, low, high``: change of mean log1p-CP10k; the interval holds what the plan missed of measured
             contexts left out (95 %), NaN where fewer than two contexts tell it.
         """
+        context = context_name(context, self.keys)
         planned = self.plan(context, perturbation)
         table = pd.DataFrame(
             {"gene": self.genes, "change": planned.change, "low": planned.low, "high": planned.high}
         )
         return table.iloc[np.argsort(-np.abs(planned.change), kind="stable")].reset_index(drop=True)
 
-    def support(self, context: str, perturbation: str) -> pd.DataFrame:
+    def support(self, context: Context, perturbation: str) -> pd.DataFrame:
         """From which measured contexts a response is borrowed, how near they are, and whether its size is extrapolated.
 
         Returns
@@ -799,6 +813,7 @@ class CellOp:
             the measured change, beside the planned one in ``attrs["planned"]``; ``attrs["extrapolated"]`` says
             whether that is larger than every measured one.
         """
+        context = context_name(context, self.keys)
         said = self.plan(context, perturbation)
         if (foreseen := self._foreseen(perturbation)) is not None:
             table = foreseen.near(context, perturbation)
@@ -810,7 +825,7 @@ class CellOp:
         table.attrs = {"planned": float(np.linalg.norm(said.change)), "extrapolated": said.extrapolated}
         return table
 
-    def explained(self, context: str, perturbation: str) -> pd.Series:
+    def explained(self, context: Context, perturbation: str) -> pd.Series:
         r"""Share of a perturbation's change that was explained in measured contexts left out, by method.
 
         .. math:: 1 - \frac{\sum_c (E_c - f_c)}{\sum_c (E^0_c - f_c)}
@@ -824,14 +839,16 @@ class CellOp:
             "CellOp" and the simple rules; empty where no other context was left out, or its change is not above the
             floor. :attr:`left_out` has the distances.
         """
+        context = context_name(context, self.keys)
         rows = self.left_out.query("perturbation == @perturbation and context != @context")
         above = (rows["energy"] - rows["floor"]).groupby(rows["method"]).sum()
         if not above.get(NO_CHANGE, 0) > 0:
             return pd.Series(dtype=float)
         return (1 - above / above[NO_CHANGE]).drop(NO_CHANGE)
 
-    def verdict(self, context: str, perturbation: str) -> str:
+    def verdict(self, context: Context, perturbation: str) -> str:
         """What to trust of a prediction, in a sentence with numbers."""
+        context = context_name(context, self.keys)
         said, name = self.plan(context, perturbation), f"{perturbation} in {context}"
         if said.across == "perturbations":
             return verdict_of_described(said, name)
@@ -902,7 +919,7 @@ class CellOp:
         self,
         conditions: pd.DataFrame | Sequence[tuple[str, str]] | None = None,
         *,
-        context: str | None = None,
+        context: Context | None = None,
         perturbation: str | None = None,
         operator: AffineOperator | None = None,
         strength: float = 1.0,
@@ -920,7 +937,8 @@ class CellOp:
             Pairs (context, perturbation), or a DataFrame with these columns, and ``n_cells`` or ``strength`` where they
             differ; in place of `context` and `perturbation`.
         context, perturbation
-            One question. "A+B" asks for a combination.
+            One question. "A+B" asks for a combination. Where several columns are contexts, a tuple or a dict names their
+            levels, ``context={"cell_type": "B", "donor": "d1"}``, and a table may have a column of each.
         operator
             An affine operator to move the cells by: a sequence, a reversal, a product; its planned change is the moved
             cells' own. `perturbation` is then only the label that is written.
@@ -960,7 +978,7 @@ class CellOp:
             For a strength out of range, or a part strength of an operator without a real logarithm.
         """
         self._fitted()
-        asked = question_table(conditions, context, perturbation, strength, n_cells, operator)
+        asked = question_table(conditions, context, perturbation, strength, n_cells, operator, self.keys)
         if missing_genes not in ("refuse", "zero", "impute"):
             expected = "missing_genes among 'refuse', 'zero', 'impute'"
             raise LabelError(three_beats(expected, repr(missing_genes), "name one of them"))
@@ -1258,7 +1276,13 @@ def _check_parts(vae, operators, n_members: int) -> None:
 
 
 def question_table(
-    conditions, context=None, perturbation=None, strength=1.0, n_cells=None, operator=None
+    conditions,
+    context=None,
+    perturbation=None,
+    strength=1.0,
+    n_cells=None,
+    operator=None,
+    keys: Keys | None = None,
 ) -> pd.DataFrame:
     """A row per condition: context, perturbation, strength, n_cells (NaN for every control cell once).
 
@@ -1285,6 +1309,12 @@ def question_table(
         if isinstance(conditions, pd.DataFrame)
         else pd.DataFrame(list(conditions), columns=columns)
     )
+    keys = keys or Keys()
+    factors = list(keys.context_key or ())
+    if "context" not in table and factors and set(factors) <= set(table):
+        table = table.assign(context=[tuple(row) for row in table[factors].to_numpy()]).drop(columns=factors)
+    if "context" in table:
+        table = table.assign(context=[context_name(label, keys) for label in table["context"]])
     unknown = [str(c) for c in table.columns if c not in (*columns, "n_cells", "strength")]
     missing = [column for column in columns if column not in table]
     if unknown or missing or not len(table):

@@ -276,7 +276,7 @@ def factors(
         float(np.square(change - change.mean(0)).sum(1).mean() - noise.mean()), 0.1 * float(noise.mean())
     )
     signal = max(signal, np.finfo(float).tiny)
-    best, least = None, np.inf
+    best, least = (change, np.zeros(n)), np.inf
     for *taus, own in product(*[FACTOR_VARIANCES] * len(columns), INTERACTION_VARIANCES):
         shared = signal * np.asarray(taus)
         inverse = np.linalg.inv(np.tensordot(shared, alike, 1) + np.diag(signal * own + noise))

@@ -57,7 +57,7 @@ class Described:
     """
 
     def __init__(self, features: pd.DataFrame, means: Means) -> None:
-        self.names = described(features)
+        self.names, self.columns = described(features), [str(column) for column in features]
         self._row = dict(zip(self.names, features.dropna(how="all").to_numpy(dtype=float), strict=True))
         self._means = means
         self._maps: dict[str, EffectMap] = {}

@@ -119,7 +119,8 @@ def setup(
         Column of `obs` with the condition of each cell, and its label of unperturbed cells. A label "A+B" is a
         combination where "A" and "B" are labels too.
     context_key
-        Column of cell type, donor or tissue; several columns are joined; None for one context, "all".
+        Column of cell type, donor or tissue. Several columns are factors, whose effects add up: a pair that was never
+        perturbed is told by its margins; its label joins theirs with " | ". None for one context, "all".
     dose_key
         Column of doses: positive numbers; what it says of control cells does not matter.
     time_key, batch_key
@@ -294,6 +295,24 @@ def context_labels(adata: AnnData, context_key: str | Sequence[str] | None) -> p
     for column in columns[1:]:
         joined = joined + JOINER + column
     return joined
+
+
+def context_name(context: str | Sequence[str] | Mapping[str, str], keys: Keys) -> str:
+    """The label of a context that is named by its factors: a dict (column to level), or levels in the order of the keys.
+
+    Raises
+    ------
+    LabelError
+        Unless each factor has a level.
+    """
+    if isinstance(context, str):
+        return context
+    columns = keys.context_key or ()
+    levels = [context.get(key) for key in columns] if isinstance(context, Mapping) else list(context)
+    if len(context) != len(columns) or None in levels:
+        problem = repr(dict(context) if isinstance(context, Mapping) else tuple(context))
+        raise LabelError(three_beats(f"a level of each of {list(columns)}", problem, "name them all"))
+    return JOINER.join(map(str, levels))
 
 
 def require_control(labels: pd.Series, control: str, perturbation_key: str) -> np.ndarray:

@@ -717,3 +717,25 @@ def test_callbacks_see_the_trainings_of_the_model_itself(screen):
     fitted = tiny(screen, n_genes=30)
     fitted.fit(callbacks=[seen], progress=False)
     assert seen.n == fitted.recipe.vae_epochs + fitted.recipe.finish_epochs + fitted.recipe.operator_epochs
+
+
+def test_contexts_of_several_columns_are_asked_for_by_their_levels(screen):
+    both = screen[rows_of(screen, perturbation="ifn") | rows_of(screen, perturbation="control")].copy()
+    both.obs["donor"] = np.where(np.arange(both.n_obs) % 2, "d1", "d2")
+    both = both[
+        ~((both.obs["cell_type"] == "T") & (both.obs["donor"] == "d2") & (both.obs["perturbation"] == "ifn"))
+    ]
+    both = both.copy()
+    co.setup(both, context_key=["cell_type", "donor"])
+    model = tiny(both, n_genes=None).fit(progress=False)
+    plain = model.predict(context="T | d2", perturbation="ifn")
+    assert {*plain.obs["cell_type"]} == {"T"} and {*plain.obs["donor"]} == {"d2"}
+    for context in (("T", "d2"), {"donor": "d2", "cell_type": "T"}):
+        assert same(model.predict(context=context, perturbation="ifn"), plain)
+        assert model.verdict(context, "ifn") == model.verdict("T | d2", "ifn")
+    table = pd.DataFrame({"cell_type": ["T"], "donor": ["d2"], "perturbation": ["ifn"]})
+    assert same(model.predict(table), plain) and same(model.predict([(("T", "d2"), "ifn")]), plain)
+    planned = model.plan(("T", "d2"), "ifn")
+    assert "factors" in planned.weights and planned.weights.sum() == pytest.approx(1)
+    with pytest.raises(LabelError, match=r"a level of each of .'cell_type', 'donor'"):
+        model.predict(context={"cell_type": "T"}, perturbation="ifn")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,7 @@ from cellop_nb.analysis.plan import (
     Measured,
     estimates,
     evidence,
+    factors,
     foresee,
     linear,
     near_mean_shift,
@@ -414,3 +417,53 @@ def test_balanced_counts_are_unbiased_and_keep_the_genes_totals():
     torch.testing.assert_close(draws.mean(0), mean, atol=0.12, rtol=0)
     spread = torch.stack([carry_counts(mean, generator) for _ in range(400)]).sum(1).std(0)
     assert (draws.sum(1).std(0) < 0.5 * spread).all()
+
+
+# -- contexts of several factors ----------------------------------------------------------------------------------------
+
+
+def grid(n_types=5, n_donors=5, genes=30, *, interaction=0.1, noise=0.2, donor=1.0, seed=0):
+    """Measured changes that are a sum over cell type and donor, and the noise-free changes."""
+    rng = np.random.default_rng(seed)
+    levels = tuple((f"t{i}", f"d{j}") for i in range(n_types) for j in range(n_donors))
+    types, donors = rng.normal(size=(n_types, genes)), donor * rng.normal(size=(n_donors, genes))
+    truth = np.stack([types[int(t[1:])] + donors[int(d[1:])] for t, d in levels])
+    truth += rng.normal(size=genes) + interaction * rng.normal(size=truth.shape)
+    change = truth + noise * rng.normal(size=truth.shape)
+    return levels, change, truth, np.full(len(levels), genes * noise**2)
+
+
+def of_pair(levels, change, noise, k):
+    """The change of pair k from all other pairs, and the means of its type and of its donor there."""
+    rest = [j for j in range(len(levels)) if j != k]
+    names = [levels[j] for j in rest]
+    margins = [change[[j for j in rest if levels[j][f] == levels[k][f]]].mean(0) for f in (0, 1)]
+    return factors(names, change[rest], levels[k], noise[rest]).change, *margins
+
+
+@pytest.mark.parametrize("donor", [1.0, 0.0])
+def test_a_pair_that_was_never_seen_is_told_by_its_margins(donor):
+    levels, change, truth, noise = grid(donor=donor)
+    errors = np.array(
+        [[np.square(said - truth[k]).sum() for said in of_pair(levels, change, noise, k)] for k in range(len(levels))]
+    )  # fmt: skip
+    of_factors, by_type, by_donor = errors.mean(0)
+    assert of_factors < (0.15 if donor else 1.05) * min(by_type, by_donor)
+
+
+def test_pairs_left_out_in_closed_form_are_those_of_a_fit_without_them():
+    levels, change, _, noise = grid(3, 3)
+    whole = factors(levels, change, ("t0", "new"), noise)
+    assert whole.shares.sum() == pytest.approx(1)
+    np.testing.assert_allclose(whole.shares @ change, whole.change)
+    for own in (0.1, 1.0):  # the variances that were chosen stand among those of the grid
+        for taus in product((0.0, 0.1, 0.3, 1.0, 3.0), repeat=2):
+            signal = np.square(change - change.mean(0)).sum(1).mean() - noise.mean()
+            same = [np.array([[a[f] == b[f] for a in levels] for b in levels], float) for f in (0, 1)]
+            sigma = signal * (taus[0] * same[0] + taus[1] * same[1] + own * np.eye(9)) + np.diag(noise)
+            rest = np.arange(9) != 4
+            inverse, k = np.linalg.inv(sigma[np.ix_(rest, rest)]), sigma[rest, 4]
+            mean = inverse.sum(0) @ change[rest] / inverse.sum()
+            if np.allclose(mean + k @ inverse @ (change[rest] - mean), whole.left_out[4]):
+                return
+    raise AssertionError("no variances of the grid give this left-out change")
