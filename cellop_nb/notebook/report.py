@@ -101,6 +101,10 @@ def _section(title: str, *blocks: str) -> str:
     return f"<section><h2>{title}</h2>{''.join(blocks)}</section>"
 
 
+def _number(n: int, thing: str) -> str:
+    return f"{n:,} {thing}{'s' * (n != 1)}"
+
+
 def _list(sentences: Sequence[str]) -> str:
     return f"<ul>{''.join(f'<li>{escape(sentence)}</li>' for sentence in sentences)}</ul>"
 
@@ -148,13 +152,14 @@ def _measured(model: CellOp) -> str:
     effects, keys = model.effects, model.keys
     different = int(effects["different"].sum())
     facts = (
-        f"{effects['n_perturbed'].sum():,.0f} perturbed cells in {len(effects)} groups: "
-        f"{effects['perturbation'].nunique()} perturbations in {effects['context'].nunique()} contexts; "
+        f"{effects['n_perturbed'].sum():,.0f} perturbed cells in {_number(len(effects), 'group')}: "
+        f"{_number(effects['perturbation'].nunique(), 'perturbation')} in "
+        f"{_number(effects['context'].nunique(), 'context')}; "
         f"{len(model.genes):,} genes are modelled. Controls: {keys.control}."
     )
     test = (
-        f"{different} of {len(effects)} groups differ from their controls (permutation test of the energy distance, "
-        f"adjusted p below 0.05)."
+        f"{different} of {_number(len(effects), 'group')} differ from their controls (permutation test of the energy "
+        f"distance, adjusted p below 0.05)."
     )
     ranked = effects.sort_values("e_distance", ascending=False, kind="stable")
     shown = ranked.loc[_ends(list(ranked.index))]

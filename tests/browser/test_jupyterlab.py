@@ -55,12 +55,15 @@ def test_watch_steer_pause_resume_and_stop_a_training(desk, root):
         notebook.wait_until_run(120)
         assert notebook.errors_in_cells() == []
         assert notebook.problems == []
+        notebook.page.evaluate("window.jupyterapp.commands.execute('docmanager:save')")
+    with NotebookPage(browser, lab.url(name)) as again:  # the kernel lives: so do the controls
+        again.said(r"^stopped .* stopped by hand", 60)
     made = json.loads((lab.root / "runs" / "02_train_vae" / "metrics.json").read_text())["changed_by_hand"]
     last = {change["name"]: change["value"] for change in made}  # quick presses arrive as one change
     assert last == {
         "learning_rate": pytest.approx(2e-3 * 10**0.3), "kl_weight": pytest.approx(0.9), "stop": "stopped by hand",
     }  # fmt: skip
-    assert (lab.root / "by_hand.pt").is_file()
+    assert (lab.root / "runs" / "02_train_vae" / "by_hand.pt").is_file(), "beside the results, not the notebooks"
 
 
 BLOCKING = """\
