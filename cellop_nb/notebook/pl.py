@@ -604,8 +604,8 @@ def shapes(
         ax.set(xlim=(low[0] - pad[0], high[0] + pad[0]), ylim=(low[1] - pad[1], high[1] + 2.5 * pad[1]))
         s.note(ax, 0.02, 0.99, s.safe((notes or {}).get(name, ""), 60))
     handles = [Line2D([], [], linestyle="", markersize=6, label=s.safe(k, 22), **v) for k, v in looks.items()]
-    columns = len(handles) if len(handles) < 7 else -(-len(handles) // 2)
-    s.legend(fig, *handles, loc="outside lower center", columns=columns, handlelength=0.8)
+    rows = -(-len(handles) * max((len(handle.get_label()) + 6 for handle in handles), default=1) // 110)
+    s.legend(fig, *handles, loc="outside lower center", columns=-(-len(handles) // rows), handlelength=0.8)
     return s.finish(fig, show, save)
 
 

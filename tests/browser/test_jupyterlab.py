@@ -63,7 +63,9 @@ def test_watch_steer_pause_resume_and_stop_a_training(desk, root):
     assert last == {
         "learning_rate": pytest.approx(2e-3 * 10**0.3), "kl_weight": pytest.approx(0.9), "stop": "stopped by hand",
     }  # fmt: skip
-    assert (lab.root / "runs" / "02_train_vae" / "by_hand.pt").is_file(), "beside the results, not the notebooks"
+    assert (lab.root / "runs" / "02_train_vae" / "by_hand.pt").is_file(), (
+        "beside the results, not the notebooks"
+    )
 
 
 BLOCKING = """\
