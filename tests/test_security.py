@@ -168,13 +168,6 @@ def shown_choice():
     return Choice(pd.DataFrame({"estimator": [EVIL], "left": [0.5], "weight": [1.0]}))._repr_html_()
 
 
-def shown_sweep():
-    from cellop_nb.notebook.sweep import Sweep
-
-    frame = pd.DataFrame({"run": ["a1"], "context": [EVIL], "notebook": [f'x" onclick="{EVIL}']})
-    return Sweep.linked(frame).to_html()
-
-
 def shown_sentence():
     from IPython.display import Markdown  # noqa: F401 - what the notebooks' sentences are
     from nbconvert.filters import markdown2html
@@ -250,7 +243,7 @@ SHOWN = {
     "Trainer": shown_trainer, "Answer": shown_answer,
     "Table": shown_split, "History": shown_history, "Scores": shown_scores,
     "Groups": shown_groups, "Holdout": shown_holdout, "CellOp": shown_predictor, "Plan": shown_plan,
-    "Choice": shown_choice, "Sweep": shown_sweep,
+    "Choice": shown_choice,
     "markdown": shown_sentence, "styled": shown_table, "readable": shown_setting,
 }  # fmt: skip
 

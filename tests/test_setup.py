@@ -60,7 +60,6 @@ def test_environment_yml_keeps_step_with_pyproject(root, project):
 NOT_IMPORTED = {
     "ipykernel": "the kernels of notebooks that are executed",
     "jupyterlab": "`lab` starts it as a program",
-    "pyarrow": "pandas writes the table of a sweep with it",
 }
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from cellop_nb.commands import Command, environment
 from cellop_nb.commands import run as single
 from cellop_nb.commands.terminal import clock, complain, say, table
-from cellop_nb.errors import DataError, three_beats
+from cellop_nb.errors import DataError, LabelError, three_beats
 from cellop_nb.notebook import sweep
 
 
@@ -23,7 +25,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     what.add_argument("--random", type=int, metavar="N", help="N random combinations instead of all")
     what.add_argument(
-        "--sample-seed", type=int, default=0, metavar="SEED", help="seed of --random (default: 0)"
+        "--tpe",
+        type=int,
+        metavar="N",
+        help="N runs, each chosen by what earlier ones came to (needs --metric)",
+    )
+    what.add_argument("--prune", action="store_true", help="with --tpe: end runs early whose curve is poor")
+    what.add_argument(
+        "--sample-seed", type=int, default=0, metavar="SEED", help="seed of --random and --tpe (default: 0)"
     )
     single.add_values(parser.add_argument_group("what is fixed"))
     single.add_data(parser.add_argument_group("your data"))
@@ -56,7 +65,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check(args: argparse.Namespace) -> None:
     """Refuse wrong parameters, values and places before the environment exists."""
-    prepare(args)
+    if args.tpe is not None and (args.random is not None or args.metric is None):
+        received = "no --metric" if args.metric is None else "--random"
+        fix = "name the number that is to get better, such as --metric test_loss, and leave --random out"
+        raise LabelError(three_beats("--tpe with a --metric, and not with --random", received, fix))
+    if args.prune and args.tpe is None:
+        raise LabelError(three_beats("--prune beside --tpe N", "no --tpe", "add it, or leave --prune out"))
+    _, space = prepare(args)
+    n_chosen = args.random if args.tpe is None else args.tpe
+    space.check(n_chosen)
+    space.run({axis.name: axis.values[0] if axis.values else axis.low for axis in space.axes})
     sweep.check_where(args.cluster)
     job(args)
     for option in ("workers", "timeout"):
@@ -67,27 +85,52 @@ def check(args: argparse.Namespace) -> None:
 
 def sweep_notebook(args: argparse.Namespace) -> int:
     """Run what is missing and write the report; 0 when all runs are done, 1 when one failed."""
-    notebook, runs = prepare(args, with_file=True)
+    notebook, space = prepare(args, with_file=True)
     folder = place(args, notebook)
+    if args.tpe is not None:
+        if args.dry_run:
+            say(f"{_runs(args.tpe)} of {notebook.stem}, chosen one after the other; none is known before")
+            return 0
+        return _search(args, space, folder)
+    n = args.random
+    runs = space.grid() if n is None else space.sample(n, seed=args.sample_seed)
     todo = sweep.missing(folder, runs, retry_failed=args.retry_failed)
     done = len(runs) - len(todo)
     say(f"{_runs(len(runs))} of {notebook.stem} in {folder}: {done} finished, {len(todo)} to do")
     if args.dry_run:
         _list(runs, todo)
         return 0
+    with _ready(args, folder, runs[0]):
+        if todo:
+            _run(args, notebook, folder, todo, n_done=done, n_runs=len(runs))
+        return _report(args, notebook, folder, runs)
+
+
+def _search(args: argparse.Namespace, space: sweep.Space, folder: Path) -> int:
+    first = space.run({axis.name: axis.values[0] if axis.values else axis.low for axis in space.axes})
+    with _ready(args, folder, first):
+        search = sweep.Search(space, folder, args.metric, args.best, prune=args.prune, seed=args.sample_seed)
+        chosen, n_done = search.choose(args.tpe, retry_failed=args.retry_failed), len(search.runs())
+        _run(args, space.notebook, folder, chosen, n_done=n_done, n_runs=args.tpe, told=search.tell)
+        return _report(args, space.notebook, folder, search.runs())
+
+
+@contextmanager
+def _ready(args: argparse.Namespace, folder: Path, run: sweep.Run) -> Iterator[None]:
+    """The folder for this sweep alone, after its place and its data were checked."""
     sweep.check_queue(args.cluster)
-    single.check_data({notebook.stem: runs[0].values})
-    _run(args, notebook, folder, runs, n_done=done)
-    return _report(args, notebook, folder, runs)
+    single.check_data({"": run.values})
+    with sweep.locked(folder):
+        yield
 
 
-def prepare(args: argparse.Namespace, *, with_file: bool = False) -> tuple[Path, list[sweep.Run]]:
-    """The notebook and its planned runs, every value checked."""
+def prepare(args: argparse.Namespace, *, with_file: bool = False) -> tuple[Path, sweep.Space]:
+    """The notebook, and the runs that it may have."""
     notebook = find(args)
     axes = [sweep.read_axis(notebook, text) for text in args.axes]
     axes = [_located(axis) if axis.name == "data" else axis for axis in axes]
     fixed = single.settings(args, [notebook], with_file=with_file)[notebook.stem]
-    return notebook, sweep.plan(notebook, axes, fixed, n_random=args.random, seed=args.sample_seed)
+    return notebook, sweep.Space(notebook, axes, fixed)
 
 
 def find(args: argparse.Namespace) -> Path:
@@ -99,7 +142,6 @@ def find(args: argparse.Namespace) -> Path:
 
 
 def _located(axis: sweep.Axis) -> sweep.Axis:
-    assert isinstance(axis.values, tuple), "only numbers are drawn from an interval"
     return replace(axis, values=tuple(single.locate(value) for value in axis.values))
 
 
@@ -128,16 +170,21 @@ def _list(runs: list[sweep.Run], todo: list[sweep.Run]) -> None:
     say(table(["run", *names, ""], rows))
 
 
-def _run(args, notebook: Path, folder: Path, runs: list[sweep.Run], *, n_done: int) -> None:
+def _run(
+    args, notebook: Path, folder: Path, chosen: Iterable[sweep.Run], *, n_done: int, n_runs: int,
+    told: Callable[[sweep.Run, dict], None] | None = None,
+) -> None:  # fmt: skip
     from tqdm.auto import tqdm
 
     ended = sweep.execute(
-        notebook, folder, runs, where=args.cluster, workers=args.workers or sweep.default_workers(),
-        timeout=args.timeout, job=job(args), retry_failed=args.retry_failed, tell=tqdm.write,
+        notebook, folder, chosen, where=args.cluster, timeout=args.timeout, job=job(args), tell=tqdm.write,
+        workers=min(args.workers or sweep.default_workers(), n_runs - n_done or 1),
     )  # fmt: skip
     failed = 0
-    with tqdm(total=len(runs), initial=n_done, desc=notebook.stem, unit="run", dynamic_ncols=True) as bar:
+    with tqdm(total=n_runs, initial=n_done, desc=notebook.stem, unit="run", dynamic_ncols=True) as bar:
         for run, result in ended:
+            if told is not None:
+                told(run, result)
             if result["status"] == "failed":
                 failed += 1
                 bar.write(f"{run.key} failed: {result['error']}")
@@ -148,7 +195,7 @@ def _run(args, notebook: Path, folder: Path, runs: list[sweep.Run], *, n_done: i
 def _report(args, notebook: Path, folder: Path, runs: list[sweep.Run]) -> int:
     frame = sweep.write_report(notebook, folder, runs, metric=args.metric, best=args.best)
     failed = frame[frame["status"] == "failed"]
-    say(f"Table: {folder / 'runs.csv'} and .parquet. Report: {folder / 'summary.ipynb'}")
+    say(f"Table: {folder / 'runs.csv'}. Report: {folder / 'summary.ipynb'}")
     if len(failed):
         complain(f"{len(failed)} of {len(frame)} runs failed; --retry-failed runs them again. First error:")
         complain(f"{failed['error'].iloc[0]}\nSee {folder / failed['run'].iloc[0]}")

@@ -5,7 +5,9 @@ Plain matplotlib, drawn by Agg without pyplot, so that it may live in any thread
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from io import BytesIO
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -44,11 +46,10 @@ class Board:
 
     def text(self, x: int, y: int, **style: Any) -> Text:
         """Words at a pixel that may change with every picture."""
-        options = {"fontsize": s.TEXT, "color": s.INK, "va": "center", "fontfamily": s.families()} | style
-        self._texts.append(
-            self.figure.text(x / self.width, 1 - y / self.height, "", animated=True, **options)
-        )
-        return self._texts[-1]
+        text = self.figure.text(x / self.width, 1 - y / self.height, "", animated=True)
+        text.update({"fontsize": s.TEXT, "color": s.INK, "va": "center", "fontfamily": s.families()} | style)
+        self._texts.append(text)
+        return text
 
     def stale(self, view: View) -> None:
         """Paint this panel's ground anew with the next picture."""
@@ -132,21 +133,17 @@ class View:
         self.ax.yaxis.set_label_coords(-8 / width, 0.5)
         board.views.append(self)
 
-    def line(self, **style: Any) -> Line2D:
+    def line(self, look: Mapping[str, Any] = MappingProxyType({}), **style: Any) -> Line2D:
         """A line that moves."""
-        (line,) = self.ax.plot([], [], animated=True, **style)
+        (line,) = self.ax.plot([], [], animated=True)
+        line.update({**look, **style})
         self.moving.append(line)
         return line
 
     def text(self, x: float, y: float, **style: Any) -> Text:
         """Words that move, at a position in parts of the panel unless told."""
-        options = {
-            "fontsize": s.SMALL,
-            "color": s.INK,
-            "transform": self.ax.transAxes,
-            "fontfamily": s.families(),
-        }
-        text = self.ax.text(x, y, "", animated=True, **options | style)
+        text = self.ax.text(x, y, "", animated=True, fontsize=s.SMALL, color=s.INK, fontfamily=s.families())
+        text.update({"transform": self.ax.transAxes} | style)
         self.moving.append(text)
         return text
 

@@ -187,17 +187,17 @@ class RunControls(Panel, Callback):
         self.pause_button.description, self.pause_button.tooltip = description, tooltip
 
     def _build(self) -> None:
-        from ipywidgets import HTML, FloatLogSlider, FloatSlider, HBox, Layout
+        from ipywidgets import HTML, HBox, Layout
 
         self.stop_button = button("Stop", "End after the current step; the model stays usable", self.stop)
         self.pause_button = button("Pause", "Hold after the current step", self.toggle_pause)
         self.draw_button = button("Draw now", "Draw the live picture at the end of the step", self.draw_now)
         self.save_button = button("Save checkpoint", "Save model and history", self.save_checkpoint)
-        rate = FloatLogSlider(**rate_grid(self.trainer), description="learning rate", readout_format=".2e")
+        rate = rate_slider(self.trainer.learning_rate)
         rate.observe(lambda change: self.set_learning_rate(change["new"]), "value")
         self.rate_slider, self.weight_sliders = rate, {}
         for name, value in self.trainer.weights.items():
-            slider = FloatSlider(description=readable(name), readout_format=".3g", **weight_grid(value))
+            slider = weight_slider(readable(name), value)
             slider.observe(lambda change, name=name: self.set_weight(name, change["new"]), "value")
             self.weight_sliders[name] = slider
         for slider in (rate, *self.weight_sliders.values()):
@@ -209,19 +209,29 @@ class RunControls(Panel, Callback):
         self.panel = panel([row, rate, *self.weight_sliders.values(), self.status, self.note])
 
 
-def rate_grid(trainer) -> dict[str, float]:
-    """Exponents from a thousandth to a hundredfold of the present rate, which lies on a step.
+def rate_slider(rate: float):
+    """From a thousandth to a hundredfold of the present rate, which lies on a step.
 
     A slider whose value is off its grid is moved onto it by the front end, and then refuses later changes.
     """
-    low = round(math.log10(trainer.learning_rate), 6) - 3
-    return {"base": 10, "min": low, "max": low + 5, "step": 0.1, "value": 10 ** (low + 3)}
+    from ipywidgets import FloatLogSlider
+
+    low = round(math.log10(rate), 6) - 3
+    return FloatLogSlider(
+        base=10, min=low, max=low + 5, step=0.1, value=10 ** (low + 3), description="learning rate",
+        readout_format=".2e",
+    )  # fmt: skip
 
 
-def weight_grid(value: float) -> dict[str, float]:
+def weight_slider(name: str, value: float):
     """From zero to twice the present weight in forty steps, the twentieth of which is the present one."""
+    from ipywidgets import FloatSlider
+
     step = (value if value > 0 else 1.0) / 20
-    return {"min": 0.0, "max": 40 * step, "step": step, "value": 20 * step if value > 0 else 0.0}
+    present = 20 * step if value > 0 else 0.0
+    return FloatSlider(
+        description=name, min=0.0, max=40 * step, step=step, value=present, readout_format=".3g"
+    )
 
 
 def free_comms(widgets: Iterable) -> int:

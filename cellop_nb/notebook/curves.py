@@ -262,10 +262,10 @@ class Dashboard(Board):
         view = next((view for view in self.views if isinstance(view, _Curves) and view.monitored), None)
         if view is None:
             return
-        handles: list = [Line2D([], [], label=name, **_curve(look)) for name, look in view.looks.items()]
-        handles += [Line2D([], [], label="best epoch", **_STAR)]
+        handles: list = [s.sample(name, _curve(look)) for name, look in view.looks.items()]
+        handles += [s.sample("best epoch", _STAR)]
         handles += [Patch(color=s.GREEN, alpha=0.15, linewidth=0, label="patience")]
-        handles += [Line2D([], [], label="changed by hand", **_HAND)] * changed
+        handles += [s.sample("changed by hand", _HAND)] * changed
         for old in self.figure.legends:
             old.remove()
         corner = (0.003, 1 - 21 / self.height)
@@ -331,9 +331,9 @@ class _Curves(_View):
         self.moving.append(ax.add_patch(self.band))
         self.best = self.line(color=s.GREEN, linestyle=":", linewidth=1.2, transform=across)
         self.looks = {name: _LOOKS.get(name, _LOOKS["training"]) for _, name in panel.columns}
-        self.lines = {column: self.line(**_curve(self.looks[name])) for column, name in panel.columns}
-        self.star = self.line(**_STAR)
-        self.hand = self.line(**_HAND, transform=across, clip_on=False)
+        self.lines = {column: self.line(_curve(self.looks[name])) for column, name in panel.columns}
+        self.star = self.line(_STAR)
+        self.hand = self.line(_HAND, transform=across, clip_on=False)
         self.named = [
             self.text(0, 0.98 - 0.14 * i, va="top", transform=across)
             for i in range(_MOST_CHANGES * self.monitored)
@@ -384,8 +384,8 @@ class _Groups(_View):
             self.bands.append(band)
             self.moving.append(band)
         dotted = {"linestyle": (0, (1, 2)), "linewidth": 1.0, "transform": ax.get_yaxis_transform()}
-        self.floors = [self.line(color=s.line(i)["color"], **dotted) for i in range(count)]
-        self.lines = [self.line(**_curve(s.line(i))) for i in range(count)]
+        self.floors = [self.line(dotted, color=s.line(i)["color"]) for i in range(count)]
+        self.lines = [self.line(_curve(s.line(i))) for i in range(count)]
         self._names_shown: list[str] = []
 
     def update(self, epochs: np.ndarray, columns: Columns, marks: Marks) -> None:
@@ -420,12 +420,9 @@ class _Groups(_View):
         if names == self._names_shown:
             return
         self._names_shown = names
-        handles = [
-            Line2D([], [], label=name, **_curve(s.line(i))) for i, name in enumerate(names[: len(labels)])
-        ]
-        handles += [
-            Line2D([], [], label=names[-1], color=s.INK, linestyle=(0, (1, 2)), linewidth=1.0)
-        ] * floors
+        handles = [s.sample(name, _curve(s.line(i))) for i, name in enumerate(names[: len(labels)])]
+        dotted = {"color": s.INK, "linestyle": (0, (1, 2)), "linewidth": 1.0}
+        handles += [s.sample(names[-1], dotted)] * floors
         self.key(*handles, outside=True)
 
 

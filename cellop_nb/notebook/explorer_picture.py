@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
 from . import style as s
@@ -94,11 +93,13 @@ class _Map(_Panel):
         self.ax.xaxis.set_label_coords(0.5, -12 / box[3])
         self.shape = box[2] / box[3]
         dots = {"linestyle": "", "markersize": 2.6, "alpha": 0.4, "markeredgewidth": 0}
-        self.clouds = {name: self.ax.plot([], [], **dots)[0] for name in ("start", "real")}
-        self.clouds["moved"] = self.line(**dots)
+        self.clouds = {name: self.ax.plot([], [])[0] for name in ("start", "real")}
+        for cloud in self.clouds.values():
+            cloud.update(dots)
+        self.clouds["moved"] = self.line(dots)
         self.trail = self.line(color=s.INK, linewidth=1.2)
         big = {"linestyle": "", "markersize": 10, "markeredgecolor": "white", "markeredgewidth": 1.4}
-        self.means = {name: self.line(**big) for name in _CLOUDS}
+        self.means = {name: self.line(big) for name in _CLOUDS}
 
     def show(self, answer: Answer) -> None:
         question = answer.question
@@ -117,14 +118,20 @@ class _Map(_Panel):
         """Clouds and key that no strength changes."""
         names, handles = _REVERSED if reverse else _NAMES, []
         for name, look in _looks(reverse).items():
-            self.clouds[name].set(**look)
-            self.means[name].set(**look)
+            self.clouds[name].update(look)
+            self.means[name].update(look)
             if name != "moved":
                 self.clouds[name].set_data(*points[name].T)
             text = f"{names[name]} ({len(points[name]):,})"
-            handles.append(Line2D([], [], linestyle="", markersize=7, label=text, **look))
-        corner = {"loc": "lower left", "bbox_to_anchor": (-0.07, 1.0), "frameon": False}
-        self.key(*handles, columns=2, handlelength=0.8, **corner)
+            handles.append(s.sample(text, look | {"linestyle": "", "markersize": 7}))
+        self.key(
+            *handles,
+            columns=2,
+            handlelength=0.8,
+            loc="lower left",
+            bbox_to_anchor=(-0.07, 1.0),
+            frameon=False,
+        )
 
     def _limit(self, points: dict[str, np.ndarray], new: bool) -> None:
         """The map stands still while the strength moves, unless cells leave it."""
@@ -150,12 +157,10 @@ class _Genes(_Panel):
         self.line(color=s.QUIET, linewidth=0.8).set_data([0, 0], [-0.5, len(rows) - 0.5])
         self.intervals = self.line(color=s.INK, linewidth=1.2)
         diamond = {"marker": "D", "linestyle": "", "markersize": 5, "color": s.REAL, "markeredgecolor": s.INK}
-        self.measured = self.line(**diamond, markeredgewidth=0.6)
+        self.measured = self.line(diamond, markeredgewidth=0.6)
         handles = [
-            Line2D(
-                [], [], color=s.INK, linewidth=1.2, label="change; calibrated 95 % interval at strength 1"
-            ),
-            Line2D([], [], label="measured in the real cells (full strength)", **diamond),
+            s.sample("change; calibrated 95 % interval at strength 1", {"color": s.INK, "linewidth": 1.2}),
+            s.sample("measured in the real cells (full strength)", diamond),
         ]
         self.key(*handles, loc="lower left", bbox_to_anchor=(-0.4, 1.0), frameon=False)
         self.leaders: list[str] = []
@@ -238,7 +243,7 @@ class _Energy(_Panel):
             "no change": {"color": s.CONTROL, "marker": "X"},
             "moved": {"color": s.PREDICTED, "marker": "o"},
         }
-        self.marks = {name: self.line(linestyle="", markersize=8, **look) for name, look in looks.items()}
+        self.marks = {name: self.line(look, linestyle="", markersize=8) for name, look in looks.items()}
         self.names = {name: self.text(0, 0, va="center", transform=self.ax.transData) for name in looks}
         self.floor = self.line(color=s.INK, linestyle=(0, (1, 2)), linewidth=1.4)
         self.lines = [self.text(0, -0.54 - 0.21 * i, va="center") for i in range(3)]

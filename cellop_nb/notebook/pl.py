@@ -320,9 +320,9 @@ def noise_floor(
     y = np.arange(len(rows))
     ax.hlines(y, rows["floor"], rows["energy"], color=s.FAINT, linewidth=4)
     hollow = {"marker": "s", "markersize": 6, "color": s.INK, "markerfacecolor": "white"}
-    ax.plot(rows["floor"], y, linestyle="", label="floor: two halves\nof the group", **hollow)
+    ax.plot(rows["floor"], y, linestyle="", label="floor: two halves\nof the group")[0].update(hollow)
     effect = {"marker": "o", "markersize": 6, "color": s.REAL}
-    ax.plot(rows["energy"], y, linestyle="", label="effect: perturbed\nto control", **effect)
+    ax.plot(rows["energy"], y, linestyle="", label="effect: perturbed\nto control")[0].update(effect)
     s.energy_scale(ax, [*rows["energy"], *rows["floor"]])
     ax.axvline(0, color=s.QUIET, linewidth=0.8, linestyle=":")
     s.long_names(ax, names, "y")
@@ -362,7 +362,7 @@ def predictive_checks(
     dots = {"linestyle": "", "markersize": 2.4, "alpha": 0.6, "rasterized": True}
     looks = {"observed": {"color": s.REAL, "marker": "s"}, "sampled": {"color": s.PREDICTED, "marker": "o"}}
     zeros.plot([0, 1], [0, 1], color=s.QUIET, linewidth=0.8)
-    zeros.plot(*(part["zeros"] for part in parts.values()), **dots | looks["sampled"])
+    zeros.plot(*(part["zeros"] for part in parts.values()))[0].update(dots | looks["sampled"])
     zeros.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
     gap = np.mean(np.abs(parts["observed"]["zeros"] - parts["sampled"]["zeros"]))
     s.note(zeros, 0.04, 0.97, f"mean gap {gap:.3f}")
@@ -370,11 +370,13 @@ def predictive_checks(
     for name, part in parts.items():
         keep = (part["mean"] > 0) & (part["variance"] > 0)
         hollow = {"markerfacecolor": "none"} if name == "sampled" else {}
-        variance.plot(part["mean"][keep], part["variance"][keep], label=name, **dots | looks[name] | hollow)
+        variance.plot(part["mean"][keep], part["variance"][keep], label=name)[0].update(
+            dots | looks[name] | hollow
+        )
         sizes = np.log10(part["size"][part["size"] > 0])
         style = {"color": looks[name]["color"], "linestyle": "--" if hollow else "-", "linewidth": 1.6}
         depth.hist(sizes, bins=40, density=True, histtype="step", **style)
-        depth.plot([], [], label=name, **style)
+        depth.plot([], [], label=name)[0].update(style)
     low, high = variance.get_xlim()
     line = [max(low, 1e-4), high]
     variance.plot(line, line, color=s.QUIET, linewidth=0.8, label="Poisson")
@@ -472,7 +474,7 @@ def _by_name(ax: Axes, coords: np.ndarray, texts: pd.Series, size: float, most: 
         # in layers, category by category in each, so that the last category does not hide the others
         for layer, some in enumerate(np.array_split(here, layers)):
             ax.scatter(*coords[some].T, alpha=0.75, zorder=1 + layer / layers, **dots, **look)
-        handles.append(Line2D([], [], linestyle="", markersize=5, label=s.safe(name, 22), **look))
+        handles.append(s.sample(s.safe(name, 22), look | {"linestyle": "", "markersize": 5}))
     rest = ~texts.isin(order[:most]).to_numpy()
     if rest.any():
         ax.scatter(*coords[rest].T, color=s.FAINT, zorder=0, **dots)
@@ -533,7 +535,7 @@ def transport(
             some = points[_some(np.arange(len(points)), max_cells, seed)]
             ax.scatter(*some.T, s=7, alpha=alpha, linewidths=0, rasterized=True, color=colour, marker=marker)
             middle = {"markersize": 9, "markeredgecolor": "white", "markeredgewidth": 1.4, "zorder": 3}
-            ax.plot(*points.mean(axis=0), color=colour, marker=marker, **middle)
+            ax.plot(*points.mean(axis=0), color=colour, marker=marker)[0].update(middle)
         x, y = f"{axis} 1" if i >= len(names) - columns else "", "" if i % columns else f"{axis} 2"
         s.label(ax, s.safe(name), x, y).set(xticks=[], yticks=[])
         ax.set_aspect("equal", adjustable="datalim")
@@ -795,11 +797,11 @@ def _changes(ax: Axes, rows: pd.DataFrame, n_names: int) -> None:
     ax.plot([low, high], [low, high], color=s.QUIET, linewidth=0.8)
     marked = rows["is_de"].to_numpy(dtype=bool) if "is_de" in rows else np.zeros(len(rows), dtype=bool)
     dots = {"linestyle": "", "rasterized": True}
-    ax.plot(*both[~marked].T, alpha=0.5, markersize=3, color=s.QUIET, marker="o", **dots)
+    ax.plot(*both[~marked].T, alpha=0.5, markersize=3, color=s.QUIET, marker="o")[0].update(dots)
     if {"low", "high"} <= set(rows):
         ends = rows.loc[marked, ["low", "high"]].to_numpy(dtype=float).T
         ax.vlines(both[marked, 0], *ends, color=s.PREDICTED, alpha=0.35, linewidth=0.9)
-    ax.plot(*both[marked].T, markersize=3.5, color=s.PREDICTED, marker="D", **dots)
+    ax.plot(*both[marked].T, markersize=3.5, color=s.PREDICTED, marker="D")[0].update(dots)
     top = rows.iloc[np.argsort(-rows["true"].abs().to_numpy(), kind="stable")[:n_names]]
     genes = [s.safe(gene, 12) for gene in top["gene"]]
     _names_beside(ax, top["true"].to_numpy(), top["predicted"].to_numpy(), genes, high + 0.1 * span)
@@ -877,10 +879,10 @@ def spectra(
         values.plot(np.arange(1, len(sizes) + 1), sizes, linewidth=0.6, color=s.FAINT, zorder=1)
     for i, name in enumerate(named):
         rows = table[names == name]
-        plane.plot(rows["real"], rows["imag"], linestyle="", markersize=4.5, alpha=0.8, **s.mark(i))
+        plane.plot(rows["real"], rows["imag"], linestyle="", markersize=4.5, alpha=0.8)[0].update(s.mark(i))
         sizes = np.sort(rows["singular_value"])[::-1]
         look = {"linewidth": 1.2, "markersize": 4, "label": s.safe(name, 26)}
-        values.plot(np.arange(1, len(sizes) + 1), sizes, **look | s.mark(i) | s.line(i))
+        values.plot(np.arange(1, len(sizes) + 1), sizes)[0].update(look | s.mark(i) | s.line(i))
     if not few:
         values.plot([], [], color=s.FAINT, label=f"{len(ranked) - len(named)} others")
     values.axhline(1, color=s.QUIET, linewidth=0.8, linestyle="--")
@@ -1049,7 +1051,7 @@ def gradient_map(
         rows = rows[rows["grad_norm"] > 0]
         text = "gradient" if term is None else f"gradient of {s.safe(term)}"
         y = rows["parameter"].map(rows_of)
-        norms.plot(rows["grad_norm"], y, linestyle="", markersize=5, label=text, **s.mark(i))
+        norms.plot(rows["grad_norm"], y, linestyle="", markersize=5, label=text)[0].update(s.mark(i))
     if "norm" in table:
         sizes = table.groupby("parameter")["norm"].first().reindex(names)
         sizes = sizes[sizes > 0]
@@ -1284,7 +1286,7 @@ def strength_curves(
             "marker": targets[target]["marker"],
             "linestyle": s.LINES[i % 4],
         }
-        axes[0].plot(rows["strength"], rows["energy"], label=s.safe(target), markersize=4, **look)
+        axes[0].plot(rows["strength"], rows["energy"], label=s.safe(target), markersize=4)[0].update(look)
     if floor is not None:
         axes[0].axhline(floor, color=s.INK, linewidth=1.0, linestyle=(0, (1, 2)), label="noise floor")
     s.label(axes[0], "Distance of the moved cells", "strength (1: measured)", "energy distance (Euclid, U)")
@@ -1293,7 +1295,7 @@ def strength_curves(
         _need(genes, "strength", "gene", "lfc")
         for i, (gene, rows) in enumerate(list(genes.groupby("gene", sort=False))[:max_genes]):
             marks = {"label": s.safe(gene, 20), "markersize": 4} | s.mark(i) | s.line(i)
-            axes[1].plot(rows["strength"], rows["lfc"], **marks)
+            axes[1].plot(rows["strength"], rows["lfc"])[0].update(marks)
             if {"low", "high"} <= set(rows):
                 band = {"color": s.line(i)["color"], "alpha": 0.15, "linewidth": 0}
                 axes[1].fill_between(rows["strength"], rows["low"], rows["high"], **band)

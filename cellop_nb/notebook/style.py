@@ -13,7 +13,7 @@ from __future__ import annotations
 import unicodedata
 import warnings
 from base64 import b64encode
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from io import BytesIO
 from itertools import cycle
@@ -25,6 +25,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
+from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 from PIL import Image as Pixels
@@ -195,9 +196,16 @@ def label(ax: Axes, title: str = "", x: str = "", y: str = "") -> Axes:
 
 def note(ax: Axes, x: float, y: float, text: str, **style) -> Text:
     """Small text at a position given as fractions of the panel."""
-    return ax.text(
-        x, y, text, **{"fontsize": SMALL, "color": INK, "va": "top", "transform": ax.transAxes} | style
-    )
+    words = ax.text(x, y, text, fontsize=SMALL, color=INK, va="top", transform=ax.transAxes)
+    words.update(style)
+    return words
+
+
+def sample(name: str, look: Mapping[str, Any]) -> Line2D:
+    """The sample of a line or marker in a legend."""
+    line = Line2D([], [], label=name)
+    line.update(look)
+    return line
 
 
 def legend(

@@ -1,8 +1,8 @@
 """Sweeps: one notebook executed for many parameter values, here or on a cluster, and the report of what came out.
 
-In the order of this file: which runs there are (`read_axis`, `plan`), the folder of each, executing them (`execute`), and
-their table and report (`write_report`, `Sweep`). Only executing and reporting import more than the standard library: the
-command line refuses wrong values before there is an environment.
+In the order of this file: what varies (`Axis`, `Space`), the folder of each run, executing (`execute`), clusters, values
+that Optuna chooses (`Search`), and the table and report (`write_report`, `Sweep`). Only executing, choosing and reporting
+import more than the standard library: the command line refuses wrong values before there is an environment.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import json
 import logging
 import math
 import os
-import random
 import re
 import shlex
 import shutil
@@ -21,23 +20,24 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
-from html import escape
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import cellop_nb
 
 from ..errors import CellopError, DataError, LabelError, did_you_mean, three_beats
 from ..files import write_whole
+from ..packages import require
 from . import parameters, runs
 from .parameters import Parameter, ParameterError
 
 if TYPE_CHECKING:
+    import optuna
     import pandas as pd
 
 logger = logging.getLogger("cellop_nb")
@@ -46,31 +46,44 @@ FREE = "run_dir"  # the one parameter that does not change a result
 MOST_RUNS = 10_000
 """Runs of a sweep at most: each is a folder with an executed notebook."""
 
-# -- which runs: axes read from text, expanded to a grid or sampled
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A continuous range to sample from, uniformly or (`log`) uniformly in the logarithm."""
-
-    low: float
-    high: float
-    log: bool = False
-
-    def draw(self, source: random.Random) -> float:
-        """One value, to four digits: names and tables stay readable."""
-        low, high = (math.log(self.low), math.log(self.high)) if self.log else (self.low, self.high)
-        value = source.uniform(low, high)
-        value = float(f"{math.exp(value) if self.log else value:.4g}")
-        return min(max(value, self.low), self.high)  # rounding must not leave the range
+# -- what varies
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A parameter and the values that it takes in a sweep."""
+    """A parameter and what it takes in a sweep: the listed `values`, or, where there are none, any number of a range.
 
-    name: str
-    values: Sequence | Interval
+    Attributes
+    ----------
+    parameter
+        The notebook's parameter.
+    values
+        What is gone through; a `range` is sampled as one.
+    low, high, log
+        Ends of a continuous range; whether it is sampled uniformly in the logarithm.
+    """
+
+    parameter: Parameter
+    values: Sequence = ()
+    low: float = math.nan
+    high: float = math.nan
+    log: bool = False
+
+    @property
+    def name(self) -> str:
+        """Name of the parameter."""
+        return self.parameter.name
+
+    @property
+    def distribution(self) -> optuna.distributions.BaseDistribution:
+        """What Optuna draws from."""
+        from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+        if isinstance(self.values, range):
+            return IntDistribution(self.values[0], self.values[-1])
+        if not self.values:
+            return FloatDistribution(self.low, self.high, log=self.log)
+        return CategoricalDistribution([_cell(value) for value in self.values])
 
 
 @dataclass(frozen=True)
@@ -83,10 +96,13 @@ class Run:
         Every parameter of the notebook with its value, the defaults included.
     key
         Digest of what the result depends on: values, the notebook's code, the content of the data, our version.
+    trial
+        Its place in a study of Optuna, where it may be ended early (:class:`~cellop_nb.training.callbacks.Pruning`).
     """
 
     values: dict[str, Any]
     key: str
+    trial: dict[str, Any] | None = field(default=None, compare=False)
 
 
 def read_axis(notebook: str | Path, text: str) -> Axis:
@@ -111,16 +127,16 @@ def read_axis(notebook: str | Path, text: str) -> Axis:
         raise LabelError(three_beats("a parameter that is free", f"{FREE!r}, set by the sweep", fix))
     parameter = parameters.parameter(notebook, name)
     if ".." in listed and "str" not in parameter.kinds:
-        return Axis(name, _span(parameter, listed))
+        return _span(parameter, listed)
     separator = ";" if any(kind.startswith("list") for kind in parameter.kinds) else ","
     values = tuple(parameter.parse(value) for value in listed.split(separator))
     if len({json.dumps(value) for value in values}) < len(values):
         fix = "name each value once"
         raise LabelError(three_beats(f"different values of {name!r}", repr(list(values)), fix))
-    return Axis(name, values)
+    return Axis(parameter, values)
 
 
-def _span(parameter: Parameter, text: str) -> range | Interval:
+def _span(parameter: Parameter, text: str) -> Axis:
     log = text.startswith("log:")
     first, _, last = text.removeprefix("log:").partition("..")
     low, high = parameter.parse(first), parameter.parse(last)
@@ -128,61 +144,12 @@ def _span(parameter: Parameter, text: str) -> range | Interval:
         fix = "write LOW..HIGH with LOW below HIGH, and above 0 after log:"
         raise ParameterError(three_beats(f"a range for the parameter {parameter.name!r}", repr(text), fix))
     if isinstance(low, int) and isinstance(high, int):
-        return range(low, high + 1)
-    return Interval(float(low), float(high), log)
+        return Axis(parameter, range(low, high + 1))
+    return Axis(parameter, low=float(low), high=float(high), log=log)
 
 
-def expand(axes: Sequence[Axis]) -> list[dict[str, Any]]:
-    """Every combination of the axes' values, the last axis changing fastest."""
-    endless = [axis.name for axis in axes if isinstance(axis.values, Interval)]
-    if endless:
-        fix = "add --random N to sample it, or list its values"
-        raise LabelError(three_beats("values to go through", f"a continuous range of {endless[0]!r}", fix))
-    _check_number(_n_combinations(axes), "name fewer values, or add --random N to sample them")
-    combinations = itertools.product(*(cast(Sequence, axis.values) for axis in axes))
-    return [dict(zip([axis.name for axis in axes], values, strict=True)) for values in combinations]
-
-
-def sample(axes: Sequence[Axis], n_runs: int, *, seed: int = 0) -> list[dict[str, Any]]:
-    """`n_runs` different random combinations; the same for the same axes and seed."""
-    if n_runs < 1:
-        raise LabelError(three_beats("--random of at least 1", str(n_runs), "ask for some runs"))
-    _check_number(n_runs, "ask for fewer runs after --random")
-    source = random.Random(seed)
-    if _n_combinations(axes) <= MOST_RUNS:
-        grid = expand(axes)
-        return source.sample(grid, min(n_runs, len(grid)))
-    different: dict[str, dict] = {}
-    for _ in range(100 * n_runs):
-        values = {axis.name: _draw(axis, source) for axis in axes}
-        different.setdefault(json.dumps(values), values)
-        if len(different) == n_runs:
-            break
-    return list(different.values())
-
-
-def _draw(axis: Axis, source: random.Random) -> Any:
-    return axis.values.draw(source) if isinstance(axis.values, Interval) else source.choice(axis.values)
-
-
-def _n_combinations(axes: Sequence[Axis]) -> float:
-    return math.prod(math.inf if isinstance(axis.values, Interval) else len(axis.values) for axis in axes)
-
-
-def _check_number(n_runs: float, fix: str) -> None:
-    if n_runs > MOST_RUNS:
-        raise LabelError(three_beats(f"at most {MOST_RUNS:,} runs", f"{n_runs:,}", fix))
-
-
-def plan(
-    notebook: str | Path,
-    axes: Sequence[Axis],
-    fixed: Mapping[str, Any] | None = None,
-    *,
-    n_random: int | None = None,
-    seed: int = 0,
-) -> list[Run]:
-    """The runs of a sweep, all of their values checked.
+class Space:
+    """The runs that a sweep may have.
 
     Parameters
     ----------
@@ -192,31 +159,97 @@ def plan(
         What varies.
     fixed
         Values of other parameters that differ from the defaults.
-    n_random, seed
-        Sample so many combinations instead of all.
 
     Raises
     ------
     LabelError
-        When there is nothing to vary, a parameter is named twice or unknown, or the runs are too many.
-    ParameterError
-        When a value does not fit.
+        When there is nothing to vary, or a parameter is named twice.
     """
-    names = [axis.name for axis in axes]
-    twice = [name for name in names if names.count(name) > 1 or name in (fixed or {})]
-    if not names or twice:
-        received = f"{twice[0]!r} named twice" if twice else "none"
-        raise LabelError(three_beats("parameters to vary, each named once", received, "see `sweep --help`"))
-    combinations = expand(axes) if n_random is None else sample(axes, n_random, seed=seed)
-    base = {**parameters.defaults(notebook), **(fixed or {})}
-    base.pop(FREE, None)
-    code = _code_of(Path(notebook))
-    planned = []
-    for values in combinations:
-        full = parameters.validate(notebook, {**base, **values})
-        text = json.dumps([full, code, _data_of(full), cellop_nb.__version__], sort_keys=True)
-        planned.append(Run(full, hashlib.sha256(text.encode()).hexdigest()[:16]))
-    return planned
+
+    def __init__(self, notebook: str | Path, axes: Sequence[Axis], fixed: Mapping[str, Any] | None = None):
+        names = [axis.name for axis in axes]
+        twice = [name for name in names if names.count(name) > 1 or name in (fixed or {})]
+        if not names or twice:
+            received = f"{twice[0]!r} named twice" if twice else "none"
+            raise LabelError(
+                three_beats("parameters to vary, each named once", received, "see `sweep --help`")
+            )
+        self.notebook, self.axes = Path(notebook), axes
+        self._base = parameters.defaults(notebook) | dict(fixed or {})
+        self._base.pop(FREE, None)
+        self._code = _code_of(self.notebook)
+
+    def run(self, values: Mapping[str, Any]) -> Run:
+        """The run with these values of the axes, all of its values checked."""
+        full = parameters.validate(self.notebook, self._base | dict(values))
+        return Run(full, self._digest(full, _data_of(full)))
+
+    def chosen(self, params: Mapping[str, Any]) -> Run:
+        """The run behind what Optuna calls its values."""
+        of = {axis.name: axis.parameter for axis in self.axes}
+        return self.run({k: of[k].parse(v) if isinstance(v, str) else v for k, v in params.items()})
+
+    @property
+    def key(self) -> str:
+        """Digest of all that does not vary, and of the axes."""
+        return self._digest(self._base, _data_of(self._base), [repr(axis) for axis in self.axes])
+
+    def _digest(self, *content: Any) -> str:
+        text = json.dumps([*content, self._code, cellop_nb.__version__], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def check(self, n_random: int | None = None) -> None:
+        """Refuse runs without end, too many of them, and values that do not fit.
+
+        Raises
+        ------
+        LabelError
+            When all combinations are asked of a continuous range, or more than :data:`MOST_RUNS`.
+        """
+        endless = [axis.name for axis in self.axes if not axis.values]
+        if n_random is None and endless:
+            fix = "add --random N to sample it, or list its values"
+            raise LabelError(
+                three_beats("values to go through", f"a continuous range of {endless[0]!r}", fix)
+            )
+        if n_random is not None and n_random < 1:
+            raise LabelError(three_beats("runs to choose, at least 1", str(n_random), "ask for some runs"))
+        n_runs = math.prod(len(axis.values) for axis in self.axes) if n_random is None else n_random
+        if n_runs > MOST_RUNS:
+            fix = "name fewer values, or add --random N to sample them"
+            raise LabelError(three_beats(f"at most {MOST_RUNS:,} runs", f"{n_runs:,}", fix))
+
+    def grid(self) -> list[Run]:
+        """A run for every combination of the axes' values, the last axis changing fastest."""
+        self.check()
+        names = [axis.name for axis in self.axes]
+        combinations = itertools.product(*(axis.values for axis in self.axes))
+        return [self.run(dict(zip(names, values, strict=True))) for values in combinations]
+
+    def sample(self, n_runs: int, *, seed: int = 0) -> list[Run]:
+        """`n_runs` different random combinations; the same for the same axes and seed."""
+        self.check(n_runs)
+        if math.prod(len(axis.values) or math.inf for axis in self.axes) <= n_runs:
+            return self.grid()
+        optuna = _optuna()
+        study, different = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed)), dict[str, Run]()
+        while len(different) < n_runs:
+            run = self.chosen(study.ask(self.distributions).params)
+            different.setdefault(run.key, run)
+        return list(different.values())
+
+    @property
+    def distributions(self) -> dict[str, optuna.distributions.BaseDistribution]:
+        """What Optuna draws each parameter from."""
+        return {axis.name: axis.distribution for axis in self.axes}
+
+
+def _optuna():
+    require("optuna", "notebook", of="sweeps")
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna
 
 
 def _code_of(notebook: Path) -> list[str]:
@@ -248,59 +281,29 @@ def _digest(path: Path, files: tuple[tuple[Path, int, int], ...]) -> str:
     return digest.hexdigest()
 
 
-# -- folders: one per run, named by its key, complete or not there
-
+# -- folders: one per run, named by its key; a run counts when its result is there
 
 RESULT = "result.json"
-_DRAFT = ".unfinished-"
 
 
 def result_of(folder: Path) -> dict[str, Any] | None:
-    """What a finished run left: `values`, `status` (done, failed), `error`, `seconds`, `metrics`.
+    """What a finished run left: `values`, `status` (done, pruned, failed), `error`, `seconds`, `metrics`.
 
     None without, and where the file is damaged: the run is then done again.
     """
     try:
         result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
-        whole = result["status"] in ("done", "failed") and isinstance(result["metrics"], dict)
+        whole = result["status"] in ("done", "pruned", "failed") and isinstance(result["metrics"], dict)
     except (OSError, ValueError, TypeError, KeyError):
         return None
     return result if whole else None
 
 
-def draft(parent: Path, key: str) -> Path:
-    """A hidden folder for a run to work in: whatever dies half-way counts for nothing."""
-    folder = parent / f"{_DRAFT}{key}-{uuid.uuid4().hex[:8]}"
+def empty(folder: Path) -> Path:
+    """A folder with nothing in it: what an interrupted or a failed run left is removed."""
+    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return folder
-
-
-def finish(folder: Path, target: Path, result: dict[str, Any]) -> bool:
-    """Turn a draft into the run's folder in one step; False where another worker was first."""
-    runs.write_json(folder / RESULT, result)
-    if (
-        target.exists() and (result_of(target) or {}).get("status") != "done"
-    ):  # failed or damaged, and tried again
-        old = target.with_name(f"{_DRAFT}old-{uuid.uuid4().hex[:8]}")
-        os.rename(target, old)
-        shutil.rmtree(old, ignore_errors=True)
-    try:
-        os.rename(folder, target)  # refuses a folder that is there and not empty
-    except OSError:
-        if result_of(target) is None:
-            raise
-        shutil.rmtree(folder, ignore_errors=True)
-        return False
-    return True
-
-
-def sweep_up(parent: Path, *, older_than: float = 0.0) -> None:
-    """Remove what interrupted runs left behind, if untouched for so many seconds."""
-    limit = time.time() - older_than
-    for folder in parent.glob(f"{_DRAFT}*"):
-        newest = max((path.stat().st_mtime for path in (folder, *folder.rglob("*"))), default=0.0)
-        if newest <= limit:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -329,28 +332,25 @@ def locked(parent: Path) -> Iterator[None]:
 
 # -- executing: at most so many kernels at once, each run whole or not counted
 
-_ABANDONED = 24 * 3600.0  # seconds after which a draft on a shared disk has no owner any more
-
 
 def missing(folder: Path, planned: Sequence[Run], *, retry_failed: bool = False) -> list[Run]:
     """Runs that have no result yet, or a bad one that is to be tried again."""
-    kept = ("done",) if retry_failed else ("done", "failed")
+    kept = ("done", "pruned") if retry_failed else ("done", "pruned", "failed")
     return [run for run in planned if (result_of(folder / run.key) or {}).get("status") not in kept]
 
 
 def execute(
     notebook: Path,
     folder: Path,
-    planned: Sequence[Run],
+    chosen: Iterable[Run],
     *,
     where: str = "local",
     workers: int = 1,
     timeout: int | None = None,
     job: Job | None = None,
-    retry_failed: bool = False,
     tell: Callable[[str], None] = logger.warning,
 ) -> Iterator[tuple[Run, dict[str, Any]]]:
-    """Execute the missing runs, and yield each with its result as it ends.
+    """Execute runs, and yield each with its result as it ends; call it while the folder is :func:`locked`.
 
     Parameters
     ----------
@@ -358,8 +358,8 @@ def execute(
         The notebook; a copy of it is taken at the start, so that it may be edited meanwhile.
     folder
         Folder of the sweep, with a folder for each run.
-    planned
-        The runs of :func:`plan`.
+    chosen
+        The runs; each is asked for when a worker is free, so that it may depend on what was yielded before.
     where
         As :func:`check_where` takes it.
     workers
@@ -374,43 +374,31 @@ def execute(
     Raises
     ------
     DataError
-        When another sweep works in `folder`, or the cluster is lost. What has ended is kept.
+        When the cluster is lost. What has ended is kept.
     """
-    with locked(folder):
-        sweep_up(folder, older_than=0.0 if where == "local" else _ABANDONED)
-        todo = missing(folder, planned, retry_failed=retry_failed)
-        if not todo:
-            return
-        copy = draft(folder, "notebook") / notebook.name
-        shutil.copyfile(notebook, copy)
-        workers = min(workers, len(todo))
-        started = _here(workers) if where == "local" else _there(where, workers, job or Job(), tell)
-        with started as submit:
-            tasks = ((run, (str(copy), str(folder), run.values, run.key, timeout)) for run in todo)
-            for run, future in _windowed(submit, tasks, workers):
+    copy = empty(folder / ".notebook") / notebook.name
+    shutil.copyfile(notebook, copy)
+    started = _here(workers) if where == "local" else _there(where, workers, job or Job(), tell)
+    pending: dict[Future, Run] = {}
+    waiting = iter(chosen)
+    with started as (pool, work):
+        while True:  # never more than `workers` are given out: nobody else bounds a kernel's memory
+            for run in itertools.islice(waiting, workers - len(pending)):
+                pending[pool.submit(work, str(copy), str(folder), run, timeout)] = run
+            if not pending:
+                break
+            for future in wait(pending, return_when=FIRST_COMPLETED).done:
+                run = pending.pop(future)
                 try:
-                    yield run, future.result()
-                except ClusterLost:
-                    raise
+                    result = future.result()
+                except CancelledError as error:
+                    fix = "start the cluster and run the same command again; finished runs are kept"
+                    raise DataError(
+                        three_beats("a Dask cluster until the end", "one that went away", fix)
+                    ) from error
                 except Exception as error:  # no worker could end it
-                    yield run, _give_up(folder, run, error)
-        shutil.rmtree(copy.parent, ignore_errors=True)
-
-
-class ClusterLost(DataError):
-    """The scheduler or its workers went away while runs were at work."""
-
-
-def _windowed(submit: Callable[..., Future], tasks: Iterable[tuple[Run, tuple]], workers: int):
-    """Runs with their futures as they end, never more than `workers` given out: nobody else bounds a kernel's memory."""
-    waiting, pending = iter(tasks), dict[Future, Run]()
-    while True:
-        for run, task in itertools.islice(waiting, workers - len(pending)):
-            pending[submit(*task)] = run
-        if not pending:
-            return
-        for future in wait(pending, return_when=FIRST_COMPLETED).done:
-            yield pending.pop(future), future
+                    result = _give_up(folder, run, error)
+                yield run, result
 
 
 def _give_up(folder: Path, run: Run, error: Exception) -> dict[str, Any]:
@@ -418,38 +406,34 @@ def _give_up(folder: Path, run: Run, error: Exception) -> dict[str, Any]:
     killed = type(error).__name__ == "KilledWorker"
     why = "every worker that ran it died (out of memory?)" if killed else str(error)
     result = _result(run.values, f"{type(error).__name__}: {why}", 0.0, {})
-    finish(draft(folder, run.key), folder / run.key, result)
+    runs.write_json(empty(folder / run.key) / RESULT, result)
     return result
 
 
 def run_one(
-    notebook: str,
-    folder: str,
-    values: dict,
-    key: str,
-    timeout: int | None,
-    stopped: threading.Event | None = None,
+    notebook: str, folder: str, run: Run, timeout: int | None, stopped: threading.Event | None = None
 ) -> dict[str, Any]:
-    """One run, in a hidden folder that becomes the run's own when it has ended, unless all were `stopped` meanwhile."""
-    target = Path(folder) / key
+    """One run in its folder, whose result is written last, and not when all were `stopped` meanwhile."""
+    target = Path(folder) / run.key
     earlier = result_of(target)
     if earlier and earlier["status"] == "done":  # another worker, believed dead, ended it after all
         return earlier
-    work, start = draft(Path(folder), key), time.monotonic()
-    outcome = runs.execute(notebook, work, values, timeout=timeout)
-    result = _result(values, outcome.error, time.monotonic() - start, outcome.metrics)
+    work, start = empty(target), time.monotonic()
+    if run.trial is not None:
+        runs.write_json(work / "trial.json", run.trial)
+    outcome = runs.execute(notebook, work, run.values, timeout=timeout)
+    result = _result(run.values, outcome.error, time.monotonic() - start, outcome.metrics)
     if (
-        stopped is not None and stopped.is_set()
-    ):  # its kernel was ended: it has neither failed nor come to its end
-        shutil.rmtree(work, ignore_errors=True)
-        return result
-    finish(work, target, result)
-    return result_of(target) or result
+        stopped is None or not stopped.is_set()
+    ):  # else its kernel was ended: it has neither failed nor come to its end
+        runs.write_json(work / RESULT, result)
+    return result
 
 
 def _result(values: dict, error: str, seconds: float, metrics: dict) -> dict[str, Any]:
+    pruned = error.startswith("TrialPruned")
     return {
-        "status": "failed" if error else "done",
+        "status": "pruned" if pruned else "failed" if error else "done",
         "error": error,
         "seconds": round(seconds, 3),
         "values": values,
@@ -465,22 +449,19 @@ def _threads(share: int) -> dict[str, str]:
 
 
 @contextmanager
-def _here(workers: int) -> Iterator[Callable[..., Future]]:
-    """Give runs to threads of this process: nothing listens on a port. Kernels at work when it is left are ended."""
-    stopped, futures = threading.Event(), []
-
-    def submit(*task) -> Future:
-        futures.append(pool.submit(partial(run_one, stopped=stopped), *task))
-        return futures[-1]
-
-    with runs.surroundings(_threads((os.cpu_count() or 1) // workers)), ThreadPoolExecutor(workers) as pool:
+def _here(workers: int) -> Iterator[tuple[Executor, Callable]]:
+    """Threads of this process: nothing listens on a port. Kernels at work when they are left are ended."""
+    stopped = threading.Event()
+    environment, name = _threads((os.cpu_count() or 1) // workers), f"sweep-{uuid.uuid4().hex[:8]}"
+    with runs.surroundings(environment), ThreadPoolExecutor(workers, thread_name_prefix=name) as pool:
         try:
-            yield submit
+            yield pool, partial(run_one, stopped=stopped)
         finally:
             stopped.set()
             pool.shutdown(wait=False, cancel_futures=True)
-            while wait(futures, timeout=0.5).not_done:
+            while any(thread.name.startswith(name) for thread in threading.enumerate()):
                 runs.end_kernels()
+                time.sleep(0.1)
 
 
 def _run_there(environment: dict[str, str], *task) -> dict[str, Any]:
@@ -492,8 +473,8 @@ def _run_there(environment: dict[str, str], *task) -> dict[str, Any]:
 @contextmanager
 def _there(
     where: str, workers: int, job: Job, tell: Callable[[str], None]
-) -> Iterator[Callable[..., Future]]:
-    """Give runs to single-threaded Dask workers; all that was started here is gone at the end."""
+) -> Iterator[tuple[Executor, Callable]]:
+    """Single-threaded Dask workers; all that was started here is gone at the end."""
     from distributed import Client
 
     with ExitStack() as stack:
@@ -504,29 +485,7 @@ def _there(
             cluster.scale(jobs=workers)
             client = stack.enter_context(Client(cluster, set_as_default=False))
         await_first(client, where, tell)
-        held = []  # Dask forgets a task that nobody holds
-
-        def submit(*task) -> Future:
-            remote = client.submit(_run_there, _threads(1), *task, key=f"cellop-{task[3]}", pure=False)
-            local: Future = Future()
-            remote.add_done_callback(lambda ended: _pass_on(ended, local))
-            held.append(remote)
-            return local
-
-        yield submit
-
-
-def _pass_on(remote, local: Future) -> None:
-    """What a Dask future came to, as a plain one."""
-    if remote.status == "finished":
-        local.set_result(remote.result())
-    elif remote.status == "error":
-        local.set_exception(remote.exception())
-    else:
-        fix = "start the cluster and run the same command again; finished runs are kept"
-        local.set_exception(
-            ClusterLost(three_beats("a Dask cluster until the end", f"a run was {remote.status}", fix))
-        )
+        yield client.get_executor(pure=False), partial(_run_there, _threads(1))
 
 
 # -- clusters: jobs of a batch system, or a Dask cluster that is there
@@ -678,17 +637,113 @@ def queue_cluster(where: str, job: Job):
     )  # fmt: skip
 
 
-# -- what came out: one row per run, effects of the parameters, the report
+# -- values that Optuna chooses, and runs that it ends early
+
+
+class Search:
+    """Runs chosen by Optuna, whose study is kept in the journal `study.log` (JSON) of the sweep's folder.
+
+    A study that was broken off, by ``kill -9`` too, goes on: what was at work is asked for again.
+
+    Parameters
+    ----------
+    space
+        The runs to choose from.
+    folder
+        Folder of the sweep, while it is :func:`locked`.
+    metric, best
+        The number of ``metrics.json`` to bring down or up, as :class:`Sweep` takes them.
+    prune
+        Whether a run whose validation curve is worse than the median of the others' is ended early.
+    seed
+        Of the tree-structured Parzen estimator that chooses.
+
+    References
+    ----------
+    Akiba et al. 2019, KDD (Optuna); Bergstra et al. 2011, NeurIPS (tree-structured Parzen estimators).
+    """
+
+    def __init__(
+        self, space: Space, folder: Path, metric: str, best: str | None = None, *, prune: bool = False, seed: int = 0
+    ):  # fmt: skip
+        optuna = _optuna()
+        self._space, self._folder, self._metric, self._prune = space, folder, metric, prune
+        self._sign, self._states = (1 if (best or _good(metric)) == "min" else -1), optuna.trial.TrialState
+        self._numbers: dict[str, int] = {}  # of the trials, by the key of their run
+        self._journal = folder.resolve() / "study.log"
+        if self._journal.is_file():  # a line that a kill cut off would make the next one unreadable
+            content = self._journal.read_bytes()
+            self._journal.write_bytes(content[: content.rfind(b"\n") + 1])
+        backend = optuna.storages.journal.JournalFileBackend(str(self._journal))
+        self.study = optuna.create_study(
+            storage=optuna.storages.JournalStorage(backend), study_name=f"{metric} {self._sign} {space.key}",
+            direction="minimize" if self._sign > 0 else "maximize", load_if_exists=True,
+        )  # fmt: skip
+        for trial in self.study.get_trials(states=(self._states.RUNNING,)):  # nobody else is at work here
+            self.study.tell(trial.number, state=self._states.FAIL)
+            self.study.enqueue_trial(trial.params)
+        self.study.sampler = optuna.samplers.TPESampler(
+            seed=seed + len(self.study.trials),  # its generator starts anew, and not with the same values
+            constant_liar=True,
+        )
+
+    def runs(self) -> list[Run]:
+        """The different runs that were asked for so far, in their order."""
+        chosen = [self._space.chosen(trial.params) for trial in self.study.trials if trial.params]
+        return list({run.key: run for run in chosen}.values())
+
+    def choose(self, n_runs: int, *, retry_failed: bool = False) -> Iterator[Run]:
+        """Runs until there are `n_runs` different ones; each follows from what those told before came to."""
+        if retry_failed:
+            for run in missing(self._folder, self.runs(), retry_failed=True):
+                self.study.enqueue_trial(
+                    {axis.name: _cell(run.values[axis.name]) for axis in self._space.axes}
+                )
+        for _ in range(3 * n_runs):  # a small space may hold fewer
+            if len(self.runs()) >= n_runs and not self.study.get_trials(states=(self._states.WAITING,)):
+                return
+            trial = self.study.ask(self._space.distributions)
+            about = {"journal": str(self._journal), "study": self.study.study_name, "sign": self._sign}
+            run = replace(self._space.chosen(trial.params), trial=about | {"number": trial.number})
+            self._numbers[run.key] = trial.number
+            if missing(self._folder, [run], retry_failed=retry_failed):
+                yield run if self._prune else replace(run, trial=None)
+            else:
+                self.tell(run, result_of(self._folder / run.key) or {})
+
+    def tell(self, run: Run, result: dict[str, Any]) -> None:
+        """What a run came to.
+
+        Raises
+        ------
+        LabelError
+            When it came to its end without the metric.
+        """
+        number, metrics = self._numbers[run.key], dict(_numbers(result["metrics"]))
+        if result["status"] == "done" and self._metric in metrics:
+            self.study.tell(number, metrics[self._metric])
+            return
+        pruned = result["status"] == "pruned"
+        self.study.tell(number, state=self._states.PRUNED if pruned else self._states.FAIL)
+        if result["status"] == "done":
+            fix = f"name one with --metric ({did_you_mean(self._metric, metrics)})"
+            raise LabelError(three_beats("a number in the runs' metrics.json", repr(self._metric), fix))
+
+
+# -- what came out: one row per run, and the report
 
 HEAD, TAIL = ["run"], ["status", "seconds", "error", "notebook"]
 TEMPLATE = Path(__file__).with_name("summary.ipynb")
-_ABOUT = "sweep.json"
 _HIGH_IS_GOOD = ("pearson", "r2", "gain", "score", "accuracy", "auc", "correlation", "recall", "precision")
-_MANY = 8  # values of a parameter beyond which it is taken as continuous
 
 
 class ReportError(CellopError):
     """The summary notebook did not run to its end."""
+
+
+def _good(metric: str) -> str:
+    """Low is good, unless the metric is named like a score."""
+    return "max" if any(score in metric.lower() for score in _HIGH_IS_GOOD) else "min"
 
 
 def collect(folder: Path, planned: Sequence[Run], notebook: str) -> pd.DataFrame:
@@ -707,7 +762,7 @@ def collect(folder: Path, planned: Sequence[Run], notebook: str) -> pd.DataFrame
     -------
     DataFrame
         ``run`` (the folder), every parameter, every number of ``metrics.json`` (nested ones as ``a.b``; one named
-        like a parameter as ``metric.a``), ``status`` (done, failed, missing), ``seconds``, ``error`` and
+        like a parameter as ``metric.a``), ``status`` (done, pruned, failed, missing), ``seconds``, ``error`` and
         ``notebook`` (the executed one, relative to `folder`).
     """
     import pandas as pd
@@ -728,7 +783,7 @@ def collect(folder: Path, planned: Sequence[Run], notebook: str) -> pd.DataFrame
 
 
 def _cell(value: Any) -> Any:
-    """A parameter's value as a cell of a table: lists and None as text."""
+    """A parameter's value as one cell of a table, and as Optuna takes it: lists and None as text."""
     return ",".join(map(str, value)) if isinstance(value, list) else "none" if value is None else value
 
 
@@ -756,8 +811,6 @@ class Sweep:
         The number to compare; the first that the notebook wrote where None or empty.
     best
         ``"min"`` or ``"max"``: what is good; where None or empty low is, unless the metric is named like a score.
-    notebook
-        Name of the notebook.
 
     Attributes
     ----------
@@ -771,10 +824,9 @@ class Sweep:
     """
 
     def __init__(
-        self, runs: pd.DataFrame, parameters: Sequence[str], metric: str | None = None, best: str | None = None,
-        *, notebook: str = "",
+        self, runs: pd.DataFrame, parameters: Sequence[str], metric: str | None = None, best: str | None = None
     ):  # fmt: skip
-        self.runs, self.notebook = runs, notebook
+        self.runs = runs
         varied = [name for name in parameters if name in runs and runs[name].nunique(dropna=False) > 1]
         self.varied = sorted(varied, key=lambda name: name == "seed")
         numbers = [name for name in runs.columns if name not in (*HEAD, *parameters, *TAIL)]
@@ -782,31 +834,26 @@ class Sweep:
             fix = f"name one with --metric ({did_you_mean(metric or '', numbers)})"
             raise LabelError(three_beats("a number in the runs' metrics.json", repr(metric or "none"), fix))
         self.metric = metric or numbers[0]
-        self.best = best or ("max" if any(score in self.metric.lower() for score in _HIGH_IS_GOOD) else "min")
+        self.best = best or _good(self.metric)
 
     @classmethod
-    def read(cls, folder: str | Path = ".", metric: str = "", best: str = "") -> Sweep:
-        """The sweep whose report lies in a folder: ``runs.parquet`` and ``sweep.json``."""
+    def read(cls, folder: str | Path, parameters: Sequence[str], metric: str = "", best: str = "") -> Sweep:
+        """The sweep whose ``runs.csv`` lies in a folder."""
         import pandas as pd
 
-        about = json.loads((Path(folder) / _ABOUT).read_text(encoding="utf-8"))
-        table = pd.read_parquet(Path(folder) / "runs.parquet")
-        return cls(table, about["parameters"], metric, best, notebook=about["notebook"])
+        table = pd.read_csv(Path(folder) / "runs.csv", keep_default_na=False, na_values=[""])
+        return cls(table.fillna({"error": "", "notebook": ""}), parameters, metric, best)
 
     def __repr__(self) -> str:
         states = ", ".join(f"{n} {state}" for state, n in self.runs["status"].value_counts().items())
         good = "lowest" if self.best == "min" else "highest"
-        return f"Sweep of {self.notebook}: {states}; {self.metric}, {good} is best"
+        return f"Sweep: {states}; {self.metric}, {good} is best"
 
     @property
     def done(self) -> pd.DataFrame:
-        """Runs that came to their end and wrote the metric."""
-        return self.runs[self.runs["status"] == "done"].dropna(subset=[self.metric])
-
-    def best_runs(self, n: int = 10) -> pd.DataFrame:
-        """The best single runs."""
-        ordered = self.done.sort_values(self.metric, ascending=self.best == "min", kind="stable")
-        return ordered.head(n)[["run", *self.varied, self.metric, "seconds", "notebook"]]
+        """Runs that came to their end and wrote the metric, the best first."""
+        done = self.runs[self.runs["status"] == "done"].dropna(subset=[self.metric])
+        return done.sort_values(self.metric, ascending=self.best == "min", kind="stable")
 
     def settings(self, n: int = 10) -> pd.DataFrame:
         """The best combinations of the parameters but the seed: mean, standard error and number of runs.
@@ -816,122 +863,39 @@ class Sweep:
         others, done = [name for name in self.varied if name != "seed"], self.done
         if not others or done.empty:
             return done.reindex(columns=[*others, "mean", "sem", "runs"]).head(0)
-        pooled = (
-            done.groupby(others, sort=False)[self.metric]
-            .agg(mean="mean", sem="sem", runs="size")
-            .reset_index()
-        )
+        by_setting = done.groupby(others, sort=False)[self.metric]
+        pooled = by_setting.agg(mean="mean", sem="sem", runs="size").reset_index()
         return pooled.sort_values("mean", ascending=self.best == "min", kind="stable").head(n)
 
-    def failed(self) -> pd.DataFrame:
-        """Runs that failed, and why."""
-        return self.runs.loc[self.runs["status"] == "failed", ["run", *self.varied, "error", "notebook"]]
+    def study(self) -> optuna.Study:
+        """The runs that are done as a study of Optuna, whose figures show it (``optuna.visualization.matplotlib``)."""
+        optuna = _optuna()
+        study = optuna.create_study(direction="minimize" if self.best == "min" else "maximize")
+        distributions = {name: _distribution(self.done[name]) for name in self.varied}
+        for row in self.done.to_dict("records"):
+            params = {name: row[name] for name in self.varied}
+            trial = optuna.create_trial(params=params, distributions=distributions, value=row[self.metric])
+            study.add_trial(trial)
+        return study
 
-    def effects(self, level: float = 0.95) -> pd.DataFrame:
-        r"""Effect of each value of each parameter on the metric, with the uncertainty over seeds.
-
-        For a parameter p with value v, and seed s,
-
-        .. math:: e_{p,s}(v) = \mathrm{mean}_{o}\big(y(v, o, s) - \mathrm{mean}_{v'} y(v', o, s)\big)
-
-        over the settings o of the other parameters that were run for every value of p: differences inside one
-        setting and seed, so that neither moves the comparison. The effect is the mean over seeds, its interval
-        Student's t over them; with a single seed there is none.
-
-        Returns
-        -------
-        DataFrame
-            ``parameter, value, mean, effect, low, high, seeds, runs``. Parameters without a complete comparison
-            (random sampling) are left out: :meth:`trends` serves them.
-        """
-        import pandas as pd
-
-        done = self.done
-        done = done.assign(seed=done["seed"] if "seed" in self.varied else 0)
-        rows = [row for name in self.varied if name != "seed" for row in self._effect(done, name, level)]
-        columns = ["parameter", "value", "mean", "effect", "low", "high", "seeds", "runs"]
-        return pd.DataFrame(rows, columns=columns)
-
-    def _effect(self, done: pd.DataFrame, name: str, level: float) -> list[dict]:
-        from scipy import stats
-
-        block = [other for other in self.varied if other not in (name, "seed")] + ["seed"]
-        if done[name].dtype.kind == "f" and done[name].nunique() > _MANY:  # a scale, not separate values
-            return []
-        wide = done.pivot_table(
-            index=block, columns=name, values=self.metric, aggfunc="mean", sort=False
-        ).dropna()
-        if wide.empty or wide.shape[1] < 2:
-            return []
-        wide = wide[sorted(wide.columns)]
-        by_seed = wide.sub(wide.mean(axis=1), axis=0).groupby(level="seed").mean()
-        n, mean = len(by_seed), by_seed.mean()
-        half = stats.t.ppf(0.5 + level / 2, n - 1) * by_seed.sem() if n > 1 else mean * math.nan
-        return [
-            {"parameter": name, "value": value, "mean": wide[value].mean(), "effect": mean[value],
-             "low": mean[value] - half[value], "high": mean[value] + half[value], "seeds": n, "runs": len(wide)}
-            for value in wide.columns
-        ]  # fmt: skip
-
-    def trends(self, n_boot: int = 500, seed: int = 0) -> pd.DataFrame:
-        """Spearman correlation of each numeric parameter with the metric, and its bootstrap interval over runs.
-
-        Returns
-        -------
-        DataFrame
-            ``parameter, spearman, low, high`` (95 %), ``runs``.
-
-        References
-        ----------
-        Efron & Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
-        """
-        import numpy as np
-        import pandas as pd
-
-        done, rng, rows = self.done, np.random.default_rng(seed), []
-        for name in self.varied:
-            if name == "seed" or not pd.api.types.is_numeric_dtype(done[name]) or len(done) < 5:
-                continue
-            x, y = done[name].to_numpy(float), done[self.metric].to_numpy(float)
-            draws = [_spearman(x[draw], y[draw]) for draw in rng.integers(len(x), size=(n_boot, len(x)))]
-            low, high = map(float, np.nanquantile(draws, [0.025, 0.975]))
-            rows.append(
-                {"parameter": name, "spearman": _spearman(x, y), "low": low, "high": high, "runs": len(x)}
-            )
-        return pd.DataFrame(rows, columns=["parameter", "spearman", "low", "high", "runs"])
-
-    @staticmethod
-    def linked(frame: pd.DataFrame):
-        """A table whose runs are links to their executed notebooks; markup in labels and values shows as text."""
-        from ..display import styled
-
-        links = [
-            f'<a href="{escape(row["notebook"])}">{escape(row["run"])}</a>'
-            if row["notebook"]
-            else escape(row["run"])
-            for row in frame.to_dict("records")
-        ]
-        shown = frame.assign(run=range(len(frame))).drop(columns="notebook").reset_index(drop=True)
-        return styled(shown, precision=4, index=False).format(links.__getitem__, subset=["run"])
+    def shown(self, frame: pd.DataFrame) -> pd.DataFrame:
+        """What the report shows of runs."""
+        return frame[["run", *self.varied, self.metric, "status", "seconds", "error"]]
 
 
-def _spearman(x, y) -> float:
-    from scipy.stats import rankdata
+def _distribution(values: pd.Series) -> optuna.distributions.BaseDistribution:
+    from optuna.distributions import CategoricalDistribution, FloatDistribution
 
-    x, y = rankdata(x), rankdata(y)
-    spread = float(x.std() * y.std())
-    return float(((x - x.mean()) * (y - y.mean())).mean() / spread) if spread > 0 else math.nan
+    if values.dtype.kind == "f" and values.nunique() > 1:
+        low, high = values.min(), values.max()
+        return FloatDistribution(low, high, log=bool(low > 0 and high >= 100 * low))
+    return CategoricalDistribution(values.unique().tolist())
 
 
 def write_report(
-    notebook: Path,
-    folder: Path,
-    planned: Sequence[Run],
-    *,
-    metric: str | None = None,
-    best: str | None = None,
-) -> pd.DataFrame:
-    """Write ``runs.parquet``, ``runs.csv``, ``sweep.json`` and the executed ``summary.ipynb``.
+    notebook: Path, folder: Path, planned: Sequence[Run], *, metric: str | None = None, best: str | None = None
+) -> pd.DataFrame:  # fmt: skip
+    """Write ``runs.csv`` and the executed ``summary.ipynb``.
 
     Returns
     -------
@@ -944,27 +908,14 @@ def write_report(
     ReportError
         When the summary notebook fails.
     """
-    frame = collect(folder, planned, notebook.stem)
-    names = list(planned[0].values)
-    # parquet holds one type a column; `none` may stand among numbers
-    mixed = [name for name in frame if frame[name].dropna().map(type).nunique() > 1]
-    typed = frame.astype(dict.fromkeys(mixed, str))
-    write_whole(folder / "runs.parquet", lambda path: typed.to_parquet(path, index=False))
+    frame, names = collect(folder, planned, notebook.stem), list(planned[0].values)
     write_whole(folder / "runs.csv", lambda path: frame.to_csv(path, index=False))
-    runs.write_json(folder / _ABOUT, {"notebook": notebook.stem, "parameters": names})
-    if (frame["status"] == "done").any():
-        sweep = Sweep(frame, names, metric, best)
-        _summary(folder, {"metric": sweep.metric, "best": sweep.best})
-    return frame
-
-
-def _summary(folder: Path, values: dict) -> None:
-    work = draft(folder, "summary")
-    try:
-        outcome = runs.execute(TEMPLATE, work, {**values, "folder": str(folder)})
-        os.replace(outcome.output, folder / TEMPLATE.name)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    if not (frame["status"] == "done").any():
+        return frame
+    sweep = Sweep(frame, names, metric, best)
+    about = {"metric": sweep.metric, "best": sweep.best, "parameters": names, "folder": str(folder)}
+    outcome = runs.execute(TEMPLATE, folder, about)
     if outcome.error:
         fix = f"open {folder / TEMPLATE.name}; the table is complete in {folder / 'runs.csv'}"
         raise ReportError(three_beats("the report to run to its end", outcome.error, fix))
+    return frame

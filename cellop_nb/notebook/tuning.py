@@ -268,7 +268,7 @@ class TuningPanel(Panel):
         monitor = self.monitor
         for i, history in enumerate(self.histories):
             look = s.mark(i) | s.line(i)
-            ax.plot(history["epoch"] + 1, history[monitor], label=self._name(i), markersize=4, **look)
+            ax.plot(history["epoch"] + 1, history[monitor], label=self._name(i), markersize=4)[0].update(look)
         s.few_ticks(ax, "y")
         ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         s.label(ax, "Short fits", "epoch", s.safe(monitor))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -20,6 +21,7 @@ __all__ = [
     "HistoryCSV",
     "MLflow",
     "ProgressBar",
+    "Pruning",
     "Replay",
     "SaveCheckpoints",
     "TensorBoard",
@@ -84,6 +86,44 @@ class EarlyStopping(Callback):
         value = row.get(monitor, float("inf"))
         if value < self._best - self.min_delta:
             self._best, self._best_epoch = value, row["epoch"]
+
+
+class Pruning(Callback):
+    """Let a sweep end this run early, when its validation curve is worse than the median of the other runs'.
+
+    Outside of ``sweep ... --prune`` it does nothing.
+
+    Parameters
+    ----------
+    run_dir
+        The run folder: a sweep leaves a file there that names its study.
+
+    Raises
+    ------
+    optuna.TrialPruned
+        At the end of the epoch after which the run is given up.
+    """
+
+    def __init__(self, run_dir: str | Path):
+        path = Path(run_dir) / "trial.json"
+        self._about = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        self._trial: Any = None
+
+    def on_epoch_end(self, trainer, row: dict) -> None:
+        if self._about is None or trainer.monitor not in row:
+            return
+        import optuna
+
+        if self._trial is None:
+            backend = optuna.storages.journal.JournalFileBackend(self._about["journal"])
+            storage = optuna.storages.JournalStorage(backend)
+            study = optuna.load_study(study_name=self._about["study"], storage=storage)
+            study.pruner = optuna.pruners.MedianPruner(n_warmup_steps=trainer.max_epochs // 10)
+            number = storage.get_study_id_from_name(study.study_name), self._about["number"]
+            self._trial = optuna.trial.Trial(study, storage.get_trial_id_from_study_id_trial_number(*number))
+        self._trial.report(self._about["sign"] * row[trainer.monitor], row["epoch"])
+        if self._trial.should_prune():
+            raise optuna.TrialPruned(f"{trainer.monitor} is worse than that of half of the other runs")
 
 
 class Replay(Callback):

@@ -63,6 +63,16 @@ def _(place):
     return command(place, "sweep", "02", "-g", "latent_dim=8,16", "--random", "0")
 
 
+@case(SWEEPS, "values to be chosen by a number that is not named", code=2)
+def _(place):
+    return command(place, "sweep", "02", "-g", "latent_dim=8,16", "--tpe", "5")
+
+
+@case(SWEEPS, "curves of a grid to be given up early", code=2)
+def _(place):
+    return command(place, "sweep", "02", "-g", "latent_dim=8,16", "--prune")
+
+
 @case(SWEEPS, "the folder of the run", code=2)
 def _(place):
     return command(place, "sweep", "02", "-g", "run_dir=a,b")

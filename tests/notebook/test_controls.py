@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -103,19 +102,19 @@ def test_there_is_a_slider_for_every_weight(fake_trainer):
 
 @pytest.mark.parametrize("rate", [1e-3, 3e-4, 0.02, 1.7e-5])
 def test_the_first_rate_lies_on_the_grid(rate):
-    grid = module.rate_grid(SimpleNamespace(learning_rate=rate))
-    steps = (np.log10(grid["value"]) - grid["min"]) / grid["step"]
+    slider = module.rate_slider(rate)
+    steps = (np.log10(slider.value) - slider.min) / slider.step
     assert steps == pytest.approx(round(steps), abs=1e-6)
-    assert grid["value"] == pytest.approx(rate, rel=1e-5)
+    assert slider.value == pytest.approx(rate, rel=1e-5)
 
 
 @pytest.mark.parametrize("weight", [1.0, 0.03, 0.0, 250.0])
 def test_the_first_weight_lies_on_the_grid(weight):
-    grid = module.weight_grid(weight)
-    steps = grid["value"] / grid["step"]
+    slider = module.weight_slider("weight", weight)
+    steps = slider.value / slider.step
     assert steps == pytest.approx(round(steps), abs=1e-9)
-    assert grid["value"] == pytest.approx(weight)
-    assert grid["min"] <= grid["value"] < grid["max"]
+    assert slider.value == pytest.approx(weight)
+    assert slider.min <= slider.value < slider.max
 
 
 def test_showing_a_slider_changes_nothing(controls, trainer):

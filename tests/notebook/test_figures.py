@@ -1,42 +1,17 @@
-"""Figures: each draws, says what it shows, leaves no trace in global state, and survives odd labels."""
+"""Figures of the benchmarks: each draws, says what it shows, leaves no trace in global state, and survives odd labels."""
 
 from __future__ import annotations
 
 import io
 
-import numpy as np
-import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
 from benchmarks import figures as speed
 from cellop_nb.notebook import style
-from cellop_nb.notebook import sweep_figures as figures
-from cellop_nb.notebook.sweep import Sweep
 
-GROUPS = ["B, IFNb", "CD14+ Mono, IFNb", "_hidden, $odd_label$"]
-rng = np.random.default_rng(0)
-
-
-def _table(**columns) -> pd.DataFrame:
-    return pd.DataFrame({"group": GROUPS, **columns})
-
-
-def _runs() -> pd.DataFrame:
-    """A sweep of three parameters, one of them words."""
-    table = pd.DataFrame([(w, r, k) for w in (8, 16) for r in (1e-3, 1e-1) for k in GROUPS])
-    table.columns = ["width", "rate", "kind"]
-    return table.assign(status="done", loss=rng.lognormal(size=len(table)))
-
-
-COUNTS = rng.poisson(1.0, (60, 40))
 FIGURES = {
-    "sweep_map": lambda: figures.sweep_map(_runs(), ["width", "rate"], "loss"),
-    "sweep_effects": lambda: figures.sweep_effects(
-        Sweep(_runs(), ["width", "rate", "kind"], "loss").effects(), "loss"
-    ),
-    "parallel_coordinates": lambda: figures.parallel_coordinates(_runs(), ["width", "rate", "kind"], "loss"),
     "energy_scaling": lambda: speed.energy_scaling(
         [
             {"variant": name, "n": n, "cpu_seconds": n**2 * 1e-8, "extra_mb": n / 10, "bound_seconds": bound}
@@ -126,7 +101,7 @@ def test_every_public_figure_is_tried_here():
         name for name, value in vars(speed).items() if getattr(value, "__module__", "") == speed.__name__
     }
     of_speed = {name for name in of_speed if not name.startswith("_")}
-    assert set(FIGURES) == {"sweep_map", "sweep_effects", "parallel_coordinates"} | of_speed
+    assert set(FIGURES) == of_speed
 
 
 def test_it_is_a_readable_white_picture(figure):
