@@ -83,9 +83,7 @@ class Table(pd.DataFrame):
     _OWN: tuple[str, ...] = ()
     monitor = ""
 
-    @property
-    def _constructor(self):
-        return pd.DataFrame
+    _constructor = pd.DataFrame  # what is derived from it is a plain one
 
     def _repr_html_(self) -> str:
         if not len(self) or not {*self._OWN} <= {*self.columns}:

@@ -27,7 +27,7 @@ BOOKS = {
 
 WORK = """from cellop_nb.notebook import runs
 numbers = {{name: value for name, value in list(globals().items()) if name in batch_names}}
-runs.write_metrics(run_dir, "{name}", numbers)"""
+runs.write_json(runs.metrics_file(run_dir, "{name}"), numbers)"""
 
 
 @pytest.fixture(scope="module")

@@ -311,7 +311,9 @@ def write_zarr(folder, screen, vae):
 
 
 def write_numbers(folder, screen, vae):
-    runs.write_metrics(folder, "02_train_vae", {"values": np.random.default_rng(0).random(40_000)})
+    runs.write_json(
+        runs.metrics_file(folder, "02_train_vae"), {"values": np.random.default_rng(0).random(40_000)}
+    )
 
 
 WRITERS = [

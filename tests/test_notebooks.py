@@ -69,10 +69,6 @@ def long_functions(code):
                     yield length, node.name
 
 
-def test_the_numbered_notebooks_are_those_with_parameters():
-    assert [path.stem for path in PATHS] == parameters.names()
-
-
 @every_notebook
 def test_a_committed_notebook_is_complete_and_short(path):
     assert complaints(path) == []

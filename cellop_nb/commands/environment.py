@@ -12,14 +12,13 @@ from pathlib import Path
 from cellop_nb.commands.terminal import Status, clock, complain, say
 from cellop_nb.errors import DataError, SetupError, three_beats
 from cellop_nb.files import storing
+from cellop_nb.notebook import parameters
 from cellop_nb.packages import missing, requirements
 
 PACKAGE = Path(__file__).resolve().parents[1]
 ROOT = PACKAGE.parent
-IS_CHECKOUT = (ROOT / "pyproject.toml").is_file()
-# a wheel carries the notebooks and the example screen inside the package
-SHARE = ROOT if IS_CHECKOUT else PACKAGE / "_share"
-NOTEBOOKS = SHARE / "notebooks"
+IS_CHECKOUT, NOTEBOOKS = parameters.IS_CHECKOUT, parameters.FOLDER
+SHARE = NOTEBOOKS.parent  # of the example screen, too
 VENV = ROOT / ".venv"
 
 _STAMP = VENV / "cellop-stamp"

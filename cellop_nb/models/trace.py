@@ -115,6 +115,25 @@ def is_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())
 
 
+def nonfinite_state(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Parameters and buffers of a model that hold NaN or infinity, by name."""
+    both = [*model.named_parameters(), *model.named_buffers()]
+    return [(name, tensor) for name, tensor in both if not is_finite(tensor)]
+
+
+def optimizer_faults(model: nn.Module, optimizer) -> list[tuple[str, Tensor]]:
+    """Moments of an optimiser that are not finite, named by their parameter."""
+    if optimizer is None:
+        return []
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [
+        (f"{names.get(id(parameter), 'a parameter')}.{key}", value)
+        for parameter, moments in optimizer.state.items()
+        for key, value in moments.items()
+        if isinstance(value, Tensor) and not is_finite(value)
+    ]
+
+
 def named_tensors(value: object, name: str = "batch", depth: int = 4) -> Iterator[tuple[str, Tensor]]:
     """Every tensor inside nested dicts, sequences, dataclasses and plain objects, with a dotted name."""
     if isinstance(value, Tensor):

@@ -19,7 +19,6 @@ from ..analysis.cellop import CellOp
 from ..analysis.combinations import RULES
 from ..errors import CellopError, LabelError, StorageError, did_you_mean, three_beats
 from ..files import require_room, unused, write_whole
-from . import parameters
 from .controls import Panel, button, panel, sized, status_line
 from .explorer_picture import ExplorerPicture
 from .virtual import Answer, Question, VirtualCells
@@ -27,7 +26,13 @@ from .virtual import Answer, Question, VirtualCells
 log = logging.getLogger("cellop_nb")
 
 NOTHING = "(none)"
-TOGETHER = dict(zip(parameters.TOGETHER, ("axes", "generator", "sequence", "reverse sequence"), strict=True))
+TOGETHER = {
+    "together: shared axes": "axes",
+    "together: sum of generators": "generator",
+    "first, then second": "sequence",
+    "second, then first": "reverse sequence",
+}
+_AXES = next(iter(TOGETHER))
 """How two perturbations are combined, in words."""
 
 
@@ -78,7 +83,7 @@ class Explorer(Panel):
         strength: float = 1.0,
         reverse: bool = False,
         second: str | None = None,
-        together: str = parameters.TOGETHER[0],
+        together: str = _AXES,
         gene: str | None = None,
         folder: str | Path = ".",
         prepare: float = 1.0,
@@ -115,7 +120,7 @@ class Explorer(Panel):
             self._follow()
             return self.answer
 
-    def choose(self, first: str, second: str = NOTHING, together: str = parameters.TOGETHER[0]) -> Answer:
+    def choose(self, first: str, second: str = NOTHING, together: str = _AXES) -> Answer:
         """Choose one perturbation, or two and how they are combined (a key of :data:`TOGETHER`)."""
         perturbation, rule = combined(first, second, together)
         return self.show(perturbation=perturbation, rule=rule or self.question.rule)

@@ -1,10 +1,8 @@
 """Typed parameters of the notebooks, for papermill, the command line, widgets and sweeps.
 
-Every number that a user may change has its name, type, default, range and help in the table `NOTEBOOKS` and nowhere
-else. One that several share is written once; `replace(PARAMETER, default=...)` gives one notebook another
-default. A notebook's `parameters` cell is the text of `parameters_cell`; a test compares the two, and
-`python3 -m cellop_nb params NOTEBOOK --cell` prints it. Standard library only, so that the command line can refuse
-a wrong value before the environment exists.
+Every number that a user may change has its name, type, default, help and range in the cell of a notebook that is tagged
+`parameters`, one assignment a line, as papermill reads it (``n: int = 8  # what it is (1 to 64)``), and nowhere else.
+Standard library only, so that the command line can refuse a wrong value before the environment exists.
 """
 
 from __future__ import annotations
@@ -12,9 +10,11 @@ from __future__ import annotations
 import ast
 import json
 import math
+import re
 import tokenize
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cache
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,18 @@ from ..errors import CellopError, LabelError, did_you_mean, three_beats
 
 _SWITCH = {"true": True, "yes": True, "on": True, "1": True}
 _SWITCH |= {"false": False, "no": False, "off": False, "0": False}
+
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+IS_CHECKOUT = (_PACKAGE.parent / "pyproject.toml").is_file()
+FOLDER = (_PACKAGE.parent if IS_CHECKOUT else _PACKAGE / "_share") / "notebooks"
+"""The package's notebooks: beside it in a checkout, inside of it in a wheel."""
+
+DATA = ("data", "layer", "perturbation_key", "context_key", "control", "n_genes")
+"""Parameters that make the prepared screen, in every notebook alike: each must be able to prepare it alone."""
+
+WIDER = {"layer": "str | None", "context_key": "str | list[str] | None"}
+"""Parameters that take more than the one kind that papermill reads."""
 
 
 class ParameterError(CellopError):
@@ -187,7 +199,7 @@ def cell_of(path: Path) -> str:
 
 
 def read_cell(text: str) -> tuple[Parameter, ...]:
-    """Parameters that the text of a `parameters` cell declares, with the trailing comments as help."""
+    """Parameters that the text of a `parameters` cell declares, with the trailing comments as help and limits."""
     comments = {
         token.start[0]: token.string.lstrip("# ")
         for token in tokenize.generate_tokens(StringIO(text).readline)
@@ -200,107 +212,39 @@ def read_cell(text: str) -> tuple[Parameter, ...]:
 def _declared(node: ast.Assign | ast.AnnAssign, comment: str) -> Parameter:
     default: Any = None if node.value is None else ast.literal_eval(node.value)
     if isinstance(node, ast.AnnAssign):
-        return Parameter(ast.unparse(node.target), ast.unparse(node.annotation), default, comment)
-    is_list = isinstance(default, list) and bool(default)
-    kind = f"list[{type(default[0]).__name__}]" if is_list else type(default).__name__
-    return Parameter(ast.unparse(node.targets[0]), kind.replace("NoneType", "None"), default, comment)
+        name, kind = ast.unparse(node.target), ast.unparse(node.annotation)
+        kind = WIDER.get(name, kind) if kind == "str" else kind
+    else:
+        is_list = isinstance(default, list) and bool(default)
+        kind = f"list[{type(default[0]).__name__}]" if is_list else type(default).__name__
+        name, kind = ast.unparse(node.targets[0]), kind.replace("NoneType", "None")
+    return Parameter(name, kind, default, *_help_and_limits(comment))
 
 
-SEED = Parameter("seed", "int", 0, "every random choice follows from it", minimum=0)
-RUN_DIR = Parameter(
-    "run_dir", "str", "", "folder for results; empty: beside papermill's output, else ../runs/notebooks"
-)
+def _help_and_limits(comment: str) -> tuple[str, tuple | None, float | None, float | None]:
+    """Help, choices, minimum and maximum from the comment beside an assignment."""
+    match = re.fullmatch(r"(.*?)\s*\(([^()]*)\)", comment)
+    help_, limits = (match[1], match[2]) if match else ("", "")
+    if match and " | " in limits:
+        return help_, tuple(limits.split(" | ")), None, None
+    if span := re.fullmatch(rf"({_NUMBER}) to ({_NUMBER})", limits):
+        return help_, None, _number(span[1]), _number(span[2])
+    if end := re.fullmatch(rf"at (least|most) ({_NUMBER})", limits):
+        value = _number(end[2])
+        return (help_, None, value, None) if end[1] == "least" else (help_, None, None, value)
+    return comment, None, None, None
 
-N_GENES = Parameter("n_genes", "int", 1000, "most variable genes kept; 0 keeps all", minimum=0)
-MIN_CELLS = Parameter("min_cells", "int", 10, "cells that a group must have to be used", minimum=2)
 
-# what makes the prepared screen, in every notebook alike: each must be able to prepare it alone
-DATA = (
-    Parameter("data", "str", "synthetic_screen", "a name in datasets.list(), or the path of an .h5ad file"),
-    Parameter("layer", "str | None", None, "layer with the raw counts; None: X"),
-    Parameter("perturbation_key", "str", "perturbation", "column of obs with the perturbation of each cell"),
-    Parameter("context_key", "str | list[str] | None", "cell_type", "column(s) of obs: cell type, donor"),
-    Parameter("control", "str", "control", "label of the unperturbed cells"),
-    N_GENES,
-)
+_NUMBER = r"-?[\d.]+(?:e[+-]?\d+)?"
 
-LATENT_DIM = Parameter("latent_dim", "int", 32, "dimension of the latent space", minimum=2, maximum=512)
-HIDDEN = Parameter("hidden", "int", 128, "units of a hidden layer", minimum=1, maximum=4096)
-N_LAYERS = Parameter("n_layers", "int", 1, "hidden layers of encoder and decoder", minimum=1, maximum=8)
-BATCH_SIZE = Parameter("batch_size", "int", 256, "cells in a minibatch", minimum=2)
-KL_WEIGHT = Parameter("kl_weight", "float", 1.0, "weight of the KL term after warm-up", minimum=0)
-VAE_EPOCHS = Parameter("max_epochs", "int", 40, "passes over the training cells", minimum=1)
-VAE_RATE = Parameter("learning_rate", "float", 2e-3, "of Adam", minimum=1e-7, maximum=1)
 
-N_AXES = Parameter("n_axes", "int", 8, "shared response axes B_k", minimum=1, maximum=256)
-RANK = Parameter("rank", "int", 8, "rank of each axis' matrix; 0: shifts alone", minimum=0, maximum=512)
-RIDGE = Parameter("ridge", "float", 0.1, "pull of the operators towards the identity", minimum=0)
-STABILITY = Parameter("stability_weight", "float", 1.0, "weight of the norm penalty", minimum=0)
-MAX_NORM = Parameter("max_norm", "float", 3.0, "spectral norm (rho) where the penalty starts", minimum=1)
-OPERATOR_EPOCHS = Parameter("max_epochs", "int", 20, "epochs of 20 steps, each over all groups", minimum=1)
-OPERATOR_RATE = Parameter("learning_rate", "float", 1e-2, "of Adam, cosine decay", minimum=1e-7, maximum=1)
-CELLS_PER_GROUP = Parameter("cells_per_group", "int", 128, "cells of a group and side in one step", minimum=2)
-
-# how the explorer puts two perturbations together, in its own words; `explorer.TOGETHER` says what each does
-TOGETHER = (
-    "together: shared axes",
-    "together: sum of generators",
-    "first, then second",
-    "second, then first",
-)
-# each is a widget of the explorer too
-VIRTUAL = (
-    Parameter("context", "str", "", "context whose cells are moved; empty: where the effect is largest"),
-    Parameter("perturbation", "str", "", "perturbation to start with; empty: the largest effect"),
-    Parameter("second", "str", "", "perturbation given beside it; empty: none"),
-    Parameter("together", "str", TOGETHER[0], "how the two are combined", choices=TOGETHER),
-    Parameter("strength", "float", 1.0, "strength; 1 is the measured one", minimum=0, maximum=1.5),
-    Parameter("reverse", "bool", False, "lead perturbed cells back to the control cells"),
-    Parameter("gene", "str", "", "gene whose counts are shown; empty: the one that changes most"),
-)
-
-NOTEBOOKS: dict[str, tuple[Parameter, ...]] = {
-    "00_quickstart": (
-        *DATA,
-        Parameter("donor_key", "str", "donor", "column with the donors, one is left out; absent: context_key"),
-        Parameter("donor", "str", "", "donor whose perturbed cells are left out; empty: the first"),
-        SEED, RUN_DIR,
-    ),
-    "01_data": (*DATA, MIN_CELLS, SEED, RUN_DIR),
-    "02_train_vae": (
-        *DATA, LATENT_DIM, HIDDEN, N_LAYERS, VAE_EPOCHS, BATCH_SIZE, VAE_RATE, KL_WEIGHT,
-        SEED, RUN_DIR,
-    ),
-    "03_inspect_latent": (
-        *DATA,
-        Parameter("n_neighbors", "int", 15, "neighbours in the graph under the UMAP", minimum=2, maximum=200),
-        Parameter("max_cells", "int", 2500, "cells in the map at most; the distances use all", minimum=100),
-        Parameter("covariate_keys", "list[str]", ["donor", "batch"], "columns of obs that must not leak"),
-        SEED, RUN_DIR,
-    ),
-    "04_train_operators": (
-        *DATA, N_AXES, RANK, RIDGE, STABILITY, MAX_NORM, OPERATOR_EPOCHS, OPERATOR_RATE, CELLS_PER_GROUP,
-        SEED, RUN_DIR,
-    ),
-    "05_diagnose": (
-        *DATA,
-        Parameter("n_top_genes", "int", 10, "genes named for each group", minimum=1, maximum=100),
-        SEED, RUN_DIR,
-    ),
-    "06_predict": (
-        *DATA,
-        Parameter("context", "str", "", "context to predict; empty: one with controls only, else the first"),
-        Parameter("perturbation", "str", "", "perturbation to predict; empty: the largest effect"),
-        LATENT_DIM,
-        SEED, RUN_DIR,
-    ),
-    "07_virtual_cells": (*DATA, *VIRTUAL, SEED, RUN_DIR),
-}  # fmt: skip
+def _number(text: str) -> float:
+    return int(text) if text.lstrip("-").isdigit() else float(text)
 
 
 def names() -> list[str]:
-    """Names of the notebooks that have parameters here, in reading order."""
-    return sorted(NOTEBOOKS)
+    """Names of the package's numbered notebooks, in reading order."""
+    return sorted(path.stem for path in FOLDER.glob("[0-9][0-9]_*.ipynb"))
 
 
 def find(notebook: str | Path) -> str:
@@ -321,9 +265,7 @@ def find(notebook: str | Path) -> str:
 
 
 def for_notebook(notebook: str | Path) -> tuple[Parameter, ...]:
-    """Parameters of a notebook by its name, or those that a notebook file declares in its `parameters` cell.
-
-    A declared parameter that the table knows by the same name and type has the table's limits and help.
+    """Parameters that a notebook declares: a file, or one of the package's by its name.
 
     Raises
     ------
@@ -332,9 +274,13 @@ def for_notebook(notebook: str | Path) -> tuple[Parameter, ...]:
     """
     path = Path(notebook)
     if path.suffix != ".ipynb" or not path.is_file():
-        return NOTEBOOKS[find(notebook)]
-    ours = {(p.name, kind): p for p in NOTEBOOKS.get(path.stem, ()) for kind in (p.annotation, p.type)}
-    return tuple(replace(ours.get((p.name, p.type), p), default=p.default) for p in read_cell(cell_of(path)))
+        path = FOLDER / f"{find(notebook)}.ipynb"
+    return _of_file(path, path.stat().st_mtime_ns)
+
+
+@cache
+def _of_file(path: Path, _written: int) -> tuple[Parameter, ...]:
+    return read_cell(cell_of(path))
 
 
 def defaults(notebook: str | Path) -> dict[str, Any]:

@@ -43,7 +43,6 @@ __all__ = [
     "group_counts",
     "library_sizes",
     "noise_floor",
-    "planted_vs_learned",
     "predicted_vs_true",
     "predictive_checks",
     "response_axes",
@@ -1067,46 +1066,6 @@ def gradient_map(
     s.label(reach, "Elements reached", "fraction with gradient")
     s.label(norms, "Norms", "Euclidean norm (log scale)")
     s.legend(norms, outside=True, handlelength=0.8)
-    return s.finish(fig, show, save)
-
-
-def planted_vs_learned(
-    planted: Mapping[str, np.ndarray],
-    learned: Mapping[str, np.ndarray],
-    *,
-    max_conditions: int = 4,
-    show: bool | None = None,
-    save: str | Path | None = None,
-) -> Figure:
-    """Planted and learned operators and their difference on one diverging scale.
-
-    Parameters
-    ----------
-    planted, learned
-        Condition -> matrix (row, column), in the same basis.
-    max_conditions
-        Conditions shown, in the order of `planted`.
-
-    Returns
-    -------
-    Figure
-    """
-    names = list(planted)[:max_conditions]
-    pairs = [
-        (np.asarray(planted[name], dtype=float), np.asarray(learned[name], dtype=float)) for name in names
-    ]
-    top = max(float(np.abs(pair).max()) for pair in pairs) or 1.0
-    fig, axes = s.canvas(len(names), 3, height=2.15 * len(names) + 0.35, width=7.2)
-    for row, (name, (a, b)) in enumerate(zip(names, pairs, strict=True)):
-        titles = ("planted", "learned", "difference") if row == 0 else ("", "", "")
-        for ax, matrix, title in zip(axes[3 * row : 3 * row + 3], (a, b, b - a), titles, strict=True):
-            image = ax.imshow(matrix, cmap=s.DIVERGING, vmin=-top, vmax=top)
-            ax.set(xticks=[], yticks=[])
-            s.label(ax, title)
-        axes[3 * row].set_ylabel(s.safe(name, 24), fontsize=s.TEXT, color=s.INK)
-        error = np.linalg.norm(b - a) / (np.linalg.norm(a) or 1.0)
-        axes[3 * row + 2].set_xlabel(f"relative error {error:.1%}", fontsize=s.SMALL, color=s.INK)
-    s.colour_bar(axes[0], image, "matrix entry", axes=axes, fraction=0.03)
     return s.finish(fig, show, save)
 
 

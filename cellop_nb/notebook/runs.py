@@ -269,29 +269,6 @@ def metrics_file(run_dir: str | Path, notebook: str) -> Path:
     return Path(run_dir) / notebook / "metrics.json"
 
 
-def write_metrics(run_dir: str | Path, notebook: str, metrics: Mapping[str, Any]) -> Path:
-    """Write a notebook's key numbers; `run` prints the first ones.
-
-    Parameters
-    ----------
-    run_dir
-        Run folder.
-    notebook
-        Name of the notebook, which is the name of its folder there.
-    metrics
-        Name to number, text, or nested dicts and lists of them. Numpy and torch scalars are converted; a
-        number that is not finite becomes null.
-
-    Returns
-    -------
-    Path
-        The file, `<run_dir>/<notebook>/metrics.json`.
-    """
-    path = metrics_file(run_dir, notebook)
-    write_json(path, metrics)
-    return path
-
-
 def read_metrics(run_dir: str | Path, notebook: str) -> dict[str, Any]:
     """Key numbers of a notebook; empty where it wrote none.
 

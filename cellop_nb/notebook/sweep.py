@@ -24,7 +24,6 @@ from concurrent.futures import FIRST_COMPLETED, CancelledError, Executor, Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -564,10 +563,8 @@ def check_queue(where: str) -> None:
         fix = "run this where jobs are submitted (a login node), or leave --cluster out to run here"
         received = f"no command {_SUBMIT[where]} on this machine"
         raise DataError(three_beats(f"a machine that hands jobs to {where}", received, fix))
-    for module, package in (("dask_jobqueue", "dask-jobqueue>=0.9"), ("cryptography", "cryptography>=42")):
-        if find_spec(module) is None:
-            fix = f'run `pip install "{package}"` in this environment'
-            raise DataError(three_beats(f"{module} for --cluster {where}", "it is not installed", fix))
+    for module in ("dask_jobqueue", "cryptography"):
+        require(module, "cluster", of=f"--cluster {where}")
 
 
 def default_workers() -> int:

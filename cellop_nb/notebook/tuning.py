@@ -31,7 +31,7 @@ from . import style as s
 from .controls import Panel, button, panel, readable, sized, status_line
 from .parameters import Parameter
 
-_FIXED = {parameter.name for parameter in parameters.DATA} | {"seed", "run_dir", "max_epochs"}
+_FIXED = {*parameters.DATA, "seed", "run_dir", "max_epochs"}
 
 NOTEBOOKS = {"vae": "02_train_vae", "operators": "04_train_operators"}
 """What can be tuned, and the notebook whose parameters it has."""

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from ..errors import CellopError, CheckpointError, LabelError, NonFiniteError, did_you_mean, three_beats
 from ..files import write_whole
 from ..models.host import looks_are_free
-from ..models.trace import is_finite
-from .locate import explain, nonfinite_state, optimizer_faults, search
+from ..models.trace import is_finite, nonfinite_state, optimizer_faults
+from .locate import explain, search
 
 _LOG = logging.getLogger("cellop_nb")
 _POLICIES = ("stop", "rollback")

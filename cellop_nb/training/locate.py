@@ -24,6 +24,8 @@ from ..models.trace import (
     graph_nodes,
     is_finite,
     named_tensors,
+    nonfinite_state,
+    optimizer_faults,
     owner_of_parameter,
     storage_address,
     unchanged_buffers,
@@ -148,12 +150,6 @@ def given(kind: str, name: str, tensor: Tensor) -> Origin:
     where = ~torch.isfinite(dense)
     module = owner_of_parameter(name) if kind == "parameter" else None
     return Origin(kind, name, module, masks=[where], found=_first(dense, where))
-
-
-def nonfinite_state(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """Parameters and buffers of a model that hold NaN or infinity, by name."""
-    both = [*model.named_parameters(), *model.named_buffers()]
-    return [(name, tensor) for name, tensor in both if not is_finite(tensor)]
 
 
 def find_in_loss(model: nn.Module, loss_terms: Callable, batch: object) -> tuple[str | None, Origin | None]:
@@ -311,19 +307,6 @@ def _standing_gradient(model: nn.Module) -> tuple[str | None, Origin | None]:
             origin.module = owner_of_parameter(name)
             return name, origin
     return None, None
-
-
-def optimizer_faults(model: nn.Module, optimizer) -> list[tuple[str, Tensor]]:
-    """Moments of an optimiser that are not finite, named by their parameter."""
-    if optimizer is None:
-        return []
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    return [
-        (f"{names.get(id(parameter), 'a parameter')}.{key}", value)
-        for parameter, moments in optimizer.state.items()
-        for key, value in moments.items()
-        if isinstance(value, Tensor) and not is_finite(value)
-    ]
 
 
 def part_norms(model: nn.Module) -> dict[str, float]:

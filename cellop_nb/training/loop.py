@@ -420,7 +420,8 @@ class Trainer(RemoteControl):
         self.cpu_generator = torch.Generator().manual_seed(seed)
         self.callbacks = self._standard_callbacks(progress) + list(callbacks)
         self.guard = NonFiniteGuard(model, self.optimizer, folder=self.folder, on_nonfinite=on_nonfinite)
-        self.recorder = recorder_of(self, machine.cuda_graphs)
+        on_gpu = self.fabric.device.type == "cuda"
+        self.recorder = recorder_of(self, machine.cuda_graphs) if on_gpu or machine.cuda_graphs else None
         self.patience, self.batch = None, None
         self.terms: dict[str, Any] = {}
         self.parameters = {
@@ -570,7 +571,8 @@ class Trainer(RemoteControl):
 
     def compiled(self) -> contextlib.AbstractContextManager:
         """Where the parts of the model that were asked to be are compiled."""
-        return compiled(self.model, self._compiled_parts)
+        parts = self._compiled_parts
+        return compiled(self.model, parts) if parts else contextlib.nullcontext()
 
     @contextlib.contextmanager
     def _own_randomness(self):

@@ -126,7 +126,7 @@ def _(place):
         raise OSError(28, "No space left on device")
 
     with mock.patch.object(Path, "write_text", half):
-        runs.write_metrics(place.folder, "02_train_vae", {"val_elbo": 1.0})
+        runs.write_json(runs.metrics_file(place.folder, "02_train_vae"), {"val_elbo": 1.0})
 
 
 @case(FILES, "a folder for checkpoints that is a file")

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from cellop_nb.errors import LabelError
-from cellop_nb.notebook import parameters
+from cellop_nb.notebook import explorer, parameters
 from cellop_nb.notebook.parameters import Parameter, ParameterError
 
 ALL = [(name, p) for name in parameters.names() for p in parameters.for_notebook(name)]
@@ -46,6 +46,27 @@ def test_a_notebook_of_ours_that_lies_elsewhere_keeps_the_full_types(root, tmp_p
     book.write_bytes((root / "notebooks" / "01_data.ipynb").read_bytes())
     assert parameters.for_notebook(book) == parameters.for_notebook("01_data")
     assert parameters.validate(book, {"layer": None, "context_key": ["donor", "cell_type"]})
+
+
+@pytest.mark.parametrize(
+    ("comment", "help_", "limits"),
+    [
+        ("of cells (2 to 512)", "of cells", (None, 2, 512)),
+        ("rate (1e-07 to 1.5)", "rate", (None, 1e-7, 1.5)),
+        ("cells, each (at least -1)", "cells, each", (None, -1, None)),
+        ("(at most 0.5)", "", (None, None, 0.5)),
+        ("how (one | the other)", "how", (("one", "the other"), None, None)),
+        ("the wait (seconds)", "the wait (seconds)", (None, None, None)),
+    ],
+)
+def test_limits_are_read_from_the_comment(comment, help_, limits):
+    (p,) = parameters.read_cell(f"x: float = 1.0  # {comment}")
+    assert (p.help, (p.choices, p.minimum, p.maximum)) == (help_, limits)
+    assert p.comment == comment.strip("()") or p.comment == comment
+
+
+def test_the_explorer_knows_the_ways_to_combine_that_its_notebook_offers():
+    assert parameters.parameter("07_virtual_cells", "together").choices == tuple(explorer.TOGETHER)
 
 
 def test_no_notebook_names_a_parameter_twice():

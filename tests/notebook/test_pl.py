@@ -101,9 +101,6 @@ FIGURES = {
     ),
     "response_genes": lambda groups: co.pl.response_genes(of_genes(groups, "lfc")),
     "gradient_map": lambda groups: co.pl.gradient_map(audit(groups)),
-    "planted_vs_learned": lambda groups: co.pl.planted_vs_learned(
-        {name: np.eye(4) for name in groups}, {name: np.eye(4) + 0.1 for name in groups}
-    ),
     "condition_similarity": lambda groups: co.pl.condition_similarity(alike(groups)),
     "shapes": lambda groups: co.pl.shapes(
         {name: rng.normal(size=(2 * len(groups), 2)) for name in ("real", "$odd_")},

@@ -14,7 +14,7 @@ from cellop_nb.notebook import runs
 
 PARAMETERS = "n: int = 2  # how many\nlayer: str | None = None\nrun_dir: str = '.'"
 WORK = """from cellop_nb.notebook import runs
-runs.write_metrics(run_dir, "90_mine", {"square": n * n, "layer": layer})"""
+runs.write_json(runs.metrics_file(run_dir, "90_mine"), {"square": n * n, "layer": layer})"""
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_the_folder_is_that_of_the_kernel_and_not_of_this_process(tmp_path, writ
 def test_a_failing_notebook_is_kept_and_tells_its_cell(tmp_path, write_notebook):
     book = write_notebook(tmp_path / "90_mine.ipynb", PARAMETERS, "raise KeyError('gone')", "print('later')")
     folder = tmp_path / "run"
-    runs.write_metrics(folder, "90_mine", {"square": 1})
+    runs.write_json(runs.metrics_file(folder, "90_mine"), {"square": 1})
     outcome = runs.execute(book, folder)
     assert outcome.error == "KeyError: 'gone'"
     executed = nbformat.read(outcome.output, 4)
@@ -115,7 +115,8 @@ def test_metrics_are_written_as_plain_json(tmp_path):
         "d": {"e": (1, True)},
         "f": tmp_path,
     }
-    path = runs.write_metrics(tmp_path, "90_mine", metrics)
+    path = runs.metrics_file(tmp_path, "90_mine")
+    runs.write_json(path, metrics)
     content = json.loads(path.read_text())
     assert content == {"a": 0.5, "b": [0, 1], "c": None, "d": {"e": [1, True]}, "f": str(tmp_path)}
     assert runs.read_metrics(tmp_path, "90_mine") == content

@@ -251,11 +251,11 @@ def note(word):
         file.write(f"{word} {width} {seed} {time.time()} {os.environ['OMP_NUM_THREADS']}\\n")
 
 note("start")
-runs.write_metrics(run_dir, "90_mine", {"half": 1})
+runs.write_json(runs.metrics_file(run_dir, "90_mine"), {"half": 1})
 time.sleep(wait)
 if width == 5 and seed == 1:
     raise ValueError("unlucky")
-runs.write_metrics(run_dir, "90_mine", {"loss": (width - 4) ** 2 + 0.1 * seed})
+runs.write_json(runs.metrics_file(run_dir, "90_mine"), {"loss": (width - 4) ** 2 + 0.1 * seed})
 note("end")"""
 
 
@@ -577,7 +577,7 @@ def looking(tmp_path, write_notebook):
 from cellop_nb.notebook import runs
 above = psutil.Process().parent()
 ports = [c.laddr for c in above.net_connections("inet") if c.status == "LISTEN"]
-runs.write_metrics(run_dir, "90_mine", {"ports": len(ports), "above": above.pid})"""
+runs.write_json(runs.metrics_file(run_dir, "90_mine"), {"ports": len(ports), "above": above.pid})"""
     return write_notebook(tmp_path / "90_mine.ipynb", RUN, look)
 
 
