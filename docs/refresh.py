@@ -16,7 +16,7 @@ import nbformat
 
 from cellop_nb.commands.run import choose
 from cellop_nb.files import write_whole
-from cellop_nb.notebook import parameters, runs
+from cellop_nb.notebook import runs
 
 logger = logging.getLogger("cellop_nb")
 
@@ -47,7 +47,6 @@ def refresh(path: str | Path, *, timeout: int | None = None) -> float:
 
     path = Path(path)
     book = nbformat.read(path, 4)
-    _set_parameters(book, path.stem)
     start = time.monotonic()
     with runs.kernel_settings() as settings:
         resources = {"metadata": {"path": str(path.parent.resolve())}}
@@ -82,12 +81,6 @@ def _keep_words(metadata: dict) -> None:
     }
     metadata.clear()
     metadata.update(words)
-
-
-def _set_parameters(book: nbformat.NotebookNode, name: str) -> None:
-    if name in parameters.names():
-        cell = next(cell for cell in book.cells if "parameters" in cell.metadata.get("tags", []))
-        cell.source = parameters.parameters_cell(name)
 
 
 def _write(book: nbformat.NotebookNode, path: Path) -> None:

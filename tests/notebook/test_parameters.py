@@ -21,13 +21,12 @@ def test_every_default_is_valid_and_explained(notebook, parameter):
 
 @pytest.mark.parametrize("notebook", parameters.names())
 def test_the_cell_and_the_yaml_give_back_the_definitions(notebook):
-    declared = [(p.name, p.annotation, p.default) for p in parameters.for_notebook(notebook)]
-    read = [(p.name, p.type, p.default) for p in parameters.read_cell(parameters.parameters_cell(notebook))]
-    assert read == declared
+    declared = parameters.for_notebook(notebook)
+    assert parameters.read_cell(parameters.parameters_cell(notebook)) == declared
     assert yaml.safe_load(parameters.as_yaml(notebook)) == parameters.defaults(notebook)
     namespace = {}
     exec(parameters.parameters_cell(notebook), namespace)
-    assert all(namespace[name] == default for name, _, default in declared)
+    assert all(namespace[p.name] == p.default for p in declared)
 
 
 @pytest.mark.parametrize("notebook", parameters.names())

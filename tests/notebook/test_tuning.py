@@ -52,7 +52,7 @@ def test_every_parameter_of_every_notebook_has_a_widget(notebook):
 
 def test_widgets_stand_for_the_hyper_parameters_of_the_notebook(panel):
     known = {p.name for p in parameters.for_notebook(panel.notebook)}
-    data = {p.name for p in parameters.DATA}
+    data = set(parameters.DATA)
     assert set(panel.widgets) == known - data - {"seed", "run_dir", "max_epochs"}
     assert panel.values == {name: panel.start_values[name] for name in panel.widgets}
 
@@ -174,7 +174,7 @@ def test_text_is_parsed_and_refused_as_on_the_command_line(panel):
 
 
 def test_choices_become_a_list():
-    choice = next(p for p in parameters.VIRTUAL if p.choices)
+    choice = parameters.parameter("07_virtual_cells", "together")
     assert isinstance(widget_for(choice), ipywidgets.Dropdown)
 
 

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import json
+from types import SimpleNamespace
+
+import optuna
 import pandas as pd
 import pytest
 import torch
 from toy import Do, LineTrainer, assert_same_run, weights_of
 
-from cellop_nb.training.callbacks import Callback, EarlyStopping, HistoryCSV, ProgressBar, SaveCheckpoints
+from cellop_nb.training.callbacks import (
+    Callback,
+    EarlyStopping,
+    HistoryCSV,
+    ProgressBar,
+    Pruning,
+    SaveCheckpoints,
+)
 
 
 def test_early_stopping_waits_and_the_best_state_is_put_back():
@@ -116,3 +127,36 @@ def test_the_history_file_is_the_history(tmp_path):
 
 def test_a_progress_bar_is_on_by_default():
     assert any(isinstance(callback, ProgressBar) for callback in LineTrainer(progress=True).callbacks)
+
+
+def run_of_a_study(study, folder, losses):
+    """A run of a sweep whose validation curve is `losses`; whether it was given up."""
+    trial = study.ask()
+    about = {
+        "journal": str(folder / "study.log"),
+        "study": study.study_name,
+        "number": trial.number,
+        "sign": 1,
+    }
+    (folder / "trial.json").write_text(json.dumps(about))
+    pruning, trainer = Pruning(folder), SimpleNamespace(monitor="val_loss", max_epochs=20)
+    try:
+        for epoch, loss in enumerate(losses):
+            pruning.on_epoch_end(trainer, {"epoch": epoch, "val_loss": loss})
+    except optuna.TrialPruned:
+        study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+        return True
+    study.tell(trial, losses[-1])
+    return False
+
+
+def test_a_poor_curve_ends_a_run_of_a_sweep_and_no_other(tmp_path):
+    backend = optuna.storages.journal.JournalFileBackend(str(tmp_path / "study.log"))
+    study = optuna.create_study(storage=optuna.storages.JournalStorage(backend), study_name="a study")
+    assert not any(run_of_a_study(study, tmp_path, [10.0 - k] * 5) for k in range(5))
+    assert run_of_a_study(study, tmp_path, [9.5] * 5)
+    assert not run_of_a_study(study, tmp_path, [7.0] * 5)
+    (tmp_path / "trial.json").unlink()
+    trainer = SimpleNamespace(monitor="val_loss", max_epochs=20)
+    for epoch in range(5):  # outside of a sweep
+        Pruning(tmp_path).on_epoch_end(trainer, {"epoch": epoch, "val_loss": 99.0})
