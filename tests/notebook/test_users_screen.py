@@ -38,7 +38,7 @@ def folder(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BOOKS)
 def test_a_notebook_ends_on_a_users_screen(name, folder, root):
-    names = {parameter.name for parameter in parameters.NOTEBOOKS[name]}
+    names = {parameter.name for parameter in parameters.for_notebook(name)}
     values = {key: value for key, value in {**KEYS, **SMALL}.items() if key in names}
     values |= {"data": str(folder / "screen.h5ad")}
     outcome = runs.execute(root / "notebooks" / f"{name}.ipynb", folder / "run", values, timeout=120)
@@ -56,7 +56,7 @@ def test_a_notebook_ends_where_no_two_contexts_share_a_perturbation(name, tmp_pa
         {"type A": "drug 1", "type B": "drug 2"}
     )
     screen[own | (screen.obs["perturbation"] == "control")].write_h5ad(tmp_path / "screen.h5ad")
-    names = {parameter.name for parameter in parameters.NOTEBOOKS[name]}
+    names = {parameter.name for parameter in parameters.for_notebook(name)}
     values = {key: value for key, value in SMALL.items() if key in names}
     values |= {"data": str(tmp_path / "screen.h5ad")}
     values |= {"donor_key": "cell_type"} if "donor_key" in names else {}
