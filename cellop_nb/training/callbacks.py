@@ -113,9 +113,10 @@ class Pruning(Callback):
         if self._about is None or trainer.monitor not in row:
             return
         import optuna
+        from optuna.storages.journal import JournalFileBackend
 
         if self._trial is None:
-            backend = optuna.storages.journal.JournalFileBackend(self._about["journal"])
+            backend = JournalFileBackend(self._about["journal"])
             storage = optuna.storages.JournalStorage(backend)
             study = optuna.load_study(study_name=self._about["study"], storage=storage)
             study.pruner = optuna.pruners.MedianPruner(n_warmup_steps=trainer.max_epochs // 10)
