@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cellop_nb.commands import Command, environment, run
 from cellop_nb.commands.terminal import say, table
-from cellop_nb.errors import LabelError, StorageError, three_beats
+from cellop_nb.errors import LabelError, three_beats
 from cellop_nb.files import storing
 from cellop_nb.notebook import parameters
 
@@ -208,7 +208,7 @@ def _require_same(folder: Path, values: dict) -> None:
             if there.get(name) != values[name]:
                 problem = f"{name} = {there.get(name)!r} in {path}, and {values[name]!r} now"
                 fix = "choose another folder with --name, or move that one away"
-                raise StorageError(three_beats("notebooks of the same file and keys", problem, fix))
+                raise LabelError(three_beats("notebooks of the same file and keys", problem, fix))
 
 
 def _copy(target: Path, values: dict) -> None:

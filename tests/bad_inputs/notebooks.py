@@ -110,7 +110,7 @@ def _(place):
     return command(place, "run", "--notebooks", ".")
 
 
-@case(COMMANDS, "a parent of runs that is a file", code=2)
+@case(COMMANDS, "a parent of runs that is a file", code=1)
 def _(place):
     refuses(place, "runs")
     return command(place, "run", "--only", "00", "--runs", "runs")
