@@ -252,7 +252,8 @@ def _picture(drawn) -> str:
 
     figure = style.figure_of(drawn) if hasattr(drawn, "get_figure") and hasattr(drawn, "plot") else drawn
     data = b64encode(style.png(figure)).decode("ascii")
-    return f'<p><img src="data:image/png;base64,{data}" alt="{escape(style.described(figure))}"></p>'
+    size, words = round(float(figure.get_figwidth()) * style.DPI), escape(style.described(figure))
+    return f'<p><img width="{size}" src="data:image/png;base64,{data}" alt="{words}"></p>'
 
 
 def _unknown(model: CellOp, questions) -> str:

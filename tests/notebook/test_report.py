@@ -46,7 +46,7 @@ def test_it_says_what_model_and_holdout_say(fitted, text):
 def test_it_stands_alone_and_labels_are_no_markup(text):
     assert "<script" not in text
     assert not re.search(r"""(?:src|href)=["'](?:https?:)?//""", text)
-    pictures = re.findall(r'<img src="data:image/png;base64,[^"]+" alt="[^"]+">', text)
+    pictures = re.findall(r'<img width="\d+" src="data:image/png;base64,[^"]+" alt="[^"]+">', text)
     assert len(pictures) == text.count("<img") == 2
 
 
