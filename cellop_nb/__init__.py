@@ -47,6 +47,7 @@ _PUBLIC = {
     "embed": "analysis.predict",
     "score": "analysis.scores",
     "holdout": "analysis.holdout",
+    "next_experiments": "analysis.design",
     "LivePlot": "notebook.live",
     "Explorer": "notebook.explorer",
     "TuningPanel": "notebook.tuning",
@@ -83,6 +84,7 @@ if TYPE_CHECKING:  # the names below are found by `__getattr__` while running
     from .analysis import uncertainty as uncertainty
     from .analysis.cellop import CellOp as CellOp
     from .analysis.cellop import load as load
+    from .analysis.design import next_experiments as next_experiments
     from .analysis.holdout import holdout as holdout
     from .analysis.predict import embed as embed
     from .analysis.scores import score as score

@@ -1311,7 +1311,7 @@ def question_table(
     )
     keys = keys or Keys()
     factors = list(keys.context_key or ())
-    if "context" not in table and factors and set(factors) <= set(table):
+    if "context" not in table and len(factors) > 1 and set(factors) <= set(table):
         table = table.assign(context=[tuple(row) for row in table[factors].to_numpy()]).drop(columns=factors)
     if "context" in table:
         table = table.assign(context=[context_name(label, keys) for label in table["context"]])

@@ -9,10 +9,11 @@ from sklearn.kernel_ridge import KernelRidge
 
 import cellop_nb as co
 from cellop_nb.analysis.baselines import Target, Training, linear_features
+from cellop_nb.analysis.design import choose, gaussian
 from cellop_nb.analysis.metrics import EvaluationSpace, Undefined
 from cellop_nb.analysis.plan import Measured
 from cellop_nb.analysis.unmeasured import KERNEL, MEAN, NEAREST, RIDGE, EffectMap, verdict
-from cellop_nb.errors import ModelError
+from cellop_nb.errors import LabelError, ModelError
 
 from .screens import screen, tiny
 
@@ -170,3 +171,56 @@ def test_the_linear_baseline_is_the_published_one(fitted):
     np.testing.assert_allclose(said, g @ w @ table.loc["twin"].to_numpy() + b[:, 0], atol=1e-5)
     with pytest.raises(Undefined, match="no descriptor, or it was measured"):
         linear_features(training, Target("B", "a", target.control), features=table)
+
+
+# -- what to measure next ---------------------------------------------------------------------------------------------
+
+
+def after(chosen, measured, x, effects) -> float:
+    """Squared error of the effects that were not measured."""
+    rows = [*measured, *chosen]
+    data = Measured(tuple(map(str, rows)), x[rows], effects[rows], np.full(effects[rows].shape, 0.01))
+    rest = [k for k in range(len(x)) if k not in rows]
+    said = [EffectMap(data).plan(x[k], genes=GENES, context="c", perturbation="p").change for k in rest]
+    return float(np.square(said - effects[rest]).sum(1).mean())
+
+
+def test_chosen_experiments_tell_more_than_random_ones():
+    """Six kinds of perturbations, two of which were measured: one of each other kind is chosen."""
+    shares = []
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        kind = np.repeat(np.arange(6), 5)
+        x = 3 * rng.normal(size=(6, 4))[kind] + 0.2 * rng.normal(size=(30, 4))
+        effects = rng.normal(size=(6, len(GENES)))[kind] + 0.1 * rng.normal(size=(30, len(GENES)))
+        measured, rest = np.array([0, 1, 5, 6]), np.setdiff1d(np.arange(30), [0, 1, 5, 6])
+        chosen, gains, left = choose(gaussian(x), measured, rest, rest, 4, np.full(4, 0.05))
+        assert {*kind[chosen]} == {2, 3, 4, 5}
+        assert left == sorted(left, reverse=True) and gains[0] > gains[3] > 0
+        by_chance = [after(rng.choice(rest, 4, replace=False), measured, x, effects) for _ in range(4)]
+        shares.append(after(chosen, measured, x, effects) / np.mean(by_chance))
+    assert max(shares) < 1 and np.mean(shares) < 0.9
+
+
+def test_a_choice_is_conditioned_as_a_new_fit_would_be():
+    """Variances left after two choices are those of one solve with both measured."""
+    x = np.random.default_rng(0).normal(size=(12, 2))
+    kernel, wanted = gaussian(x), np.arange(3, 12)
+    chosen, gains, left = choose(kernel, np.arange(3), wanted, wanted, 2, np.full(3, 0.1))
+    rows = [0, 1, 2, *chosen]
+    again = kernel - kernel[:, rows] @ np.linalg.solve(
+        kernel[np.ix_(rows, rows)] + 0.1 * np.eye(5), kernel[rows]
+    )
+    assert left[-1] == pytest.approx(np.diag(again)[3:].sum() / 9, rel=1e-6)
+
+
+def test_experiments_are_chosen_for_a_model(fitted):
+    adata, table, model = fitted
+    said = co.next_experiments(model, [("B", "twin"), ("B", "lone"), ("T", "lone")], n=2)
+    assert list(said) == ["context", "perturbation", "gain", "uncertainty"] and len(said) == 2
+    assert said["gain"].is_monotonic_decreasing
+    assert not said.duplicated(["context", "perturbation"]).any() and (said["uncertainty"] < 1).all()
+    with pytest.raises(LabelError, match="'blank' in 'B'"):
+        co.next_experiments(model, [("B", "blank")])
+    with pytest.raises(ModelError, match="knows descriptors"):
+        co.next_experiments(tiny(adata), [("B", "a")])
