@@ -1,8 +1,8 @@
 """Which perturbation to measure next, in hindsight: `python -m benchmarks.next_experiments norman19_k562_subset.h5ad`.
 
 Some of Norman's singles are taken as measured, more are added by each rule, and the rest are foreseen. Share of squared
-effect left, mean over starts with its 95 % interval: of perturbations that no rule chose, and of all that were not measured
-at the start (those that a rule measured count as known). Descriptors are effects in the other half of the cells.
+effect left, mean over starts with its 95 % interval: of perturbations that no rule chose, and of all that were not
+measured at the start (those that a rule measured count as known). Descriptors are effects in the other half of the cells.
 """
 
 from __future__ import annotations
