@@ -376,11 +376,15 @@ def gene_set_members(gene_sets) -> pd.DataFrame:
         path = Path(gene_sets)
         if not path.is_file():
             raise DataError(three_beats("a GMT file", f"no file {path}", "give the path of a .gmt file"))
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(three_beats("a GMT file", f"{path}: {error}", "save it as UTF-8 text")) from error
         rows = []
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(text.splitlines(), 1):
             fields = line.rstrip().split("\t")
             if line.strip() and len(fields) < 3:
-                problem = f"line {number} of {path.name} with {len(fields)} fields"
+                problem = f"line {number} of {path} with {len(fields)} fields"
                 fix = "write name, description and genes separated by tabs"
                 raise DataError(three_beats("lines of a GMT file", problem, fix))
             rows += [(fields[0], gene) for gene in fields[2:] if gene]

@@ -161,7 +161,7 @@ def _from_file(name: str) -> dict[str, Any]:
         raise DataError(three_beats("a YAML file after -f", f"no file {path}", fix))
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise DataError(three_beats("a YAML file of `name: value`", reason, f"mend {path}")) from error
     if not isinstance(content, dict):

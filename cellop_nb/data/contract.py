@@ -14,7 +14,7 @@ from anndata import AnnData
 from scipy import sparse
 
 from ..errors import DataError, LabelError, did_you_mean, three_beats
-from .on_disk import StoredRows, blocks_by_genes, is_stored_by_cells, is_stored_by_genes
+from .on_disk import StoredRows, blocks_by_genes, is_stored_by_cells, is_stored_by_genes, part
 
 JOINER = " | "
 EVERYWHERE = "all"
@@ -411,7 +411,7 @@ def count_blocks(adata: AnnData, layer: str | None = None, size: int = 4096) -> 
     stored = StoredRows(slot) if is_stored_by_cells(slot) else None
     for start in range(0, adata.n_obs, size):
         end = min(start + size, adata.n_obs)
-        block = slot[start:end] if stored is None else stored.read(np.array([start]), np.array([end]))
+        block = part(slot, start, end) if stored is None else stored.read(np.array([start]), np.array([end]))
         yield start, block if sparse.issparse(slot) else _held(block, _where(layer))
 
 

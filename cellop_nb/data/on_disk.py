@@ -49,7 +49,7 @@ def open_lazily(path: str | Path) -> AnnData:
 
 
 @contextmanager
-def readable(path: Path) -> Iterator[None]:
+def readable(path: str | Path) -> Iterator[None]:
     """Turn what h5py, zarr and anndata raise on files that they cannot read into one error.
 
     Raises
@@ -61,14 +61,27 @@ def readable(path: Path) -> Iterator[None]:
         yield
     except DataError:
         raise
-    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except Exception as error:  # of all kinds
         problem = f"{path}: {(str(error) or type(error).__name__).splitlines()[0]}"
         fix = "copy the file again, or write it with adata.write_h5ad"
         if "dtype float16" in problem:
             fix = "write its matrix in single precision where it was made: adata.X.astype('float32')"
         if "lock" in problem or "already open" in problem:
             fix = "close it in the program or notebook that has it open for writing"
-        raise DataError(three_beats(f"a readable {path.suffix}", problem, fix)) from error
+        raise DataError(three_beats(f"a readable {Path(path).suffix or 'matrix'}", problem, fix)) from error
+
+
+def part(slot, start: int, end: int):
+    """Rows of a matrix, as it gives them; a damaged part of its file is refused."""
+    with readable(_place(slot)):
+        return slot[start:end]
+
+
+def _place(slot) -> str:
+    """File or folder of a matrix on disk."""
+    stored = getattr(slot, "group", slot)
+    folder = str(getattr(stored, "store_path", "")).removeprefix("file://")
+    return folder or getattr(getattr(stored, "file", None), "filename", "the counts")
 
 
 _TABLES = ("obs", "var", "uns", "obsm", "varm")
@@ -201,13 +214,18 @@ class StoredRows:
 
     def __init__(self, slot) -> None:
         self.shape = tuple(int(size) for size in slot.shape)
-        self._dense, self._starts = slot, None
+        self._slot, self._dense, self._starts = slot, slot, None
         if is_stored_by_cells(slot):
-            self._starts = np.asarray(slot.group["indptr"][...])
+            with readable(_place(slot)):
+                self._starts = np.asarray(slot.group["indptr"][...])
             self._values, self._genes = slot.group["data"], slot.group["indices"]
 
     def read(self, firsts: np.ndarray, lasts: np.ndarray) -> sparse.csr_matrix:
         """The rows of all runs, one run below the other; `lasts` (run,) are not among them."""
+        with readable(_place(self._slot)):  # a damaged part may be seen only now
+            return self._read(firsts, lasts)
+
+    def _read(self, firsts: np.ndarray, lasts: np.ndarray) -> sparse.csr_matrix:
         if self._starts is None:
             runs = [sparse.csr_matrix(self._dense[a:b]) for a, b in zip(firsts, lasts, strict=True)]
             return runs[0] if len(runs) == 1 else sparse.vstack(runs, "csr")

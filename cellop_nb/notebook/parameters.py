@@ -194,7 +194,7 @@ def cell_of(path: Path) -> str:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         expected = "a Jupyter notebook (nbformat 4)"
         raise LabelError(three_beats(expected, f"{path} that is not one", "name an .ipynb file")) from error
-    expected = f"a cell tagged 'parameters' in {path.name}"
+    expected = f"a cell tagged 'parameters' in {path}"
     raise LabelError(three_beats(expected, "none", "tag the cell of typed assignments 'parameters'"))
 
 

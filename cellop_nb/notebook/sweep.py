@@ -293,7 +293,7 @@ def result_of(folder: Path) -> dict[str, Any] | None:
     try:
         result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
         whole = result["status"] in ("done", "pruned", "failed") and isinstance(result["metrics"], dict)
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
     return result if whole else None
 
