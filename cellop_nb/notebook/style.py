@@ -10,8 +10,8 @@ Okabe and Ito (2008), Color universal design.
 
 from __future__ import annotations
 
+import logging
 import unicodedata
-import warnings
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -32,6 +32,8 @@ from PIL import Image as Pixels
 
 from ..errors import three_beats
 from ..files import write_whole
+
+logger = logging.getLogger(__name__)
 
 BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, YELLOW = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442",
@@ -174,7 +176,7 @@ def _say_missing(family: str) -> None:
     problem = (
         f"labels with letters that {family} and the other fonts here lack; they show as numbers (U+5E72)"
     )
-    warnings.warn(three_beats("a font for every letter of the labels", problem, fix), stacklevel=2)
+    logger.warning(three_beats("a font for every letter of the labels", problem, fix))
 
 
 def short(text: object, limit: int = 32) -> str:

@@ -117,3 +117,15 @@ def test_figures_of_speed_name_their_bound_and_compare_what_took_turns():
         assert any("bound" in text.get_text() for found in legends for text in found.get_texts()), name
     shown = [tick.get_text() for tick in FIGURES["step_times"]().axes[0].get_yticklabels()]
     assert len(shown) == 2 and not any("apart" in name for name in shown)
+
+
+def test_a_letter_that_no_font_has_is_a_number_and_said_once(caplog):
+    """Boxes would make labels alike. None of the fonts that we look for has Elymaic letters."""
+    style._say_missing.cache_clear()
+    assert [style.safe(f"drug {letter} \u03b2") for letter in ("\U00010fe0", "x")] == [
+        "drug U+10FE0 \u03b2",
+        "drug x \u03b2",
+    ]
+    assert "a font for every letter" in caplog.text and len(caplog.records) == 1
+    style.safe("\U00010fe0")
+    assert len(caplog.records) == 1
