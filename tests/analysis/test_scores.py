@@ -245,6 +245,10 @@ def test_the_cells_compared_with_are_not_learnt_from():
             control = version[rows_of(version, cell_type="T", perturbation="control")]
             expected = formulas.mae(log1p_cp10k(control.X.toarray()).mean(axis=0), mean)
             assert table["no change"] == pytest.approx(expected, rel=1e-5)
+            others = [rows_of(version, cell_type=c, perturbation="ifn") for c in ("B", "NK")]
+            centroids = [log1p_cp10k(version[rows].X.toarray()).mean(axis=0) for rows in others]
+            expected = formulas.mae(np.mean(centroids, axis=0), mean)
+            assert table["mean of perturbed"] == pytest.approx(expected, rel=1e-5)
     assert spaces[0] == spaces[1] != spaces[2] == spaces[3]
 
 
