@@ -90,6 +90,8 @@ class Recipe:
         The VAE, first trained on the controls of all contexts: it has seen no response, and every fold starts from it.
     finish_epochs
         Epochs with the perturbed cells that a fold, or the final model, may see.
+    most_visits
+        Cells that a training of a VAE looks at in all: of many cells there are fewer epochs.
     operator_epochs, operator_lr, ridge
         The operators, in the latent space of their VAE.
     n_folds
@@ -104,6 +106,7 @@ class Recipe:
     warmup_epochs: int = 5
     batch_size: int = 128
     finish_epochs: int = 20
+    most_visits: int = 300_000
     operator_epochs: int = 5
     operator_lr: float = 2e-2
     ridge: float = 0.1
@@ -447,7 +450,7 @@ class CellOp:
             vae,
             batch_size=r.batch_size,
             warmup_epochs=r.warmup_epochs if epochs == r.vae_epochs else 0,
-            max_epochs=epochs,
+            max_epochs=min(epochs, max(2, r.most_visits // cells.n_obs)),
             lr=r.vae_lr,
             callbacks=callbacks,
             progress=False,

@@ -9,9 +9,12 @@ import numpy as np
 import pandas as pd
 import torch
 from anndata import AnnData
+from scipy import sparse
+from scipy.cluster import hierarchy
 from scipy.spatial.distance import cdist
 from torch import Tensor
 
+from ..data.contract import counts
 from ..data.groups import Group, Groups
 from ..display import Distances
 from ..errors import LabelError, did_you_mean, three_beats
@@ -23,11 +26,12 @@ from ..models.energy import (
     self_distance,
 )
 from ..models.operators import OperatorModel
-from .metrics import EvaluationSpace
+from .metrics import EvaluationSpace, log1p_cp10k
 
 __all__ = [
     "etest",
     "group_energies",
+    "screen_effects",
     "transport_scores",
 ]
 
@@ -41,6 +45,8 @@ TIE = 1e-10
 MANY = 100
 """Groups beyond which p-values are adjusted by Benjamini and Hochberg, where nothing else is said."""
 
+_ALIKE = 0.5  # cosine distance up to which mean effects are one cluster
+_FEWEST_COUNTS = 10  # of a target in the controls of a context, below which a loss cannot be seen
 _EXCEEDANCES = 10  # permuted values at least as large as the statistic that make a p-value without a model
 _TAIL = 250  # largest permuted values that a tail is fitted to, at most an eighth of all
 _TAIL_PERMUTATIONS = 400
@@ -194,12 +200,102 @@ def etest(
     return _adjusted(pd.DataFrame(rows), correction, alpha, n_permutations)
 
 
+def screen_effects(
+    adata: AnnData, *, use_rep: str | None = None, alpha: float = 0.05, max_alike: int = 1000, seed: int = 0
+) -> pd.DataFrame:
+    r"""What a screen of many perturbations shows: how many do anything, which are alike, and did the knock-downs work.
+
+    Parameters
+    ----------
+    adata
+        A screen that was set up.
+    use_rep, alpha, seed
+        As in :func:`etest`.
+    max_alike
+        Groups that are compared with each other, the strongest of those called different.
+
+    Returns
+    -------
+    DataFrame
+        That of :func:`etest`, the strongest first, with ``knockdown`` (share of its expression in control cells that the
+        target lost, where the perturbation is named like a gene that the controls express; negative where it rose) and
+        ``alike`` (number of a cluster of effects, the largest is 1; 0 for a group of its own or one that is not called
+        different). ``attrs["summary"]`` says in a sentence how many do something, and how many could not have shown it.
+
+        .. math:: k = 1 - \bar p_{\mathrm{perturbed}} / \bar p_{\mathrm{control}}, \qquad
+            p = \mathrm{counts} / \mathrm{library}
+
+    References
+    ----------
+    Replogle et al. 2022, Cell 185:2559 (clusters of effects, average linkage of correlations).
+    """
+    groups = _groups_in(adata, use_rep, seed)
+    table = etest(groups, alpha=alpha, seed=seed).assign(knockdown=_knockdowns(adata, groups))
+    different = np.flatnonzero(table["different"])
+    strongest = table["e_distance"].to_numpy()[different].argsort()[::-1][:max_alike]
+    table["alike"] = _clusters(groups, different[strongest])
+    usual = float(table.loc[different, "e_distance"].median())
+    blind = int((table["detectable"] > usual).sum())
+    summary = (
+        f"{len(different)} of {int(table['p'].notna().sum())} groups differ from their controls (adjusted p at most "
+        f"{alpha:g}), in {int(table['alike'].max())} clusters of alike effects."
+    )
+    if len(different):
+        summary += (
+            f" In {blind} groups cells are too few for an effect of the usual size ({usual:.2g}) to be seen."
+        )
+    reached = table["knockdown"].dropna()
+    if len(reached):
+        summary += f" The target lost {100 * reached.median():.0f} % of its expression (median of {len(reached)} groups)."
+    correction = table.attrs["correction"]
+    table = table.sort_values("e_distance", ascending=False, ignore_index=True)
+    table.attrs |= {"correction": correction, "summary": summary}
+    return table
+
+
+def _knockdowns(adata: AnnData, groups: Groups) -> np.ndarray:
+    """(group,) share of the expression that the target lost; NaN where it is no gene, or controls hardly express it."""
+    column = adata.var_names.get_indexer([group.perturbation for group in groups])
+    targets, place = np.unique(column[column >= 0], return_inverse=True)
+    lost = np.full(len(groups), np.nan)
+    if not len(targets):
+        return lost
+    x = sparse.csr_matrix(counts(adata, groups.keys.layer))
+    library = np.maximum(np.asarray(x.sum(1)).ravel(), 1)
+    shares = sparse.csr_matrix(sparse.diags(1 / library) @ x[:, targets])
+    control = {c: np.asarray(shares[rows].mean(0)).ravel() for c, rows in groups.control_rows.items()}
+    seen = {c: np.asarray(x[rows][:, targets].sum(0)).ravel() for c, rows in groups.control_rows.items()}
+    for k, at in zip(np.flatnonzero(column >= 0), place, strict=True):
+        group = groups[k]
+        if seen[group.context][at] >= _FEWEST_COUNTS:
+            mine = shares[group.rows][:, [at]].sum() / len(group)
+            lost[k] = 1 - mine / control[group.context][at]
+    return lost
+
+
+def _clusters(groups: Groups, chosen: np.ndarray) -> np.ndarray:
+    """(group,) numbers of the clusters of the chosen groups' mean effects, largest first; 0 for the others."""
+    numbers = np.zeros(len(groups), dtype=int)
+    if len(chosen) < 2:
+        return numbers
+    means = {context: cells.mean(0) for context, cells in groups.control.items()}
+    effects = (
+        torch.stack([groups[k].cells.mean(0) - means[groups[k].context] for k in chosen]).double().numpy()
+    )
+    tree = hierarchy.linkage(effects, "average", metric="cosine")
+    labels = hierarchy.fcluster(tree, _ALIKE, "distance")
+    names, sizes = np.unique(labels, return_counts=True)
+    order = [name for name, size in sorted(zip(names, sizes, strict=True), key=lambda x: -x[1]) if size > 1]
+    numbers[chosen] = [order.index(label) + 1 if label in order else 0 for label in labels]
+    return numbers
+
+
 def _groups_in(adata: AnnData, use_rep: str | None, seed: int) -> Groups:
     """All groups, those of one cell too, in `use_rep` or in principal components of log1p-CP10k."""
     if use_rep is not None:
         return Groups(adata, use_rep=use_rep, min_cells=1)
     space = EvaluationSpace.fit(adata, seed=seed)
-    return Groups(adata, use_rep=space.project(space.transform(space.select(adata))), min_cells=1)
+    return Groups(adata, use_rep=space.project(log1p_cp10k(space.select(adata))), min_cells=1)
 
 
 class _AgainstControl:

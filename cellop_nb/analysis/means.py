@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import cast
 
 import numpy as np
+from scipy import sparse
 
 from ..data.contract import JOINER
 from ..data.counts import TOTAL_KEY, CountMatrix, count_matrix
@@ -89,9 +90,9 @@ class Means:
         for k, group in enumerate(groups):
             rows[group.context, group.perturbation].append(k)
         pairs = list(rows)
-        mixing = np.zeros((len(pairs), len(size)))
-        for row, members in enumerate(rows.values()):
-            mixing[row, members] = size[members] / size[members].sum()
+        share = [size[members] / size[members].sum() for members in rows.values()]
+        start = np.cumsum([0, *map(len, rows.values())])
+        mixing = sparse.csr_matrix((np.concatenate(share), np.concatenate([*rows.values()]), start))
         at = np.array([context[c] for c, _ in pairs])
         variance = _variance(mixing @ mean, mixing @ square, mixing @ size)
         control_variance = _variance(control, control_square, n_control)

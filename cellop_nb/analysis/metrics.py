@@ -336,6 +336,10 @@ def log1p_cp10k(counts, library: np.ndarray | None = None):
     return np.log1p(np.asarray(counts) * scale[:, None]).astype(np.float32)
 
 
+MOST_CELLS = 10_000
+"""Cells that principal components are fitted to."""
+
+
 @dataclass(frozen=True, eq=False)
 class EvaluationSpace:
     """log1p-CP10k of `genes`, and its principal components.
@@ -345,7 +349,7 @@ class EvaluationSpace:
     genes : (gene,) names
     centre : (gene,) mean of the training cells
     components : (component, gene) orthonormal rows
-    n_cells : training cells behind it
+    n_cells : training cells behind the components: at most 10,000, a seeded sample of more
     all_measured : whether 10,000 is the sum over all measured genes, as most packages normalise, or over `genes`
     """
 
@@ -381,6 +385,9 @@ class EvaluationSpace:
         if training.n_obs < 3:
             problem = f"{training.n_obs}"
             raise DataError(three_beats("at least 3 training cells", problem, "loosen the hold-out"))
+        if training.n_obs > MOST_CELLS:
+            rows = np.random.default_rng([seed, 4]).permutation(training.n_obs)[:MOST_CELLS]
+            training = training[np.sort(rows)]
         library = _totals(training) if all_measured else None
         cells = _dense(log1p_cp10k(_select(training, names), library)).astype(np.float64)
         rank = min(n_components, len(cells) - 1, len(names))
@@ -412,7 +419,9 @@ class EvaluationSpace:
         return _dense(log1p_cp10k(counts, library))
 
     def project(self, cells: np.ndarray) -> np.ndarray:
-        """log1p-CP10k cells (cell, gene) to principal components (cell, component), float64."""
+        """log1p-CP10k cells (cell, gene), sparse or dense, to principal components (cell, component), float64."""
+        if sparse.issparse(cells):
+            return cells.astype(np.float64) @ self.components.T - self.centre @ self.components.T
         return (np.asarray(cells, dtype=np.float64) - self.centre) @ self.components.T
 
 

@@ -47,6 +47,7 @@ __all__ = [
     "predictive_checks",
     "response_axes",
     "response_genes",
+    "screen_effects",
     "shapes",
     "spectra",
     "strength_curves",
@@ -328,6 +329,69 @@ def noise_floor(
     ax.set_ylim(len(rows) - 0.4, -0.6)
     s.legend(ax, outside=True, handlelength=0.8)
     return s.finish(s.label(ax, "Effect against noise floor", _ENERGY), show, save)
+
+
+def screen_effects(
+    table: pd.DataFrame,
+    *,
+    n_named: int = 8,
+    ax: Axes | None = None,
+    show: bool | None = None,
+    save: str | Path | None = None,
+) -> Axes:
+    """Strength of every effect against the cells that show it, beside the smallest one that so many cells can show.
+
+    Parameters
+    ----------
+    table
+        One row per group, as of :func:`cellop_nb.distances.screen_effects` or ``etest``: ``n_perturbed, e_distance,
+        detectable, different``.
+    n_named
+        Strongest groups that are named, where their names do not meet.
+
+    Returns
+    -------
+    Axes
+    """
+    _need(table, "n_perturbed", "e_distance", "detectable", "different")
+    rows = table.assign(group=_group_labels(table)).dropna(subset="e_distance")
+    ax = s.axes_of(ax, height=3.4)
+    called = rows["different"].astype(bool)
+    quiet = {"marker": "o", "markersize": 3, "markerfacecolor": "white", "color": s.QUIET}
+    ax.plot(
+        "n_perturbed",
+        "e_distance",
+        data=rows[~called],
+        linestyle="",
+        label="not told from\ncontrols",
+        **quiet,
+    )
+    strong = {"marker": "o", "markersize": 4, "color": s.REAL}
+    ax.plot(
+        "n_perturbed", "e_distance", data=rows[called], linestyle="", label="differs from\ncontrols", **strong
+    )
+    least = rows.groupby("n_perturbed")["detectable"].median()
+    ax.plot(
+        least.index,
+        least,
+        color=s.INK,
+        linewidth=1.2,
+        linestyle=(0, (1, 2)),
+        label="smallest that\ncan be seen",
+    )
+    named: list[float] = []
+    for row in rows[called].nlargest(n_named, "e_distance").itertuples():
+        if any(abs(row.n_perturbed - place) < 0.15 * rows["n_perturbed"].max() for place in named):
+            continue  # its name would lie on another
+        named.append(row.n_perturbed)
+        place = {"xytext": (5, 0), "textcoords": "offset points", "va": "center", "fontsize": s.SMALL}
+        ax.annotate(s.short(row.group, 24), (row.n_perturbed, row.e_distance), **place)
+    s.energy_scale(ax, [*rows["e_distance"], *least], "y")
+    if rows["n_perturbed"].max() > 20 * rows["n_perturbed"].min():
+        ax.set_xscale("log")
+    s.legend(ax, outside=True, handlelength=1.2)
+    title = f"{int(called.sum())} of {len(rows)} groups differ from their controls"
+    return s.finish(s.label(ax, title, "perturbed cells", _ENERGY), show, save)
 
 
 # -- cells: what the decoder reproduces, where cells lie, where operators carry them

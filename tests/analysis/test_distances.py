@@ -20,6 +20,7 @@ from cellop_nb.analysis.distances import (
     etest,
     group_energies,
     holm,
+    screen_effects,
     tail_probability,
     transport_scores,
 )
@@ -330,3 +331,37 @@ def test_effects_stand_beside_their_floor(screen):
     expected = energy_distance(data.control[first.context], first.cells)
     assert table.loc[0, "energy"] == pytest.approx(float(expected), rel=1e-5)
     assert (table["energy"] > table["limit"]).groupby(table["perturbation"]).all()["drug 1"]
+
+
+def test_screen_effects_count_knockdowns_and_clusters():
+    """Two kinds of effect planted, one group inert, and targets that lose three quarters of their counts."""
+    rng, genes = np.random.default_rng(0), [f"g{k}" for k in range(60)]
+    labels = ["control"] * 120 + [name for name in ("g0", "g1", "g2", "g3", "g4", "other") for _ in range(40)]
+    up = {"g0": slice(10, 20), "g1": slice(10, 20), "g2": slice(30, 40), "g3": slice(30, 40)}
+    means = np.full((len(labels), 60), 4.0)
+    for row, name in enumerate(labels):
+        if name in up:
+            means[row, genes.index(name)] /= 4
+            means[row, up[name]] *= 3
+    adata = ad.AnnData(
+        rng.poisson(means).astype("f4"),
+        obs=pd.DataFrame({"perturbation": labels}, index=[f"c{k}" for k in range(len(labels))]),
+    )
+    adata.var_names = genes
+    Keys(context_key=None).write(adata)
+    table = screen_effects(adata).set_index("perturbation")
+    assert table["different"].to_dict() == {
+        "g0": True,
+        "g1": True,
+        "g2": True,
+        "g3": True,
+        "g4": False,
+        "other": False,
+    }
+    assert table.loc[["g0", "g1", "g2", "g3"], "knockdown"].between(0.72, 0.9).all()
+    assert abs(table.loc["g4", "knockdown"]) < 0.25 and np.isnan(table.loc["other", "knockdown"])
+    alike = table["alike"]
+    assert alike["g0"] == alike["g1"] and alike["g2"] == alike["g3"] and {alike["g0"], alike["g2"]} == {1, 2}
+    assert alike["g4"] == alike["other"] == 0
+    assert "4 of 6 groups differ" in table.attrs["summary"] and "in 2 clusters" in table.attrs["summary"]
+    assert table["e_distance"].is_monotonic_decreasing

@@ -80,6 +80,12 @@ def strengths(groups: list[str]) -> tuple[pd.DataFrame, pd.DataFrame]:
     return table, of_genes(groups, "lfc", 3).assign(gene=lambda t: t["group"], strength=1.0)
 
 
+def tests_of(groups: list[str]) -> pd.DataFrame:
+    sizes, strength = rng.integers(10, 400, len(groups)), np.linspace(3, 0, len(groups))
+    table = {"group": groups, "n_perturbed": sizes, "e_distance": strength, "detectable": 20 / sizes}
+    return pd.DataFrame(table).assign(different=strength > 20 / sizes)
+
+
 # each figure of any number of groups
 FIGURES = {
     "library_sizes": lambda groups: co.pl.library_sizes(rng.lognormal(7, 1, 12 * len(groups)), groups * 12),
@@ -100,6 +106,7 @@ FIGURES = {
         of_genes(groups, "effect").rename(columns={"group": "axis"})
     ),
     "response_genes": lambda groups: co.pl.response_genes(of_genes(groups, "lfc")),
+    "screen_effects": lambda groups: co.pl.screen_effects(tests_of(groups)),
     "gradient_map": lambda groups: co.pl.gradient_map(audit(groups)),
     "condition_similarity": lambda groups: co.pl.condition_similarity(alike(groups)),
     "shapes": lambda groups: co.pl.shapes(
