@@ -398,7 +398,7 @@ def products_left_out(measured: Measured, by_name: Mapping[str, Estimate]):
     return names, products * (reliability / size)[:, None, None], reliability
 
 
-def weigh(seen: Evidence, settings: PlanSettings = PlanSettings()) -> np.ndarray:
+def weigh(seen: Evidence, settings: PlanSettings = PlanSettings(), towards: str | None = None) -> np.ndarray:
     r"""Weights (k,) of the estimators: not negative, of sum one.
 
     .. math:: \min_w\; w^\top G w + \frac{n_0}{n} \Bigl(\sum_i w^0_i G_{ii}\Bigr) \|w - w^0\|^2, \quad
@@ -408,6 +408,11 @@ def weigh(seen: Evidence, settings: PlanSettings = PlanSettings()) -> np.ndarray
     seen (stacking) is drawn towards weights by precision alone, which are nearly equal for estimators that are
     equally good.
 
+    Parameters
+    ----------
+    towards
+        Name of an estimator that is trusted beforehand: :math:`w^0` is then this one alone.
+
     References
     ----------
     Wolpert (1992), Neural Networks 5:241; Breiman (1996), Machine Learning 24:49 (stacking); Bates and Granger
@@ -416,7 +421,7 @@ def weigh(seen: Evidence, settings: PlanSettings = PlanSettings()) -> np.ndarray
     """
     products = seen.products / seen.n_contexts
     errors = np.maximum(np.diag(products), settings.least_error)
-    start = errors**-2.0
+    start = errors**-2.0 if towards is None else np.array([float(name == towards) for name in seen.names])
     start /= start.sum()
     pull = settings.trust / max(seen.n_contexts, 1.0) * float(start @ errors)
     return _nearest_on_simplex(products, start, pull)
@@ -719,7 +724,7 @@ def plan_combination(
     moved
         (gene,) mean change of the context's moved control cells.
     seen
-        Of :func:`combination_evidence`; both ways count alike where None.
+        Of :func:`combination_evidence`, which draws the weights away from the additive rule; that alone where None.
 
     References
     ----------
@@ -727,11 +732,11 @@ def plan_combination(
     """
     first, added = parts[0], np.sum([part.change for part in parts], axis=0)
     ways = {NO_CHANGE: np.zeros_like(added), ADDITIVE: added, MOVED: np.asarray(moved)}
-    weights = {NO_CHANGE: 0.0, ADDITIVE: 0.5, MOVED: 0.5}
+    weights = {NO_CHANGE: 0.0, ADDITIVE: 1.0, MOVED: 0.0}
     explained = rival = float("nan")
     left: dict[str, float] = {}
     if seen is not None:
-        shares = weigh(seen, settings)
+        shares = weigh(seen, settings, towards=ADDITIVE)
         weights = dict(zip(seen.names, shares.tolist(), strict=True))
         left = dict(zip(seen.names, seen.errors.tolist(), strict=True))
         explained = 1 - float(shares @ seen.products @ shares) / seen.n_contexts / left[NO_CHANGE]

@@ -145,7 +145,8 @@ def carry_to_mean(
     scale_cells
         Scale cells to their library sizes. Otherwise every gene reaches its level, whatever that adds up to.
     iterations, tolerance
-        At most so many steps; done where every mean level is this near.
+        At most so many steps, of which the one that misses the levels least is kept; done where every mean level is
+        this near.
 
     Returns
     -------
@@ -158,24 +159,29 @@ def carry_to_mean(
     mean = size * share
     added = mean * _own_factor(x, mean, dispersion)
     t, carried, miss, cost = torch.zeros_like(share), x, share.new_zeros(()), share
-    scale = torch.ones_like(size)
-    for _ in range(iterations):
+    scale, best, least, short = torch.ones_like(size), x, math.inf, 0.0
+    for _ in range(iterations + 1):
         if scale_cells:
             total = carried.sum(-1, keepdim=True).clamp_min(MIN_MEAN)
             # that of each cell; what all cells miss is left to the genes
             scale = room / total * (total.sum() / room.sum())
             cost = (carried * scale / size).mean(0)
+            short = float(room.sum() / total.sum() - 1)
             excess = cost.sum() - (room / size).mean()
             # one gene may hold nearly all counts: what it gives or takes in a step is bounded
             miss = miss + (excess / cost.square().sum().clamp_min(MIN_MEAN)).clamp(-4.0, 4.0)
         level, slope = whole_levels(carried * scale, library)
+        there = level.mean(0) + short * (slope * carried * scale).mean(0)  # once the cells are scaled
+        missed = float((there - aim).square().sum())
+        if missed < least:  # steps of the genes and of what they leave to each other may swing
+            best, least = carried, missed
         gap = (aim - miss * cost).clamp(0.0, MOST_LEVEL) - level.mean(0)
         if gap.abs().max() <= tolerance:
             break
         grown = (slope * torch.where(gap + t > 0, added, x) * scale).mean(0)
         t = (t + gap / grown.clamp_min(MIN_MEAN)).clamp_min(-1.0)
         carried = torch.addcmul(x * (1 + t.clamp_max(0.0)), added, t.clamp_min(0.0))
-    return carried * (room / carried.sum(-1, keepdim=True).clamp_min(MIN_MEAN)) if scale_cells else carried
+    return best * (room / best.sum(-1, keepdim=True).clamp_min(MIN_MEAN)) if scale_cells else best
 
 
 def _own_factor(x: Tensor, mean: Tensor, dispersion: Tensor | None) -> Tensor:
