@@ -718,11 +718,11 @@ class CellOp:
             return np.sum([self._planned_others(context, part) for part in self._parts(perturbation)], axis=0)
         measured = means.of_perturbation(perturbation, without=context)
         own = means.own(context, perturbation)
-        if own is None:
-            return plan(measured, self._level_of_others(context)).change
         if not len(measured):
-            return own[0]
-        return plan(measured, self._level_of_others(context), own_change=own[0], own_noise=own[1]).change
+            return None if own is None else own[0]
+        change, noise = (None, None) if own is None else own
+        level = self._level_of_others(context)
+        return plan(measured, level, context=context, own_change=change, own_noise=noise).change
 
     def _level_of_others(self, context: str) -> np.ndarray:
         """(gene,) mean level of the genes that are not modelled in control cells; of those that the data lack 0."""
