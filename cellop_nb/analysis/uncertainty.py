@@ -311,8 +311,10 @@ class _Redrawn(Truth):
     """Resampled real and control cells that keep the gene ranking of the whole."""
 
     def __init__(self, whole: Truth, real, control, counts, library) -> None:
-        options = {"shared_shift": whole.shared_shift, "max_cells": whole.max_cells, "seed": whole.seed}
-        super().__init__(real, control, whole.space, counts=counts, library=library, **options)
+        super().__init__(
+            real, control, whole.space, counts=counts, library=library, shared_shift=whole.shared_shift,
+            max_cells=whole.max_cells, seed=whole.seed,
+        )  # fmt: skip
         self.whole = whole
 
     @property

@@ -39,10 +39,13 @@ NOTEBOOKS = {"vae": "02_train_vae", "operators": "04_train_operators"}
 
 def vae_trainer(adata, values: Mapping) -> Trainer:
     """The trainer of 02_train_vae at these values."""
-    sizes = {"n_latent": values["latent_dim"], "n_hidden": values["hidden"], "n_layers": values["n_layers"]}
+    vae = new_vae(
+        adata, n_latent=values["latent_dim"], n_hidden=values["hidden"], n_layers=values["n_layers"],
+        seed=values["seed"],
+    )  # fmt: skip
     return VAETrainer(
         adata,
-        new_vae(adata, seed=values["seed"], **sizes),
+        vae,
         max_epochs=values["max_epochs"],
         batch_size=values["batch_size"],
         lr=values["learning_rate"],
