@@ -148,7 +148,7 @@ def _entry(name: str) -> str:
 def _kind(value: object) -> str:
     import inspect
 
-    return "autoclass" if inspect.isclass(value) else "autofunction" if callable(value) else "autodata"
+    return "autoclass" if inspect.isclass(value) else "autofunction"
 
 
 def _result(path: str) -> str:
@@ -157,6 +157,8 @@ def _result(path: str) -> str:
 
     module, _, name = f"cellop_nb.{path}".rpartition(".")
     value = getattr(import_module(module), name)
+    if isinstance(value, dict):
+        return f"## {name}\n\n`{module}.{name}`: {', '.join(f'`{key}`' for key in value)}"
     return _directive(_kind(value), f"{module}.{name}", *[":members:"] * isinstance(value, type))
 
 

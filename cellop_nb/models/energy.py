@@ -82,7 +82,7 @@ def energy_distance(
         None: that of the convention.
     convention
         Whose number to reproduce. "cellop": U. "pertpy", "cell-eval": V. "geomloss": one half of V. "scperturb": U of the
-        *squared* norm, 2 |mean x - mean y|^2 less its sampling noise, which sees neither spread nor shape.
+        *squared* norm, ``2 |mean x - mean y|^2`` less its sampling noise, which sees neither spread nor shape.
     tile
         Side of a tile in cells; sized to the cache where None.
     y_self
