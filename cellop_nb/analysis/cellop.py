@@ -352,7 +352,7 @@ class CellOp:
                 self.others, self.other_means = self._means_of_others(cells.var_names, groups)
                 self._described = None if self.features is None else Described(self.features, self.means)
                 space = EvaluationSpace.fit(cells, seed=self.seed)
-                points = space.project(space.transform(space.select(cells)))
+                points = space.project(log1p_cp10k(space.select(cells)))
                 self.effects = etest(Groups(cells, use_rep=points, min_cells=1), seed=self.seed)
             members = [self._fit_member(cells, groups, k, stages, callbacks) for k in range(self.n_members)]
             self._latent_means = self._means_of_latents(cells, groups)
