@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import anndata as ad
 import numpy as np
@@ -16,9 +16,6 @@ from ..data.contract import keys_of
 from ..errors import DataError, HoldoutError, LabelError, did_you_mean, three_beats
 from ..packages import require, same_threads
 from .scores import rows_by_group
-
-if TYPE_CHECKING:
-    from .holdout import Holdout
 
 __all__ = [
     "cell_eval2",
@@ -38,8 +35,16 @@ VCC2026 = (
 """The six scored metrics of the Virtual Cell Challenge 2026, as cell-eval2 names them."""
 
 
+class HeldOut(Protocol):
+    """What is read of the result of :func:`cellop_nb.holdout`, which itself calls :func:`vcc2026`."""
+
+    scores: pd.DataFrame
+    predictions: ad.AnnData
+    fits: Any
+
+
 def cell_eval_pair(
-    result: Holdout, *, context: str | None = None, seed: int | None = None
+    result: HeldOut, *, context: str | None = None, seed: int | None = None
 ) -> tuple[ad.AnnData, ad.AnnData]:
     """A hold-out as the pair of AnnData that cell-eval compares: predicted and real, both with the same controls.
 
@@ -49,7 +54,7 @@ def cell_eval_pair(
     Parameters
     ----------
     result
-        Of :func:`holdout`.
+        Of :func:`cellop_nb.holdout`.
     context
         Which one; None where there is one alone.
     seed
