@@ -215,7 +215,8 @@ class Scores(Table):
         wide = wide[[method for method in order if method in wide]]
         usual = [method for method in wide if wide[method].notna().mean() >= 0.5]
         whole = wide[usual].notna().all(axis=1)
-        mean = wide.loc[whole, usual].mean().to_frame(f"mean of {int(whole.sum())} groups").T
+        label = f"mean of {whole.sum()} group{'s' * (whole.sum() != 1)}"
+        mean = wide.loc[whole, usual].mean().to_frame(label).T
         wide = pd.concat([wide, mean]).rename_axis("group")
         wide.attrs["left_out"] = {
             "groups": [str(group) for group in whole.index[~whole]],
@@ -262,7 +263,7 @@ class Distances(Table):
             "groups": [str(name) for name in self["group"].unique()],
             "energy": "Euclidean, U-statistic, per group, in the latent space",
             "floor": "the same distance between halves of cells of one kind, mean over splits: about 0",
-            "limit": "what 95 in 100 of such distances stay below: what noise alone can give",
+            "limit": "95 of 100 such distances lie below it: noise alone reaches as far",
         }
 
     def _shown(self) -> pd.DataFrame:

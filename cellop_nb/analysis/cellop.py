@@ -152,14 +152,14 @@ class Choice:
 
     def __str__(self) -> str:
         if not len(self.table):
-            return "Nothing could be left out: no perturbation was measured in two contexts."
+            return "No context could be held out: no perturbation was measured in two contexts."
         rows = self.table.sort_values("weight", ascending=False)
         said = [f"{row.estimator} {row.weight:.2f}" for row in rows.itertuples() if row.weight > 0.005]
         left = self.table.set_index("estimator")["left"]
         best = left.drop(NO_CHANGE, errors="ignore").idxmin()
         return (
-            f"The mean response is planned from {', '.join(said)}. Of the squared response of contexts left out, no "
-            f"change leaves {100 * left.get(NO_CHANGE, 1):.0f} %, and the best of the others alone, {best}, "
+            f"The mean response is planned from {', '.join(said)}. In held-out contexts no change misses "
+            f"{100 * left.get(NO_CHANGE, 1):.0f} % of the squared response; the best single estimator, {best}, misses "
             f"{100 * left[best]:.0f} %."
         )
 
@@ -543,8 +543,8 @@ class CellOp:
         vae = self._finish(seen, self._control_vae(cells, groups, self.seed, stages), self.seed, stages)
         embed(seen, vae)
         operators = self._train_operators(seen, self.seed, stages)
-        member, known = Member(vae, operators), set(operators.conditions.perturbations)
-        judged = [pair for pair in judged if set(groups.parts(pair[1])) <= known]
+        member, labels = Member(vae, operators), set(operators.conditions.perturbations)
+        judged = [pair for pair in judged if set(groups.parts(pair[1])) <= labels]
         for start, context, perturbation in self._moved_apart(cells, groups, member, judged):
             operator = self._operator_of(member, perturbation, None)
             self.means.moved[context, perturbation] = start.change(operator)
@@ -857,43 +857,44 @@ class CellOp:
             return verdict_of_described(said, name)
         tests = self.effects[self.effects["perturbation"] == perturbation]
         if len(tests) and not tests["different"].any():
-            return (
-                f"{name}: no effect to predict; none of {len(tests)} measured groups differs from its controls "
-                f"(energy-distance test, smallest p {tests['p'].min():.2g})."
-            )
+            none = f"none of {len(tests)} measured groups differs from its controls"
+            none = none if len(tests) > 1 else "the only measured group does not differ from its controls"
+            return f"{name}: no effect to predict; {none} (energy-distance test, smallest p {tests['p'].min():.2g})."
         own = tests[tests["context"] == context]
         if said.measured and len(own) and not own["different"].any():
             return (
                 f"{name}: no effect to predict; it was measured here and does not differ from its controls "
-                f"(energy-distance test, p {own['p'].min():.2g}), where {tests['different'].sum()} of {len(tests)} "
+                f"(energy-distance test, p {own['p'].min():.2g}), while {tests['different'].sum()} of {len(tests)} "
                 f"measured groups do."
             )
         if said.measured:
             return (
-                f"{name}: measured; the prediction is the measured mean, drawn towards the plan by its noise."
+                f"{name}: measured here; the prediction is the measured mean. The noisier it is, the more it is pulled "
+                "towards what other measurements predict."
             )
-        doubt = " Its size is extrapolated." if said.extrapolated else ""
+        doubt = " Its size is extrapolated beyond all measured ones." if said.extrapolated else ""
         genes = ", ".join(self._doubtful(said))
         doubt += f" Trust the direction, not the size, of {genes}." if genes else ""
         if said.rival == ADDITIVE and np.isfinite(said.explained):
             return (
-                f"{name}: such predictions explained {100 * said.explained:.0f} % of the squared mean response of "
-                f"measured combinations left out, the {said.rival} rule {100 * said.rival_explained:.0f} %.{doubt}"
+                f"{name}: in held-out combinations such predictions explained {100 * said.explained:.0f} % of the "
+                f"squared mean response, the {said.rival} rule {100 * said.rival_explained:.0f} %.{doubt}"
             )
         explained = self.explained(context, perturbation)
         if explained.empty:
-            return f"{name}: cannot be checked; it was measured in too few contexts to leave one out."
+            return f"{name}: cannot be checked; it was measured in too few contexts to hold one out."
         rules = explained.drop("CellOp")
         if explained.max() <= 0:
             return (
-                f"{name}: cannot be known; there is an effect, but of measured contexts left out no prediction and no "
-                f"simple rule was nearer to the real cells than no change."
+                f"{name}: cannot be known; there is an effect, but in held-out contexts neither the prediction nor "
+                f"any simple rule came nearer to the real cells than no change."
             )
-        contexts = self.left_out.query("perturbation == @perturbation and context != @context")["context"]
+        rows = self.left_out.query("perturbation == @perturbation and context != @context")
+        n_contexts = rows["context"].nunique()
         return (
-            f"{name}: such predictions explained {100 * explained['CellOp']:.0f} % of the change in "
-            f"{contexts.nunique()} measured contexts left out, the best simple rule, {rules.idxmax()}, "
-            f"{100 * rules.max():.0f} % (energy distance above the floor of split halves, of that of no change).{doubt}"
+            f"{name}: in {n_contexts} held-out context{'s' * (n_contexts != 1)} such predictions explained "
+            f"{100 * explained['CellOp']:.0f} % of the change; the best simple rule, {rules.idxmax()}, explained "
+            f"{100 * rules.max():.0f} % (energy distance above the noise floor, compared with no change).{doubt}"
         )
 
     def _doubtful(self, said: Plan, n: int = 2) -> list[str]:

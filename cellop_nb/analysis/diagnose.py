@@ -45,9 +45,9 @@ SLOW_GROWTH = 1.05  # spectral radius that ten applications turn into a factor o
 
 _ADVICE = {
     "ok": "",
-    "frozen": "intended if this part is not to be trained; else set requires_grad",
+    "frozen": "right if this part shall not be trained; else set requires_grad",
     "not reached": "the optimiser will never change it: see path_ends",
-    "zero gradient": "reached, but nothing flows: look for saturated or dead units, or a clamp",
+    "zero gradient": "the gradient is 0: look for saturated or dead units, or a clamp",
     "non-finite": "train under the non-finite guard, which names the operation",
 }
 
@@ -461,7 +461,9 @@ def _verdict(health: dict, max_norm: float) -> tuple[str, str]:
     warnings = []
     if radius > SLOW_GROWTH:
         steps = math.log(10) / math.log(radius)
-        warnings.append(f"grows {radius:.3g}-fold each time: do not repeat it more than {steps:.0f} times")
+        warnings.append(
+            f"each use stretches cells {radius:.3g}-fold, {steps:.0f} uses tenfold: use it few times"
+        )
     if not health["condition_number"] <= MAX_CONDITION:
         number = health["condition_number"]
         warnings.append(f"not reversible (condition number {number:.1e}): fit with a larger ridge")

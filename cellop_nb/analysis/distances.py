@@ -238,15 +238,15 @@ def screen_effects(
     blind = int((table["detectable"] > usual).sum())
     summary = (
         f"{len(different)} of {int(table['p'].notna().sum())} groups differ from their controls (adjusted p at most "
-        f"{alpha:g}), in {int(table['alike'].max())} clusters of alike effects."
+        f"{alpha:g}). Clusters of similar effects: {int(table['alike'].max())}."
     )
     if len(different):
-        summary += (
-            f" In {blind} groups cells are too few for an effect of the usual size ({usual:.2g}) to be seen."
-        )
+        summary += f" Groups with too few cells to show an effect of the usual size ({usual:.2g}): {blind}."
     reached = table["knockdown"].dropna()
     if len(reached):
-        summary += f" The target lost {100 * reached.median():.0f} % of its expression (median of {len(reached)} groups)."
+        summary += (
+            f" Targets lost {100 * reached.median():.0f} % of their expression (median of {len(reached)})."
+        )
     correction = table.attrs["correction"]
     table = table.sort_values("e_distance", ascending=False, ignore_index=True)
     table.attrs |= {"correction": correction, "summary": summary}
@@ -256,7 +256,7 @@ def screen_effects(
 def _knockdowns(adata: AnnData, groups: Groups) -> np.ndarray:
     """(group,) share of the expression that the target lost; NaN where it is no gene, or controls hardly express it."""
     column = adata.var_names.get_indexer([group.perturbation for group in groups])
-    targets, place = np.unique(column[column >= 0], return_inverse=True)
+    targets, column_of = np.unique(column[column >= 0], return_inverse=True)
     lost = np.full(len(groups), np.nan)
     if not len(targets):
         return lost
@@ -265,7 +265,7 @@ def _knockdowns(adata: AnnData, groups: Groups) -> np.ndarray:
     shares = sparse.csr_matrix(sparse.diags(1 / library) @ x[:, targets])
     control = {c: np.asarray(shares[rows].mean(0)).ravel() for c, rows in groups.control_rows.items()}
     seen = {c: np.asarray(x[rows][:, targets].sum(0)).ravel() for c, rows in groups.control_rows.items()}
-    for k, at in zip(np.flatnonzero(column >= 0), place, strict=True):
+    for k, at in zip(np.flatnonzero(column >= 0), column_of, strict=True):
         group = groups[k]
         if seen[group.context][at] >= _FEWEST_COUNTS:
             mine = shares[group.rows][:, [at]].sum() / len(group)

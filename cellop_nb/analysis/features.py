@@ -222,8 +222,8 @@ def from_network(edges: pd.DataFrame | str | Path, *, n_components: int = 32, se
             three_beats("4 connected genes or more", f"{int(inside.sum())}", "give a denser network")
         )
     k = min(n_components, int(inside.sum()) - 2)
-    place = spectral_embedding(graph[inside][:, inside], n_components=k, random_state=seed)
-    result = _table(place, names[inside], "network")
+    coordinates = spectral_embedding(graph[inside][:, inside], n_components=k, random_state=seed)
+    result = _table(coordinates, names[inside], "network")
     result.attrs["left_out"] = sorted(names[~inside])
     return result
 

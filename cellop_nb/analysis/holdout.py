@@ -161,12 +161,11 @@ def holdout(
     progress: bool = True,
     seed: int = 0,
 ) -> Holdout:
-    """Ask for cells that were measured as if they had not been, and say how good the answers are beside the baselines.
+    """Hold out measured cells, predict them, and score the predictions beside simple baselines.
 
-    Each question leaves cells out, fits a :class:`CellOp` on the rest, predicts the missing cells from controls and
-    scores the prediction; of a question about hundreds of groups, 64 of them (:data:`MOST_GROUPS`). Nothing of the
-    cells left out reaches genes, models, weights or the space of the scores: they are not in the data that the model is
-    given.
+    Each question holds cells out, fits a :class:`CellOp` on the rest, predicts the missing cells from controls and
+    scores the prediction. A question about hundreds of groups scores 64 of them (:data:`MOST_GROUPS`). Held-out cells
+    are not in the data that the model gets, so they cannot reach genes, models, weights or the space of the scores.
 
     Parameters
     ----------

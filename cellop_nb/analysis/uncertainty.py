@@ -444,15 +444,17 @@ def error_advice(budget: pd.DataFrame) -> pd.DataFrame:
 def _sentence(row: pd.Series) -> str:
     floor, decoder, whole = row["noise floor"], row["decoder, true perturbed cells"], row["CellOp"]
     if row["no change"] <= max(2 * floor, 0.1):
-        return "There is hardly an effect to predict: no change is as near as the noise floor."
+        return "There is hardly an effect to predict: no change comes about as near as the noise floor."
     if whole <= max(2 * floor, 0.1):
-        return "The prediction is as near to the real cells as they are to themselves: nothing to improve."
+        return "The prediction comes about as near as the noise floor: nothing to improve."
     if decoder > 0.5 * whole:
-        share = f"{decoder / whole:.0%} of the error remains with the true latents"
+        share = f"{decoder / whole:.0%} of the error remains when the true latents are decoded"
         if decoder > whole:  # they are decoded afresh, while a prediction keeps the cells' own counts
-            share = f"The true latents decode no nearer ({decoder:.2f}) than the prediction is ({whole:.2f})"
+            share = (
+                f"Decoding the true latents comes no nearer ({decoder:.2f}) than the prediction ({whole:.2f})"
+            )
         return f"{share}: improve the VAE (longer training, more latent dimensions, a larger hidden layer)."
     return (
-        f"{1 - max(decoder, 0.0) / whole:.0%} of the error is the operators' and the plan's: measure a context nearer to "
-        "this one, or more cells; compare with the nearest context in the table."
+        f"{1 - max(decoder, 0.0) / whole:.0%} of the error comes from the operators and the plan: measure a nearer "
+        "context, or more cells, and compare with the nearest context in the table."
     )

@@ -128,25 +128,25 @@ def borrowed_operator(
 def verdict(said: Plan, name: str) -> str:
     """What to trust of a plan of :class:`EffectMap`, in a sentence with numbers."""
     if not np.isfinite(said.explained):
-        return f"{name}: never measured, and cannot be foreseen; what was measured of the others is noise."
+        return f"{name}: never measured, and cannot be known; the measured effects of the others are noise."
     wide = said.left_out.pivot(index="context", columns="estimator", values="left")
     weight = said.left_out.groupby("context")["reliability"].first()
     gain = (wide[MEAN] - wide["plan"]) * weight / weight.mean()
     doubtful = gain.mean() <= gain.sem()
     numbers = (
-        f"predictions of perturbations left out explained {100 * said.explained:.0f} % of their squared mean response, "
+        f"predictions of held-out perturbations explained {100 * said.explained:.0f} % of their squared mean response, "
         f"the {MEAN} {100 * said.rival_explained:.0f} %"
     )
     if said.explained <= 0:
         return f"{name}: never measured, and cannot be known; {numbers}."
     said_of_descriptors = (
-        "the descriptors carry nothing, and what is predicted is what perturbations do on average"
+        "the descriptors carry nothing, so the prediction is the average effect of perturbations"
         if doubtful
-        else "foreseen from its descriptor"
+        else "predicted from its descriptor"
     )
     far = (
-        f" It lies {said.nearest:.1f} times the usual distance from the nearest measured perturbation, farther than any "
-        f"of these from the others: extrapolated."
+        f" It is extrapolated: the nearest measured perturbation is {said.nearest:.1f} times the usual distance away, "
+        f"farther than measured ones are from each other."
         if said.extrapolated and not doubtful
         else ""
     )

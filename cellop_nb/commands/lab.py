@@ -60,8 +60,8 @@ def lab(args: argparse.Namespace) -> int:
     root = run.workplace()
     folder = root / "notebooks" if args.data is None else own_notebooks(args)
     first = next(folder.glob("00_*.ipynb"), None)
-    place = folder.relative_to(root) if folder.is_relative_to(root) else Path(folder.name)
-    start = f"/lab/tree/{(place / first.name).as_posix()}" if first else "/lab"
+    inside = folder.relative_to(root) if folder.is_relative_to(root) else Path(folder.name)
+    start = f"/lab/tree/{(inside / first.name).as_posix()}" if first else "/lab"
     trust(folder)
     say(f"JupyterLab on {folder}; stop it with Ctrl-C here.")
     command = [
@@ -179,9 +179,9 @@ def _guess(keys: dict, name: str, options: list[str], what: str) -> None:
 def _likely(options: list[str], usual: tuple[str, ...]) -> list[str]:
     """Options that are a usual word, or contain one; the likeliest first."""
     plain = {option: re.sub(r"[^a-z0-9]", "", option.lower()) for option in options}
-    words = [re.sub(r"[^a-z0-9]", "", word) for word in usual]
-    same = [option for word in words for option in options if plain[option] == word]
-    within = [option for word in words for option in options if len(word) > 3 and word in plain[option]]
+    names = [re.sub(r"[^a-z0-9]", "", name) for name in usual]
+    same = [option for name in names for option in options if plain[option] == name]
+    within = [option for name in names for option in options if len(name) > 3 and name in plain[option]]
     return list(dict.fromkeys([*same, *within]))
 
 

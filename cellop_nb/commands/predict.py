@@ -70,7 +70,7 @@ def predict(args: argparse.Namespace) -> int:
     import cellop_nb as co
 
     adata = co.datasets.load(args.data)
-    asked = _conditions(args)
+    questions = _conditions(args)
     if args.model is None:
         set_up(adata, args)
         seed = 0 if args.seed is None else args.seed
@@ -78,7 +78,7 @@ def predict(args: argparse.Namespace) -> int:
     else:
         set_up(adata, args, only_if_told=True)
         model = cast(co.CellOp, co.load(args.model, adata))  # with data it is one
-    for one in asked.itertuples():
+    for one in questions.itertuples():
         model.check_question(one.context, one.perturbation)
     if not model.members:
         started = time.monotonic()
@@ -86,13 +86,13 @@ def predict(args: argparse.Namespace) -> int:
         say(f"fitted in {clock(time.monotonic() - started)}")
         if args.save_model is not None:
             say(f"model: {model.save(args.save_model)}")
-    pairs = list(dict.fromkeys(zip(asked["context"], asked["perturbation"], strict=True)))
+    pairs = list(dict.fromkeys(zip(questions["context"], questions["perturbation"], strict=True)))
     if len(pairs) == 1:
         _show_one(model, *pairs[0])
     else:
         _show_many(model, pairs)
     if args.out is not None:
-        say(f"cells: {model.predict(asked, out=args.out, seed=args.seed)}")
+        say(f"cells: {model.predict(questions, out=args.out, seed=args.seed)}")
     return 0
 
 

@@ -240,8 +240,8 @@ def _execute(
             stopped.set()
             while wait(futures, timeout=0.2).not_done:
                 runs.end_kernels()
-            for place in [target, *filter(Path.is_dir, target.rglob("*"))]:
-                sweep(place)
+            for folder in [target, *filter(Path.is_dir, target.rglob("*"))]:
+                sweep(folder)
             raise
         finally:
             outcomes.sort(key=lambda outcome: outcome.notebook)

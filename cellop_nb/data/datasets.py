@@ -84,9 +84,9 @@ def find(name: str) -> Screen | None:
 def example_path() -> Path | None:
     """The committed example: inside an installed package, or beside it in a clone; None where in neither."""
     package = Path(str(files("cellop_nb")))
-    places = (package / "_share" / "data", package.parent / "data")
+    folders = (package / "_share" / "data", package.parent / "data")
     return next(
-        (place / f"{EXAMPLE_NAME}.h5ad" for place in places if (place / f"{EXAMPLE_NAME}.h5ad").is_file()),
+        (path for path in (folder / f"{EXAMPLE_NAME}.h5ad" for folder in folders) if path.is_file()),
         None,
     )
 

@@ -122,8 +122,8 @@ class View:
         self.board = board
         self.moving: list = []
         self.place = (left - 50, top - above, left + width + beside, top + height + below)
-        place = (left / w, 1 - (top + height) / h, width / w, height / h)
-        self.ax: Axes = s.plain_axes(board.figure.add_axes(place))
+        bounds = (left / w, 1 - (top + height) / h, width / w, height / h)
+        self.ax: Axes = s.plain_axes(board.figure.add_axes(bounds))
         self.ax.set_title(
             title, fontsize=s.TEXT, color=s.INK, loc="left", pad=4, y=1.0, fontfamily=s.families()
         )

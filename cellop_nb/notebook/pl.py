@@ -381,11 +381,11 @@ def screen_effects(
     )
     named: list[float] = []
     for row in rows[called].nlargest(n_named, "e_distance").itertuples():
-        if any(abs(row.n_perturbed - place) < 0.15 * rows["n_perturbed"].max() for place in named):
+        if any(abs(row.n_perturbed - x) < 0.15 * rows["n_perturbed"].max() for x in named):
             continue  # its name would lie on another
         named.append(row.n_perturbed)
-        place = {"xytext": (5, 0), "textcoords": "offset points", "va": "center", "fontsize": s.SMALL}
-        ax.annotate(s.short(row.group, 24), (row.n_perturbed, row.e_distance), **place)
+        style = {"xytext": (5, 0), "textcoords": "offset points", "va": "center", "fontsize": s.SMALL}
+        ax.annotate(s.short(row.group, 24), (row.n_perturbed, row.e_distance), **style)
     s.energy_scale(ax, [*rows["e_distance"], *least], "y")
     if rows["n_perturbed"].max() > 20 * rows["n_perturbed"].min():
         ax.set_xscale("log")

@@ -143,8 +143,10 @@ def _questions(model: CellOp, scored: pd.DataFrame | None) -> tuple[list[tuple[s
     every = [
         (context, label) for context in controls_by_context(model.adata, model.keys) for label in sizes.index
     ]
-    asked = [pair for pair in every if pair not in measured or (scored is not None and pair in scored.index)]
-    ranked = sorted(asked or every, key=lambda pair: (-sizes.fillna(0)[pair[1]], pair[0]))
+    unmeasured = [
+        pair for pair in every if pair not in measured or (scored is not None and pair in scored.index)
+    ]
+    ranked = sorted(unmeasured or every, key=lambda pair: (-sizes.fillna(0)[pair[1]], pair[0]))
     return _ends(ranked), len(ranked)
 
 
@@ -252,8 +254,8 @@ def _picture(drawn) -> str:
 
     figure = style.figure_of(drawn) if hasattr(drawn, "get_figure") and hasattr(drawn, "plot") else drawn
     data = b64encode(style.png(figure)).decode("ascii")
-    size, words = round(float(figure.get_figwidth()) * style.DPI), escape(style.described(figure))
-    return f'<p><img width="{size}" src="data:image/png;base64,{data}" alt="{words}"></p>'
+    size, alt = round(float(figure.get_figwidth()) * style.DPI), escape(style.described(figure))
+    return f'<p><img width="{size}" src="data:image/png;base64,{data}" alt="{alt}"></p>'
 
 
 def _unknown(model: CellOp, questions) -> str:
@@ -263,10 +265,7 @@ def _unknown(model: CellOp, questions) -> str:
         for pair, plan in plans.items()
         if not plan.measured and not model.explained(*pair).max() > 0
     ]
-    own = (
-        "A response that only the asked context has (genes that no measured context induces) cannot be foreseen; "
-        "intervals do not cover it."
-    )
+    own = "If a gene responds only in this context, other contexts cannot tell it, and the intervals do not cover it."
     return _section("What cannot be known, and why", _list([*doubtful, own]))
 
 
@@ -280,27 +279,31 @@ def _next(model: CellOp, questions, holdout: Holdout | None) -> str:
         advice.append(f"Measure in a second context, so that predictions can be checked: {_some(single)}.")
     weak = effects.loc[~effects["different"].astype(bool), "group"]
     if len(weak):
-        advice.append(f"Take more cells, or believe that nothing happens there: {_some(list(weak))}.")
+        advice.append(
+            f"These groups do not differ from their controls; measure more cells to be sure: {_some(list(weak))}."
+        )
     supports = {pair: model.support(*pair) for pair in questions}
     far = {f"{label} in {context}" for (context, label), table in supports.items() if _is_far(table)}
     if far:
         advice.append(
-            f"Measure a context nearer to the asked one; the nearest is unusually far: {_some(sorted(far))}."
+            f"Measure a more similar context; the nearest one is unusually far: {_some(sorted(far))}."
         )
     larger = [
         f"{label} in {context}" for (context, label), t in supports.items() if t.attrs.get("extrapolated")
     ]
     if larger:
-        advice.append(f"Check the size in a few cells; it is larger than any measured one: {_some(larger)}.")
+        advice.append(
+            f"Check the size with a few cells; it is larger than any measured one: {_some(larger)}."
+        )
     behind = (
         []
         if holdout is None
         else [f"{row.group} ({row.best_baseline})" for row in holdout.behind().itertuples()]
     )
     if behind:
-        advice.append(f"Take the simple rule where it came nearer to the real cells: {_some(behind)}.")
+        advice.append(f"Use the simple rule where it came nearer to the real cells: {_some(behind)}.")
     return _section(
-        "What to measure or change next", _list(advice or ["Nothing in these tables asks for a change."])
+        "What to measure or change next", _list(advice or ["Nothing: no number here asks for a change."])
     )
 
 

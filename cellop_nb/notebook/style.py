@@ -198,9 +198,9 @@ def label(ax: Axes, title: str = "", x: str = "", y: str = "") -> Axes:
 
 def note(ax: Axes, x: float, y: float, text: str, **style) -> Text:
     """Small text at a position given as fractions of the panel."""
-    words = ax.text(x, y, text, fontsize=SMALL, color=INK, va="top", transform=ax.transAxes)
-    words.update(style)
-    return words
+    text_artist = ax.text(x, y, text, fontsize=SMALL, color=INK, va="top", transform=ax.transAxes)
+    text_artist.update(style)
+    return text_artist
 
 
 def sample(name: str, look: Mapping[str, Any]) -> Line2D:

@@ -93,7 +93,7 @@ class Recorder:
     def _record(self, batch) -> _Recording:
         trainer = self._trainer
         device = trainer.fabric.device
-        inputs = {name: given.clone() for name, given in trainer.inputs_of(batch).items()}
+        inputs = {name: tensor.clone() for name, tensor in trainer.inputs_of(batch).items()}
         told = self._told()
         numbers = {name: torch.tensor(number, device=device) for name, number in told.items()}
         self.numbers = {name: value for name, value in numbers.items() if name != RATE}

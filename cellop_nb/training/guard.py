@@ -700,12 +700,12 @@ def _instance(kind: str, content: dict):
     module, _, name = kind.partition(":")
     # A file must not be able to make Python import a module of its choice.
     if module.startswith("cellop_nb.") and name.isidentifier():
-        made = getattr(importlib.import_module(module), name)
+        cls = getattr(importlib.import_module(module), name)
     else:
-        made = type(name.rpartition(".")[2], (), {})
-    if hasattr(made, "_fields"):
-        return made(**content)
-    instance = object.__new__(made)
+        cls = type(name.rpartition(".")[2], (), {})
+    if hasattr(cls, "_fields"):
+        return cls(**content)
+    instance = object.__new__(cls)
     for key, item in content.items():
         object.__setattr__(instance, key, item)
     return instance

@@ -585,7 +585,7 @@ def test_columns_of_other_names_are_read(screen):
 
 def test_one_context_alone_is_fitted_and_says_that_nothing_could_be_left_out(screen):
     alone = tiny(screen[rows_of(screen, cell_type="B")].copy(), n_genes=None).fit(progress=False)
-    assert "Nothing could be left out" in str(alone.choice) and not len(alone.choice.table)
+    assert "No context could be held out" in str(alone.choice) and not len(alone.choice.table)
     cells = alone.predict(context="B", perturbation="ifn")
     assert np.isfinite(cells.layers["mean"].data).all()
 
@@ -616,9 +616,12 @@ def test_verdicts(model):
     assert "cannot be known" in model.verdict("M", "odd")
     assert model.verdict("T", "ifn").startswith("ifn in T: measured")
     normal, explained = model.verdict("M", "ifn"), model.explained("M", "ifn")
-    assert f"explained {100 * explained['CellOp']:.0f} % of the change in 3 measured contexts" in normal
+    assert (
+        f"in 3 held-out contexts such predictions explained {100 * explained['CellOp']:.0f} % of the change"
+        in normal
+    )
     best = explained.drop("CellOp")
-    assert f"{best.idxmax()}, {100 * best.max():.0f} %" in normal and explained["CellOp"] > 0.5
+    assert f"{best.idxmax()}, explained {100 * best.max():.0f} %" in normal and explained["CellOp"] > 0.5
 
 
 def test_a_group_without_effect_has_none_to_predict_where_others_have_one(model):
@@ -688,8 +691,8 @@ def test_the_choice_is_a_table_and_a_sentence(model):
     left = table.set_index("estimator")["left"]
     assert left["no change"] == pytest.approx(1, abs=0.1)
     words, best = str(model.choice), left.drop("no change").idxmin()
-    assert f"no change leaves {100 * left['no change']:.0f} %" in words
-    assert f"alone, {best}, {100 * left[best]:.0f} %" in words
+    assert f"no change misses {100 * left['no change']:.0f} %" in words
+    assert f"single estimator, {best}, misses {100 * left[best]:.0f} %" in words
     assert "Choice" in model.choice._repr_html_()
 
 

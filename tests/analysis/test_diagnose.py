@@ -232,7 +232,7 @@ def test_a_scaled_rotation():
     assert health["spectral_radius"] == pytest.approx(1.2)
     assert health["growth_10"] == pytest.approx(1.2**10)
     assert health["growth_bound"] == math.inf and not health["bounded"]
-    assert health["verdict"] == "amber" and "not repeat it more than 13 times" in health["advice"]
+    assert health["verdict"] == "amber" and "1.2-fold, 13 uses tenfold" in health["advice"]
     assert health["numerical_abscissa"] == pytest.approx(math.log(1.2))
 
 

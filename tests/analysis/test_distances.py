@@ -363,5 +363,5 @@ def test_screen_effects_count_knockdowns_and_clusters():
     alike = table["alike"]
     assert alike["g0"] == alike["g1"] and alike["g2"] == alike["g3"] and {alike["g0"], alike["g2"]} == {1, 2}
     assert alike["g4"] == alike["other"] == 0
-    assert "4 of 6 groups differ" in table.attrs["summary"] and "in 2 clusters" in table.attrs["summary"]
+    assert "4 of 6 groups differ" in table.attrs["summary"] and "similar effects: 2" in table.attrs["summary"]
     assert table["e_distance"].is_monotonic_decreasing

@@ -265,7 +265,7 @@ def test_groups_and_genes_that_are_missing_are_reported():
     assert facts["missing genes"] == 3 and facts["groups without predicted cells"] == ["T, tnf"]
     assert facts["groups without real cells"] == ["T, other"]
     assert "T, tnf" in table._repr_html_() and "missing genes: 3" in table._repr_html_()
-    assert table.summary("mae").index[-1] == "mean of 1 groups"
+    assert table.summary("mae").index[-1] == "mean of 1 group"
 
 
 def test_discrimination_with_enough_perturbations():

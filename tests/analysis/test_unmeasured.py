@@ -95,7 +95,7 @@ def test_intervals_widen_with_distance_and_the_verdict_says_so():
     near, far = plans(effect_map, [effect_map.measured.control[0], 20 * descriptors[0]])
     assert near.nearest == 0 and not near.extrapolated and far.extrapolated
     assert far.error.mean() > 3 * near.error.mean()
-    assert "foreseen from its descriptor" in verdict(near, "new") and "extrapolated" not in verdict(
+    assert "predicted from its descriptor" in verdict(near, "new") and "extrapolated" not in verdict(
         near, "new"
     )
     assert "extrapolated" in verdict(far, "new")
@@ -108,7 +108,7 @@ def test_intervals_widen_with_distance_and_the_verdict_says_so():
             np.ones((8, len(GENES))),
         )
     )  # fmt: skip
-    assert "what was measured of the others is noise" in verdict(plans(noise, descriptors[:1])[0], "new")
+    assert "the measured effects of the others are noise" in verdict(plans(noise, descriptors[:1])[0], "new")
     with pytest.raises(ModelError, match="3 measured perturbations with descriptors"):
         EffectMap(Measured(("a", "b"), np.eye(2), np.eye(2), np.eye(2)))
 
