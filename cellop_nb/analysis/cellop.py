@@ -170,7 +170,7 @@ class Choice:
 
 
 class CellOp:
-    """The predictor of a screen: fitted once, asked for any perturbation in any context that has control cells.
+    """Predict any perturbation of a screen in any context that has control cells, after one fit.
 
     Control cells are *moved* by an operator in the latent space of a negative-binomial VAE, each from its own state;
     their mean response is *planned* from several estimators, with weights found by leaving measured contexts out;
@@ -320,7 +320,7 @@ class CellOp:
     # -- fitting --------------------------------------------------------------------------------------------------
 
     def fit(self, callbacks: Sequence[Callback] = (), *, progress: bool = True) -> CellOp:
-        """Train VAE and operators, and find how to plan a mean response by leaving measured contexts out.
+        """Train VAE and operators, and learn from held-out contexts how to plan a mean response.
 
         Parameters
         ----------
@@ -829,7 +829,7 @@ class CellOp:
         return table
 
     def explained(self, context: Context, perturbation: str) -> pd.Series:
-        r"""Share of a perturbation's change that was explained in measured contexts left out, by method.
+        r"""Share of a perturbation's change that each method explained in held-out contexts.
 
         .. math:: 1 - \frac{\sum_c (E_c - f_c)}{\sum_c (E^0_c - f_c)}
 
@@ -850,7 +850,7 @@ class CellOp:
         return (1 - above / above[NO_CHANGE]).drop(NO_CHANGE)
 
     def verdict(self, context: Context, perturbation: str) -> str:
-        """What to trust of a prediction, in a sentence with numbers."""
+        """Say in a sentence with numbers how far to trust a prediction."""
         context = context_name(context, self.keys)
         said, name = self.plan(context, perturbation), f"{perturbation} in {context}"
         if said.across == "perturbations":
@@ -1155,7 +1155,7 @@ def _in_arrays(others: Means) -> dict[str, np.ndarray]:
 
 
 def load(path: str | Path, adata: ad.AnnData | None = None) -> CellOp | Saved:
-    """A model that :meth:`CellOp.save` wrote, to be asked of the control cells of `adata`.
+    """Read a model that :meth:`CellOp.save` wrote, to predict from the control cells of `adata`.
 
     Parameters
     ----------

@@ -19,7 +19,7 @@ def next_experiments(
     *,
     wanted: Sequence[tuple[str, str]] | None = None,
 ) -> pd.DataFrame:
-    r"""Order unmeasured (context, perturbation) by how much uncertainty of the wanted ones their measurement removes.
+    r"""Rank unmeasured (context, perturbation) pairs by how much uncertainty their measurement would remove.
 
     .. math:: \text{gain}(c) = \sum_w \mathrm{cov}(w, c)^2 / (\mathrm{var}(c) + v)
 

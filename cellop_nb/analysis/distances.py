@@ -77,7 +77,7 @@ def group_energies(groups: Groups, *, seed: int = 0) -> pd.DataFrame:
 def transport_scores(
     adata: AnnData, operators: OperatorModel, *, split: str = "test", use_rep: str = "X_nbvae", seed: int = 0
 ) -> Distances:
-    """Training controls moved to held-out perturbed cells of the same group, in the latent space.
+    """Energy distance of moved training controls to held-out perturbed cells of each group, in the latent space.
 
     "own mean" adds the difference of the group's training means to every control cell: it is told the group's own
     answer, an oracle, so a contextual operator must do at least as well.
@@ -203,7 +203,7 @@ def etest(
 def screen_effects(
     adata: AnnData, *, use_rep: str | None = None, alpha: float = 0.05, max_alike: int = 1000, seed: int = 0
 ) -> pd.DataFrame:
-    r"""What a screen of many perturbations shows: how many do anything, which are alike, and did the knock-downs work.
+    r"""Tell how many perturbations of a screen do anything, which are similar, and whether knock-downs worked.
 
     Parameters
     ----------

@@ -323,7 +323,7 @@ def from_table(file: str | Path, *, scale: bool = True) -> pd.DataFrame:
 
 
 def join(*tables: pd.DataFrame, missing: str = "refuse") -> pd.DataFrame:
-    """One table of several, each of which counts alike.
+    """Join several tables of descriptors into one, with equal weight.
 
     Parameters
     ----------
@@ -365,7 +365,7 @@ def join(*tables: pd.DataFrame, missing: str = "refuse") -> pd.DataFrame:
 
 
 def coverage(features: pd.DataFrame, adata: ad.AnnData) -> pd.DataFrame:
-    """Which perturbations of a screen have a descriptor.
+    """List which perturbations of a screen have a descriptor.
 
     Parameters
     ----------
@@ -402,7 +402,7 @@ def cover(
     missing: str = "refuse",
     by: pd.DataFrame | None = None,
 ) -> pd.DataFrame:
-    """Descriptors for every perturbation of a screen, or a decision about those that have none.
+    """Give every perturbation of a screen a descriptor, or decide about those that have none.
 
     Parameters
     ----------

@@ -259,7 +259,9 @@ def questions_of(
     is_key = {"perturbation": keys.perturbation_key == over, "context": keys.context_key == (over,)}
     if over in adata.obs and over in WAYS and not is_key.get(over, False):
         fix = f"rename the column: adata.obs.rename(columns={{{over!r}: ...}})"
-        raise LabelError(three_beats(f"no column named like a way to hold out, {WAYS}", repr(over), fix))
+        raise LabelError(
+            three_beats(f"no column of obs named {WAYS}, which are ways to hold out", repr(over), fix)
+        )
     if over == "perturbation" and not described:
         fix = "pass holdout(CellOp(adata, features=...), over='perturbation')"
         raise HoldoutError(
@@ -477,7 +479,7 @@ def _pooled(results: list[dict], refused: list[dict]) -> Holdout:
     ]
     if not good:
         problem = "; ".join(f"{row['question']}: {row['reason']}" for row in refused)
-        raise HoldoutError(three_beats("a hold-out that can be made", problem, "change the hold-out"))
+        raise HoldoutError(three_beats("a hold-out that the data allow", problem, "change the hold-out"))
     cells = []
     for result in good:
         if result["cells"] is not None:

@@ -58,7 +58,7 @@ class PosteriorCheck:
 def posterior_check(
     adata, vae: NBVAE, *, split: str = "test", max_cells: int = 5000, seed: int = 0
 ) -> PosteriorCheck:
-    r"""Does the VAE reproduce the counts of cells it has not seen, and better than knowing their group?
+    r"""Check whether the VAE reproduces the counts of unseen cells, and better than their group's mean profile does.
 
     For each held-out cell a latent is drawn from its posterior, and counts from the decoder at the cell's own library
     size. The bound on :math:`-\log p(x)` stands beside the exact likelihood of a negative binomial around the mean
@@ -166,7 +166,7 @@ def leaks(
     max_cells: int = 2500,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Can donor, batch or depth be read off the latents? The means of the groups are taken out before.
+    """Test whether a linear model can read donor, batch or depth off the latents, within groups.
 
     Labels are read by a linear classifier (balanced accuracy), depth by a linear regression of log library size (R²),
     both in five folds. Taking out group means keeps an unequal share of donors per cell type from counting.

@@ -38,7 +38,7 @@ REP = "X_nbvae"
 
 @torch.no_grad()
 def embed(adata, vae: NBVAE, *, key_added: str = REP, batch_size: int = 2048) -> None:
-    """Posterior means of all cells.
+    """Compute the latents of all cells: their posterior means.
 
     Parameters
     ----------

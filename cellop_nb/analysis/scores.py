@@ -441,7 +441,7 @@ def score(
     metrics: Iterable[str] | None = None,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Score predicted cells of any package beside every baseline and the noise of the real cells, in one table.
+    """Score predicted cells of any package beside every baseline and the noise floor, in one table.
 
     All are compared alike: over the same genes, in log1p of shares of 10,000 counts over all measured genes, in
     components of training cells, with the same real cells and the same controls. The real cells of the predicted groups

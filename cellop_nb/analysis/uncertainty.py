@@ -57,7 +57,7 @@ def bootstrap_operators(
     progress: bool = True,
     seed: int = 0,
 ) -> list[OperatorModel]:
-    """Operators fitted again and again, each time on training cells drawn anew and with another seed.
+    """Fit operators several times, each time on training cells drawn anew and with another seed.
 
     Cells are drawn with replacement inside each group, each context's controls, and each split, so that all keep their
     sizes. The latents stay as they are: the spread of the VAE is that between fits with several seeds.

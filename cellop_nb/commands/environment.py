@@ -209,7 +209,7 @@ def _stage(line: str) -> str:
 
 def _explain(command: list[str], lines: list[str]) -> None:
     complain("\n".join(lines))
-    fix = f"read {_LOG}, mend the cause (network? disk?) and run the command again"
+    fix = f"read {_LOG}, repair the cause (network? disk?) and run the command again"
     if "venv" in command and any("ensurepip" in line for line in lines):
         fix = "install the venv module (Debian: apt install python3-venv), or use conda and environment.yml"
     raise SetupError(three_beats("the set-up to succeed", f"a failing step: {' '.join(command[1:4])}", fix))

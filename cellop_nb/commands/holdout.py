@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="context, group, combination, or a column of obs such as donor (default: context)",
     )
     parser.add_argument(
-        "--only", action="append", default=[], metavar="NAME", help="ask this question alone; repeatable"
+        "--only", action="append", default=[], metavar="NAME", help="ask only this question; repeatable"
     )
     add_data_options(parser.add_argument_group("your data"))
     how = parser.add_argument_group("how")

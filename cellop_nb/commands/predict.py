@@ -24,15 +24,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="CONDITIONS.csv",
         help="a table with the columns context, perturbation, and n_cells or strength where they differ",
     )
-    parser.add_argument("--context", metavar="LABEL", help="the cells that are asked for; controls suffice")
-    parser.add_argument("--perturbation", metavar="LABEL", help="what is done to them; A+B for a combination")
+    parser.add_argument(
+        "--context", metavar="LABEL", help="the context to predict; its control cells suffice"
+    )
+    parser.add_argument(
+        "--perturbation", metavar="LABEL", help="the perturbation to predict; A+B for a combination"
+    )
     parser.add_argument("--out", type=Path, metavar="CELLS.h5ad", help="file for the predicted cells")
     group = parser.add_argument_group("your data")
     group.add_argument("--data", required=True, help="a name in datasets.list(), or the path of a file")
     add_data_options(group)
     how = parser.add_argument_group("the model")
-    how.add_argument("--model", type=Path, metavar="PATH", help="one that was saved; nothing is fitted then")
-    how.add_argument("--save-model", type=Path, metavar="PATH", help="file for the model that is fitted")
+    how.add_argument("--model", type=Path, metavar="PATH", help="a saved model; nothing is fitted then")
+    how.add_argument("--save-model", type=Path, metavar="PATH", help="file for the fitted model")
     how.add_argument("--genes", type=int, help="variable genes; 0 keeps all (default: 2000)")
     how.add_argument("--seed", type=int, help="every random choice follows from it (default: 0)")
 

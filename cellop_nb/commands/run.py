@@ -163,7 +163,7 @@ def _from_file(name: str) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         reason = " ".join(str(error).split())
-        raise DataError(three_beats("a YAML file of `name: value`", reason, f"mend {path}")) from error
+        raise DataError(three_beats("a YAML file of `name: value`", reason, f"repair {path}")) from error
     if not isinstance(content, dict):
         kind = f"a {type(content).__name__} in {path}"
         raise DataError(three_beats("lines of `name: value`", kind, "see `params NOTEBOOK --yaml`"))

@@ -21,16 +21,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what varies")
     what.add_argument(
         "-g", action="append", default=[], metavar="NAME=VALUES", dest="axes",
-        help="values to go through: latent_dim=8,16,32, seed=0..4; to sample from: lr=log:1e-4..1e-2",
+        help="values to try: latent_dim=8,16,32, seed=0..4; to sample from: lr=log:1e-4..1e-2",
     )  # fmt: skip
     what.add_argument("--random", type=int, metavar="N", help="N random combinations instead of all")
     what.add_argument(
         "--tpe",
         type=int,
         metavar="N",
-        help="N runs, each chosen by what earlier ones came to (needs --metric)",
+        help="N runs, each chosen by the results of earlier ones (needs --metric)",
     )
-    what.add_argument("--prune", action="store_true", help="with --tpe: end runs early whose curve is poor")
+    what.add_argument("--prune", action="store_true", help="with --tpe: end poor runs early, by their curve")
     what.add_argument(
         "--sample-seed", type=int, default=0, metavar="SEED", help="seed of --random and --tpe (default: 0)"
     )
@@ -67,7 +67,7 @@ def check(args: argparse.Namespace) -> None:
     """Refuse wrong parameters, values and places before the environment exists."""
     if args.tpe is not None and (args.random is not None or args.metric is None):
         received = "no --metric" if args.metric is None else "--random"
-        fix = "name the number that is to get better, such as --metric test_loss, and leave --random out"
+        fix = "name the number to improve, such as --metric test_loss, and leave --random out"
         raise LabelError(three_beats("--tpe with a --metric, and not with --random", received, fix))
     if args.prune and args.tpe is None:
         raise LabelError(three_beats("--prune beside --tpe N", "no --tpe", "add it, or leave --prune out"))
@@ -89,7 +89,7 @@ def sweep_notebook(args: argparse.Namespace) -> int:
     folder = place(args, notebook)
     if args.tpe is not None:
         if args.dry_run:
-            say(f"{_runs(args.tpe)} of {notebook.stem}, chosen one after the other; none is known before")
+            say(f"{_runs(args.tpe)} of {notebook.stem}, each chosen by the results of the ones before")
             return 0
         return _search(args, space, folder)
     n = args.random

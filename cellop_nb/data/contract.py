@@ -107,7 +107,7 @@ def setup(
     batch_key: str | None = None,
     singles: Sequence[str] = (),
 ) -> pd.DataFrame:
-    """Check a screen and say once which columns mean what; every other function reads it from the data.
+    """Check a screen, and store in it which column means what; every other function reads it from there.
 
     Parameters
     ----------
@@ -517,7 +517,7 @@ def block_check(adata: AnnData, layer: str | None = None) -> Callable[..., None]
     if kind.kind not in "iuf" or (kind == np.float16 and hasattr(slot, "format")):  # which scipy has not
         problem = f"values of type {kind}"
         fix = "store counts as integers or float32"
-        fix = "pass the counts that were made yes or no" if kind.kind == "b" else fix
+        fix = "pass the counts from before they became yes or no" if kind.kind == "b" else fix
         raise DataError(three_beats(f"numbers in {_where(layer)}", problem, fix))
     return partial(_check_block, adata, layer)
 

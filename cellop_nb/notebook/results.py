@@ -65,7 +65,7 @@ def _executor() -> list[str]:
 
 
 def answer(text: str, numbers: Mapping[str, object] | None = None, folder: str | Path | None = None):
-    """The answer to the question of a notebook, shown at the end of a cell, and its numbers in a file.
+    """Show the answer to the question of a notebook, and write its numbers to a file.
 
     Parameters
     ----------
@@ -97,7 +97,7 @@ def check(
     at_most: float = float("inf"),
     when: bool = True,
 ) -> str:
-    """Say that a number is as it must be, and raise where it is not: ``print(check("loss", loss, at_most=2))``.
+    """Say that a number is as expected, or raise an error: ``print(check("loss", loss, at_most=2))``.
 
     The text does not depend on the number, so that executed notebooks can be compared.
 

@@ -394,7 +394,7 @@ class VirtualCells:
         if context not in self.operators.conditions.contexts:
             return (
                 "prediction",
-                "prediction: the fit had no cells of this context, the shared response is used",
+                "prediction: the fit had no cells of this context, so it uses the shared response",
             )
         if not isinstance(perturbation, str):
             return "prediction", "prediction: a sequence (real cells, if any, got all at once)"
@@ -590,7 +590,7 @@ VAE_ALONE, COUNTED = "no operator: perturbed cells through the VAE", "no model: 
 
 
 def ways_to_combine(cells: VirtualCells, context: str) -> pd.DataFrame:
-    """Four ways to build each measured pair of perturbations, compared with the cells that got both.
+    """Compare four ways to predict each measured pair of perturbations with the cells that got both.
 
     Shared axes learn a pair's interaction from its own cells where these were among the training cells; the other ways
     know the two single perturbations alone.
@@ -687,7 +687,7 @@ def half_dose_errors(cells: VirtualCells, question: Question) -> pd.Series:
 def lent_responses(
     lent: VirtualCells, own: VirtualCells, training: Groups, context: str, perturbations: Iterable[str]
 ) -> pd.DataFrame:
-    """Operators that were fitted without a context, in that context, beside the mean shift and the operators' own fit.
+    """Compare operators fitted without a context, in that context, with mean shift and the operators' own fit.
 
     Parameters
     ----------

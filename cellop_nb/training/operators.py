@@ -139,7 +139,7 @@ def _mean_distances(cells: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Penalties:
-    """What holds operators near the identity and their norms bounded.
+    """Weights of the penalties that hold operators near the identity and bound their norms.
 
     Attributes
     ----------
