@@ -28,7 +28,8 @@ def problem():
         setattr(p, name, getattr(p, name).double())
     p.vae.double()
     p.model.double()
-    p.design = type(p.design)(*(part.double() for part in vars(p.design).values()))
+    parts = vars(p.design).values()  # indices stay whole numbers
+    p.design = type(p.design)(*(part.double() if part.is_floating_point() else part for part in parts))
     p.target_self = self_distance(p.target, p.sizes)
     with torch.no_grad():
         p.latents = p.vae.encode(p.x, p.library).loc

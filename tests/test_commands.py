@@ -20,8 +20,8 @@ BOOKS = {
     "00_quickstart": "seed: int = 0",
     "01_data": 'data: str = "synthetic_screen"\nlayer: str | None = None\n'
     'perturbation_key: str = "perturbation"\n'
-    'context_key: str | list[str] | None = "cell_type"\ncontrol: str = "control"\nseed: int = 0',
-    "02_train_vae": "latent_dim: int = 32\nshuffle: bool = True\nmax_epochs: int = 60\nseed: int = 0",
+    'context_key: str | list[str] | None = "cell_type"\ncontrol: str = "control"\nseed: int = 0  # seeds (at least 0)',
+    "02_train_vae": "latent_dim: int = 32  # size (2 to 512)\nshuffle: bool = True\nmax_epochs: int = 60\nseed: int = 0",
 }
 
 

@@ -6,7 +6,6 @@ import nbformat
 import pytest
 from nbclient.exceptions import CellExecutionError
 
-from cellop_nb.notebook import parameters
 from docs.refresh import clean, refresh
 
 
@@ -25,12 +24,6 @@ def test_outputs_and_counts_stay_and_noise_goes(tmp_path, write_notebook):
     before = path.read_text()
     refresh(path)
     assert path.read_text() == before, "a second refresh changes nothing"
-
-
-def test_the_parameters_cell_is_brought_in_step(tmp_path, write_notebook):
-    path = write_notebook(tmp_path / "01_data.ipynb", "seed = 3", "n_genes")
-    refresh(path)
-    assert parameters.cell_of(path).strip() == parameters.parameters_cell("01_data")
 
 
 def test_a_failure_leaves_the_file_as_it_was(tmp_path, write_notebook):

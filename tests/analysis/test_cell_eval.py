@@ -17,8 +17,9 @@ METRICS = ["pearson_delta", "mae", "rmse", "direction_match", "lfc_spearman", "p
 
 @pytest.fixture(scope="module")
 def result():
+    # No adjusted p of these draws is near 0.05: their rank sum test has a continuity correction, scanpy's has none.
     screen = datasets.synthetic(
-        n_contexts=3, n_perturbations=5, n_cells=120, n_genes=80, library=300.0, seed=2
+        n_contexts=3, n_perturbations=5, n_cells=120, n_genes=80, library=300.0, seed=5
     )
     weak = rows_of(screen, cell_type="type B") & screen.obs["perturbation"].isin(["drug 4", "drug 5"])
     model = tiny(screen[~weak.to_numpy()].copy(), n_latent=6, n_genes=None)

@@ -44,7 +44,8 @@ def of_genes(groups: list[str], effect: str = "true", n: int = 12) -> pd.DataFra
 
 
 def clouds(groups: list[str], by: float = 0.0) -> dict[str, np.ndarray]:
-    return {name: rng.normal(size=(30, 2)) + by * i for i, name in enumerate(groups)}
+    draws = np.random.default_rng(0)  # the same of each cloud, so that groups differ by the shift alone
+    return {name: draws.normal(size=(30, 2)) + by * i for i, name in enumerate(groups)}
 
 
 def cells(groups: list[str]) -> ad.AnnData:
@@ -80,7 +81,7 @@ def strengths(groups: list[str]) -> tuple[pd.DataFrame, pd.DataFrame]:
     return table, of_genes(groups, "lfc", 3).assign(gene=lambda t: t["group"], strength=1.0)
 
 
-def tests_of(groups: list[str]) -> pd.DataFrame:
+def effects_of(groups: list[str]) -> pd.DataFrame:
     sizes, strength = rng.integers(10, 400, len(groups)), np.linspace(3, 0, len(groups))
     table = {"group": groups, "n_perturbed": sizes, "e_distance": strength, "detectable": 20 / sizes}
     return pd.DataFrame(table).assign(different=strength > 20 / sizes)
@@ -106,7 +107,7 @@ FIGURES = {
         of_genes(groups, "effect").rename(columns={"group": "axis"})
     ),
     "response_genes": lambda groups: co.pl.response_genes(of_genes(groups, "lfc")),
-    "screen_effects": lambda groups: co.pl.screen_effects(tests_of(groups)),
+    "screen_effects": lambda groups: co.pl.screen_effects(effects_of(groups)),
     "gradient_map": lambda groups: co.pl.gradient_map(audit(groups)),
     "condition_similarity": lambda groups: co.pl.condition_similarity(alike(groups)),
     "shapes": lambda groups: co.pl.shapes(
@@ -245,7 +246,7 @@ def test_labels_from_data_are_literal_and_short():
     assert {text for text in words(ax.figure) if "x_1" in text} == {r" _a \$x_1\$ method"}
     assert any("_hidden" in text for text in words(ax.figure))
     assert style.safe("a\nb" + "c" * 50, 8) == "a bcccc…"
-    assert style.safe("細胞細胞細胞", 8) == "細胞細…", "such a letter is as wide as two"
+    assert style.short("細胞細胞細胞", 8) == "細胞細…", "such a letter is as wide as two"
     assert style.safe("a\x00b\u202ec") == "a b c", "no control characters"
 
 

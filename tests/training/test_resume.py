@@ -116,7 +116,7 @@ def swapped_counts(adata):
         ({"adata": small_screen()[:, ::-1].copy()}, "model.genes"),
         ({"batch_size": 8}, "batch_size 8, not 16"),
         ({"kl_weight": 2.0}, "kl_weight 2.0, not 1.0"),
-        ({"warmup_epochs": 3}, "warmup_epochs 3, not 20"),
+        ({"warmup_epochs": 3}, "warmup_epochs 3, not 5"),
     ],
     ids=["split", "counts", "counts of equal sums", "genes", "batch_size", "kl_weight", "warmup_epochs"],
 )

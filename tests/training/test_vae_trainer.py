@@ -208,7 +208,7 @@ def test_other_genes_let_the_modelled_ones_rise_together():
     split(adata, seed=0)
     vae = new_vae(adata, n_latent=4, n_hidden=16, total_key="total_counts")
     assert vae.columns == [*adata.var_names, "other genes"]
-    VAETrainer(adata, vae, max_epochs=30, lr=1e-2, batch_size=24, progress=False).fit()
+    VAETrainer(adata, vae, max_epochs=30, lr=1e-2, batch_size=24, warmup_epochs=20, progress=False).fit()
     embed(adata, vae)
     z, library = torch.as_tensor(adata.obsm["X_nbvae"]), torch.full((adata.n_obs,), 100.0)
     with torch.no_grad():
