@@ -6,6 +6,7 @@ Standard library only until the environment exists, so that a fresh machine need
 from __future__ import annotations
 
 import argparse
+import errno
 import re
 import sys
 from contextlib import nullcontext
@@ -105,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.write(f"Expected Python >= 3.11. Found {version}. To fix it: use a newer python3.\n")
         return 2
     from cellop_nb.commands.terminal import Stopped, complain, flush, settle
-    from cellop_nb.errors import CellopError, SetupError, StorageError
+    from cellop_nb.errors import CellopError, SetupError, StorageError, three_beats
 
     settle()
     argv = sys.argv[1:] if argv is None else argv
@@ -114,6 +115,13 @@ def main(argv: list[str] | None = None) -> int:
     except CellopError as error:
         complain(str(error))
         return 1 if isinstance(error, (SetupError, StorageError)) else 2
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        complain(
+            three_beats("names that the disk takes", f"one that is too long: {error.filename}", "shorten it")
+        )
+        return 2
     except Stopped as stop:
         complain(f"\nStopped by {stop.signal}.")
         return stop.code

@@ -35,6 +35,7 @@ _REASONS = {
     errno.EISDIR: ("a folder of that name", "choose another name"),
     errno.EEXIST: ("a file of that name", "choose another name"),
     errno.ENOTEMPTY: ("a folder of that name", "choose another name"),
+    errno.ENAMETOOLONG: ("a name that is too long", "shorten it"),
     errno.EIO: ("an error of the device", "check the disk"),
 }
 _NOTHING = 100_000

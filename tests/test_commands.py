@@ -315,9 +315,28 @@ def test_a_suite_that_there_is_not_is_refused(run):
     assert code == 2 and "did you mean 'science'" in err
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("run", "--name", "a" * 300),
+        ("run", "--data", "a" * 300),
+        ("predict", "a" * 300, "--data", "synthetic_screen"),
+    ],
+    ids=["run", "data", "table"],
+)
+def test_a_name_that_no_disk_takes_is_refused(run, words):
+    code, _, err = run(*words)
+    assert code == 2 and ("too long" in err or "at most 200" in err)
+
+
+def test_a_table_that_could_not_be_written_is_refused_before_the_hold_outs(run, tmp_path):
+    code, _, err = run("holdout", "synthetic_screen", "--out", tmp_path)
+    assert code == 2 and "a new file for --out" in err
+
+
 def test_lab_opens_the_notebooks_of_the_project(run, monkeypatch, root):
     calls = []
-    monkeypatch.setattr(subprocess, "call", lambda command, env: calls.append(command) or 0)
+    monkeypatch.setattr(environment, "become", lambda command, env: calls.append(command) or 0)
     code, out, _ = run("lab", "--", "--no-browser")
     assert code == 0
     assert calls[0][1:3] == ["-m", "jupyterlab"]

@@ -19,7 +19,7 @@ def started(monkeypatch, tmp_path):
     monkeypatch.setattr(environment, "home", lambda: tmp_path)
     monkeypatch.setattr(environment, "ensure", lambda *_: None)
     monkeypatch.setattr(lab, "trust", lambda folder: commands.append(folder))
-    monkeypatch.setattr(lab.subprocess, "call", lambda command, **_: commands.append(command) or 0)
+    monkeypatch.setattr(environment, "become", lambda command, **_: commands.append(command) or 0)
     monkeypatch.chdir(tmp_path)
     return commands
 
@@ -88,8 +88,8 @@ def test_someones_work_is_opened_again_and_never_replaced(mine, started, tmp_pat
 def test_nothing_that_looks_like_a_perturbation_is_said(mine, started, capsys, tmp_path):
     adata = datasets.load(str(mine))
     adata.obs = adata.obs.rename(columns={"Treatment": "xyz"})
-    adata.write_h5ad(tmp_path / "odd.h5ad")
-    assert main(["lab", "--data", "odd.h5ad"]) == 2
+    adata.write_h5ad(tmp_path / "odd é (2).h5ad")
+    assert main(["lab", "--data", "odd é (2).h5ad"]) == 2
     assert "name it with --perturbation-key" in capsys.readouterr().err
 
 

@@ -91,6 +91,7 @@ REFUSED = [
     ((*ONE, "--out", "cells.csv"), "ends in .h5ad"),
     ((*ONE, "--out", "away/cells.h5ad"), "an existing folder for --out"),
     ((*ONE, "--out", "screen.h5ad"), "a new file for --out"),
+    ((*ONE, "--save-model", "kept"), "a new file for --save-model"),
     ((*ONE, "--model", "absent"), "no file absent"),
     ((*ONE, "--model", "ask.csv", "--genes", "30"), "--genes beside --model"),
     ((*ONE, "--model", "ask.csv"), "ask.csv"),
@@ -113,6 +114,7 @@ def test_what_cannot_be_answered_is_refused_before_anything_is_fitted(
     (screen / "numbers.csv").write_text("context,perturbation,n_cells\ntype A,drug 1,many\n")
     (screen / "strength.csv").write_text("context,perturbation,strength\ntype A,drug 1,9\n")
     (screen / "empty.csv").write_text("")
+    (screen / "kept.safetensors").write_text("")
     keys = ("--perturbation-key", "condition") if "--control" in words else KEYS
     code, _, err = run(*words, keys=keys)
     assert code == 2, err

@@ -125,6 +125,19 @@ def test_nohup_keeps_its_meaning():
 
 
 @posix
+def test_a_killed_hold_out_leaves_no_worker_at_work(tmp_path):
+    script = (
+        "import os, signal, time; from cellop_nb.commands.holdout import LocalWorkers; workers = LocalWorkers(1)\n"
+        "print(workers.submit(os.getpid).result(), flush=True); workers.submit(time.sleep, 100); time.sleep(0.5)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    process = start("-c", script, folder=tmp_path)
+    worker = int(process.stdout.readline())
+    process.wait()
+    wait_for(lambda: not is_alive(worker), 30)
+
+
+@posix
 @pytest.mark.parametrize("command", ["predict", "holdout"])
 def test_a_signal_ends_a_fit_with_its_workers_and_writes_nothing(place, command):
     """A trainer takes Ctrl-C for the stop square of a notebook and goes on with what it has learned: not here."""

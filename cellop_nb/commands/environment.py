@@ -218,7 +218,13 @@ def _explain(command: list[str], lines: list[str]) -> None:
 def restart(arguments: list[str]) -> None:
     """Start the same command line again in `.venv`; does not return."""
     os.environ[_RESTARTED] = "1"
-    command = [str(venv_python()), "-m", "cellop_nb", *arguments]
-    if os.name == "nt":  # os.execv returns to the shell at once on Windows
-        sys.exit(subprocess.call(command))
-    os.execv(command[0], command)
+    sys.exit(become([str(venv_python()), "-m", "cellop_nb", *arguments]))
+
+
+def become(command: list[str], *, cwd: Path | None = None, env: dict[str, str] | None = None) -> int:
+    """Go on as another program, which gets every signal itself: none stays behind when this one is ended."""
+    surroundings = {**os.environ, **(env or {})}
+    if os.name != "nt":  # there it returns to the shell at once
+        os.chdir(cwd or ".")
+        os.execve(command[0], command, surroundings)
+    return subprocess.call(command, cwd=cwd, env=surroundings)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
+import threading
 from concurrent.futures import Future, ProcessPoolExecutor
-from multiprocessing import active_children, get_context
+from multiprocessing import active_children, connection, get_context, parent_process
 from pathlib import Path
 
 from cellop_nb.commands import Command
@@ -76,9 +78,20 @@ def check(args: argparse.Namespace) -> None:
         if value is not None and value < least:
             fix = "leave it out for the default"
             raise DataError(three_beats(f"--{option} of at least {least}", str(value), fix))
-    if args.out is not None and not args.out.resolve().parent.is_dir():
+    check_new("--out", args.out)
+
+
+def check_new(option: str, path: Path | None) -> None:
+    """Refuse a file to write whose folder is not there or not ours, or that is there."""
+    if path is None:
+        return
+    parent = path.resolve().parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
         fix = "make the folder first, or name another one"
-        raise DataError(three_beats("an existing folder for --out", str(args.out.parent), fix))
+        what = f"an existing folder for {option} that you may write to"
+        raise DataError(three_beats(what, str(path.parent), fix))
+    if path.exists():
+        raise DataError(three_beats(f"a new file for {option}", f"{path} is there", "name another one"))
 
 
 def holdout(args: argparse.Namespace) -> int:
@@ -112,7 +125,7 @@ class LocalWorkers:
     """Processes on this machine behind the calls of a Dask client that a hold-out makes; no port is opened."""
 
     def __init__(self, number: int) -> None:
-        self._pool = ProcessPoolExecutor(number, mp_context=get_context("spawn"))
+        self._pool = ProcessPoolExecutor(number, get_context("spawn"), _end_with_parent)
 
     def scatter(self, value, broadcast: bool = True, hash: bool = False):  # noqa: A002 - a client's word
         """What the workers share: it travels with each task."""
@@ -130,6 +143,18 @@ class LocalWorkers:
             for worker in active_children():
                 worker.terminate()
         self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """End this worker with the process that started it, also one that was killed and could not say so."""
+    parent = parent_process()
+    assert parent is not None, "started by a pool"
+
+    def watch() -> None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _show(wide) -> None:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 from cellop_nb.commands import Command, environment, run
 from cellop_nb.commands.terminal import say, table
 from cellop_nb.errors import LabelError, three_beats
-from cellop_nb.files import storing
+from cellop_nb.files import write_whole
 from cellop_nb.notebook import parameters
 
 USUAL = {
@@ -52,11 +50,16 @@ def check_lab(args: argparse.Namespace) -> None:
         raise LabelError(three_beats("--data beside it", options[0], "name the file: --data screen.h5ad"))
     if args.data is not None:
         run.locate(args.data)
-        run.folder_name(args.name or Path(args.data).stem)
+        _folder_name(args)
+
+
+def _folder_name(args: argparse.Namespace) -> str:
+    """The one given, or the file's with what no folder name should have as lines."""
+    return run.folder_name(args.name or re.sub(r"[^\w.+-]+", "_", Path(args.data).stem))
 
 
 def lab(args: argparse.Namespace) -> int:
-    """Start JupyterLab and wait for its end."""
+    """Go on as JupyterLab."""
     root = run.workplace()
     folder = root / "notebooks" if args.data is None else own_notebooks(args)
     first = next(folder.glob("00_*.ipynb"), None)
@@ -72,7 +75,7 @@ def lab(args: argparse.Namespace) -> int:
         f"--LabApp.default_url={start}",
         "--ServerApp.ip=127.0.0.1",  # reached from this machine alone, and with the token that it prints
     ]
-    return subprocess.call([*command, *args.jupyter], env={**os.environ, "JUPYTER_PREFER_ENV_PATH": "1"})
+    return environment.become([*command, *args.jupyter], env={"JUPYTER_PREFER_ENV_PATH": "1"})
 
 
 def trust(folder: Path) -> None:
@@ -115,7 +118,7 @@ def own_notebooks(args: argparse.Namespace) -> Path:
     context = parameters.parameter("00_quickstart", "context_key").parse(str(keys["context_key"]))
     values = {**keys, "context_key": context, "data": data, "run_dir": ".."}
     co.setup(adata, **{name: values[name] for name in run.KEYS})
-    target = environment.home() / "runs" / run.folder_name(args.name or Path(data).stem) / "notebooks"
+    target = environment.home() / "runs" / _folder_name(args) / "notebooks"
     if target.exists():
         _require_same(target, values)
     else:
@@ -213,9 +216,9 @@ def _require_same(folder: Path, values: dict) -> None:
 
 def _copy(target: Path, values: dict) -> None:
     """The notebooks without their outputs, which are of other data, and with these values as their defaults."""
-    part = target.with_name(f".{os.getpid()}.{target.name}")
-    with storing(target):
-        part.mkdir(parents=True)
+
+    def write(part: Path) -> None:
+        part.mkdir()
         for name in parameters.names():
             book = json.loads((environment.notebooks() / f"{name}.ipynb").read_text(encoding="utf-8"))
             for cell in book["cells"]:
@@ -225,7 +228,8 @@ def _copy(target: Path, values: dict) -> None:
                     cell["source"] = parameters.parameters_cell(name, values)
             text = json.dumps(book, indent=1, ensure_ascii=False)
             (part / f"{name}.ipynb").write_text(text, encoding="utf-8")
-        os.replace(part, target)
+
+    write_whole(target, write)
 
 
 LAB = Command(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import cast
 
 from cellop_nb.commands import Command
-from cellop_nb.commands.holdout import add_data_options, set_up
+from cellop_nb.commands.holdout import add_data_options, check_new, set_up
 from cellop_nb.commands.terminal import clock, say, table
 from cellop_nb.errors import DataError, LabelError, ModelError, three_beats
 
@@ -61,12 +61,9 @@ def check(args: argparse.Namespace) -> None:
             raise DataError(three_beats("a file", f"no file {path}", "check the path"))
     if args.out is not None and args.out.suffix != ".h5ad":
         raise DataError(three_beats("--out that ends in .h5ad", str(args.out), f"write {args.out}.h5ad"))
-    for option, path in (("--out", args.out), ("--save-model", args.save_model)):
-        if path is not None and not path.resolve().parent.is_dir():
-            fix = "make the folder first, or name another one"
-            raise DataError(three_beats(f"an existing folder for {option}", str(path.parent), fix))
-        if path is not None and path.exists():
-            raise DataError(three_beats(f"a new file for {option}", f"{path} is there", "name another one"))
+    check_new("--out", args.out)
+    if (saved := args.save_model) is not None:  # it gets the ending where it has none
+        check_new("--save-model", saved.with_name(f"{saved.name.removesuffix('.safetensors')}.safetensors"))
 
 
 def predict(args: argparse.Namespace) -> int:

@@ -161,7 +161,7 @@ def _from_file(name: str) -> dict[str, Any]:
         raise DataError(three_beats("a YAML file after -f", f"no file {path}", fix))
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (OSError, yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise DataError(three_beats("a YAML file of `name: value`", reason, f"repair {path}")) from error
     if not isinstance(content, dict):
@@ -205,8 +205,8 @@ def claim(args: argparse.Namespace) -> Path:
 
 def folder_name(name: str) -> str:
     """A plain name; refuses one that would lead elsewhere."""
-    if not re.fullmatch(r"[\w.+-]+", name) or set(name) == {"."}:
-        fix = "use letters, digits, - and _; --runs sets the parent folder"
+    if not re.fullmatch(r"[\w.+-]{1,200}", name) or set(name) == {"."}:
+        fix = "use at most 200 letters, digits, - and _; --runs sets the parent folder"
         raise LabelError(three_beats("a folder name after --name", repr(name), fix))
     return name
 
@@ -408,7 +408,7 @@ def notebooks(args: argparse.Namespace) -> int:
     """Copy, and say what to do next."""
     copy_notebooks(args.folder)
     say(f"Notebooks and example data are in {args.folder.resolve()}")
-    say(f"Next:  cd {args.folder} && python3 -m cellop_nb lab     (or: run)")
+    say(f"Next:  cd {shlex.quote(str(args.folder))} && python3 -m cellop_nb lab     (or: run)")
     return 0
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -46,7 +45,7 @@ def test(args: argparse.Namespace) -> int:
     # a module's tests and a notebook's cells stay in one worker, in order
     parallel = ["-n", str(workers), "--dist", "loadscope"] if workers > 1 else []
     command = [sys.executable, "-m", "pytest", *_NBVAL, *parallel, *options, *(paths or suite(name))]
-    return subprocess.call(command, cwd=environment.ROOT, env=_surroundings())
+    return environment.become(command, cwd=environment.ROOT, env=_surroundings())
 
 
 def suite(name: str | None) -> list[str]:
@@ -151,7 +150,7 @@ def check_docs(args: argparse.Namespace) -> None:
 def docs(args: argparse.Namespace) -> int:
     """Build the site from the committed notebooks and the docstrings."""
     folder = [args.out.resolve()] if args.out else []
-    return subprocess.call([sys.executable, "-m", "docs.build", *folder], cwd=environment.ROOT)
+    return environment.become([sys.executable, "-m", "docs.build", *map(str, folder)], cwd=environment.ROOT)
 
 
 TEST = Command(

@@ -32,12 +32,18 @@ def test_the_cell_and_the_yaml_give_back_the_definitions(notebook):
 @pytest.mark.parametrize("notebook", parameters.names())
 def test_papermill_reads_every_parameter_and_its_help(notebook, root):
     papermill = pytest.importorskip("papermill")
-    read = papermill.inspect_notebook(str(root / "notebooks" / f"{notebook}.ipynb"))
+    path = str(root / "notebooks" / f"{notebook}.ipynb")
+    read = papermill.inspect_notebook(path)
     assert list(read) == [p.name for p in parameters.for_notebook(notebook)]
     for parameter in parameters.for_notebook(notebook):
         told = read[parameter.name]
         assert told["inferred_type_name"] == parameter.annotation
         assert told["help"] == parameter.comment
+    from click.testing import CliRunner
+    from papermill.cli import papermill as command
+
+    page = CliRunner().invoke(command, ["--help-notebook", path])
+    assert page.exit_code == 0 and all(f"  {name}: " in page.output for name in read)
 
 
 def test_a_notebook_of_ours_that_lies_elsewhere_keeps_the_full_types(root, tmp_path):
