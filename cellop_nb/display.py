@@ -215,7 +215,8 @@ class Scores(Table):
         wide = wide[[method for method in order if method in wide]]
         usual = [method for method in wide if wide[method].notna().mean() >= 0.5]
         whole = wide[usual].notna().all(axis=1)
-        label = f"mean of {whole.sum()} group{'s' * (whole.sum() != 1)}"
+        n_groups = int(whole.sum())
+        label = f"mean of {n_groups} group{'s' * (n_groups != 1)}"
         mean = wide.loc[whole, usual].mean().to_frame(label).T
         wide = pd.concat([wide, mean]).rename_axis("group")
         wide.attrs["left_out"] = {
