@@ -75,6 +75,24 @@ def test_a_table_of_questions_writes_all_cells(run, screen):
     }  # fmt: skip
 
 
+def test_a_table_names_contexts_by_their_factors_and_labels_as_they_are_written(run, screen):
+    adata = anndata.read_h5ad(screen / "screen.h5ad")
+    adata.obs["donor"] = ["01" if k % 2 else "NA" for k in range(adata.n_obs)]
+    adata.write_h5ad(screen / "factors.h5ad")
+    (screen / "ask.csv").write_text(
+        "cell_type,donor,perturbation,n_cells\ntype C,01,drug 1,4\ntype A,NA,drug 2,\n"
+    )
+    keys = (*KEYS, "--context-key", "cell_type,donor")
+    code, out, err = run("ask.csv", "--out", "cells.h5ad", "--genes", "0", data="factors.h5ad", keys=keys)
+    assert code == 0, err
+    assert "drug 1 in type C | 01: " in out
+    cells = anndata.read_h5ad(screen / "cells.h5ad")
+    assert (
+        cells.obs.groupby(["cell_type", "donor", "condition"], observed=True).size()["type C", "01", "drug 1"]
+        == 4
+    )
+
+
 REFUSED = [
     ((), "one question, or a table"),
     (("--context", "type C"), "one question, or a table"),

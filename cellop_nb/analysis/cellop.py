@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy, deepcopy
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from io import StringIO
 from numbers import Real
 from operator import attrgetter
@@ -613,10 +613,15 @@ class CellOp:
         total = None
         for perturbation in perturbations:
             measured = self.means.of_perturbation(perturbation)
-            if measured.moved is None:
+            moved = [self.means.moved.get((context, perturbation)) for context in measured.contexts]
+            judged = [k for k, change in enumerate(moved) if change is not None]
+            if not judged:
                 continue
-            by_name, _ = estimates(measured, measured.control.mean(0), measured.moved.mean(0))
-            seen = evidence(measured, by_name)
+            rows = np.stack(
+                [np.zeros_like(moved[judged[0]]) if change is None else change for change in moved]
+            )
+            by_name, _ = estimates(replace(measured, moved=rows), measured.control.mean(0), rows.mean(0))
+            seen = evidence(measured, by_name, judged)
             total = seen if total is None else total if seen is None else total + seen
         return total
 
@@ -882,7 +887,7 @@ class CellOp:
             )
         explained = self.explained(context, perturbation)
         if explained.empty:
-            return f"{name}: cannot be checked; it was measured in too few contexts to hold one out."
+            return f"{name}: cannot be checked; no held-out group of it tells anything."
         rules = explained.drop("CellOp")
         if explained.max() <= 0:
             return (
@@ -1014,11 +1019,17 @@ class CellOp:
         planned = None if operator is not None else self.plan(context, perturbation)
         change = None if operator is not None else self._planned_others(context, perturbation)
         growth = 0.0 if operator is not None else strength * self._growth(context, perturbation)
+        label = perturbation if strength == 1 else f"{perturbation} at strength {strength:g}"
+        repeat = pd.Series(source).groupby(source).cumcount()
+        names = [
+            f"{self.adata.obs_names[row]}, {label}" + (f", {k}" if k else "")
+            for row, k in zip(source, repeat, strict=True)
+        ]
         parts = []
-        shares = np.array_split(source, min(self.n_members, len(source)))
-        pieces = [(k, rows) for k, share in enumerate(shares) for rows in _chunks(share)]
-        for number, (k, rows) in enumerate(pieces):
-            member = self.members[k]
+        shares = np.array_split(np.arange(len(source)), min(self.n_members, len(source)))
+        pieces = [(k, at) for k, share in enumerate(shares) for at in _chunks(share)]
+        for number, (k, at) in enumerate(pieces):
+            member, rows = self.members[k], source[at]
             start = Start.of(self._cells(rows), member.vae)
             act = operator if operator is not None else self._operator_of(member, perturbation, context)
             generator = torch.Generator().manual_seed(draw + number)
@@ -1029,6 +1040,7 @@ class CellOp:
                 )
             drawn = start.moved(act, strength, planned, growth, generator, gained)
             parts.append(assemble(self.adata[rows], self.keys, self.genes, drawn, perturbation, others))
+            parts[-1].obs_names = [names[k] for k in at]
         cells = parts[0] if len(parts) == 1 else ad.concat(parts, merge="same")
         planned_genes = cells.var_names.isin(self.others)
         ways = np.where(planned_genes, "planned", "kept")
@@ -1109,7 +1121,7 @@ class CellOp:
             },
             "features": None
             if self._described is None
-            else [self._described.names, [*map(str, cast(pd.DataFrame, self.features))]],
+            else [self._described.names, self._described.columns, self._described.marked],
             "effects": self.effects.to_json(orient="split"),
             "left_out": self.left_out.to_json(orient="split", double_precision=15),
             "history": self.history.to_json(orient="split"),
@@ -1225,8 +1237,9 @@ def _restored(saved: Saved) -> CellOp:
             about["contexts"], level, pairs, changes, noises, np.zeros(len(pairs)), np.zeros(0), {}, n_factors
         )
     if about.get("features"):
-        index, columns = about["features"]
-        model.features = pd.DataFrame(arrays["features"], index, columns)
+        index, columns, *marked = about["features"]  # of a file of an earlier version none is marked
+        table = pd.DataFrame(arrays["features"], index, columns)
+        model.features = table.reindex([*index, *sum(marked, [])])
         model._described = Described(model.features, model.means)
     model._latent_means = dict(
         zip([tuple(pair) for pair in about["latents"]], arrays["latents"], strict=True)
@@ -1308,11 +1321,15 @@ def question_table(
         fix = "pass conditions, or context and perturbation"
         raise LabelError(three_beats("one way of asking", "both a table and a single question", fix))
     columns = ["context", "perturbation"]
-    table = (
-        conditions
-        if isinstance(conditions, pd.DataFrame)
-        else pd.DataFrame(list(conditions), columns=columns)
-    )
+    try:
+        table = (
+            conditions
+            if isinstance(conditions, pd.DataFrame)
+            else pd.DataFrame(list(conditions), columns=columns)
+        )
+    except (TypeError, ValueError) as error:
+        fix = "pass a list of pairs, [(context, perturbation), ...]"
+        raise LabelError(three_beats("conditions that are pairs", f"{conditions!r:.80}", fix)) from error
     keys = keys or Keys()
     factors = list(keys.context_key or ())
     if "context" not in table and len(factors) > 1 and set(factors) <= set(table):
@@ -1334,14 +1351,16 @@ def question_table(
         raise LabelError(
             three_beats("n_cells a whole number above 0", repr(wrong[0]), "ask for at least one cell")
         )
-    table = table.assign(
-        strength=pd.to_numeric(table["strength"], errors="coerce")
-        if "strength" in table
-        else float(strength),
-        n_cells=np.array(sizes, dtype=float),
-    )
+    strengths = table["strength"] if "strength" in table else pd.Series(strength, table.index)
+    strengths = pd.to_numeric(strengths, errors="coerce").astype(float)
+    table = table.assign(strength=strengths, n_cells=np.array(sizes, dtype=float))
     for value in table["strength"].unique():
         check_strength(value)
+    twice = table[table.duplicated([*columns, "strength"])]
+    if len(twice):
+        problem = f"{twice['perturbation'].iloc[0]!r} in {twice['context'].iloc[0]!r} twice"
+        fix = "ask once, for the cells of both: n_cells=..."
+        raise LabelError(three_beats("conditions that differ: draws follow their names", problem, fix))
     return table[[*columns, "strength", "n_cells"]]
 
 

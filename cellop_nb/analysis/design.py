@@ -8,16 +8,17 @@ import numpy as np
 import pandas as pd
 from scipy.spatial.distance import cdist
 
+from ..data.contract import context_name
 from ..errors import LabelError, ModelError, three_beats
-from .cellop import CellOp
+from .cellop import CellOp, Context
 
 
 def next_experiments(
     model: CellOp,
-    candidates: Sequence[tuple[str, str]],
+    candidates: Sequence[tuple[Context, str]],
     n: int = 10,
     *,
-    wanted: Sequence[tuple[str, str]] | None = None,
+    wanted: Sequence[tuple[Context, str]] | None = None,
 ) -> pd.DataFrame:
     r"""Rank unmeasured (context, perturbation) pairs by how much uncertainty their measurement would remove.
 
@@ -55,15 +56,15 @@ def next_experiments(
     ----------
     MacKay (1992), Neural Computation 4:590; Cohn, Ghahramani, Jordan (1996), JAIR 4:129 (expected reduction of variance).
     """
-    if model.features is None:
+    if model.features is None or not model.members:
         fix = "fit CellOp(adata, features=...)"
-        raise ModelError(three_beats("a model that knows descriptors of perturbations", "none", fix))
-    pairs = [tuple(pair) for pair in candidates]
+        raise ModelError(three_beats("a fitted model that knows descriptors of perturbations", "none", fix))
+    pairs = [(context_name(context, model.keys), perturbation) for context, perturbation in candidates]
     if not pairs:
         raise LabelError(
             three_beats("candidates to choose from", "none", "name pairs (context, perturbation)")
         )
-    targets = pairs if wanted is None else [tuple(pair) for pair in wanted]
+    targets = pairs if wanted is None else [(context_name(c, model.keys), p) for c, p in wanted]
     means, rows = model.means, model.features.dropna(how="all")
     rows = rows.set_axis(rows.index.map(str), axis=0)
     for context, perturbation in (*pairs, *targets):

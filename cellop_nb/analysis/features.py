@@ -458,7 +458,11 @@ def described(features: pd.DataFrame) -> list[str]:
         For a name with several rows, or a row with some values that are not finite numbers.
     """
     names = features.index.map(str)
-    values = features.to_numpy(dtype=float)
+    try:
+        values = features.to_numpy(dtype=float)
+    except (TypeError, ValueError) as error:
+        fix = "name the perturbations in the index, features.set_index(...), and drop columns of words"
+        raise ModelError(three_beats("columns of numbers in features", str(error), fix)) from error
     marked = np.isnan(values).all(1)
     broken = (~np.isfinite(values).all(1) & ~marked) | names.duplicated()
     if broken.any() or not features.shape[1]:

@@ -380,10 +380,13 @@ class Evidence:
         return np.diag(self.products) / self.n_contexts
 
 
-def evidence(measured: Measured, by_name: Mapping[str, Estimate]) -> Evidence | None:
-    """Errors of the estimators on contexts left out; None where fewer than two contexts, or no estimator, tell them."""
+def evidence(
+    measured: Measured, by_name: Mapping[str, Estimate], rows: Sequence[int] | slice = slice(None)
+) -> Evidence | None:
+    """Errors of the estimators on the contexts left out, or on these `rows` of them; None where fewer than two contexts,
+    or no estimator, tell them."""
     parts = products_left_out(measured, by_name)
-    return None if parts is None else Evidence(parts[0], parts[1].sum(0), float(parts[2].sum()))
+    return None if parts is None else Evidence(parts[0], parts[1][rows].sum(0), float(parts[2][rows].sum()))
 
 
 def products_left_out(measured: Measured, by_name: Mapping[str, Estimate]):

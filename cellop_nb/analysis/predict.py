@@ -286,7 +286,7 @@ def carry_others(
         carried = carry_to_mean(block, total, target, scale_cells=False)
         gained += carried.sum(1) - block.sum(1)
         parts.append(sparse.csr_matrix(balanced_counts(carried * math.exp(growth), generator).numpy()))
-    return sparse.hstack(parts, "csr"), gained
+    return sparse.hstack([columns[:, :0], *parts], "csr"), gained
 
 
 def assemble(

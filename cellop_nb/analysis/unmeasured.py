@@ -58,6 +58,7 @@ class Described:
 
     def __init__(self, features: pd.DataFrame, means: Means) -> None:
         self.names, self.columns = described(features), [str(column) for column in features]
+        self.marked = [str(name) for name in features.index[features.isna().all(axis=1)]]
         self._row = dict(zip(self.names, features.dropna(how="all").to_numpy(dtype=float), strict=True))
         self._means = means
         self._maps: dict[str, EffectMap] = {}

@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from cellop_nb.commands import Command
 from cellop_nb.commands.holdout import add_data_options, check_new, set_up
 from cellop_nb.commands.terminal import clock, say, table
 from cellop_nb.errors import DataError, LabelError, ModelError, three_beats
+
+if TYPE_CHECKING:
+    from cellop_nb.data.contract import Keys
 
 N_GENES, N_LEADING, N_SHOWN = 10, 5, 10
 
@@ -22,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         type=Path,
         metavar="CONDITIONS.csv",
-        help="a table with the columns context, perturbation, and n_cells or strength where they differ",
+        help="a table with the columns context (or one of each factor), perturbation, and n_cells or strength",
     )
     parser.add_argument(
         "--context", metavar="LABEL", help="the context to predict; its control cells suffice"
@@ -71,7 +74,6 @@ def predict(args: argparse.Namespace) -> int:
     import cellop_nb as co
 
     adata = co.datasets.load(args.data)
-    questions = _conditions(args)
     if args.model is None:
         set_up(adata, args)
         seed = 0 if args.seed is None else args.seed
@@ -79,6 +81,7 @@ def predict(args: argparse.Namespace) -> int:
     else:
         set_up(adata, args, only_if_told=True)
         model = cast(co.CellOp, co.load(args.model, adata))  # with data it is one
+    questions = _conditions(args, model.keys)
     for one in questions.itertuples():
         model.check_question(one.context, one.perturbation)
     if not model.members:
@@ -97,8 +100,8 @@ def predict(args: argparse.Namespace) -> int:
     return 0
 
 
-def _conditions(args: argparse.Namespace):
-    """The questions, as a DataFrame."""
+def _conditions(args: argparse.Namespace, keys: Keys):
+    """The questions, as a DataFrame; labels as they are written, "01" and "NA" too."""
     import pandas as pd
 
     from cellop_nb.analysis.cellop import question_table
@@ -106,7 +109,12 @@ def _conditions(args: argparse.Namespace):
     if args.conditions is None:
         return question_table(pd.DataFrame({"context": [args.context], "perturbation": [args.perturbation]}))
     try:
-        return question_table(pd.read_csv(args.conditions))
+        numbers = {"n_cells": [""], "strength": [""]}
+        labels = ["context", "perturbation", *(keys.context_key or ())]
+        questions = pd.read_csv(
+            args.conditions, dtype=dict.fromkeys(labels, str), keep_default_na=False, na_values=numbers
+        )
+        return question_table(questions, keys=keys)
     except (LabelError, ModelError) as refusal:
         raise type(refusal)(f"{refusal} The table is {args.conditions}.") from None
     except (OSError, ValueError) as error:

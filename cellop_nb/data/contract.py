@@ -305,8 +305,8 @@ def context_name(context: str | Sequence[str] | Mapping[str, str], keys: Keys) -
     LabelError
         Unless each factor has a level.
     """
-    if isinstance(context, str):
-        return context
+    if isinstance(context, str) or not np.iterable(context):
+        return str(context)
     columns = keys.context_key or ()
     levels = [context.get(key) for key in columns] if isinstance(context, Mapping) else list(context)
     if len(context) != len(columns) or None in levels:

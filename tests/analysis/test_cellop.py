@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import anndata as ad
 import numpy as np
@@ -21,7 +22,7 @@ from cellop_nb.data.groups import Groups
 from cellop_nb.errors import DataError, LabelError, ModelError
 from cellop_nb.models.affine import AffineOperator
 
-from .screens import rows_of, tiny
+from .screens import TINY, rows_of, tiny
 
 GENES, CONTEXTS = 40, ("B", "M", "NK", "T")
 
@@ -248,6 +249,11 @@ def test_genes_of_which_nothing_tells_keep_the_control_cells_counts(narrow):
     assert cells.uns["cellop_nb"]["predictions"]["others"].tolist() == ["kept"]
 
 
+def test_data_may_hold_the_modelled_genes_alone(narrow):
+    cells = narrow.on(narrow.adata[:, narrow.genes].copy()).predict(context="M", perturbation="ifn")
+    assert list(cells.var_names) == narrow.genes and (cells.var["prediction"] == "moved").all()
+
+
 def test_many_groups_are_kept_in_few_rows(screen, monkeypatch):
     """Nine groups in three rows: the responses, which are few, survive; noise does not."""
     groups = Groups(screen)
@@ -373,6 +379,14 @@ def test_a_table_may_say_how_many_and_how_strong(model):
     assert cells.obs["perturbation"].value_counts().to_dict() == {"odd": 40, "ifn": 5}
     alone = model.predict(context="M", perturbation="ifn", n_cells=5, strength=0.5)
     assert same(alone, cells[rows_of(cells, perturbation="ifn")])
+    both = pd.DataFrame({"context": "M", "perturbation": "ifn", "strength": [0.5, 1.0]})
+    assert model.predict(both).obs_names.is_unique
+    for wrong, message in (
+        (pd.concat([both, both]), "'ifn' in 'M' twice"),
+        (("M", "ifn"), "a list of pairs"),
+    ):
+        with pytest.raises(LabelError, match=message):
+            model.predict(wrong)
 
 
 def test_no_strength_leaves_every_count_and_half_of_it_lies_between(model, screen):
@@ -562,6 +576,7 @@ def test_members_average_their_plans_and_share_the_cells(screen, model):
         assert torch.equal(a, b), "the first member is the model of the seed alone"
     cells = two.predict(context="M", perturbation="ifn")
     assert cells.n_obs == cells.obs["source_cell"].nunique() == 40 and "mean" in cells.layers
+    assert two.predict(context="M", perturbation="ifn", n_cells=201).obs_names.is_unique
     moved = [
         start.change(two._operator_of(m, "ifn", "M"))
         for start, m in zip(two._starts("M"), two.members, strict=True)
@@ -696,6 +711,12 @@ def test_the_choice_is_a_table_and_a_sentence(model):
     assert "Choice" in model.choice._repr_html_()
 
 
+def test_some_contexts_of_a_perturbation_are_enough_to_choose(screen):
+    few = tiny(screen, n_genes=30, recipe=replace(TINY, most_judged=2)).fit(progress=False)
+    assert len(few.means.moved) == 2 and len(few.means.of_perturbation("ifn")) == 3
+    assert few.choice.n_contexts > 0 and few.choice.table["weight"].sum() == pytest.approx(1)
+
+
 def test_it_shows_itself(model, screen):
     assert repr(tiny(screen)).endswith("not fitted") and "600 cells" not in repr(model)
     assert f"{screen.n_obs} cells" in repr(model) and "planned from" in repr(model)
@@ -742,3 +763,6 @@ def test_contexts_of_several_columns_are_asked_for_by_their_levels(screen):
     assert "factors" in planned.weights and planned.weights.sum() == pytest.approx(1)
     with pytest.raises(LabelError, match=r"a level of each of .'cell_type', 'donor'"):
         model.predict(context={"cell_type": "T"}, perturbation="ifn")
+    for context in (7, np.nan):
+        with pytest.raises(LabelError, match="a context with control cells"):
+            model.predict([(context, "ifn")])

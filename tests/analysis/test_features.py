@@ -194,6 +194,8 @@ def test_what_lacks_a_descriptor_is_reported_and_decided(modules):
     assert features.coverage(filled, adata)["described"].all()
     with pytest.raises(ModelError, match="'g0'"):
         features.described(table(["g0", "g0"], x=[1, 2]))
+    with pytest.raises(ModelError, match="columns of numbers.*'kinase'"):
+        features.described(pd.DataFrame({"kind": ["kinase", "other"]}, index=["g0", "g1"]))
 
 
 def test_the_module_is_public():

@@ -142,6 +142,7 @@ def test_the_predictor_carries_cells_to_the_foreseen_mean(fitted, tmp_path):
     double = model.predict(context="B", perturbation="twin+b")
     assert set(double.obs["perturbation"]) == {"twin+b"}
     loaded = co.load(model.save(tmp_path / "model"), adata)
+    pd.testing.assert_frame_equal(loaded.features, table)  # the mark of "blank", too
     np.testing.assert_array_equal(
         loaded.predict(context="B", perturbation="twin").X.toarray(), cells.X.toarray()
     )
@@ -222,5 +223,9 @@ def test_experiments_are_chosen_for_a_model(fitted):
     assert not said.duplicated(["context", "perturbation"]).any() and (said["uncertainty"] < 1).all()
     with pytest.raises(LabelError, match="'blank' in 'B'"):
         co.next_experiments(model, [("B", "blank")])
-    with pytest.raises(ModelError, match="knows descriptors"):
-        co.next_experiments(tiny(adata), [("B", "a")])
+    assert said.equals(
+        co.next_experiments(model, [(("B",), "twin"), ({"cell_type": "B"}, "lone"), ("T", "lone")], n=2)
+    )
+    for without in (tiny(adata), tiny(adata, features=table)):
+        with pytest.raises(ModelError, match="knows descriptors"):
+            co.next_experiments(without, [("B", "a")])
