@@ -1042,8 +1042,7 @@ class CellOp:
             parts.append(assemble(self.adata[rows], self.keys, self.genes, drawn, perturbation, others))
             parts[-1].obs_names = [names[k] for k in at]
         cells = parts[0] if len(parts) == 1 else ad.concat(parts, merge="same")
-        planned_genes = cells.var_names.isin(self.others)
-        ways = np.where(planned_genes, "planned", "kept")
+        ways = np.where(cells.var_names.isin(self.others) & (operator is None), "planned", "kept")
         cells.var["prediction"] = pd.Categorical(np.where(cells.var["modelled"], "moved", ways))
         return cells
 

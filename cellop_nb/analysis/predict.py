@@ -329,10 +329,6 @@ def assemble(
     return cells
 
 
-_CELLS_AT_ONCE = 1024
-"""Cells decoded together: what lies between latents and counts is held of so many."""
-
-
 def write_parts(path: str | Path, parts: Iterable[ad.AnnData], about: dict, *, total: int) -> Path:
     """Write virtual cells to one .h5ad, part by part; the file is whole or not there.
 

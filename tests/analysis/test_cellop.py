@@ -246,6 +246,7 @@ def test_genes_of_which_nothing_tells_keep_the_control_cells_counts(narrow):
     source = narrow.adata[cells.obs["source_cell"].to_numpy()]
     others = ~cells.var["modelled"].to_numpy()
     np.testing.assert_array_equal(cells.X[:, others].toarray(), source.X[:, others].toarray())
+    assert (cells.var["prediction"][others] == "kept").all()
     assert cells.uns["cellop_nb"]["predictions"]["others"].tolist() == ["kept"]
 
 
