@@ -33,7 +33,8 @@ _WORDS = (
     "Energy distances are Euclidean, U-statistic, in principal components of log expression: 0 where two clouds of cells "
     "are the same, up to noise. Changes of genes are of mean log1p counts per 10,000. Intervals hold what predictions of "
     "measured contexts missed (95 %). Mean shift: the mean change in the other contexts. Near mean shift: near contexts "
-    "count more. Linear: a ridge regression over contexts."
+    "count more. Linear: a ridge regression over contexts. Latent shift: one shift for all cells in the latent space. Affine "
+    "operator: a matrix and a shift there."
 )
 
 
@@ -301,7 +302,7 @@ def _next(model: CellOp, questions, holdout: Holdout | None) -> str:
         else [f"{row.group} ({row.best_baseline})" for row in holdout.behind().itertuples()]
     )
     if behind:
-        advice.append(f"Use the simple rule where it came nearer to the real cells: {_some(behind)}.")
+        advice.append(f"Use the simpler method where it came nearer to the real cells: {_some(behind)}.")
     return _section(
         "What to measure or change next", _list(advice or ["Nothing: no number here asks for a change."])
     )

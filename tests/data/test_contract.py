@@ -243,7 +243,7 @@ BAD = {
         r"negative values: -2 in cell 'cell_00007', gene 'GENE0003' \(1 such",
     ),
     "one fraction": (set_at(5, 2, 90.5), DataError, "90.5 in cell 'cell_00005', gene 'GENE0002'.*corrected"),
-    "a small fraction": (set_at(5, 2, 90.1), DataError, "90.1.* in cell 'cell_00005', gene 'GENE0002'"),
+    "a small fraction": (set_at(5, 2, 90.001), DataError, "90.001.* in cell 'cell_00005', gene 'GENE0002'"),
     "NaN": (set_at(5, 2, np.nan), DataError, "finite counts.*nan in cell 'cell_00005', gene 'GENE0002'"),
     "infinity": (set_at(0, 0, np.inf), DataError, "finite counts.*inf in cell"),
     "not numbers": (text_matrix, DataError, "numbers in X.*complex"),

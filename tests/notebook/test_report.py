@@ -14,13 +14,16 @@ from cellop_nb.notebook import report as page
 from tests.analysis.screens import screen, tiny
 
 NASTY = "<script>alert(1)</script>&"
+CONTROL = "<script>vehicle"
 
 
 @pytest.fixture(scope="module")
 def fitted():
     """A model of a screen with a context of controls alone, and a hold-out of another."""
     adata = screen(n=30, contexts=("B", "NK", "T", "M"), perturbations=("ifn", NASTY))
-    hidden = (adata.obs["cell_type"] == "M") & (adata.obs["perturbation"] != "control")
+    adata.obs["perturbation"] = adata.obs["perturbation"].replace("control", CONTROL)
+    co.setup(adata, control=CONTROL)
+    hidden = (adata.obs["cell_type"] == "M") & (adata.obs["perturbation"] != CONTROL)
     model = tiny(adata[~hidden].copy()).fit(progress=False)
     return model, co.holdout(tiny(adata), only=["M"], metrics=["e_distance"], progress=False)
 
