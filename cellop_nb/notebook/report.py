@@ -33,8 +33,8 @@ _WORDS = (
     "Energy distances are Euclidean, U-statistic, in principal components of log expression: 0 where two clouds of cells "
     "are the same, up to noise. Changes of genes are of mean log1p counts per 10,000. Intervals hold what predictions of "
     "measured contexts missed (95 %). Mean shift: the mean change in the other contexts. Near mean shift: near contexts "
-    "count more. Linear: a ridge regression over contexts. Latent shift: one shift for all cells in the latent space. Affine "
-    "operator: a matrix and a shift there."
+    "count more. Linear: a ridge regression over contexts. Latent shift: one shift for all cells in the latent space. "
+    "Affine operator: a matrix and a shift there."
 )
 
 
