@@ -15,10 +15,10 @@ import pandas as pd
 
 import cellop_nb as co
 from benchmarks.unmeasured import LEAST_SHARE, _half, _screen
-from cellop_nb.analysis.design import choose, gaussian
 from cellop_nb.analysis.means import Means
 from cellop_nb.analysis.plan import Measured
 from cellop_nb.analysis.predict import modelled_counts
+from cellop_nb.analysis.uncertainty import choose, gaussian
 from cellop_nb.analysis.unmeasured import EffectMap
 from cellop_nb.commands.terminal import say
 

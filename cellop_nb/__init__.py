@@ -47,7 +47,7 @@ _PUBLIC = {
     "embed": "analysis.predict",
     "score": "analysis.scores",
     "holdout": "analysis.holdout",
-    "next_experiments": "analysis.design",
+    "next_experiments": "analysis.uncertainty",
     "LivePlot": "notebook.live",
     "Explorer": "notebook.explorer",
     "TuningPanel": "notebook.tuning",
@@ -84,10 +84,10 @@ if TYPE_CHECKING:  # the names below are found by `__getattr__` while running
     from .analysis import uncertainty as uncertainty
     from .analysis.cellop import CellOp as CellOp
     from .analysis.cellop import load as load
-    from .analysis.design import next_experiments as next_experiments
     from .analysis.holdout import holdout as holdout
     from .analysis.predict import embed as embed
     from .analysis.scores import score as score
+    from .analysis.uncertainty import next_experiments as next_experiments
     from .data import datasets as datasets  # noqa: F401
     from .data.contract import setup as setup
     from .data.genes import select_genes as select_genes

@@ -60,6 +60,11 @@ class Prediction:
         """From predicted counts (cell, gene) over the genes of `space`."""
         return cls.of_cells(method, space.transform(counts), counts, library)
 
+    @classmethod
+    def of_adata(cls, method: str, adata: AnnData, space: EvaluationSpace) -> Prediction:
+        """From virtual cells with counts in ``X``."""
+        return cls.of_counts(method, space.select(adata, "X"), space, measured_totals(adata))
+
 
 @dataclass(frozen=True, eq=False)
 class Training:
@@ -109,6 +114,11 @@ class Training:
     def shift(self, context: str, perturbation: str) -> np.ndarray:
         """(gene,) perturbed mean minus control mean inside one context."""
         return self.mean(context, perturbation) - self.mean(context, self.control)
+
+    def shared_shift(self) -> np.ndarray | None:
+        """(gene,) mean shift of all groups; None where nothing is perturbed."""
+        pairs = self.groups.pairs
+        return np.mean([self.shift(*pair) for pair in pairs], axis=0) if pairs else None
 
     def others(self, target: Target) -> list[str]:
         """Other contexts where the perturbation of `target` was measured; Undefined where there is none."""

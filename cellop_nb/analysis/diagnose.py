@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -33,14 +33,11 @@ from ..models.trace import (
 
 __all__ = [
     "affine_health",
-    "compare_health",
     "gradient_audit",
     "operator_health",
 ]
 
-FEW, STEPS, DOUBLINGS = 10, 100, 10  # applications: few, one by one, and on to 100 * 2**10
 MAX_CONDITION = 1e7  # the limit of AffineOperator.inverse
-GROWING = 1e-6  # by how much more than all others the logarithm of the last norm is that of a growing power
 SLOW_GROWTH = 1.05  # spectral radius that ten applications turn into a factor of 1.6
 
 _ADVICE = {
@@ -68,7 +65,7 @@ class _Cut:
     followed: bool = False
 
 
-def gradient_audit(model: nn.Module, loss: Tensor | Callable, *, retain_graph: bool = False) -> pd.DataFrame:
+def gradient_audit(model: nn.Module, loss: Tensor | Callable) -> pd.DataFrame:
     """What the gradient of a loss does at each parameter of a model.
 
     Parameters
@@ -77,9 +74,8 @@ def gradient_audit(model: nn.Module, loss: Tensor | Callable, *, retain_graph: b
         Any module.
     loss
         0-d tensor; or a function without arguments that returns one (or a dictionary of named terms).
-        Only a function can be watched, and only then is the place named where a path ends.
-    retain_graph
-        Keep the graph of a tensor `loss` for a later backward.
+        Only a function can be watched, and only then is the place named where a path ends. The graph of a tensor is
+        kept for a later backward.
 
     Returns
     -------
@@ -107,7 +103,7 @@ def gradient_audit(model: nn.Module, loss: Tensor | Callable, *, retain_graph: b
         if not isinstance(value, Tensor) or value.numel() != 1:
             problem = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
             raise ModelError(three_beats("a scalar loss", problem, "take the mean or sum of it"))
-        gradients = _gradients(model, value, retain_graph and not callable(loss))
+        gradients = _gradients(model, value, not callable(loss))
     rows = [_row(name, p, gradients.get(name), flow, value) for name, p in model.named_parameters()]
     return pd.DataFrame(rows)
 
@@ -136,10 +132,13 @@ def _row(name: str, parameter: nn.Parameter, gradient: Tensor | None, flow: _Flo
         "parameter": name,
         "module": owner_of_parameter(name),
         "shape": tuple(parameter.shape),
+        "reached": gradient is not None,
+        "grad_norm": 0.0,
+        "weight_norm": size,
+        "grad_to_weight": 0.0,
+        "zero_share": 1.0,
+        "dead_units": len(parameter) if parameter.ndim else 1,
     }
-    row |= {"reached": gradient is not None, "grad_norm": 0.0, "weight_norm": size}
-    row["grad_to_weight"] = 0.0
-    row |= {"zero_share": 1.0, "dead_units": len(parameter) if parameter.ndim else 1}
     if gradient is not None:
         slope = float(gradient.double().norm())
         units = gradient.reshape(*(gradient.shape[:1] or (1,)), math.prod(gradient.shape[1:]))
@@ -266,13 +265,9 @@ def affine_health(A, b, *, max_norm: float = 3.0) -> dict:
 
     - ``spectral_norm``: largest stretch of one application; ``spectral_radius``: growth per application in
       the long run; ``condition_number`` of A
-    - ``real_logarithm``: whether a real principal logarithm L exists (part strengths are defined)
-    - ``growth_rate``: spectral abscissa of L; ``numerical_abscissa``: the logarithmic norm
-      :math:`\omega = \lambda_{max}((L+L^T)/2)`, with :math:`\|e^{tL}\| \le e^{t\omega}`; ``numerical_low``:
-      the other end of the numerical range on the real axis
-    - ``growth_10``: :math:`\|A^{10}\|_2`; ``growth_bound``: :math:`\sup_{k \ge 0} \|A^k\|_2`, or infinity
-    - ``drift_10``: how far ten applications move the origin
-    - ``bounded``: whether any number of applications keeps all cells in a bounded region
+    - ``real_logarithm``: whether a real principal logarithm exists (part strengths are defined)
+    - ``growth_10``: :math:`\|A^{10}\|_2`, which shows growth that the radius hides; ``drift_10``: how far ten
+      applications move the origin
     - ``verdict``: green, amber or red, and ``advice``
 
     References
@@ -282,38 +277,29 @@ def affine_health(A, b, *, max_norm: float = 3.0) -> dict:
     """
     A, b = np.asarray(A, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if not (np.isfinite(A).all() and np.isfinite(b).all()):
-        nothing = dict.fromkeys(_NUMBERS, math.nan) | {"real_logarithm": False, "bounded": False}
+        nothing = dict.fromkeys(_NUMBERS, math.nan) | {"real_logarithm": False}
         advice = "the operator is not finite: load the last finite state"
         return nothing | {"verdict": "red", "advice": advice}
+    operator = AffineOperator(torch.as_tensor(A), torch.as_tensor(b))
     singular = np.linalg.svd(A, compute_uv=False)
-    powers = _powers(A)
-    tenth = _log_norms(*(part[FEW - 1 : FEW] for part in powers))  # empty where it vanishes
-    whole = _homogeneous(A, b)
+    growth = drift = math.inf
+    with np.errstate(over="ignore", invalid="ignore"):
+        tenth = np.linalg.matrix_power(operator.homogeneous, 10)
+        if np.isfinite(tenth).all():
+            growth, drift = np.linalg.norm(tenth[:-1, :-1], 2), np.linalg.norm(tenth[:-1, -1])
     health = {
         "spectral_norm": float(singular[0]),
         "spectral_radius": float(np.abs(np.linalg.eigvals(A)).max()),
         "condition_number": float(singular[0] / singular[-1]) if singular[-1] > 0 else math.inf,
-        **_generator(A, b),
-        "growth_10": _exp(tenth.max(initial=-math.inf)),
-        "growth_bound": _supremum(*powers),
-        "drift_10": _drift(A, b),
-        "bounded": _is_bounded(*_powers(whole)),
+        "real_logarithm": _has_logarithm(operator),
+        "growth_10": float(growth),
+        "drift_10": float(drift),
     }
     verdict, advice = _verdict(health, max_norm)
     return health | {"verdict": verdict, "advice": advice}
 
 
-_NUMBERS = (
-    "spectral_norm",
-    "spectral_radius",
-    "condition_number",
-    "growth_rate",
-    "numerical_abscissa",
-    "numerical_low",
-    "growth_10",
-    "growth_bound",
-    "drift_10",
-)
+_NUMBERS = ("spectral_norm", "spectral_radius", "condition_number", "growth_10", "drift_10")
 
 
 def operator_health(
@@ -332,125 +318,25 @@ def operator_health(
 
     Returns
     -------
-    One row per condition. :func:`compare_health` sets the tables of several models side by side (before and
-    after training, with and without the penalty).
+    One row per condition.
     """
-    chosen = list(_all_conditions(operator_model) if conditions is None else conditions)
+    if conditions is None:
+        encoder = operator_model.conditions
+        names, contexts = encoder.perturbations, encoder.contexts or [None]
+        conditions = [Condition((name,), context) for context in contexts for name in names]
     rows = {}
-    for condition in chosen:
+    for condition in conditions:
         operator = operator_model.operator(condition)
         A, b = (tensor.detach().double().cpu().numpy() for tensor in (operator.matrix, operator.shift))
         rows[str(condition)] = affine_health(A, b, max_norm=max_norm)
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("condition")
 
 
-def compare_health(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    """Worst condition of each of several :func:`operator_health` tables, one row per name.
-
-    Returns
-    -------
-    Columns ``spectral_norm``, ``spectral_radius``, ``condition_number``, ``growth_10`` (each the largest over
-    conditions), and the number of ``green``, ``amber`` and ``red`` conditions.
-    """
-    rows = {}
-    for name, table in tables.items():
-        worst = table[["spectral_norm", "spectral_radius", "condition_number", "growth_10"]].max()
-        colours = {colour: int((table["verdict"] == colour).sum()) for colour in ("green", "amber", "red")}
-        rows[name] = {**worst, **colours}
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("model")
-
-
-def _all_conditions(model) -> Iterable[Condition]:
-    encoder = model.conditions
-    contexts = encoder.contexts or [None]
-    return [Condition((name,), context) for context in contexts for name in encoder.perturbations]
-
-
-def _homogeneous(A: np.ndarray, b: np.ndarray) -> np.ndarray:
-    whole = np.eye(len(b) + 1)
-    whole[:-1, :-1], whole[:-1, -1] = A, b
-    return whole
-
-
-def _powers(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """M^k for k = 1..STEPS and then for doubled k, until they vanish: scaled (power, d, d), and log scales (power,)."""
-    scale = np.abs(matrix).max() or 1.0
-    base = power = matrix / scale
-    logarithm = start = math.log(scale)
-    powers, logarithms = [], []
-    for step in range(STEPS + DOUBLINGS):
-        size = float(np.abs(power).max())  # keeps the scale, so that nothing overflows
-        if size == 0:
-            break
-        power, logarithm = power / size, logarithm + math.log(size)
-        power[np.abs(power) < 1e-100] = 0.0  # far below rounding; its products would underflow
-        powers.append(power)
-        logarithms.append(logarithm)
-        if step < STEPS - 1:
-            power, logarithm = power @ base, logarithm + start
-        else:
-            power, logarithm = power @ power, 2 * logarithm
-    return np.array(powers).reshape(-1, *matrix.shape), np.array(logarithms)
-
-
-def _log_norms(powers: np.ndarray, logarithms: np.ndarray) -> np.ndarray:
-    """log ||M^k||_2 of each power."""
-    return logarithms + np.log(np.linalg.norm(powers, 2, axis=(1, 2)))
-
-
-def _is_bounded(powers: np.ndarray, logarithms: np.ndarray) -> bool:
-    """Whether the norms of all powers stay finite; most are settled by the last two."""
-    before, last = _log_norms(powers[-2:], logarithms[-2:])
-    return last <= max(before, 0.0) + GROWING or math.isfinite(_supremum(powers, logarithms))
-
-
-def _supremum(powers: np.ndarray, logarithms: np.ndarray) -> float:
-    """Largest norm of all powers, the zeroth included, or infinity where they are still growing at the end.
-
-    The norms of those powers alone are found whose Frobenius norm says that they may count.
-    """
-    n, last = len(powers), -math.inf
-    if n == STEPS + DOUBLINGS:  # otherwise the last ones vanish
-        n, last = n - 1, float(_log_norms(powers[-1:], logarithms[-1:])[0])
-    upper = logarithms[:n] + np.log(np.linalg.norm(powers[:n], axis=(1, 2)))
-    if last > upper.max(initial=0.0) + GROWING:
-        return math.inf
-    widest = np.argsort(upper)[-1:]  # its own norm rules most of the others out
-    highest = _log_norms(powers[widest], logarithms[widest]).max(initial=0.0)
-    may = np.flatnonzero(upper > highest)
-    highest = _log_norms(powers[may], logarithms[may]).max(initial=highest)
-    return math.inf if last > highest + GROWING else _exp(max(highest, last))
-
-
-def _exp(logarithm: float) -> float:
-    return math.exp(logarithm) if logarithm < 709 else math.inf
-
-
-def _generator(A: np.ndarray, b: np.ndarray) -> dict:
-    unknown = {"growth_rate": math.nan, "numerical_abscissa": math.nan, "numerical_low": math.nan}
+def _has_logarithm(operator: AffineOperator) -> bool:
     try:
-        whole = AffineOperator(torch.as_tensor(A), torch.as_tensor(b)).generator()
+        return bool(np.isfinite(operator.generator()).all())
     except ModelError:
-        return {"real_logarithm": False, **unknown}
-    linear = whole[:-1, :-1]
-    if not np.isfinite(linear).all():
-        return {"real_logarithm": False, **unknown}
-    field_of_values = np.linalg.eigvalsh((linear + linear.T) / 2)
-    return {
-        "real_logarithm": True,
-        "growth_rate": float(np.linalg.eigvals(linear).real.max()),
-        "numerical_abscissa": float(field_of_values[-1]),
-        "numerical_low": float(field_of_values[0]),
-    }
-
-
-def _drift(A: np.ndarray, b: np.ndarray) -> float:
-    origin = np.zeros_like(b)
-    with np.errstate(over="ignore", invalid="ignore"):
-        for _ in range(FEW):
-            origin = A @ origin + b
-        size = float(np.linalg.norm(origin))
-    return size if math.isfinite(size) else math.inf
+        return False
 
 
 def _verdict(health: dict, max_norm: float) -> tuple[str, str]:

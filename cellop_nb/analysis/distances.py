@@ -12,19 +12,14 @@ from anndata import AnnData
 from scipy import sparse
 from scipy.cluster import hierarchy
 from scipy.spatial.distance import cdist
+from scipy.stats import false_discovery_control
 from torch import Tensor
 
 from ..data.contract import counts
-from ..data.groups import Group, Groups
+from ..data.groups import Groups
 from ..display import Distances
 from ..errors import LabelError, did_you_mean, three_beats
-from ..models.energy import (
-    energies_of_sums,
-    energy_distance,
-    noise_floor,
-    noise_limit,
-    self_distance,
-)
+from ..models.energy import energies_of_sums, energy_distance, noise_floor, noise_limit, self_distance
 from ..models.operators import OperatorModel
 from .metrics import EvaluationSpace, log1p_cp10k
 
@@ -104,22 +99,18 @@ def transport_scores(
     rows = []
     for group in held_out:
         source, own = held_out.control[group.context], by_label[group.label]
+        operator = operators.operator(group.condition(operators.conditions.perturbations))
+        clouds = {
+            NO_CHANGE: source,
+            OWN_MEAN: source + own.mean(0) - source.mean(0),
+            OPERATOR: operator(source),
+        }
         noise = noise_floor(own, seed=seed), noise_limit(own, len(group), seed=seed)
-        for method, moved in _moved(source, own, group, operators).items():
+        for method, moved in clouds.items():
             energy = float(energy_distance(moved, group.cells))
             rows.append((group.context, group.perturbation, group.label, len(group), method, energy, *noise))
     columns = ["context", "perturbation", "group", "cells", "method", "energy", "floor", "limit"]
     return Distances(rows, columns=columns)
-
-
-def _moved(source: Tensor, own: Tensor, group: Group, operators: OperatorModel) -> dict[str, Tensor]:
-    """The control cells (cell, d) as each method leaves them."""
-    condition = group.condition(operators.conditions.perturbations)
-    return {
-        NO_CHANGE: source,
-        OWN_MEAN: source + own.mean(0) - source.mean(0),
-        OPERATOR: operators.operator(condition)(source),
-    }
 
 
 # -- does a perturbation do anything at all? ------------------------------------------------------------------------
@@ -182,22 +173,34 @@ def etest(
     groups = data if isinstance(data, Groups) else _groups_in(data, use_rep, seed)
     order = sorted(range(len(groups)), key=lambda k: (groups[k].context, len(groups[k])))
     rows: list[dict] = [{}] * len(groups)
-    tests = None
+    tests, context = None, None
     for k in order:
         group = groups[k]
-        if tests is None or tests.context != group.context:
-            tests = _AgainstControl(
-                group.context, groups.control[group.context], n_permutations, max_cells, seed
-            )
+        control = groups.control[group.context]
+        if tests is None or context != group.context:
+            tests, context = _AgainstControl(control, n_permutations, max_cells, seed), group.context
         rows[k] = {
             "context": group.context,
             "perturbation": group.perturbation,
             "group": group.label,
-            "n_control": len(groups.control[group.context]),
+            "n_control": len(control),
             "n_perturbed": len(group),
             **tests.of(group.cells, alpha),
         }
-    return _adjusted(pd.DataFrame(rows), correction, alpha, n_permutations)
+    table = pd.DataFrame(rows)
+    tested = table["p"].notna().to_numpy()
+    if correction is None:
+        correction = "holm" if tested.sum() <= MANY else "bh"
+    few = n_permutations < _TAIL_PERMUTATIONS and tested.sum() / (1 + n_permutations) > alpha
+    if correction == "holm" and few:
+        problem = "etest: %d permutations are too few for Holm over %d groups at %g; raise n_permutations"
+        logger.warning(problem, n_permutations, tested.sum(), alpha)
+    adjusted = np.full(len(table), np.nan)
+    adjusted[tested] = CORRECTIONS[correction](table.loc[tested, "p"].to_numpy())
+    table = table.assign(p_adjusted=adjusted, different=adjusted <= alpha)
+    table["reason"] = table.pop("reason")  # the last column
+    table.attrs["correction"] = correction
+    return table
 
 
 def screen_effects(
@@ -305,16 +308,10 @@ class _AgainstControl:
     groups of n cells: beside them, a group costs B m n products.
     """
 
-    def __init__(self, context: str, control: Tensor, n_permutations: int, max_cells: int, seed: int):
-        self.context, self.n_permutations, self.max_cells, self.seed = (
-            context,
-            n_permutations,
-            max_cells,
-            seed,
-        )
+    def __init__(self, control: Tensor, n_permutations: int, max_cells: int, seed: int) -> None:
+        self.n_permutations, self.max_cells, self.seed, self.size = n_permutations, max_cells, seed, 0
         self.control = self._some(control)
         self.within = torch.from_numpy(cdist(self.control, self.control))
-        self.size = 0
 
     def _some(self, cells: Tensor) -> np.ndarray:
         order = np.random.default_rng([self.seed, len(cells)]).permutation(len(cells))
@@ -422,35 +419,4 @@ def holm(p: np.ndarray) -> np.ndarray:
     return adjusted
 
 
-def benjamini_hochberg(p: np.ndarray) -> np.ndarray:
-    """Adjustment of p-values (test,) that controls the false discovery rate (Benjamini and Hochberg 1995)."""
-    from scipy.stats import false_discovery_control
-
-    return false_discovery_control(p, method="bh") if len(p) else np.asarray(p, dtype=float)
-
-
-CORRECTIONS = {"holm": holm, "bh": benjamini_hochberg}
-
-
-def _adjusted(table: pd.DataFrame, correction: str | None, alpha: float, n_permutations: int) -> pd.DataFrame:
-    tested = table["p"].notna().to_numpy()
-    if correction is None:
-        correction = "holm" if tested.sum() <= MANY else "bh"
-    if (
-        correction == "holm"
-        and n_permutations < _TAIL_PERMUTATIONS
-        and tested.sum() / (1 + n_permutations) > alpha
-    ):
-        logger.warning(
-            "etest: %d permutations are too few for Holm over %d groups at %g; raise n_permutations",
-            n_permutations,
-            tested.sum(),
-            alpha,
-        )
-    adjusted = np.full(len(table), np.nan)
-    adjusted[tested] = CORRECTIONS[correction](table.loc[tested, "p"].to_numpy())
-    table = table.assign(p_adjusted=adjusted, different=adjusted <= alpha)
-    first = ["context", "perturbation", "group", "n_control", "n_perturbed", "e_distance", "detectable"]
-    table = table[[*first, "p", "p_adjusted", "different", "reason"]]
-    table.attrs["correction"] = correction
-    return table
+CORRECTIONS = {"holm": holm, "bh": lambda p: false_discovery_control(p) if len(p) else p}

@@ -13,7 +13,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from ..data.contract import obs_labels
-from ..data.counts import measured_totals, require_in_memory
+from ..data.counts import require_in_memory
 from ..data.groups import Groups, evenly
 from ..display import Scores
 from ..errors import CellopError, HoldoutError, LabelError, did_you_mean, three_beats
@@ -226,16 +226,10 @@ def holdout(
         problem = "; ".join(f"{row['question']}: {row['reason']}" for row in refused) or "none"
         fix = "hold out something else (over=...)"
         raise HoldoutError(three_beats(f"something to hold out over {over!r}", problem, fix))
-    tasks = [(question, seed + k) for question in questions for k in range(n_seeds)]
-    tasks = [(_some_groups(question), seed) for question, seed in tasks]
+    tasks = [(_some_groups(question), seed + k) for question in questions for k in range(n_seeds)]
     work = partial(_answer, methods=methods or {}, metrics=metrics, suite=suite)
-    bar = tqdm(total=len(tasks), desc="hold-outs", disable=not progress)
-    results = []
-    for result in _shared_out(client, work, model, tasks):
-        results.append(result)
-        bar.update()
-    bar.close()
-    return _pooled(results, refused)
+    results = _shared_out(client, work, model, tasks)
+    return _pooled(list(tqdm(results, desc="hold-outs", total=len(tasks), disable=not progress)), refused)
 
 
 def _some_groups(question: Question) -> Question:
@@ -267,72 +261,53 @@ def questions_of(
         raise HoldoutError(
             three_beats("descriptors of perturbations that were never measured", "no features", fix)
         )
-    if over in WAYS:
-        plans = {
-            "context": _contexts,
-            "group": _pairs,
-            "perturbation": _perturbations,
-            "combination": _combinations,
-        }
-        questions = list(plans[over](adata, groups))
-    elif over in adata.obs:
-        questions = list(_labels(adata, groups, over))
-    else:
+    if over not in WAYS and over not in adata.obs:
         fix = did_you_mean(over, [*WAYS, *map(str, adata.obs.columns)])
         raise LabelError(three_beats(f"a way to hold out, {WAYS}, or a column of obs", repr(over), fix))
-    asked, refused = [], []
-    for question in questions:
-        reason = _refusal(adata, groups, question)
-        if reason:
+    questions, refused = [], []
+    for question in _every_question(adata, groups, over):
+        if reason := _refusal(groups, question):
             refused.append({"question": question.name, "seed": np.nan, "reason": reason})
         else:
-            asked.append(question)
-    return asked, refused
+            questions.append(question)
+    return questions, refused
 
 
-def _mask(adata: ad.AnnData, rows: Iterable[np.ndarray]) -> np.ndarray:
+def _every_question(adata: ad.AnnData, groups: Groups, over: str) -> Iterator[Question]:
+    pairs = groups.pairs
+    if over not in WAYS:
+        labels, perturbed = obs_labels(adata, over).to_numpy(), _mask(adata, groups, pairs)
+        for label in sorted(set(labels[perturbed])):
+            here = labels == label
+            some = [pair for pair in pairs if here[groups.rows(*pair)].any()]
+            yield Question(label, here & perturbed, some, here)
+        return
+    if over == "context":
+        sets = {context: [pair for pair in pairs if pair[0] == context] for context, _ in pairs}
+    elif over == "group":
+        sets = {", ".join(pair): [pair] for pair in pairs}
+    else:  # a perturbation is left out with its combinations
+        parts = {name: groups.parts(name) for name in groups.perturbations}
+        several = over == "combination"
+        sets = {
+            name: [(c, p) for c, p in pairs if p == name or (not several and name in parts[p])]
+            for name in parts
+            if (len(parts[name]) > 1) == several
+        }
+    for name, out in sets.items():
+        alone = [pair for pair in out if over != "perturbation" or pair[1] == name]
+        yield Question(name, _mask(adata, groups, out), alone)
+
+
+def _mask(adata: ad.AnnData, groups: Groups, pairs: Iterable[tuple[str, str]]) -> np.ndarray:
+    """(cell,) mask of the cells of some groups."""
     mask = np.zeros(adata.n_obs, dtype=bool)
-    for part in rows:
-        mask[part] = True
+    for pair in pairs:
+        mask[groups.rows(*pair)] = True
     return mask
 
 
-def _contexts(adata, groups: Groups) -> Iterator[Question]:
-    for context in dict.fromkeys(c for c, _ in groups.pairs):
-        pairs = [pair for pair in groups.pairs if pair[0] == context]
-        yield Question(context, _mask(adata, (groups.rows(*pair) for pair in pairs)), pairs)
-
-
-def _pairs(adata, groups: Groups) -> Iterator[Question]:
-    for pair in groups.pairs:
-        yield Question(", ".join(pair), _mask(adata, [groups.rows(*pair)]), [pair])
-
-
-def _perturbations(adata, groups: Groups) -> Iterator[Question]:
-    singles = [p for p in groups.perturbations if len(groups.parts(p)) == 1]
-    for single in singles:
-        out = [pair for pair in groups.pairs if single in groups.parts(pair[1])]
-        pairs = [pair for pair in out if pair[1] == single]
-        yield Question(single, _mask(adata, (groups.rows(*pair) for pair in out)), pairs)
-
-
-def _combinations(adata, groups: Groups) -> Iterator[Question]:
-    for label in groups.perturbations:
-        if len(groups.parts(label)) > 1:
-            pairs = [pair for pair in groups.pairs if pair[1] == label]
-            yield Question(label, _mask(adata, (groups.rows(*pair) for pair in pairs)), pairs)
-
-
-def _labels(adata, groups: Groups, column: str) -> Iterator[Question]:
-    labels = obs_labels(adata, column).to_numpy()
-    perturbed = _mask(adata, (group.rows for group in groups))
-    for label in sorted(set(labels[perturbed])):
-        here = labels == label
-        pairs = [pair for pair in groups.pairs if here[groups.rows(*pair)].any()]
-        yield Question(label, here & perturbed, pairs, here)
-
-
-def _refusal(adata, groups: Groups, question: Question) -> str:
+def _refusal(groups: Groups, question: Question) -> str:
     """Why a question cannot be asked, before anything is trained; or nothing."""
     sizes = {", ".join(pair): int(question.left_out[groups.rows(*pair)].sum()) for pair in question.pairs}
     if not sizes or max(sizes.values()) < FEWEST_CELLS:
@@ -365,53 +340,53 @@ def _scored(model: CellOp, question: Question, seed: int, shared: dict, methods,
     train, real = adata[~question.left_out].copy(), adata[question.left_out].copy()
     fitted = model.unfitted(train, seed)
     fitted._shared = shared
-    fitted.fit(progress=False)
-    source = (
-        fitted if question.source is None else fitted.on(adata[question.source & ~question.left_out].copy())
-    )
+    source = fitted.fit(progress=False)
+    if question.source is not None:
+        source = fitted.on(adata[question.source & ~question.left_out].copy())
     space = EvaluationSpace.fit(train, genes=fitted.genes, seed=seed)
-    training = Training.of(train, space)
     cells: dict[tuple[str, str], ad.AnnData] = {}
-    latent = {
+
+    def by_cellop(training: Training, target: Target) -> Prediction:
+        pair = target.context, target.perturbation
+        cells[pair] = _defined(source.predict, context=pair[0], perturbation=pair[1], seed=seed)
+        return Prediction.of_adata(CELLOP, cells[pair], space)
+
+    rules: dict[str, Method] = {
+        **BASELINES,
         LATENT_SHIFT: partial(latent_shift, model=fitted),
         AFFINE: partial(affine_operator, model=fitted),
+        **methods,
     }
-    rules = {**BASELINES, **latent, **methods}
     if model.features is not None:
         rules[LINEAR_FEATURES] = partial(linear_features, features=model.features)
-    rules[CELLOP] = partial(_by_cellop, model=source, cells=cells, seed=seed)
+    rules[CELLOP] = by_cellop
     scores, scored = score_rules(
         rules,
         question.pairs,
-        training,
+        Training.of(train, space),
         real,
         lambda context: source.adata[source.control_rows(context)],
         space,
         metrics=metrics,
         seed=seed,
     )
+    contexts = sorted({context for context, _ in scored})
     pooled = ad.concat(cells.values(), merge="same") if cells else None
-    starts = np.concatenate([source.control_rows(context) for context in sorted({c for c, _ in scored})])
+    starts = np.concatenate([source.control_rows(context) for context in contexts])
     fit = Fit(question.name, seed, space, fitted.vae, real, source.adata[starts].copy())
     if suite is not None and pooled is not None:
-        chosen = question.left_out | adata.obs_names.isin(source.adata.obs_names[starts])
-        rows = [
-            _suite_rows(suite, pooled, adata[chosen], context) for context in sorted({c for c, _ in scored})
-        ]
+        some = adata[question.left_out | adata.obs_names.isin(fit.control.obs_names)]
+        rows = [_suite_rows(suite, pooled, some, context) for context in contexts]
         scores = pd.concat([scores, *rows], ignore_index=True)
     return {"scores": scores, "cells": pooled, "choice": fitted.choice.table, "fit": fit}
 
 
-def _by_cellop(training: Training, target: Target, *, model: CellOp, cells: dict, seed: int) -> Prediction:
-    pair = target.context, target.perturbation
+def _defined(ask, **question):
+    """What a model says; a refusal is a reason in the table."""
     try:
-        predicted = model.predict(context=pair[0], perturbation=pair[1], seed=seed)
+        return ask(**question)
     except CellopError as refusal:
         raise Undefined(str(refusal)) from None
-    cells[pair] = predicted
-    return Prediction.of_counts(
-        CELLOP, target.space.select(predicted, "X"), target.space, measured_totals(predicted)
-    )
 
 
 def _suite_rows(suite: str, cells: ad.AnnData, real: ad.AnnData, context: str) -> pd.DataFrame:
@@ -444,10 +419,7 @@ def affine_operator(training: Training, target: Target, *, model: CellOp) -> Pre
 
     What it has over the latent shift, above all after both clouds are centred, is what the matrix adds.
     """
-    try:
-        operator = model.operator(target.context, target.perturbation)
-    except CellopError as refusal:
-        raise Undefined(str(refusal)) from None
+    operator = _defined(model.operator, context=target.context, perturbation=target.perturbation)
     z = Start.of(modelled_counts(target.adata, model.vae, model.keys), model.vae).z
     counts = model.fresh(target.adata, (operator(z) - z).cpu().numpy())
     return Prediction.of_counts(AFFINE, counts, target.space, target.library)

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from anndata import AnnData
+from scipy import sparse
 
-from ..data.contract import Keys, keys_of, label_table
+from ..data.contract import Keys, keys_of, label_table, library_size
+from ..data.contract import counts as raw_counts
 from ..data.counts import measured_totals, require_in_memory
 from ..data.splits import SPLIT_KEY, rows_of
 from ..display import Scores
-from ..errors import HoldoutError, LabelError, did_you_mean, three_beats
+from ..errors import DataError, HoldoutError, LabelError, did_you_mean, three_beats
 from ..models.energy import noise_floor, noise_limit
 from ..packages import same_threads
 from . import metrics as formulas
 from .baselines import BASELINES, Method, Prediction, Target, Training, run
-from .metrics import EvaluationSpace, Undefined
-from .predicted import Predicted, shared_genes
+from .metrics import EvaluationSpace, Undefined, log1p_cp10k
 
 logger = logging.getLogger("cellop_nb")
 
@@ -34,6 +36,7 @@ FLOOR = "noise floor (split half)"
 CEILING = "noise ceiling (Spearman-Brown)"
 COLUMNS = ["context", "perturbation", "group", "method", "metric", "value", "reason"]
 MIN_DISCRIMINATION = 20  # PDS moves in steps of 1/N: with fewer perturbations it says little
+N_SPLITS = 10
 
 
 @same_threads()
@@ -54,21 +57,19 @@ def differential(cells: np.ndarray, control: np.ndarray) -> pd.DataFrame:
     """
     import scanpy as sc
 
-    values = np.concatenate([cells, control]).astype(np.float32)
-    work = AnnData(values, obs=pd.DataFrame(index=[str(i) for i in range(len(values))]))
-    work.obs["side"] = pd.Categorical(["cells"] * len(cells) + ["control"] * len(control))
-    options = {"method": "wilcoxon", "corr_method": "benjamini-hochberg", "tie_correct": True}
+    both = AnnData(np.concatenate([cells, control]).astype(np.float32))
+    both.obs["side"] = pd.Categorical(np.repeat(["cells", "control"], [len(cells), len(control)]))
     with np.errstate(
         invalid="ignore", divide="ignore"
     ):  # its own fold change of negative means, not used here
-        sc.tl.rank_genes_groups(work, "side", groups=["cells"], reference="control", **options)
-    ranked = work.uns["rank_genes_groups"]
-    order = ranked["names"]["cells"].astype(int)
-    table = pd.DataFrame(index=range(values.shape[1]), columns=["score", "p", "fdr", "lfc"], dtype=float)
-    for column, key in (("score", "scores"), ("p", "pvals"), ("fdr", "pvals_adj")):
-        table.loc[order, column] = ranked[key]["cells"].astype(float)
-    table["lfc"] = _log_fold_change(cells.mean(axis=0), control.mean(axis=0))
-    return table
+        sc.tl.rank_genes_groups(
+            both, "side", groups=["cells"], reference="control", method="wilcoxon", tie_correct=True
+        )
+    ranked = sc.get.rank_genes_groups_df(both, "cells")
+    ranked = ranked.set_index(ranked["names"].astype(int)).sort_index().rename_axis(None)
+    names = {"scores": "score", "pvals": "p", "pvals_adj": "fdr"}
+    table = ranked[[*names]].rename(columns=names).astype(float)
+    return table.assign(lfc=_log_fold_change(cells.mean(axis=0), control.mean(axis=0)))
 
 
 def _log_fold_change(mean: np.ndarray, reference: np.ndarray) -> np.ndarray:
@@ -76,13 +77,14 @@ def _log_fold_change(mean: np.ndarray, reference: np.ndarray) -> np.ndarray:
     return np.log2(back[0] / back[1])
 
 
+@dataclass(frozen=True, eq=False)
 class Truth:
     """The real cells of one group, and all that every method is compared with (computed once, on demand).
 
-    Parameters
+    Attributes
     ----------
     real, control : (cell, gene)
-        Real perturbed cells, and the control cells of the same context, log1p-CP10k.
+        Real perturbed cells, and the control cells of the same context, log1p-CP10k; at least two of each.
     counts : (cell, gene), optional
         Counts of the real cells.
     library : (cell,), optional
@@ -90,35 +92,36 @@ class Truth:
     shared_shift : (gene,), optional
         Mean shift of the training groups; control mean + shared shift is the reference of Systema's
         correlation.
-    max_cells : int
-        Cells a side of the E-distance, seeded subsample; the same real cells for all methods.
+    whole : Truth, optional
+        Of which this one is a part or a resample: it keeps the whole's ranking of genes.
     """
 
-    def __init__(
-        self,
-        real,
-        control,
-        space: EvaluationSpace,
-        *,
-        counts=None,
-        library=None,
-        shared_shift=None,
-        max_cells: int = MAX_CELLS,
-        seed: int = 0,
-    ) -> None:
-        if min(len(real), len(control)) < 2:
-            problem = f"{len(real)} real and {len(control)} control cells"
-            raise HoldoutError(
-                three_beats("at least 2 real and 2 control cells", problem, "leave this group out")
-            )
-        self.real, self.control, self.space, self.counts, self.library = real, control, space, counts, library
-        self.shared_shift, self.max_cells, self.seed = shared_shift, max_cells, seed
-        self.mean = real.mean(axis=0, dtype=np.float64)
-        self.control_mean = control.mean(axis=0, dtype=np.float64)
+    real: np.ndarray = field(repr=False)
+    control: np.ndarray = field(repr=False)
+    space: EvaluationSpace
+    counts: Any = field(default=None, repr=False)
+    library: np.ndarray | None = field(default=None, repr=False)
+    shared_shift: np.ndarray | None = field(default=None, repr=False)
+    seed: int = 0
+    whole: Truth | None = field(default=None, repr=False)
+
+    @classmethod
+    def of(cls, real: AnnData, control: AnnData, space: EvaluationSpace, seed: int = 0) -> Truth:
+        """The cells of a screen in `space`."""
+        library = measured_totals(real)
+        return cls(space.cells(real), space.cells(control), space, space.select(real), library, seed=seed)
+
+    @cached_property
+    def mean(self) -> np.ndarray:
+        return self.real.mean(axis=0, dtype=np.float64)
+
+    @cached_property
+    def control_mean(self) -> np.ndarray:
+        return self.control.mean(axis=0, dtype=np.float64)
 
     def points(self, cells: np.ndarray, stream: int = 1) -> np.ndarray:
-        """Principal components of at most `max_cells` of the cells, (cell, component)."""
-        rows = np.random.default_rng([self.seed, stream]).permutation(len(cells))[: self.max_cells]
+        """Principal components of at most :data:`MAX_CELLS` of the cells, (cell, component)."""
+        rows = np.random.default_rng([self.seed, stream]).permutation(len(cells))[:MAX_CELLS]
         return self.space.project(cells[np.sort(rows)])
 
     @cached_property
@@ -136,6 +139,8 @@ class Truth:
     @cached_property
     def top_genes(self) -> np.ndarray:
         """Genes of the real cells by falling absolute Wilcoxon score, (gene,) indices."""
+        if self.whole is not None:
+            return self.whole.top_genes
         return np.argsort(-self.de["score"].abs().to_numpy(), kind="stable")
 
     @property
@@ -146,15 +151,11 @@ class Truth:
 
 
 class Scored:
-    """A prediction with its differential expression, computed once for the metrics that share it."""
+    """A prediction beside the truth, with its differential expression, computed once for the metrics that share it."""
 
     def __init__(self, prediction: Prediction, truth: Truth) -> None:
-        self.prediction, self.truth = prediction, truth
-
-    @property
-    def mean(self) -> np.ndarray:
-        assert self.prediction.mean is not None, "only what was predicted is scored"
-        return self.prediction.mean
+        assert prediction.mean is not None, "only what was predicted is scored"
+        self.prediction, self.truth, self.mean = prediction, truth, prediction.mean
 
     @property
     def cells(self) -> np.ndarray:
@@ -162,25 +163,25 @@ class Scored:
             raise Undefined("needs predicted cells; this method predicts a mean only")
         return self.prediction.cells
 
+    def delta(self, genes=None) -> float:
+        return formulas.pearson_delta(self.mean, self.truth.mean, self.truth.control_mean, genes)
+
     def centred(self) -> np.ndarray:
         """Components of the predicted cells with their mean moved onto that of the real cells: what is left is shape."""
         return self.truth.points(self.cells - self.mean + self.truth.mean)
 
     def counts(self) -> tuple:
-        if self.prediction.counts is None or self.truth.counts is None:
-            raise Undefined(
-                "needs counts; this method predicts none"
-                if self.truth.counts is not None
-                else "no real counts"
-            )
+        if self.truth.counts is None:
+            raise Undefined("no real counts")
+        if self.prediction.counts is None:
+            raise Undefined("needs counts; this method predicts none")
         return self.prediction.counts, self.truth.counts
 
-    def sums(self) -> tuple[np.ndarray, np.ndarray]:
+    def sums(self) -> list[np.ndarray]:
         """Counts of each predicted and each real cell over the genes of the table."""
-        predicted, real = (np.asarray(counts.sum(axis=1)).ravel() for counts in self.counts())
-        return predicted, real
+        return [np.asarray(counts.sum(axis=1)).ravel() for counts in self.counts()]
 
-    def libraries(self) -> tuple[np.ndarray, np.ndarray]:
+    def libraries(self) -> Sequence[np.ndarray]:
         """Counts of each predicted and each real cell over all measured genes."""
         predicted, real = self.prediction.library, self.truth.library
         if real is None:
@@ -198,119 +199,75 @@ class Scored:
         predicted = table["lfc"].to_numpy(), (table["fdr"] < FDR).to_numpy()
         return *predicted, real.de["lfc"].to_numpy(), real.significant
 
-    @property
-    def lfc(self) -> tuple:
-        """Arguments of the fold-change metrics; fold changes of means, so they exist for a mean alone."""
-        truth = self.truth
-        return _log_fold_change(self.mean, truth.control_mean), truth.de["lfc"].to_numpy(), truth.significant
-
-
-def _delta(s: Scored, genes=None) -> float:
-    return formulas.pearson_delta(s.mean, s.truth.mean, s.truth.control_mean, genes)
-
-
-def _leading_direction(s: Scored, n: int) -> float:
-    """Direction of the n genes that differ most, among the significant ones."""
-    leading = np.zeros(len(s.truth.mean), dtype=bool)
-    leading[s.truth.top_genes[:n]] = True
-    predicted, real, significant = s.lfc
-    return formulas.direction_match(predicted, real, leading & significant)
-
-
-def _leading_zeros(s: Scored, n: int) -> float:
-    """Zeros of the n genes that differ most."""
-    predicted, real = s.counts()
-    return formulas.zero_error(predicted, real, s.truth.top_genes[:n])
+    def lfc(self, n: int | None = None) -> tuple:
+        """Arguments of the fold-change metrics, of the n genes that differ most or all; a mean alone has them, too."""
+        truth, leading = self.truth, np.zeros(len(self.mean), dtype=bool)
+        leading[truth.top_genes[:n]] = True
+        predicted = _log_fold_change(self.mean, truth.control_mean)
+        return predicted, truth.de["lfc"].to_numpy(), truth.significant & leading
 
 
 METRICS: dict[str, Callable[[Scored], float]] = {
     "e_distance": lambda s: formulas.e_distance(s.truth.points(s.cells), s.truth.real_points),
     "e_distance_centred": lambda s: formulas.e_distance(s.centred(), s.truth.real_points),
-    "pearson_delta": _delta,
-    "pearson_delta_de20": lambda s: _delta(s, s.truth.top_genes[:20]),
-    "pearson_delta_de100": lambda s: _delta(s, s.truth.top_genes[:100]),
+    "pearson_delta": Scored.delta,
+    "pearson_delta_de20": lambda s: s.delta(s.truth.top_genes[:20]),
+    "pearson_delta_de100": lambda s: s.delta(s.truth.top_genes[:100]),
     "pearson_systema": lambda s: formulas.pearson_delta(s.mean, s.truth.mean, s.truth.systema_reference),
     "mae": lambda s: formulas.mae(s.mean, s.truth.mean),
     "rmse": lambda s: formulas.rmse(s.mean, s.truth.mean),
     "l2_top1000": lambda s: formulas.l2_top_expressed(s.mean, s.truth.mean, s.truth.control_mean),
     "r2_determination": lambda s: formulas.coefficient_of_determination(s.mean, s.truth.mean),
     "r2_pearson_squared": lambda s: formulas.squared_pearson(s.mean, s.truth.mean),
-    "direction_match_de50": lambda s: _leading_direction(s, 50),
-    "direction_match": lambda s: formulas.direction_match(*s.lfc),
-    "lfc_spearman": lambda s: formulas.lfc_spearman(*s.lfc),
+    "direction_match_de50": lambda s: formulas.direction_match(*s.lfc(50)),
+    "direction_match": lambda s: formulas.direction_match(*s.lfc()),
+    "lfc_spearman": lambda s: formulas.lfc_spearman(*s.lfc()),
     "precision_at_50": lambda s: formulas.precision_at_k(*s.de, k=50),
     "de_score": lambda s: formulas.de_score(*s.de),
     "library_ratio": lambda s: formulas.ratio_of_means(*s.libraries()),
     "counts_ratio": lambda s: formulas.ratio_of_means(*s.sums()),
     "zero_fraction_difference": lambda s: formulas.zero_fraction_difference(*s.counts()),
-    "zero_error_de100": lambda s: _leading_zeros(s, 100),
+    "zero_error_de100": lambda s: formulas.zero_error(*s.counts(), s.truth.top_genes[:100]),
     "variance_ratio_de100": lambda s: formulas.variance_ratio(s.cells, s.truth.real, s.truth.top_genes[:100]),
     "classifier_auc": lambda s: formulas.classifier_auc(s.truth.points(s.cells), s.truth.real_points),
 }
 PDS = "discrimination"  # over all perturbations of a context, so it stands beside the table of single groups
 SHARE = "replicate_share"  # of one method beside the others, likewise
 BESIDE = (PDS, SHARE)
-QUICK = ("e_distance", "pearson_delta", "mae", "rmse")
+
+
+def known_metrics(metrics: Iterable[str] | None) -> list[str]:
+    """Names of metrics, all of them for None; an unknown one is refused."""
+    every = [*METRICS, *BESIDE]
+    names = every if metrics is None else [metrics] if isinstance(metrics, str) else list(metrics)
+    for name in names:
+        if name not in every:
+            raise LabelError(three_beats("names of metrics", repr(name), did_you_mean(name, every)))
+    return names
 
 
 def score_prediction(
     prediction: Prediction, truth: Truth, metrics: Iterable[str] | None = None
 ) -> list[dict]:
     """Score one prediction: rows ``method, metric, value, reason``; NaN and a reason where undefined."""
-    scored, rows = Scored(prediction, truth), []
-    for name in known_metrics(metrics):
-        value, reason = np.nan, prediction.reason or "nothing was predicted"
-        if prediction.mean is not None:
-            value, reason = value_of(METRICS[name], scored)
-        rows.append({"method": prediction.method, "metric": name, "value": value, "reason": reason})
-    return rows
+    names = [name for name in known_metrics(metrics) if name in METRICS]
+    if prediction.mean is None:
+        reason = prediction.reason or "nothing was predicted"
+        return [_row(prediction.method, name, np.nan, reason) for name in names]
+    scored = Scored(prediction, truth)
+    return [_defined(prediction.method, name, lambda n=name: METRICS[n](scored)) for name in names]
 
 
-def value_of(metric: Callable, *arguments) -> tuple[float, str]:
-    """The metric and no reason; NaN and the reason where it is undefined."""
+def _row(method: str, metric: str, value: float, reason: str = "") -> dict:
+    return {"method": method, "metric": metric, "value": value, "reason": reason}
+
+
+def _defined(method: str, metric: str, value: Callable[[], float]) -> dict:
+    """A row of the table; NaN and the reason where the value is undefined."""
     try:
-        return float(metric(*arguments)), ""
+        return _row(method, metric, float(value()))
     except Undefined as refusal:
-        return np.nan, str(refusal)
-
-
-def known_metrics(metrics: Iterable[str] | None) -> list[str]:
-    """Names of the metrics of single groups, all of them for None; an unknown one is refused."""
-    names = list(METRICS) if metrics is None else [metrics] if isinstance(metrics, str) else list(metrics)
-    for name in names:
-        if name not in METRICS and name not in BESIDE:
-            hint = did_you_mean(name, [*METRICS, *BESIDE])
-            raise LabelError(three_beats("names of metrics", repr(name), hint))
-    return [name for name in names if name not in BESIDE]
-
-
-def _beside(metrics: Iterable[str] | None) -> set[str]:
-    """Which metrics that need all methods or perturbations are asked for."""
-    return {*BESIDE} & (
-        {*BESIDE} if metrics is None else {metrics} if isinstance(metrics, str) else {*metrics}
-    )
-
-
-def noise(truth: Truth, metrics: Iterable[str] | None = None, *, n_splits: int = 10) -> list[dict]:
-    r"""What a perfect prediction would score, from random halves of the real cells (mean over the splits).
-
-    E-distance: :func:`~cellop_nb.models.energy.noise_floor` (about 0). Errors of means (mae, rmse, l2): half of the
-    error between the halves, which is the error that the truth's own sampling leaves. Correlations of changes:
-    Spearman-Brown :math:`2r/(1+r)`; the halves share the control cells, as prediction and truth do. Other metrics have no
-    row.
-
-    Returns
-    -------
-    rows ``method, metric, value, reason``, method being :data:`FLOOR` or :data:`CEILING`.
-    """
-    rows = []
-    for name in known_metrics(metrics):
-        if name not in _BOUNDS:
-            continue
-        method, bound = _BOUNDS[name]
-        value, reason = value_of(lambda n=name, b=bound: b(_halves(truth, n, n_splits)))
-        rows.append({"method": method, "metric": name, "value": value, "reason": reason})
-    return rows
+        return _row(method, metric, np.nan, str(refusal))
 
 
 # what the score of one half against the other says about a perfect prediction
@@ -321,64 +278,36 @@ _BOUNDS: dict[str, tuple[str, Callable[[float], float]]] = {
 }
 
 
-def _halves(truth: Truth, metric: str, n_splits: int) -> float:
+def noise(truth: Truth, metrics: Iterable[str] | None = None) -> list[dict]:
+    r"""What a perfect prediction would score, from random halves of the real cells (mean over ten splits).
+
+    E-distance: :func:`~cellop_nb.models.energy.noise_floor` (about 0). Errors of means (mae, rmse, l2): half of the
+    error between the halves, which is the error that the truth's own sampling leaves. Correlations of changes:
+    Spearman-Brown :math:`2r/(1+r)`; the halves share the control cells, as prediction and truth do. Other metrics have no
+    row.
+
+    Returns
+    -------
+    rows ``method, metric, value, reason``, method being :data:`FLOOR` or :data:`CEILING`.
+    """
+    bounds = [(name, *_BOUNDS[name]) for name in known_metrics(metrics) if name in _BOUNDS]
+    return [
+        _defined(method, name, lambda n=name, b=bound: b(_halves(truth, n))) for name, method, bound in bounds
+    ]
+
+
+def _halves(truth: Truth, metric: str) -> float:
     """Mean over splits of the metric with one half of the real cells as the prediction of the other."""
     if len(truth.real) < 4:
         raise Undefined(f"{len(truth.real)} real cells cannot be split in two clouds")
     if metric == "e_distance":
-        return noise_floor(torch.from_numpy(truth.real_points), n_splits=n_splits, seed=truth.seed)
+        return noise_floor(torch.from_numpy(truth.real_points), n_splits=N_SPLITS, seed=truth.seed)
     rng, values = np.random.default_rng([truth.seed, 2]), []
-    for _ in range(n_splits):
+    for _ in range(N_SPLITS):
         first, second = np.array_split(rng.permutation(len(truth.real)), 2)
-        half = _Half(truth, second)
+        half = replace(truth, real=truth.real[second], counts=None, library=None, whole=truth)
         values.append(METRICS[metric](Scored(Prediction.of_cells("half", truth.real[first]), half)))
     return float(np.mean(values))
-
-
-class _Half(Truth):
-    """A truth of half the real cells that keeps the gene ranking of the whole."""
-
-    def __init__(self, whole: Truth, rows: np.ndarray) -> None:
-        options = {"shared_shift": whole.shared_shift, "max_cells": whole.max_cells, "seed": whole.seed}
-        super().__init__(whole.real[rows], whole.control, whole.space, **options)
-        self.whole = whole
-
-    @property
-    def top_genes(self) -> np.ndarray:
-        return self.whole.top_genes
-
-
-def table_of(
-    truths: Mapping,
-    guesses: Mapping[str, Mapping],
-    metrics: Iterable[str] | None,
-    unscored: Mapping | None = None,
-) -> pd.DataFrame:
-    """All rows of the table; `guesses` is method -> group -> Prediction, `unscored` group -> reason."""
-    metrics = metrics if metrics is None or isinstance(metrics, str) else list(metrics)
-    names, beside, rows = known_metrics(metrics), _beside(metrics), []
-    needed = [*names, *({"e_distance"} - {*names} if SHARE in beside else ())]
-    for group, truth in truths.items():
-        energies: list[dict] = []
-        for predictions in guesses.values():
-            scores = score_prediction(predictions[group], truth, needed)
-            rows += _labelled([row for row in scores if row["metric"] in names], group)
-            energies += [row for row in scores if row["metric"] == "e_distance"]
-        rows += _labelled(noise(truth, names), group)
-        if SHARE in beside:
-            rows += _labelled(_replicate_shares(energies, truth), group)
-    if PDS in beside:
-        for method, predictions in guesses.items():
-            rows += _discrimination(truths, predictions, method)
-    for group, reason in (unscored or {}).items():
-        bare = {"value": np.nan, "reason": reason}
-        rows += _labelled([bare | {"method": m, "metric": name} for m in guesses for name in names], group)
-    return Scores(rows, columns=COLUMNS)
-
-
-def _labelled(rows: list[dict], group: tuple[str, str]) -> list[dict]:
-    labels = {"context": group[0], "perturbation": group[1], "group": ", ".join(group)}
-    return [labels | row for row in rows]
 
 
 def _replicate_shares(energies: list[dict], truth: Truth) -> list[dict]:
@@ -394,42 +323,114 @@ def _replicate_shares(energies: list[dict], truth: Truth) -> list[dict]:
         reason = f"the best simple baseline ({best:.2f}) is as near as another half of the real cells ({limit:.2f})"
     rows = []
     for row in energies:
-        value = np.nan if reason or row["reason"] else formulas.replicate_share(row["value"], best, floor)
-        rows.append(row | {"metric": SHARE, "value": value, "reason": row["reason"] or reason})
+        why = row["reason"] or reason
+        value = np.nan if why else formulas.replicate_share(row["value"], best, floor)
+        rows.append(_row(row["method"], SHARE, value, why))
     return rows
 
 
-def _discrimination(truths: Mapping, guesses: Mapping, method: str) -> list[dict]:
-    """PDS rows of one method, among the perturbations of each context."""
-    rows = []
-    for context in sorted({group[0] for group in truths}):
-        groups = [group for group in truths if group[0] == context]
-        predicted = [group for group in groups if guesses[group].mean is not None]
-        values, reason = _pds(predicted, truths, guesses)
-        by_group = dict(zip(predicted, values, strict=True))
-        for group in groups:
-            why = reason if group in by_group else guesses[group].reason
-            row = {"method": method, "metric": PDS, "value": by_group.get(group, np.nan), "reason": why}
-            rows += _labelled([row], group)
-    return rows
+def _discrimination(truths: Mapping, guesses: Mapping) -> dict[tuple[str, str], tuple[float, str]]:
+    """PDS of every group that one method predicted, among the perturbations of its context, or the reason for none."""
+    values = {group: (np.nan, guesses[group].reason) for group in truths}
+    for context in {group[0] for group in truths}:
+        groups = [g for g in truths if g[0] == context and guesses[g].mean is not None]
+        if len(groups) < MIN_DISCRIMINATION:
+            reason = f"{len(groups)} perturbations; below {MIN_DISCRIMINATION} it says little"
+            values |= dict.fromkeys(groups, (np.nan, reason))
+            continue
+        start = [truths[g].control_mean for g in groups]
+        predicted = np.stack([guesses[g].mean for g in groups]) - start
+        real = np.stack([truths[g].mean for g in groups]) - start
+        genes = pd.Index(truths[groups[0]].space.genes)
+        left_out = [np.flatnonzero(genes.isin(g[1].split("+"))) for g in groups]
+        ranks = formulas.perturbation_discrimination(predicted, real, left_out)
+        values |= {group: (float(value), "") for group, value in zip(groups, ranks, strict=True)}
+    return values
 
 
-def _pds(groups: Sequence, truths: Mapping, guesses: Mapping) -> tuple[np.ndarray, str]:
-    if len(groups) < MIN_DISCRIMINATION:
-        reason = f"{len(groups)} perturbations; below {MIN_DISCRIMINATION} it says little"
-        return np.full(len(groups), np.nan), reason
-    start = [truths[g].control_mean for g in groups]
-    predicted = np.stack([guesses[g].mean for g in groups]) - start
-    real = np.stack([truths[g].mean for g in groups]) - start
-    genes = pd.Index(truths[groups[0]].space.genes)
-    left_out = [np.flatnonzero(genes.isin(g[1].split("+"))) for g in groups]
-    return formulas.perturbation_discrimination(predicted, real, left_out), ""
+def score_rules(
+    rules: Mapping[str, Method],
+    groups: Sequence[tuple[str, str]],
+    training: Training,
+    real: AnnData,
+    control: Callable[[str], AnnData],
+    space: EvaluationSpace,
+    *,
+    metrics: Iterable[str] | None = None,
+    seed: int = 0,
+) -> tuple[pd.DataFrame, list[tuple[str, str]]]:
+    """The table of all rules for (context, perturbation) groups of real cells, and the groups that could be scored.
+
+    `control` gives the control cells of a context, from which every rule starts.
+
+    Raises
+    ------
+    HoldoutError
+        No group has two real and two control cells.
+    """
+    truths: dict[tuple[str, str], Truth] = {}
+    unscored: dict[tuple[str, str], str] = {}
+    guesses: dict[str, dict] = {name: {} for name in rules}
+    measured, shift = rows_by_group(real, training.groups.keys), training.shared_shift()
+    for pair in groups:
+        rows, start = measured.get(pair, np.zeros(0, int)), control(pair[0])
+        if min(len(rows), start.n_obs) < 2:
+            problem = f"{len(rows)} held-out cells and {start.n_obs} control cells in {pair[0]!r}"
+            unscored[pair] = f"{problem}; 2 of each are needed"
+            continue
+        truth = truths[pair] = replace(Truth.of(real[rows], start, space, seed), shared_shift=shift)
+        target = Target(*pair, truth.control, space.select(start), start, space)
+        for name, rule in rules.items():
+            guesses[name][pair] = run(name, rule, training, target)
+    if not truths:
+        problem = "; ".join(f"{', '.join(pair)}: {reason}" for pair, reason in unscored.items()) or "no group"
+        raise HoldoutError(three_beats("held-out cells and controls to start from", problem, "hold out more"))
+    return _table(truths, guesses, known_metrics(metrics), unscored), list(truths)
 
 
-def shared_shift(training: Training) -> np.ndarray | None:
-    """Mean over training groups of perturbed minus control mean, (gene,); None where nothing is perturbed."""
-    pairs = training.groups.pairs
-    return np.mean([training.shift(*pair) for pair in pairs], axis=0) if pairs else None
+def _table(truths: Mapping, guesses: Mapping[str, Mapping], metrics: list[str], unscored: Mapping) -> Scores:
+    """All rows; `guesses` is method -> group -> Prediction, `unscored` group -> reason."""
+    rows, needed = [], [*metrics, *({"e_distance"} - {*metrics} if SHARE in metrics else ())]
+    for group, truth in truths.items():
+        scores = [
+            row for by_group in guesses.values() for row in score_prediction(by_group[group], truth, needed)
+        ]
+        energies = [row for row in scores if row["metric"] == "e_distance"]
+        scores = [row for row in scores if row["metric"] in metrics] + noise(truth, metrics)
+        rows += _labelled(scores + (_replicate_shares(energies, truth) if SHARE in metrics else []), group)
+    for method, by_group in guesses.items() if PDS in metrics else ():
+        for group, (value, reason) in _discrimination(truths, by_group).items():
+            rows += _labelled([_row(method, PDS, value, reason)], group)
+    for group, reason in unscored.items():
+        names = [name for name in metrics if name in METRICS]
+        rows += _labelled([_row(m, name, np.nan, reason) for m in guesses for name in names], group)
+    return Scores(rows, columns=COLUMNS)
+
+
+def _labelled(rows: list[dict], group: tuple[str, str]) -> list[dict]:
+    labels = {"context": group[0], "perturbation": group[1], "group": ", ".join(group)}
+    return [labels | row for row in rows]
+
+
+def check_names(names: Iterable[str], others: Iterable[str]) -> None:
+    """A method by the name of another one would silently take its place, or lose its own."""
+    shared = [name for name in names if name in {*others, FLOOR, CEILING}]
+    if shared:
+        fix = "give it another name"
+        raise LabelError(three_beats("a name that no other method of the table has", repr(shared[0]), fix))
+
+
+def rows_by_group(adata: AnnData, keys: Keys) -> dict[tuple[str, str], np.ndarray]:
+    """Rows of each (context, perturbation), controls among them, sorted by name."""
+    labels = label_table(adata, replace(keys, dose_key=None))
+    return dict(sorted(labels.groupby(["context", "perturbation"]).indices.items()))
+
+
+# -- predicted cells of any package ------------------------------------------------------------------------------------
+
+SPACES = ("counts", "log1p")
+LARGEST_LOG = 30.0  # log1p of any count below 10^13
+LEAST_LOG = -1.0  # what a decoder without a lower bound may say of a gene that is off
 
 
 def score(
@@ -483,19 +484,18 @@ def score(
         Values that are neither counts nor logarithms: not finite, or scaled.
     """
     predictions = {"prediction": predictions} if isinstance(predictions, AnnData) else dict(predictions)
-    keys, metrics = keys_of(real), metrics if metrics is None or isinstance(metrics, str) else list(metrics)
-    known_metrics(metrics)
+    keys, metrics = keys_of(real), known_metrics(metrics)
     require_in_memory(real)
     check_names(predictions, BASELINES)
-    shared = shared_genes(predictions, real, genes)
-    files = {name: _read(name, adata, real, shared, space) for name, adata in predictions.items()}
-    left_out = _left_out(real, keys, files)
+    shared = _shared_genes(predictions, real, genes)
+    rows = {name: _perturbed_rows(name, adata, keys) for name, adata in predictions.items()}
+    read = {name: _read(name, adata, rows[name], real, shared, space) for name, adata in predictions.items()}
+    left_out = _left_out(real, keys, {pair for by_group in rows.values() for pair in by_group})
     training_cells, truth = real[~left_out].copy(), real[left_out]
     evaluation = EvaluationSpace.fit(training_cells, genes=shared, all_measured=True, seed=seed)
-    controls = rows_by_group(training_cells, keys)
-    groups = list(rows_by_group(truth, keys))
+    controls, groups = rows_by_group(training_cells, keys), list(rows_by_group(truth, keys))
     table, _ = score_rules(
-        {**BASELINES, **{name: file.predict for name, file in files.items()}},
+        {**BASELINES, **{name: rule for name, (rule, _) in read.items()}},
         groups,
         Training.of(training_cells, evaluation),
         truth,
@@ -504,85 +504,45 @@ def score(
         metrics=metrics,
         seed=seed,
     )
-    table.attrs["inputs"] = {name: file.facts(groups) for name, file in files.items()}
-    for name, facts in table.attrs["inputs"].items():
+    for name, (_, facts) in read.items():
+        facts["groups without predicted cells"] = [", ".join(p) for p in groups if p not in rows[name]]
+        facts["groups without real cells"] = [", ".join(p) for p in rows[name] if p not in groups]
         logger.info("score: %s: %s", name, facts)
         if facts["missing genes"] and genes is None:
             logger.warning("score: %s lacks %d genes of the screen", name, facts["missing genes"])
+    table.attrs["inputs"] = {name: facts for name, (_, facts) in read.items()}
     return table
 
 
-def score_rules(
-    rules: Mapping[str, Method],
-    groups: Sequence[tuple[str, str]],
-    training: Training,
-    real: AnnData,
-    control: Callable[[str], AnnData],
-    space: EvaluationSpace,
-    *,
-    metrics: Iterable[str] | None = None,
-    seed: int = 0,
-) -> tuple[pd.DataFrame, list[tuple[str, str]]]:
-    """The table of all rules for (context, perturbation) groups of real cells, and the groups that could be scored.
-
-    `control` gives the control cells of a context, from which every rule starts.
-
-    Raises
-    ------
-    HoldoutError
-        No group has two real and two control cells.
-    """
-    truths: dict[tuple[str, str], Truth] = {}
-    unscored: dict[tuple[str, str], str] = {}
-    guesses: dict[str, dict] = {name: {} for name in rules}
-    measured, shift = rows_by_group(real, training.groups.keys), shared_shift(training)
-    for pair in groups:
-        rows, start = measured.get(pair, np.zeros(0, int)), control(pair[0])
-        if min(len(rows), start.n_obs) < 2:
-            problem = f"{len(rows)} held-out cells and {start.n_obs} control cells in {pair[0]!r}"
-            unscored[pair] = f"{problem}; 2 of each are needed"
-            continue
-        target = Target(*pair, space.cells(start), space.select(start), start, space)
-        truths[pair] = Truth(
-            space.cells(real[rows]),
-            target.control,
-            space,
-            counts=space.select(real[rows]),
-            library=measured_totals(real[rows]),
-            shared_shift=shift,
-            seed=seed,
-        )
-        for name, rule in rules.items():
-            guesses[name][pair] = run(name, rule, training, target)
-    if not truths:
-        problem = "; ".join(f"{', '.join(pair)}: {reason}" for pair, reason in unscored.items()) or "no group"
-        raise HoldoutError(three_beats("held-out cells and controls to start from", problem, "hold out more"))
-    return table_of(truths, guesses, metrics, unscored), list(truths)
+def _shared_genes(
+    predictions: Mapping[str, AnnData], real: AnnData, genes: Sequence[str] | None
+) -> list[str]:
+    """Names of the genes to compare, in the order of the screen."""
+    shared = real.var_names if genes is None else pd.Index(list(genes))
+    for name, adata in [("real", real), *predictions.items()]:
+        if not adata.var_names.is_unique:
+            fix = "run var_names_make_unique() on it"
+            raise LabelError(three_beats(f"genes of {name!r} named once", "repeated names", fix))
+        inside = shared.isin(adata.var_names)
+        if not (inside.any() if genes is None else inside.all()):
+            lost = shared[~inside][0]
+            problem = f"{lost!r} of the screen, not in {list(adata.var_names[:3])}"
+            fix = f"use the gene names of the screen ({did_you_mean(lost, adata.var_names)})"
+            raise LabelError(three_beats(f"genes that {name!r} and the screen share", problem, fix))
+        shared = shared[inside]
+    return [str(gene) for gene in shared]
 
 
-def check_names(names: Iterable[str], taken: Iterable[str]) -> None:
-    """A method by the name of another one would silently take its place, or lose its own."""
-    shared = [name for name in names if name in {*taken, FLOOR, CEILING}]
-    if shared:
-        fix = "give it another name"
-        raise LabelError(three_beats("a name that no other method of the table has", repr(shared[0]), fix))
-
-
-def _read(name: str, adata: AnnData, real: AnnData, genes: Sequence[str], space: str | None) -> Predicted:
-    keys = keys_of(real)
+def _perturbed_rows(name: str, adata: AnnData, keys: Keys) -> dict[tuple[str, str], np.ndarray]:
     try:
-        rows = {pair: r for pair, r in rows_by_group(adata, keys).items() if pair[1] != keys.control}
+        return {pair: rows for pair, rows in rows_by_group(adata, keys).items() if pair[1] != keys.control}
     except LabelError as refusal:
         raise LabelError(f"{name}: {refusal}") from None
-    same = [r for pair, r in rows_by_group(real, keys).items() if pair in rows]
-    alike = np.concatenate(same) if same else np.arange(real.n_obs)
-    return Predicted.of(name, adata, rows, real, genes, space, alike)
 
 
-def _left_out(real: AnnData, keys: Keys, files: Mapping[str, Predicted]) -> np.ndarray:
+def _left_out(real: AnnData, keys: Keys, predicted: set[tuple[str, str]]) -> np.ndarray:
     """Mask (cell,) of the real cells to compare with: perturbed test cells, or all cells of the predicted groups."""
-    by_group = {pair: rows for pair, rows in rows_by_group(real, keys).items() if pair[1] != keys.control}
-    predicted = {pair for file in files.values() for pair in file.rows}
+    by_group = _perturbed_rows("real", real, keys)
     mask = np.zeros(real.n_obs, dtype=bool)
     for pair, rows in by_group.items():
         mask[rows] = SPLIT_KEY in real.obs or pair in predicted
@@ -597,12 +557,103 @@ def _left_out(real: AnnData, keys: Keys, files: Mapping[str, Predicted]) -> np.n
     return mask
 
 
-def rows_by_group(adata: AnnData, keys: Keys) -> dict[tuple[str, str], np.ndarray]:
-    """Rows of each (context, perturbation), controls among them, sorted by name."""
-    return dict(
-        sorted(
-            label_table(adata, replace(keys, dose_key=None))
-            .groupby(["context", "perturbation"])
-            .indices.items()
-        )
-    )
+def _read(
+    name: str, adata: AnnData, rows: Mapping, real: AnnData, genes: list[str], space: str | None
+) -> tuple[Method, dict[str, Any]]:
+    """Predicted cells as a method like the baselines, and what a reader of their scores has to know.
+
+    Where nobody says what ``X`` holds, whole numbers are counts, and other values the space whose mean profile is nearer
+    to the real one. Expected and drawn counts agree in the mean of expression, logarithms of drawn and of smooth cells in
+    that of the logarithms. A doubt is a warning.
+    """
+    values = raw_counts(adata)
+    numbers = values.data if sparse.issparse(values) else values
+    _check(name, numbers, space)
+    drawn = bool((numbers >= 0).all() and (numbers == np.rint(numbers)).all())
+    missing = int((~real.var_names.isin(adata.var_names)).sum())
+    chosen = values[:, adata.var_names.get_indexer(genes)]
+    chosen = chosen.maximum(0) if sparse.issparse(chosen) else np.maximum(chosen, 0)
+    share, library, levels, power = _share(real, genes), measured_totals(adata), {}, 0.0
+    if library is None and not missing:
+        library = _sums(values)
+    levels["counts"] = log1p_cp10k(chosen, _sums(chosen) / share if library is None else library)
+    if numbers.max(initial=0) <= LARGEST_LOG:
+        expression = np.expm1(chosen)
+        usual = max(np.median(_sums(expression)) / share, 1.0)
+        power = 10.0 ** max(4, np.rint(np.log10(usual)))
+        levels["log1p"] = log1p_cp10k(expression, np.full(adata.n_obs, power))
+    said = space or ("counts" if drawn else "")
+    if not drawn:
+        alike = [r for pair, r in rows_by_group(real, keys_of(real)).items() if pair in rows]
+        nearer = _nearest_level(levels, real[np.concatenate(alike)] if alike else real, genes, share, said)
+        if said and nearer != said:
+            logger.warning("score: %s is read as %s, but its mean profile is that of %s", name, said, nearer)
+        said = said or nearer
+    cells, whole = levels[said], drawn and said == "counts"
+
+    def predict(training: Training, target: Target) -> Prediction:
+        group = rows.get((target.context, target.perturbation))
+        if group is None:
+            raise Undefined("no predicted cells of this group")
+        part = cells[group].toarray() if sparse.issparse(cells) else cells[group]
+        if len(group) == 1:
+            return Prediction(name, part[0].astype(np.float64))
+        if not whole:
+            return Prediction.of_cells(name, part)
+        return Prediction.of_cells(name, part, chosen[group], None if library is None else library[group])
+
+    facts = {
+        "space": f"{said} ({'as said' if space else 'guessed'})",
+        "normalised to": f"{power:.0f}" if said == "log1p" else "",
+        "cells": sum(map(len, rows.values())),
+        "missing genes": missing,
+        "values below 0": float((numbers < 0).sum() / max(np.prod(values.shape), 1)),
+    }
+    return predict, facts
+
+
+def _check(name: str, numbers: np.ndarray, space: str | None) -> None:
+    if space not in (None, *SPACES):
+        problem = f"{space!r} ({did_you_mean(str(space), SPACES)})"
+        raise LabelError(three_beats(f"space to be one of {SPACES}, or None", problem, "name what X holds"))
+    if not np.isfinite(numbers).all():
+        fix = "find out where the model breaks; they are not replaced"
+        raise DataError(three_beats(f"finite values in X of {name!r}", "NaN or infinite values", fix))
+    least, most = numbers.min(initial=0), numbers.max(initial=0)
+    if least < LEAST_LOG:
+        problem = f"values down to {least:.3g}: scaled or centred data"
+        fix = "pass counts, or log1p of expression"
+        raise DataError(three_beats(f"counts or logarithms in X of {name!r}", problem, fix))
+    if space == "log1p" and most > LARGEST_LOG:
+        problem = f"values up to {most:.4g}"
+        raise DataError(three_beats(f"log1p of expression in X of {name!r}", problem, "pass space='counts'"))
+
+
+def _nearest_level(levels: Mapping, real: AnnData, genes: list[str], share: float, said: str) -> str:
+    """The space whose mean profile is nearest to the real one; that which was said unless another errs half as much."""
+    counts = raw_counts(real[:, genes], keys_of(real).layer)
+    level = log1p_cp10k(counts, _sums(counts) / share)
+    error = {}
+    for space, cells in levels.items():
+        means = [_mean(np.expm1(part) if space == "counts" else part) for part in (cells, level)]
+        one, other = np.log1p(means) if space == "counts" else means
+        error[space] = float(np.abs(one - other).mean())
+    nearest = min(error, key=error.__getitem__)
+    return said if said and error[nearest] >= error[said] / 2 else nearest
+
+
+def _share(real: AnnData, genes: Sequence[str]) -> float:
+    """Median share of the counts of a real cell that lies in the compared genes."""
+    layer, totals = keys_of(real).layer, measured_totals(real)
+    totals = library_size(real, layer) if totals is None else totals
+    return float(np.median(library_size(real[:, list(genes)], layer)[totals > 0] / totals[totals > 0]))
+
+
+def _sums(values) -> np.ndarray:
+    """(cell,) sums of cells (cell, gene)."""
+    return np.asarray(values.sum(axis=1), dtype=np.float64).ravel()
+
+
+def _mean(values) -> np.ndarray:
+    """(gene,) mean of cells (cell, gene)."""
+    return np.asarray(values.mean(axis=0), dtype=np.float64).ravel()

@@ -1,45 +1,41 @@
-"""How sure is a number: metrics on cells and fits drawn again, operators fitted again, where the error sits."""
+"""How sure is a number: metrics and operators drawn again, where the error sits, which experiment would tell most."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import torch
 from anndata import AnnData
+from scipy import sparse
 from scipy.spatial.distance import cdist
 from scipy.stats import t
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..data.contract import keys_of
-from ..data.counts import measured_totals
+from ..data.contract import context_name, keys_of
 from ..data.groups import Groups
-from ..errors import DataError, ModelError, three_beats
+from ..errors import DataError, LabelError, ModelError, three_beats
 from ..models.operators import Condition, OperatorModel
 from ..training.loop import Machine
 from ..training.operators import OperatorTrainer, Penalties, new_operators
 from .baselines import Prediction
+from .cellop import CellOp, Context
 from .holdout import CELLOP, Fit, Holdout
 from .metrics import e_distance
 from .predict import Start, modelled_counts
-from .scores import FLOOR, MAX_CELLS, Truth, known_metrics, rows_by_group, score_prediction
+from .scores import FLOOR, MAX_CELLS, METRICS, Truth, known_metrics, rows_by_group, score_prediction
 
 __all__ = [
     "bootstrap_operators",
     "error_advice",
     "error_budget",
     "metric_intervals",
+    "next_experiments",
     "operator_intervals",
 ]
-
-
-def _form(w: np.ndarray, distance: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """w_b' D v_b for every replicate b, (replicate,)."""
-    return ((w @ distance) * v).sum(axis=1)
 
 
 # -- operators: refits on cells drawn anew ---------------------------------------------------------------------------
@@ -228,122 +224,79 @@ def metric_intervals(
     ----------
     Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapters 8 and 10.
     """
-    ends = _ends(level)
+    ends, rows = _ends(level), []
     names = known_metrics(result.scores["metric"].unique() if metrics is None else metrics)
-    rows = []
-    for number, sides in enumerate(sides_of(result)):
-        truth = Truth(sides.real, sides.control, sides.space, max_cells=MAX_CELLS, seed=seed)
+    names = [name for name in names if name in METRICS]
+    others = [name for name in names if name != "e_distance"]
+    for number, (group, truth, fits) in enumerate(_sides(result, seed)):
         rng = np.random.default_rng([seed, number])
-        draws = range(n_replicates)
-        bar = tqdm(draws, desc=f"bootstrap {sides.group}", disable=not progress)
-        others = [name for name in names if name != "e_distance"]
-        values = (
-            pd.DataFrame([_redrawn(sides, truth, others, rng) for _ in bar]) if others else pd.DataFrame()
-        )
-        scored = result.scores[(result.scores["group"] == sides.group) & (result.scores["method"] == CELLOP)]
+        bar = tqdm(range(n_replicates), desc=f"bootstrap {group}", disable=not progress)
+        replicates = pd.DataFrame([_redrawn(truth, fits, others, rng) for _ in bar] if others else [])
+        scored = result.scores[(result.scores["group"] == group) & (result.scores["method"] == CELLOP)]
         by_metric = scored.groupby("metric")[["value", "reason"]].agg({"value": "mean", "reason": "first"})
         for name in names:
             estimate, reason = by_metric.loc[name]
-            labels = {"group": sides.group, "metric": name, "value": estimate}
+            low = high = np.nan
             if np.isfinite(estimate):
-                replicates = (
-                    _energy_replicates(sides, truth, n_replicates, rng)
-                    if name == "e_distance"
-                    else values[name].dropna().to_numpy()
-                )
-                if len(replicates):
-                    low, high = np.quantile(replicates, ends) - replicates.mean() + estimate
-                    labels |= {"low": float(low), "high": float(high)}
+                if name == "e_distance":
+                    drawn = energy_replicates(truth, fits, n_replicates, rng)
+                else:
+                    drawn = replicates[name].dropna().to_numpy()
+                if len(drawn):
+                    low, high = np.quantile(drawn, ends) - drawn.mean() + estimate
                 else:
                     reason = "needs the training cells, which the result does not keep"
-            rows.append({"low": np.nan, "high": np.nan, **labels, "level": level, "reason": reason})
+            rows.append((group, name, estimate, low, high, level, reason))
     columns = ["group", "metric", "value", "low", "high", "level", "reason"]
     return pd.DataFrame(rows, columns=columns)
 
 
-@dataclass(frozen=True, eq=False)
-class Sides:
-    """One held-out group in the space of its metrics: cells (cell, gene) in log1p-CP10k, their counts, and their
-    libraries (cell,) where genes were left out; predicted ones for each fit."""
-
-    group: str
-    space: Any = field(repr=False)
-    fits: list[np.ndarray] = field(repr=False)
-    fit_counts: list = field(repr=False)
-    fit_libraries: list[np.ndarray] | None = field(repr=False)
-    real: np.ndarray = field(repr=False)
-    real_counts: Any = field(repr=False)
-    real_library: np.ndarray | None = field(repr=False)
-    control: np.ndarray = field(repr=False)
-
-
-def sides_of(result: Holdout) -> Iterator[Sides]:
-    """The groups of a hold-out that were predicted, one after the other, in the space of their first fit."""
+def _sides(result: Holdout, seed: int) -> Iterator[tuple[str, Truth, list[Prediction]]]:
+    """Name, real cells and each fit's predicted cells of every predicted group, in the space of its first fit."""
     labels = result.scores[["question", "context", "perturbation", "group"]].drop_duplicates()
     for question, context, perturbation, group in labels.itertuples(index=False, name=None):
         fit = next(fit for fit in result.fits if fit.question == question)
         keys, space = keys_of(fit.real), fit.space
         cells = result.predictions[(result.predictions.obs["question"] == question).to_numpy()]
-        predicted = cells[rows_by_group(cells, keys).get((context, perturbation), np.zeros(0, int))]
-        if not predicted.n_obs:
+        cells = cells[rows_by_group(cells, keys).get((context, perturbation), np.zeros(0, int))]
+        if not cells.n_obs:
             continue  # its reason stands in the table
-        members = [
-            predicted[(predicted.obs["seed"] == seed).to_numpy()] for seed in predicted.obs["seed"].unique()
-        ]
-        counts = [space.select(member, "X") for member in members]
-        libraries = [measured_totals(member) for member in members]
         real = fit.real[rows_by_group(fit.real, keys)[context, perturbation]]
         control = fit.control[rows_by_group(fit.control, keys)[context, keys.control]]
-        yield Sides(
-            group,
-            space,
-            [space.transform(part) for part in counts],
-            counts,
-            None if libraries[0] is None else libraries,
-            space.transform(space.select(real)),
-            space.select(real),
-            measured_totals(real),
-            space.transform(space.select(control)),
-        )
+        of_seed = [(cells.obs["seed"] == seed).to_numpy() for seed in cells.obs["seed"].unique()]
+        fits = [Prediction.of_adata(CELLOP, cells[mask], space) for mask in of_seed]
+        yield group, Truth.of(real, control, space, seed), fits
 
 
-class _Redrawn(Truth):
-    """Resampled real and control cells that keep the gene ranking of the whole."""
-
-    def __init__(self, whole: Truth, real, control, counts, library) -> None:
-        super().__init__(
-            real, control, whole.space, counts=counts, library=library, shared_shift=whole.shared_shift,
-            max_cells=whole.max_cells, seed=whole.seed,
-        )  # fmt: skip
-        self.whole = whole
-
-    @property
-    def top_genes(self) -> np.ndarray:
-        return self.whole.top_genes
-
-
-def _redrawn(sides: Sides, truth: Truth, names: list[str], rng: np.random.Generator) -> dict[str, float]:
+def _redrawn(
+    truth: Truth, fits: list[Prediction], names: list[str], rng: np.random.Generator
+) -> dict[str, float]:
     """The metrics of one bootstrap sample."""
-    fits = rng.integers(len(sides.fits), size=len(sides.fits))
-    chosen = [(fit, rng.integers(len(sides.fits[fit]), size=len(sides.fits[fit]))) for fit in fits]
-    cells = np.concatenate([sides.fits[fit][rows] for fit, rows in chosen])
-    counts = np.concatenate([_dense(sides.fit_counts[fit][rows]) for fit, rows in chosen])
-    real = rng.integers(len(sides.real), size=len(sides.real))
-    control = rng.integers(len(sides.control), size=len(sides.control))
-    sample = (sides.real[real], sides.control[control], _dense(sides.real_counts[real]))
-    library, measured = None, None if sides.real_library is None else sides.real_library[real]
-    if sides.fit_libraries is not None:
-        library = np.concatenate([sides.fit_libraries[fit][rows] for fit, rows in chosen])
-    again = _Redrawn(truth, *sample, measured)
-    scored = score_prediction(Prediction.of_cells(CELLOP, cells, counts, library), again, names)
-    return {row["metric"]: row["value"] for row in scored}
+    cells, counts, libraries = [], [], []
+    for fit, rows in [(fits[k], _drawn(fits[k].cells, rng)) for k in _drawn(fits, rng)]:
+        cells.append(fit.cells[rows])
+        counts.append(sparse.csr_matrix(fit.counts[rows]))
+        libraries += [] if fit.library is None else [fit.library[rows]]
+    real, control = _drawn(truth.real, rng), _drawn(truth.control, rng)
+    again = replace(
+        truth,
+        real=truth.real[real],
+        control=truth.control[control],
+        counts=truth.counts[real],
+        library=None if truth.library is None else truth.library[real],
+        whole=truth,
+    )
+    library = np.concatenate(libraries) if libraries else None
+    guess = Prediction.of_cells(CELLOP, np.concatenate(cells), sparse.vstack(counts, "csr"), library)
+    return {row["metric"]: row["value"] for row in score_prediction(guess, again, names)}
 
 
-def _dense(counts) -> np.ndarray:
-    return counts.toarray() if hasattr(counts, "toarray") else np.asarray(counts)
+def _drawn(items, rng: np.random.Generator) -> np.ndarray:
+    """As many positions as there are items, with replacement."""
+    return rng.integers(len(items), size=len(items))
 
 
-def _energy_replicates(sides: Sides, truth: Truth, n_replicates: int, rng) -> np.ndarray:
+def energy_replicates(truth: Truth, fits: Sequence[Prediction], n_replicates: int, rng) -> np.ndarray:
     r"""E-distances with multinomial weights on the cells; those of the predicted cells also redraw the fits.
 
     With weights w, v that sum to n, m the replicate is
@@ -355,22 +308,22 @@ def _energy_replicates(sides: Sides, truth: Truth, n_replicates: int, rng) -> np
     twice as points would bias it.) Drawing fits makes weights correlate, which moves the mean (the caller centres) and
     widens the spread (which is what is asked).
     """
-    most = max(1, truth.max_cells // len(sides.fits))
-    parts = [truth.space.project(cells[rng.permutation(len(cells))[:most]]) for cells in sides.fits]
+
+    def form(w, distance, v) -> np.ndarray:
+        return ((w @ distance) * v).sum(axis=1)
+
+    def weights(draws, size: int) -> np.ndarray:
+        return rng.multinomial(draws, np.full(size, 1 / size), size=None if np.ndim(draws) else n_replicates)
+
+    most = max(1, MAX_CELLS // len(fits))
+    parts = [truth.space.project(fit.cells[rng.permutation(len(fit.cells))[:most]]) for fit in fits]
     x, y = np.concatenate(parts), truth.real_points
-    fits = rng.multinomial(len(parts), np.full(len(parts), 1 / len(parts)), size=n_replicates)
-    sizes = [len(part) for part in parts]
-    w = np.concatenate(
-        [_multinomial(size * fits[:, k], size, rng) for k, size in enumerate(sizes)], axis=1
-    )  # (replicate, cell)
-    v = _multinomial(np.full(n_replicates, len(y)), len(y), rng)
+    per_fit = weights(len(parts), len(parts))
+    w = np.concatenate([weights(len(p) * per_fit[:, k], len(p)) for k, p in enumerate(parts)], axis=1)
+    v = weights(len(y), len(y))
     n, m = w.sum(axis=1), len(y)
-    between = 2 * _form(w, cdist(x, y), v) / (n * m)
-    return between - _form(w, cdist(x, x), w) / (n - 1) ** 2 - _form(v, cdist(y, y), v) / (m - 1) ** 2
-
-
-def _multinomial(draws: np.ndarray, size: int, rng) -> np.ndarray:
-    return rng.multinomial(draws, np.full(size, 1 / size)).astype(float)
+    between = 2 * form(w, cdist(x, y), v) / (n * m)
+    return between - form(w, cdist(x, x), w) / (n - 1) ** 2 - form(v, cdist(y, y), v) / (m - 1) ** 2
 
 
 # -- where the error sits --------------------------------------------------------------------------------------------
@@ -458,3 +411,126 @@ def _sentence(row: pd.Series) -> str:
         f"{1 - max(decoder, 0.0) / whole:.0%} of the error comes from the operators and the plan: measure a nearer "
         "context, or more cells, and compare with the nearest context in the table."
     )
+
+
+# -- what to measure next ------------------------------------------------------------------------------------------------
+
+
+def next_experiments(
+    model: CellOp,
+    candidates: Sequence[tuple[Context, str]],
+    n: int = 10,
+    *,
+    wanted: Sequence[tuple[Context, str]] | None = None,
+) -> pd.DataFrame:
+    r"""Rank unmeasured (context, perturbation) pairs by how much uncertainty their measurement would remove.
+
+    .. math:: \text{gain}(c) = \sum_w \mathrm{cov}(w, c)^2 / (\mathrm{var}(c) + v)
+
+    under a Gaussian process over contexts and descriptors, given what was measured and what was chosen before, so that
+    the next choice tells something else. The covariance is a product of Gaussian kernels of median width, of descriptors
+    and of mean control cells; v is the mean share of noise in a measured effect.
+
+    Parameters
+    ----------
+    model
+        Fitted with `features`.
+    candidates
+        Pairs that could be measured.
+    n
+        How many to choose.
+    wanted
+        Pairs whose effects are wanted; the candidates where None.
+
+    Returns
+    -------
+    DataFrame
+        ``context, perturbation, gain, uncertainty``: share of the wanted variance that each removes, in the order of the
+        choice, and the share of the prior variance of the wanted that is left after it.
+
+    Raises
+    ------
+    ModelError
+        For a model without features.
+    LabelError
+        For no candidate, or a pair without descriptor or control cells.
+
+    References
+    ----------
+    MacKay (1992), Neural Computation 4:590; Cohn, Ghahramani, Jordan (1996), JAIR 4:129 (expected reduction of variance).
+    """
+    if model.features is None or not model.members:
+        fix = "fit CellOp(adata, features=...)"
+        raise ModelError(three_beats("a fitted model that knows descriptors of perturbations", "none", fix))
+    pairs = [(context_name(context, model.keys), perturbation) for context, perturbation in candidates]
+    if not pairs:
+        raise LabelError(
+            three_beats("candidates to choose from", "none", "name pairs (context, perturbation)")
+        )
+    targets = pairs if wanted is None else [(context_name(c, model.keys), p) for c, p in wanted]
+    means, rows = model.means, model.features.dropna(how="all")
+    rows = rows.set_axis(rows.index.map(str), axis=0)
+    for context, perturbation in (*pairs, *targets):
+        if perturbation not in rows.index or context not in means.contexts:
+            problem = f"{perturbation!r} in {context!r}"
+            fix = "leave it out, or describe it and measure the context's controls"
+            raise LabelError(
+                three_beats("a described perturbation and a context with controls", problem, fix)
+            )
+    measured = [pair for pair in means.pairs if pair[1] in rows.index]
+    change = means.change[[means.pairs.index(pair) for pair in measured]]
+    noise = means.noise[[means.pairs.index(pair) for pair in measured]].sum(1)
+    signal = max(
+        float(np.square(change - change.mean(0)).sum(1).mean() - noise.mean()), 0.1 * float(noise.mean())
+    )
+    every = [*measured, *pairs, *targets]
+    near = gaussian(rows.loc[[p for _, p in every]].to_numpy(dtype=float))
+    near *= gaussian(means.control[[means.contexts.index(c) for c, _ in every]])
+    first, last = len(measured), len(measured) + len(pairs)
+    chosen, gains, left = choose(
+        near, np.arange(first), np.arange(first, last), np.arange(last, len(every)), n, noise / signal
+    )
+    table = pd.DataFrame([every[k] for k in chosen], columns=["context", "perturbation"])
+    return table.assign(gain=gains, uncertainty=left)
+
+
+def gaussian(x: np.ndarray) -> np.ndarray:
+    """(n, n) Gaussian kernel of the rows of x (n, k), of the median distance between different rows as width."""
+    distance = cdist(x, x)
+    apart = distance[distance > 0]
+    return np.exp(-np.square(distance / (np.median(apart) if len(apart) else 1.0)) / 2)
+
+
+def choose(
+    kernel: np.ndarray,
+    measured: np.ndarray,
+    candidates: np.ndarray,
+    wanted: np.ndarray,
+    n: int,
+    noise: np.ndarray,
+) -> tuple[list[int], list[float], list[float]]:
+    """Greedy choice of n candidates, the share of the wanted variance that each removes, and the share that is left.
+
+    Parameters
+    ----------
+    kernel
+        (m, m) prior covariance of all rows, of which the others are positions.
+    noise
+        Of each measured row, in units of the prior variance; a candidate is expected to have their mean.
+    """
+    gram = kernel[np.ix_(measured, measured)] + np.diag(noise + 1e-9)
+    covariance = kernel - kernel[:, measured] @ np.linalg.solve(gram, kernel[measured])
+    own, prior = float(noise.mean()) + 1e-9, float(np.trace(kernel[np.ix_(wanted, wanted)]))
+    chosen: list[int] = []
+    gains, left = [], []
+    for _ in range(min(n, len(candidates))):
+        variance = np.maximum(np.diag(covariance)[candidates], 0.0) + own
+        gain = np.square(covariance[np.ix_(wanted, candidates)]).sum(0) / variance
+        gain[np.isin(candidates, chosen)] = -1.0
+        best = int(candidates[np.argmax(gain)])
+        column = covariance[:, best].copy()
+        covariance -= np.outer(column, column) / (max(column[best], 0.0) + own)
+        chosen.append(best)
+        gains.append(float(gain.max()) / prior)
+        left.append(float(np.maximum(np.diag(covariance)[wanted], 0.0).sum()) / prior)
+    return chosen, gains, left

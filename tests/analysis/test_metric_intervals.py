@@ -7,9 +7,10 @@ import pandas as pd
 import pytest
 
 from cellop_nb import datasets, holdout
+from cellop_nb.analysis.baselines import Prediction
 from cellop_nb.analysis.metrics import EvaluationSpace, e_distance
 from cellop_nb.analysis.scores import Truth
-from cellop_nb.analysis.uncertainty import Sides, _energy_replicates, metric_intervals
+from cellop_nb.analysis.uncertainty import energy_replicates, metric_intervals
 
 from .screens import rows_of, tiny
 
@@ -53,8 +54,8 @@ def test_intervals_of_the_energy_distance_cover_that_of_new_samples():
     inside = 0
     for _ in range(120):
         cells, real = draw(50, 0.0), draw(50, 0.7)
-        sides = Sides("c, p", space, [cells], [None], None, real, None, None, cells)
-        values = _energy_replicates(sides, Truth(real, cells, space), 200, rng)
+        fits = [Prediction.of_cells("p", cells)]
+        values = energy_replicates(Truth(real, cells, space), fits, 200, rng)
         low, high = np.quantile(values - values.mean() + e_distance(cells, real), [0.05, 0.95])
         inside += low <= population <= high
     assert 0.82 < inside / 120 <= 0.97

@@ -9,9 +9,9 @@ from sklearn.kernel_ridge import KernelRidge
 
 import cellop_nb as co
 from cellop_nb.analysis.baselines import Target, Training, linear_features
-from cellop_nb.analysis.design import choose, gaussian
 from cellop_nb.analysis.metrics import EvaluationSpace, Undefined
 from cellop_nb.analysis.plan import Measured
+from cellop_nb.analysis.uncertainty import choose, gaussian
 from cellop_nb.analysis.unmeasured import KERNEL, MEAN, NEAREST, RIDGE, EffectMap, verdict
 from cellop_nb.errors import LabelError, ModelError
 
