@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import combinations
 
@@ -70,8 +70,13 @@ def combine(
     ----------
     Higham (2008), Functions of Matrices, section 10.1 (exponential of a sum against the product).
     """
-    labels = operators.conditions.perturbations
-    return _by_rule(lambda name: _operator(operators, name, context), perturbation, rule, labels)
+    if rule not in RULES:
+        raise LabelError(three_beats(f"a rule among {list(RULES)}", repr(rule), did_you_mean(rule, RULES)))
+    if rule == "axes":
+        return _operator(operators, perturbation, context)
+    names = perturbation_parts(perturbation, operators.conditions.perturbations)
+    parts = [_operator(operators, name, context) for name in names]
+    return compose(parts) if rule == "composition" else sum_generators(parts)
 
 
 def _operator(
@@ -82,20 +87,6 @@ def _operator(
     return operators.operator(
         Condition.parse(perturbation, own, dose=dose, perturbations=operators.conditions.perturbations)
     )
-
-
-def _by_rule(
-    operator: Callable[[str], AffineOperator],
-    perturbation: str,
-    rule: str,
-    labels: Sequence[str] | None = None,
-) -> AffineOperator:
-    if rule not in RULES:
-        raise LabelError(three_beats(f"a rule among {list(RULES)}", repr(rule), did_you_mean(rule, RULES)))
-    if rule == "axes":
-        return operator(perturbation)
-    parts = [operator(name) for name in perturbation_parts(perturbation, labels)]
-    return compose(parts) if rule == "composition" else sum_generators(parts)
 
 
 def sequence(
@@ -270,13 +261,13 @@ def reversal(
 
     rows = []
     for group in back:
-        real, noise = back.control[group.context], (floors[group.context], limit(group.context, len(group)))
-        operator = _operator(operators, group.perturbation, group.context, group.dose)
+        context, labels = group.context, (group.context, group.perturbation, group.label, len(group))
+        noise = floors[context], limit(context, len(group))
+        operator = _operator(operators, group.perturbation, context, group.dose)
         for method, cells, reason in _led_back(group, operator, shifts.get(group.label)):
             energy = math.nan
             if cells is not None:
-                energy = float(energy_distance(cells, real, y_self=own[group.context]))
-            labels = (group.context, group.perturbation, group.label, len(group))
+                energy = float(energy_distance(cells, back.control[context], y_self=own[context]))
             rows.append((*labels, method, energy, *noise, reason))
     columns = ["context", "perturbation", "group", "cells", "method", "energy", "floor", "limit", "reason"]
     return Distances(rows, columns=columns)

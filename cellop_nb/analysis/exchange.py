@@ -67,16 +67,12 @@ def cell_eval_pair(
 
     Raises
     ------
-    HoldoutError
+    LabelError
         For a context that was not held out, or several to choose from.
     """
     questions = result.scores[["question", "context"]].drop_duplicates()
     contexts = list(dict.fromkeys(questions["context"]))
-    if context is None and len(contexts) == 1:
-        context = contexts[0]
-    if context not in contexts:
-        fix = did_you_mean(context, contexts) if context else "pass context=..."
-        raise HoldoutError(three_beats(f"one of the held-out contexts {contexts[:5]}", repr(context), fix))
+    context = _one_context(context, contexts, "held-out")
     question = questions[questions["context"] == context]["question"].iloc[0]
     fit = next(fit for fit in result.fits if fit.question == question and seed in (None, fit.seed))
     keys, space = keys_of(fit.real), fit.space
@@ -95,6 +91,15 @@ def cell_eval_pair(
         return ad.AnnData(np.concatenate(cells), obs=obs, var=genes)
 
     return side(result.predictions[mine.to_numpy()], "X"), side(fit.real, None)
+
+
+def _one_context(context: str | None, contexts: list[str], kind: str) -> str:
+    """The context that is asked for, or the only one."""
+    chosen = contexts[0] if context is None and len(contexts) == 1 else context
+    if chosen not in contexts:
+        fix = did_you_mean(chosen, contexts) if chosen else "pass context=..."
+        raise LabelError(three_beats(f"one of the {kind} contexts {contexts[:5]}", repr(chosen), fix))
+    return chosen
 
 
 def cell_eval2(
@@ -134,15 +139,11 @@ def cell_eval2(
     keys = keys_of(real)
     rows = [rows_by_group(adata, keys) for adata in (predicted, real)]
     contexts = sorted({c for c, p in rows[0] if p != keys.control})
-    context = contexts[0] if context is None and len(contexts) == 1 else context
-    if context not in contexts:
-        fix = did_you_mean(context, contexts) if context else "pass context=..."
-        raise LabelError(three_beats(f"one of the predicted contexts {contexts[:5]}", repr(context), fix))
+    context = _one_context(context, contexts, "predicted")
     shared = [(c, p) for c, p in rows[0] if c == context and p != keys.control and (c, p) in rows[1]]
-    if not shared or (context, keys.control) not in rows[1]:
-        problem = f"{len(shared)} groups on both sides and " + (
-            "no controls" if (context, keys.control) not in rows[1] else "controls"
-        )
+    control = rows[1].get((context, keys.control))
+    if not shared or control is None:
+        problem = f"{len(shared)} groups on both sides and {'no controls' if control is None else 'controls'}"
         fix = "give real cells and controls of the predicted groups"
         raise HoldoutError(three_beats(f"groups and controls of {context!r}", problem, fix))
     column = predicted.var_names.get_indexer(real.var_names)
@@ -157,7 +158,6 @@ def cell_eval2(
         fix = "draw counts; logarithms and expected counts are refused by cell-eval2, too"
         raise DataError(three_beats("whole counts predicted in X", "other numbers", fix))
     truth = sparse.csr_matrix(raw_counts(real, keys.layer))
-    control = rows[1][context, keys.control]
 
     def side(values: sparse.csr_matrix, by_group: dict) -> ad.AnnData:
         parts = [truth[control], *(values[by_group[pair]] for pair in shared)]
@@ -230,24 +230,19 @@ def vcc2026(
     config = replace(config, de=replace(config.de, backend="scanpy"))
     raw = package.aggregate_metrics(package.compute_metrics(guess, truth, config=config))
     base = package.build_generic_baseline(truth, config=config, seed=seed, allow_degenerate=True).results
-    values = {
-        "raw": _by_metric(raw, "mean"),
-        "mean_response": _by_metric(package.aggregate_metrics(base), "mean"),
-    }
-    why = ""
+    base = package.aggregate_metrics(base)
+    values, why = {"raw": _by_metric(raw, "mean"), "mean_response": _by_metric(base, "mean")}, ""
     try:
         anchor = compute_replicate_anchor(truth, config=config, base_seed=seed, n_splits=n_splits)[1]
         values["replicate"] = _by_metric(anchor, "replicate")
     except ValueError as refusal:
         why, values["replicate"] = f"no replicate: {str(refusal).splitlines()[0]}", {}
-    rows = []
+    rows, otherwise = [], "undefined for these groups, or a replicate is no better"
     for metric in VCC2026:
         row = {name: float(column.get(metric, np.nan)) for name, column in values.items()}
         head = row["replicate"] - row["mean_response"]
         scaled = (row["raw"] - row["mean_response"]) / head if abs(head) > 1e-9 else np.nan
-        reason = (
-            "" if np.isfinite(scaled) else why or "undefined for these groups, or a replicate is no better"
-        )
+        reason = "" if np.isfinite(scaled) else why or otherwise
         rows.append({"metric": metric, "value": scaled, **row, "reason": reason})
     return pd.DataFrame(rows)
 

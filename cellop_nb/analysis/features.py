@@ -18,6 +18,7 @@ from scipy import sparse
 from ..data.contract import keys_of
 from ..data.counts import require_in_memory
 from ..data.groups import Groups, controls_by_context
+from ..data.splits import outside_test
 from ..errors import DataError, LabelError, ModelError, did_you_mean, three_beats
 from ..models.operators import perturbation_parts
 from ..packages import require
@@ -89,7 +90,10 @@ def from_expression(
     space = ad.AnnData(level[:, heard])
     sc.pp.pca(space, n_comps=k, random_state=seed)
     loadings = space.varm["PCs"] * np.sqrt(space.uns["pca"]["variance"])
-    names = adata.var_names if symbols is None else _column(adata.var, symbols, "var")
+    if symbols is not None and symbols not in adata.var:
+        fix = did_you_mean(symbols, adata.var.columns)
+        raise LabelError(three_beats(f"a column {symbols!r} in var", "no such column", fix))
+    names = adata.var_names if symbols is None else adata.var[symbols].astype(str)
     return _table(loadings, np.asarray(names, dtype=object)[heard], "expression")
 
 
@@ -153,24 +157,18 @@ def from_gene_sets(
     ----------
     Sparck Jones (1972), J. Documentation 28:11 (the weight of a set).
     """
-    members = gene_set_members(gene_sets).drop_duplicates()
-    sets = members.groupby("source")["target"].agg(list)
-    genes = sorted(members["target"].unique())
-    sets = sets[(sets.map(len) > 1) & (sets.map(len) < len(genes))]
-    if not len(sets):
-        problem = f"{members['source'].nunique()} sets of {len(genes)} genes"
+    members = gene_set_members(gene_sets)
+    n_genes, size = members["target"].nunique(), members.groupby("source")["target"].transform("size")
+    some = members.assign(weight=np.log(n_genes / size))[(size > 1) & (size < n_genes)]
+    if not len(some):
+        problem = f"{members['source'].nunique()} sets of {n_genes} genes"
         fix = "give sets of which some, not all, genes are members"
         raise DataError(three_beats("sets that two genes or more share", problem, fix))
-    position = {gene: k for k, gene in enumerate(genes)}
-    rows = np.array([position[gene] for names in sets for gene in names])
-    columns = np.repeat(np.arange(len(sets)), sets.map(len))
-    weight = np.log(len(genes) / sets.map(len).to_numpy())[columns]
-    matrix = sparse.csr_matrix((weight, (rows, columns)), (len(genes), len(sets)))
-    inside = np.flatnonzero(matrix.getnnz(1))
-    names = [genes[k] for k in inside]
-    if len(sets) <= n_components:
-        return pd.DataFrame(matrix[inside].toarray(), index=names, columns=list(sets.index))
-    return _table(_principal(matrix[inside], n_components, "genes"), names, "sets")
+    table = some.pivot(index="target", columns="source", values="weight").fillna(0.0)
+    table = table.rename_axis(index=None, columns=None)
+    if table.shape[1] <= n_components:
+        return table
+    return _table(_principal(table.to_numpy(), n_components, "genes"), table.index, "sets")
 
 
 def from_network(edges: pd.DataFrame | str | Path, *, n_components: int = 32, seed: int = 0) -> pd.DataFrame:
@@ -205,10 +203,12 @@ def from_network(edges: pd.DataFrame | str | Path, *, n_components: int = 32, se
     if table.shape[1] < 2 or table.iloc[:, :2].isna().any(axis=None):
         fix = "give two columns of names, and a third of weights if there are any"
         raise DataError(three_beats("edges between two named genes", f"columns {list(table)}", fix))
-    weight = pd.to_numeric(table.iloc[:, 2], errors="coerce") if table.shape[1] > 2 else np.ones(len(table))
-    weight = np.asarray(weight, dtype=float)
-    if not (np.isfinite(weight) & (weight > 0)).all():
-        problem = f"{table.iloc[np.flatnonzero(~(weight > 0))[:1], 2].tolist()}"
+    weight = np.ones(len(table))
+    if table.shape[1] > 2:
+        weight = pd.to_numeric(table.iloc[:, 2], errors="coerce").to_numpy(dtype=float)
+    bad = ~(np.isfinite(weight) & (weight > 0))
+    if bad.any():
+        problem = f"{table.iloc[np.flatnonzero(bad)[:1], 2].tolist()}"
         raise DataError(three_beats("positive weights of edges", problem, "drop these edges"))
     codes, names = pd.factorize(np.concatenate([table.iloc[:, 0], table.iloc[:, 1]]).astype(str), sort=True)
     ends = codes.reshape(2, -1)
@@ -298,10 +298,9 @@ def from_table(file: str | Path, *, scale: bool = True) -> pd.DataFrame:
         not finite, or names that repeat.
     """
     path = Path(file)
-    table = _read_npz(path) if path.suffix == ".npz" else _read(path)
-    if path.suffix != ".npz":
-        named = not isinstance(table.index, pd.RangeIndex)  # parquet keeps an index of names
-        table = table if named else table.set_index(table.columns[0])
+    table = _read(path)
+    if isinstance(table.index, pd.RangeIndex):  # parquet and npz keep an index of names
+        table = table.set_index(table.columns[0])
     table.index = table.index.map(str)
     numbers = table.apply(pd.to_numeric, errors="coerce")
     bad = ~np.isfinite(numbers.to_numpy(dtype=float))
@@ -386,7 +385,10 @@ def coverage(features: pd.DataFrame, adata: ad.AnnData) -> pd.DataFrame:
     groups = Groups(adata, min_cells=1)
     cells: dict[str, int] = {}
     for group in groups:
-        for part in _parts(group.perturbation, groups, features):
+        parts = groups.parts(group.perturbation)
+        if len(parts) == 1:  # a combination of what was not measured alone may be described by its parts
+            parts = perturbation_parts(group.perturbation, features.index, features.index)
+        for part in parts:
             cells[part] = cells.get(part, 0) + len(group)
     table = pd.DataFrame({"perturbation": list(cells), "cells": list(cells.values())})
     table["described"] = table["perturbation"].isin(described(features))
@@ -473,12 +475,6 @@ def described(features: pd.DataFrame) -> list[str]:
     return list(names[~marked])
 
 
-def _parts(label: str, groups: Groups, features: pd.DataFrame) -> tuple[str, ...]:
-    """The perturbations that a measured label names: measured alone, or described."""
-    parts = groups.parts(label)
-    return parts if len(parts) > 1 else perturbation_parts(label, features.index, features.index)
-
-
 def _check_missing(missing: str) -> None:
     if missing not in MISSING:
         raise LabelError(three_beats(f"missing among {MISSING}", repr(missing), "name one of them"))
@@ -496,13 +492,10 @@ def _of_size_one(table: pd.DataFrame) -> pd.DataFrame:
     return centred / (size or 1.0)
 
 
-def _nearest(name: str, tables: Sequence[pd.DataFrame], candidates: Sequence[str]) -> str:
+def _nearest(name: str, tables: list[pd.DataFrame], candidates: list[str]) -> str:
     """The candidate that is nearest to a perturbation (Euclid) in the tables that describe it."""
-    squares = sum(
-        np.square(table.loc[list(candidates)] - table.loc[name]).sum(axis=1)
-        for table in tables
-        if name in table.index
-    )
+    telling = [table for table in tables if name in table.index]
+    squares = sum(np.square(table.loc[candidates] - table.loc[name]).sum(axis=1) for table in telling)
     return str(squares.idxmin())
 
 
@@ -518,14 +511,7 @@ def _filled(table: pd.DataFrame, twin: Mapping[str, str]) -> pd.DataFrame:
 
 def _training(adata: ad.AnnData) -> ad.AnnData:
     require_in_memory(adata)
-    return adata[(adata.obs["split"] != "test").to_numpy()] if "split" in adata.obs else adata
-
-
-def _column(table: pd.DataFrame, name: str, what: str) -> pd.Series:
-    if name not in table:
-        fix = did_you_mean(name, table.columns)
-        raise LabelError(three_beats(f"a column {name!r} in {what}", "no such column", fix))
-    return table[name].astype(str)
+    return adata[outside_test(adata)]
 
 
 def _table(values: np.ndarray, names, prefix: str) -> pd.DataFrame:
@@ -536,34 +522,29 @@ def _table(values: np.ndarray, names, prefix: str) -> pd.DataFrame:
     return table[~table.index.duplicated()]
 
 
-def _principal(matrix, n_components: int, rows: str) -> np.ndarray:
+def _principal(matrix: np.ndarray, n_components: int, rows: str) -> np.ndarray:
     """Scores (row, component) of the centred matrix on its main directions, signs fixed."""
-    dense = matrix.toarray() if sparse.issparse(matrix) else np.asarray(matrix, dtype=float)
-    if len(dense) < 3:
-        raise DataError(three_beats(f"3 {rows} or more", f"{len(dense)}", "describe more of them"))
-    scores, sizes, axes = np.linalg.svd(dense - dense.mean(0), full_matrices=False)
-    k = min(n_components, len(dense) - 1, len(sizes))
+    if len(matrix) < 3:
+        raise DataError(three_beats(f"3 {rows} or more", f"{len(matrix)}", "describe more of them"))
+    scores, sizes, axes = np.linalg.svd(matrix - matrix.mean(0), full_matrices=False)
+    k = min(n_components, len(matrix) - 1, len(sizes))
     largest = np.abs(axes[:k]).argmax(1)
     return scores[:, :k] * sizes[:k] * np.sign(axes[np.arange(k), largest])
 
 
 def _read(path: Path) -> pd.DataFrame:
+    """A table as it is stored; that of an .npz with the names of perturbations as index."""
     if not path.is_file():
-        raise DataError(
-            three_beats("a table", f"no file {path}", "give the path of a .csv, .tsv or .parquet")
-        )
+        fix = "give the path of a .csv, .tsv, .parquet or .npz"
+        raise DataError(three_beats("a table", f"no file {path}", fix))
     if path.suffix == ".parquet":
         require("pyarrow", "notebook", of="parquet files")
         return pd.read_parquet(path)
-    if path.suffix not in (".csv", ".tsv", ".txt"):
+    if path.suffix in (".csv", ".tsv", ".txt"):
+        return pd.read_csv(path, sep="," if path.suffix == ".csv" else "\t")
+    if path.suffix != ".npz":
         fix = "write it as .csv, .tsv, .parquet or .npz (a pickle could run any code)"
         raise DataError(three_beats("a table of text, parquet or npz", path.name, fix))
-    return pd.read_csv(path, sep="," if path.suffix == ".csv" else "\t")
-
-
-def _read_npz(path: Path) -> pd.DataFrame:
-    if not path.is_file():
-        raise DataError(three_beats("a table", f"no file {path}", "give the path of an .npz"))
     expected = "an array per perturbation, or names (perturbation,) and values (perturbation, descriptor)"
     try:
         with np.load(path, allow_pickle=False) as archive:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -73,17 +73,19 @@ def response_genes(
         of the data in a context that the operators know, largest absolute change first.
     """
     groups, covariates = Groups(adata, use_rep=use_rep, min_cells=1), _one_hot(adata, vae)
-    tables, names = [], operators.conditions.perturbations
-    for context, members in _by_context(groups):
+    names, starts, tables = operators.conditions.perturbations, {}, []
+    for group in groups:
+        context = group.context
         if context not in operators.conditions.contexts:
             continue
-        chosen = evenly(len(groups.control_rows[context]), max_cells)
-        z, rows = groups.control[context][chosen], groups.control_rows[context][chosen.numpy()]
-        own = None if covariates is None else covariates[rows]
-        before = _mean_proportions(vae, z, own)
-        for group in members:
-            after = _mean_proportions(vae, operators.operator(group.condition(names))(z), own)
-            tables.append(_table(vae.genes, before, after, pseudocount, _names(group, groups), n_top))
+        if context not in starts:
+            chosen = evenly(len(groups.control_rows[context]), max_cells)
+            z, rows = groups.control[context][chosen], groups.control_rows[context][chosen.numpy()]
+            own = None if covariates is None else covariates[rows]
+            starts[context] = z, own, _mean_proportions(vae, z, own)
+        z, own, before = starts[context]
+        after = _mean_proportions(vae, operators.operator(group.condition(names))(z), own)
+        tables.append(_table(vae.genes, before, after, pseudocount, group, groups, n_top))
     return pd.concat(tables, ignore_index=True)
 
 
@@ -96,12 +98,12 @@ def measured_genes(
     Control cells are all of the context. The columns are the same.
     """
     groups, controls = Groups(adata, split=split, min_cells=1), Groups(adata, min_cells=1).control_rows
-    matrix, tables = count_matrix(adata), []
-    for context, members in _by_context(groups):
-        before = _mean_shares(matrix, controls[context])
-        for group in members:
-            after = _mean_shares(matrix, group.rows)
-            tables.append(_table(adata.var_names, before, after, pseudocount, _names(group, groups), n_top))
+    matrix, genes, before, tables = count_matrix(adata), adata.var_names, {}, []
+    for group in groups:
+        if group.context not in before:
+            before[group.context] = _mean_shares(matrix, controls[group.context])
+        after = _mean_shares(matrix, group.rows)
+        tables.append(_table(genes, before[group.context], after, pseudocount, group, groups, n_top))
     return pd.concat(tables, ignore_index=True)
 
 
@@ -147,16 +149,6 @@ def axis_genes(
     return pd.concat(tables, ignore_index=True)
 
 
-def _by_context(groups: Groups) -> Iterator[tuple[str, list[Group]]]:
-    for context in dict.fromkeys(group.context for group in groups):
-        yield context, [group for group in groups if group.context == context]
-
-
-def _names(group: Group, groups: Groups) -> dict[str, object]:
-    names: dict[str, object] = {"context": group.context, "perturbation": group.perturbation}
-    return names if groups.keys.dose_key is None else names | {"dose": group.dose}
-
-
 def _mean_shares(matrix: CountMatrix | DiskCounts, rows: np.ndarray) -> np.ndarray:
     """Each gene's share of a cell's counts, mean over the cells `rows`, (gene,); read in parts."""
     total, library = np.zeros(matrix.shape[1]), matrix.library.double().numpy()
@@ -184,11 +176,13 @@ def _log2_slopes(vae: NBVAE, z: Tensor, directions: Tensor, covariates: Tensor |
     return (directions @ jacobian.T / np.log(2)).detach()
 
 
-def _table(genes, before, after, pseudocount: float, names: dict, n_top: int | None) -> pd.DataFrame:
+def _table(genes, before, after, pseudocount: float, group: Group, groups: Groups, n_top: int | None):
     before, after = (COUNTS_PER_CELL * mean.astype(float) + pseudocount for mean in (before, after))
     lfc = np.log2(after / before)
     order = np.argsort(-np.abs(lfc), kind="stable")[:n_top]
-    return pd.DataFrame({**names, "gene": np.asarray(genes)[order], "lfc": lfc[order]})
+    names: dict[str, object] = {"context": group.context, "perturbation": group.perturbation}
+    names |= {} if groups.keys.dose_key is None else {"dose": group.dose}
+    return pd.DataFrame(names | {"gene": np.asarray(genes)[order], "lfc": lfc[order]})
 
 
 # -- which responses are alike --------------------------------------------------------------------------------------
@@ -325,14 +319,24 @@ def enrich(
     ----------
     Badia-i-Mompel et al. 2022, Bioinform Adv 2:vbac016 (decoupler).
     """
-    column = _value_column(changes, value)
+    usual = next((name for name in _VALUES if name in changes), None)
+    for column in ("gene", value or usual or "effect"):
+        if column not in changes:
+            hint = did_you_mean(column, changes.columns)
+            fix = f"rename or add it ({hint}), or pass value=..."
+            raise LabelError(three_beats(f"a column {column!r}", f"{list(changes.columns)}", fix))
     sets = gene_set_members(gene_sets)
     by = [name for name in ("axis", "group", "context", "perturbation", "dose") if name in changes]
     if not by:
         changes, by = changes.assign(profile="all"), ["profile"]
-    wide = changes.pivot(index=by, columns="gene", values=column).fillna(0.0)
+    wide = changes.pivot(index=by, columns="gene", values=value or usual).fillna(0.0)
     wide.columns = wide.columns.astype(str)
-    _enough_overlap(sets, set(wide.columns), min_genes)
+    largest = sets[sets["target"].isin(wide.columns)].groupby("source").size().max()
+    if not largest >= min_genes:
+        n_sets = sets["source"].nunique()
+        problem = f"at most {np.nan_to_num(largest):g} in any of {n_sets} sets, among {wide.shape[1]} genes"
+        fix = "use the same gene names (symbols or Ensembl), keep more genes, or lower min_genes"
+        raise DataError(three_beats(f"a set that shares {min_genes} genes with the table", problem, fix))
     names, wide.index = wide.index.to_frame(index=False), [str(k) for k in range(len(wide))]
     require("decoupler", "enrichment", of="enrichment")
     import decoupler
@@ -357,17 +361,6 @@ def enrich(
     return table.sort_values([*by, "p"], ignore_index=True)
 
 
-def _value_column(changes: pd.DataFrame, value: str | None) -> str:
-    for column in ("gene", *filter(None, [value])):
-        if column not in changes:
-            hint = did_you_mean(column, changes.columns)
-            raise LabelError(three_beats(f"a column {column!r}", "none", f"rename or add it ({hint})"))
-    usual = [name for name in _VALUES if name in changes]
-    if value is None and not usual:
-        raise LabelError(three_beats("a column of changes", f"{list(changes.columns)}", "pass value=..."))
-    return value or usual[0]
-
-
 def gene_set_members(gene_sets) -> pd.DataFrame:
     """Rows ``source, target`` without repeats."""
     if isinstance(gene_sets, Mapping):
@@ -389,15 +382,6 @@ def gene_set_members(gene_sets) -> pd.DataFrame:
                 raise DataError(three_beats("lines of a GMT file", problem, fix))
             rows += [(fields[0], gene) for gene in fields[2:] if gene]
     return pd.DataFrame(rows, columns=["source", "target"]).drop_duplicates(ignore_index=True)
-
-
-def _enough_overlap(sets: pd.DataFrame, genes: set[str], min_genes: int) -> None:
-    shared = sets[sets["target"].isin(genes)].groupby("source").size()
-    largest = int(shared.max()) if len(shared) else 0
-    if largest < min_genes:
-        problem = f"at most {largest} in any of {sets['source'].nunique()} sets, among {len(genes)} genes"
-        fix = "use the same gene names (symbols or Ensembl), keep more genes, or lower min_genes"
-        raise DataError(three_beats(f"a set that shares {min_genes} genes with the table", problem, fix))
 
 
 # -- differential expression of predicted cells ----------------------------------------------------------------------

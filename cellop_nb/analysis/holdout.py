@@ -440,31 +440,29 @@ def _shared_out(client, work, model: CellOp, tasks: list) -> Iterator[dict]:
 
 
 def _pooled(results: list[dict], refused: list[dict]) -> Holdout:
-    def labelled(result: dict, table: pd.DataFrame) -> pd.DataFrame:
-        return pd.DataFrame(table).assign(question=result["question"], seed=result["seed"])
-
-    good = [result for result in results if "scores" in result]
-    refused = refused + [
-        {"question": r["question"], "seed": r["seed"], "reason": r["reason"]}
-        for r in results
-        if "reason" in r
-    ]
-    if not good:
+    """All answers in one table each, with question and seed."""
+    refused = refused + [result for result in results if "reason" in result]
+    results = [result for result in results if "scores" in result]
+    if not results:
         problem = "; ".join(f"{row['question']}: {row['reason']}" for row in refused)
         raise HoldoutError(three_beats("a hold-out that the data allow", problem, "change the hold-out"))
-    cells = []
-    for result in good:
+    tables: dict[str, list] = {"scores": [], "choice": []}
+    cells, several = [], len({result["seed"] for result in results}) > 1
+    for result in results:
+        question, seed = result["question"], result["seed"]
+        for name, parts in tables.items():
+            parts.append(pd.DataFrame(result[name]).assign(question=question, seed=seed))
         if result["cells"] is not None:
-            result["cells"].obs = result["cells"].obs.assign(question=result["question"], seed=result["seed"])
-            if len({r["seed"] for r in good}) > 1:
-                result["cells"].obs_names += f", seed {result['seed']}"
+            result["cells"].obs = result["cells"].obs.assign(question=question, seed=seed)
+            if several:
+                result["cells"].obs_names += f", seed {seed}"
             cells.append(result["cells"])
-    scores = pd.concat([labelled(result, result["scores"]) for result in good], ignore_index=True)
+    scores, choices = (pd.concat(parts, ignore_index=True) for parts in tables.values())
     first = ["question", "seed"]
     return Holdout(
         scores[[*first, *(column for column in scores if column not in first)]],
         ad.concat(cells, merge="same", index_unique=None) if cells else ad.AnnData(),
-        pd.concat([labelled(result, result["choice"]) for result in good], ignore_index=True),
-        pd.DataFrame(refused, columns=["question", "seed", "reason"]),
-        [result["fit"] for result in good],
+        choices,
+        pd.DataFrame(refused, columns=[*first, "reason"]),
+        [result["fit"] for result in results],
     )

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from ..data.contract import keys_of, label_table, library_size, obs_labels
 from ..data.counts import model_counts
+from ..data.groups import representation
 from ..data.splits import rows_of
 from ..errors import LabelError, three_beats
 from ..models.likelihood import nb_log_likelihood
 from ..models.vae import NBVAE, elbo_loss, sample_z
 from ..training.vae import new_vae
-from .predict import REP, latents
 
 __all__ = [
     "leaks",
@@ -161,7 +161,7 @@ def leaks(
     adata,
     covariate_keys: Sequence[str] = (),
     *,
-    use_rep: str = REP,
+    use_rep: str = "X_nbvae",
     n_permutations: int = 5,
     max_cells: int = 2500,
     seed: int = 0,
@@ -201,23 +201,20 @@ def leaks(
     some = np.sort(rng.permutation(adata.n_obs)[:max_cells])
     labels = label_table(adata, keys).iloc[some]
     groups = (labels["context"] + "\0" + labels["perturbation"]).to_numpy()
-    z = _without_group_means(pd.DataFrame(latents(adata, use_rep).numpy()[some]), groups)
+    z = _without_group_means(pd.DataFrame(representation(adata, use_rep).numpy()[some]), groups)
     library = np.log10(np.maximum(library_size(adata, keys.layer)[some], 1))
     depth = _without_group_means(pd.DataFrame({"depth": library}), groups)[:, 0]
-    values = {key: obs_labels(adata, key).to_numpy()[some] for key in covariate_keys}
-    values = {key: v for key, v in values.items() if _enough(v)} | {"depth (R²)": depth}
-    rows = []
+    values, rows = {"depth (R²)": depth}, []
+    for key in reversed(covariate_keys):
+        column = obs_labels(adata, key).iloc[some]
+        if column.nunique() > 1 and column.value_counts().min() >= FEWEST:
+            values = {key: column.to_numpy()} | values
     for name, value in values.items():
         permuted = max(_readable(z, rng.permutation(value)) for _ in range(n_permutations))
         chance = 0.0 if value.dtype == float else 1 / len(set(value))
         score = _readable(z, value)
         rows.append((name, score, chance, permuted, score - permuted))
     return pd.DataFrame(rows, columns=["what", "score", "chance", "permuted", "excess"])
-
-
-def _enough(values: np.ndarray) -> bool:
-    sizes = pd.Series(values).value_counts()
-    return len(sizes) > 1 and sizes.min() >= FEWEST
 
 
 def _without_group_means(table: pd.DataFrame, groups: np.ndarray) -> np.ndarray:

@@ -21,13 +21,7 @@ from ..data.counts import TOTAL_KEY, has_other_genes, measured_totals, model_cou
 from ..errors import DataError, did_you_mean, three_beats
 from ..files import require_room, write_whole
 from ..models.affine import AffineOperator
-from ..models.carry import (
-    Observed,
-    balanced_counts,
-    carry_to_mean,
-    levels,
-    whole_levels,
-)
+from ..models.carry import Observed, balanced_counts, carry_to_mean, levels, whole_levels
 from ..models.likelihood import SparseCounts
 from ..models.vae import NBVAE
 from .plan import Plan
@@ -75,17 +69,6 @@ def embed(adata, vae: NBVAE, *, key_added: str = REP, batch_size: int = 2048) ->
         problem = f"{int(broken.sum())} cells with NaN or infinity, such as {adata.obs_names[broken][0]!r}"
         raise DataError(three_beats("finite latents", problem, "use a model whose weights are finite"))
     adata.obsm[key_added] = latents
-
-
-def latents(adata, use_rep: str = REP) -> Tensor:
-    """Latents (cell, d) float32 of ``obsm[use_rep]``."""
-    if use_rep not in adata.obsm:
-        raise DataError(
-            three_beats(
-                f"latents in obsm[{use_rep!r}]", f"{list(adata.obsm)}", "call embed(adata, vae) first"
-            )
-        )
-    return torch.as_tensor(np.asarray(adata.obsm[use_rep]), dtype=torch.float32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -357,14 +340,11 @@ def _write(path: Path, parts: Iterable[ad.AnnData], about: dict) -> None:
                 ad.io.write_elem(file["obsm"], REP, latents, dataset_kwargs=growing)
             else:
                 ad.io.sparse_dataset(file["X"]).append(cells.X)
-                _append(file["obsm"][REP], latents)
+                stored = file["obsm"][REP]
+                stored.resize(len(stored) + len(latents), axis=0)
+                stored[-len(latents) :] = latents
             obs.append(cells.obs)
         labels = pd.concat(obs)
         file.flush()
         require_room(path, 2 * int(labels.memory_usage(deep=True).sum()))
         ad.io.write_elem(file, "obs", labels)
-
-
-def _append(stored: h5py.Dataset, rows: np.ndarray) -> None:
-    stored.resize(len(stored) + len(rows), axis=0)
-    stored[-len(rows) :] = rows

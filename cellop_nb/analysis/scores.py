@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -170,7 +170,7 @@ class Scored:
         """Components of the predicted cells with their mean moved onto that of the real cells: what is left is shape."""
         return self.truth.points(self.cells - self.mean + self.truth.mean)
 
-    def counts(self) -> tuple:
+    def counts(self) -> tuple[Any, Any]:
         if self.truth.counts is None:
             raise Undefined("no real counts")
         if self.prediction.counts is None:
@@ -255,7 +255,7 @@ def score_prediction(
         reason = prediction.reason or "nothing was predicted"
         return [_row(prediction.method, name, np.nan, reason) for name in names]
     scored = Scored(prediction, truth)
-    return [_defined(prediction.method, name, lambda n=name: METRICS[n](scored)) for name in names]
+    return [_defined(prediction.method, name, partial(METRICS[name], scored)) for name in names]
 
 
 def _row(method: str, metric: str, value: float, reason: str = "") -> dict:
@@ -290,10 +290,12 @@ def noise(truth: Truth, metrics: Iterable[str] | None = None) -> list[dict]:
     -------
     rows ``method, metric, value, reason``, method being :data:`FLOOR` or :data:`CEILING`.
     """
-    bounds = [(name, *_BOUNDS[name]) for name in known_metrics(metrics) if name in _BOUNDS]
-    return [
-        _defined(method, name, lambda n=name, b=bound: b(_halves(truth, n))) for name, method, bound in bounds
-    ]
+    names = [name for name in known_metrics(metrics) if name in _BOUNDS]
+    return [_defined(_BOUNDS[name][0], name, partial(_perfect, truth, name)) for name in names]
+
+
+def _perfect(truth: Truth, metric: str) -> float:
+    return _BOUNDS[metric][1](_halves(truth, metric))
 
 
 def _halves(truth: Truth, metric: str) -> float:

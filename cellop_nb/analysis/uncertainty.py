@@ -225,7 +225,7 @@ def metric_intervals(
     Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapters 8 and 10.
     """
     ends, rows = _ends(level), []
-    names = known_metrics(result.scores["metric"].unique() if metrics is None else metrics)
+    names = result.scores["metric"].unique() if metrics is None else known_metrics(metrics)
     names = [name for name in names if name in METRICS]
     others = [name for name in names if name != "e_distance"]
     for number, (group, truth, fits) in enumerate(_sides(result, seed)):
@@ -273,8 +273,10 @@ def _redrawn(
 ) -> dict[str, float]:
     """The metrics of one bootstrap sample."""
     cells, counts, libraries = [], [], []
-    for fit, rows in [(fits[k], _drawn(fits[k].cells, rng)) for k in _drawn(fits, rng)]:
-        cells.append(fit.cells[rows])
+    for fit in [fits[k] for k in _drawn(fits, rng)]:
+        whole = np.asarray(fit.cells)
+        rows = _drawn(whole, rng)
+        cells.append(whole[rows])
         counts.append(sparse.csr_matrix(fit.counts[rows]))
         libraries += [] if fit.library is None else [fit.library[rows]]
     real, control = _drawn(truth.real, rng), _drawn(truth.control, rng)
@@ -316,7 +318,8 @@ def energy_replicates(truth: Truth, fits: Sequence[Prediction], n_replicates: in
         return rng.multinomial(draws, np.full(size, 1 / size), size=None if np.ndim(draws) else n_replicates)
 
     most = max(1, MAX_CELLS // len(fits))
-    parts = [truth.space.project(fit.cells[rng.permutation(len(fit.cells))[:most]]) for fit in fits]
+    clouds = [np.asarray(fit.cells) for fit in fits]
+    parts = [truth.space.project(cells[rng.permutation(len(cells))[:most]]) for cells in clouds]
     x, y = np.concatenate(parts), truth.real_points
     per_fit = weights(len(parts), len(parts))
     w = np.concatenate([weights(len(p) * per_fit[:, k], len(p)) for k, p in enumerate(parts)], axis=1)

@@ -39,7 +39,6 @@ RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, np.inf)
 NEIGHBOURS = (1, 2, 3, 5, 10, 20)
 FEWEST = 3
 """Measured and described perturbations that a map from descriptors to effects needs."""
-SETTINGS = PlanSettings()
 MOST_ERRORS = 64
 MOST_DIRECTIONS = 64
 """Perturbations left out from which errors of genes are found, and directions of effects that choose ridges."""
@@ -67,11 +66,13 @@ class Described:
     def map(self, context: str) -> EffectMap:
         """Effects in a context as a function of descriptors."""
         if context not in self._maps:
+            if len(self._measured) < FEWEST:
+                expected = f"{FEWEST} measured perturbations with descriptors"
+                fix = "describe more of the measured perturbations, or measure more"
+                raise ModelError(three_beats(expected, f"{len(self._measured)}", fix))
             rows = [self._means.near(context, name) for name in self._measured]
-            change, noise = (
-                (np.stack(part) for part in zip(*rows, strict=True)) if rows else (np.empty((0, 0)),) * 2
-            )
-            descriptors = np.stack([self._row[name] for name in self._measured]) if rows else np.empty((0, 0))
+            change, noise = (np.stack(part) for part in zip(*rows, strict=True))
+            descriptors = np.stack([self._row[name] for name in self._measured])
             self._maps[context] = EffectMap(Measured(tuple(self._measured), descriptors, change, noise))
         return self._maps[context]
 
@@ -83,15 +84,9 @@ class Described:
 
     def near(self, context: str, perturbation: str) -> pd.DataFrame:
         """A row per measured perturbation: ``perturbation, distance, response``, distances in units of the spacing."""
-        effects = self.map(context)
-        change, noise = effects.measured.change, effects.measured.noise
-        return pd.DataFrame(
-            {
-                "perturbation": self._measured,
-                "distance": effects.distances(self._row[perturbation]),
-                "response": np.sqrt(np.maximum(np.square(change).sum(1) - noise.sum(1), 0.0)),
-            }
-        )
+        effects, descriptor = self.map(context), self._row[perturbation]
+        table = effects.measured.near(descriptor).assign(distance=effects.distances(descriptor))
+        return table.rename(columns={"context": "perturbation"})
 
 
 def check_described(features: pd.DataFrame, groups: Groups) -> None:
@@ -183,11 +178,6 @@ class EffectMap:
     measured
         Measured effects: `contexts` are the perturbations, `control` their descriptors (n, k).
 
-    Raises
-    ------
-    ModelError
-        For fewer than three perturbations.
-
     References
     ----------
     Allen (1974), Technometrics 16:125 (left-out errors in closed form); Saunders, Gammerman, Vovk (1998), ICML
@@ -195,25 +185,23 @@ class EffectMap:
     """
 
     def __init__(self, measured: Measured) -> None:
-        n = len(measured)
-        if n < FEWEST:
-            fix = "describe more of the measured perturbations, or measure more"
-            raise ModelError(three_beats(f"{FEWEST} measured perturbations with descriptors", f"{n}", fix))
-        self.measured = measured
-        change = measured.change
-        x = measured.control - measured.control.mean(0)
-        self._scale = float(np.sqrt(np.square(x).sum(1).mean())) or 1.0
-        nothing = np.zeros(n)
+        self.measured, change, n = measured, measured.change, len(measured)
         distance = cdist(measured.control, measured.control)
-        self._apart = distance + np.diag(np.full(n, np.inf))
         width = float(np.median(distance[np.triu_indices(n, 1)])) or 1.0
-        scores = _scores(change)
+        apart = distance + np.diag(np.full(n, np.inf))
+        scale = float(np.sqrt(measured.control.var(0).sum())) or 1.0
+        self._spacing = float(np.median(apart.min(1))) or scale
+        self._to_nearest = apart.min(1) / self._spacing
+        directions, sizes, _ = np.linalg.svd(
+            change, full_matrices=False
+        )  # ridges are compared along the main ones
+        scores, nothing = directions[:, :MOST_DIRECTIONS] * sizes[:MOST_DIRECTIONS], np.zeros(n)
         self.ways = {
             NO_CHANGE: Way(np.zeros_like(change), lambda _: nothing),
             MEAN: Way((change.sum(0) - change) / (n - 1), lambda _: np.full(n, 1 / n)),
             RIDGE: _ridge(measured, lambda a, b: a @ b.T, scores),
             KERNEL: _ridge(measured, lambda a, b: np.exp(-np.square(cdist(a, b) / width) / 2), scores),
-            NEAREST: _nearest(measured, self._apart, scores),
+            NEAREST: _nearest(measured, apart, scores),
         }
         estimates = {name: Estimate(nothing, way.left_out, nothing) for name, way in self.ways.items()}
         names, self._products, self._reliability = products_left_out(measured, estimates)
@@ -223,8 +211,8 @@ class EffectMap:
     def plan(self, descriptor: np.ndarray, *, genes: Sequence[str], context: str, perturbation: str) -> Plan:
         """The planned effect of a perturbation with this descriptor (k,), with intervals that widen with its distance."""
         measured = self.measured
-        names = self.evidence.names
-        weights = weigh(self.evidence, SETTINGS)
+        names, nearest = self.evidence.names, float(self.distances(descriptor).min())
+        weights = weigh(self.evidence)
         by_way = {name: way.weights(descriptor) for name, way in self.ways.items()}
         shares = sum(u * by_way[name] for name, u in zip(names, weights, strict=True))
         rows = np.linspace(0, len(measured) - 1, min(len(measured), MOST_ERRORS)).round().astype(int)
@@ -235,7 +223,9 @@ class EffectMap:
             measured.noise[rows],
         )
         change = shares @ measured.change
-        error, quantile = errors_of_genes(some, change, (measured.change - self._planned)[rows], SETTINGS)
+        error, quantile = errors_of_genes(
+            some, change, (measured.change - self._planned)[rows], PlanSettings()
+        )
         return Plan(
             context=context,
             perturbation=perturbation,
@@ -251,8 +241,8 @@ class EffectMap:
             rival=MEAN,
             rival_explained=_explained(self._table, MEAN),
             shares=pd.Series(shares, index=list(measured.contexts), dtype=float),
-            nearest=self.nearest(descriptor),
-            extrapolated=self.nearest(descriptor) > self.farthest,
+            nearest=nearest,
+            extrapolated=nearest > self.farthest,
             across="perturbations",
         )
 
@@ -264,40 +254,26 @@ class EffectMap:
         planned = np.empty_like(change)
         for k in range(len(change)):
             seen = Evidence(names, total - products[k], n - float(reliability[k]))
-            weights = weigh(seen, SETTINGS)
+            weights = weigh(seen)
             planned[k] = sum(u * self.ways[name].left_out[k] for name, u in zip(names, weights, strict=True))
         by_name = {name: way.left_out for name, way in self.ways.items()} | {"plan": planned}
         size = reliability_and_size(change, noise)[1]
         tables = [
             pd.DataFrame(
-                {
-                    "context": self.measured.contexts,
-                    "estimator": name,
-                    "left": (np.square(change - rows).sum(1) - noise) / size,
-                    "reliability": reliability,
-                }
-            )
+                {"left": (np.square(change - rows).sum(1) - noise) / size, "reliability": reliability}
+            ).assign(context=self.measured.contexts, estimator=name)
             for name, rows in by_name.items()
         ]
         return planned, pd.concat(tables, ignore_index=True)
 
     @property
-    def spacing(self) -> float:
-        """Median distance of the measured perturbations to their nearest one."""
-        return float(np.median(self._apart.min(1))) or self._scale
-
-    @property
     def farthest(self) -> float:
         """The largest distance of a measured perturbation to its nearest one, in units of the spacing."""
-        return float(self._apart.min(1).max() / self.spacing)
-
-    def nearest(self, descriptor: np.ndarray) -> float:
-        """Distance of a descriptor (k,) to the nearest measured perturbation, in units of the spacing."""
-        return float(self.distances(descriptor).min())
+        return float(self._to_nearest.max())
 
     def distances(self, descriptor: np.ndarray) -> np.ndarray:
-        """(n,) distances of a descriptor (k,) to the measured perturbations, in units of the spacing."""
-        return cdist(descriptor[None], self.measured.control)[0] / self.spacing
+        """(n,) distances of a descriptor (k,) to the measured ones, in units of the median one between nearest."""
+        return cdist(descriptor[None], self.measured.control)[0] / self._spacing
 
     def widening(self, descriptor: np.ndarray) -> float:
         r"""Factor, 1 or more, on the errors at a descriptor (k,).
@@ -309,19 +285,13 @@ class EffectMap:
         """
         residuals = self.measured.change - self._planned
         squares = np.maximum(np.square(residuals).sum(1) - self.measured.noise.sum(1), 0.0)
-        d2 = np.square(self._apart.min(1) / self.spacing)
+        d2 = np.square(self._to_nearest)
         spread = float(np.square(d2 - d2.mean()).sum())
         slope = max(float((d2 - d2.mean()) @ squares) / spread, 0.0) if spread > 0 else 0.0
-        d = self.nearest(descriptor)
+        d = float(self.distances(descriptor).min())
         inside = min(d, self.farthest) ** 2
         growth = 1 + slope * (inside - d2.mean()) / max(float(squares.mean()), np.finfo(float).tiny)
         return float(np.sqrt(max(growth, 1.0)) * max(1.0, d / max(self.farthest, np.finfo(float).tiny)))
-
-
-def _scores(change: np.ndarray) -> np.ndarray:
-    """(n, direction) effects along their main directions: errors of ridges are compared in these alone."""
-    directions, sizes, _ = np.linalg.svd(change, full_matrices=False)
-    return directions[:, :MOST_DIRECTIONS] * sizes[:MOST_DIRECTIONS]
 
 
 def _best_of_others(errors: np.ndarray) -> np.ndarray:

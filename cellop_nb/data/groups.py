@@ -120,7 +120,7 @@ class Groups(Sequence[Group]):
         by_context = labels[is_control].groupby("context").row
         controls = {context: rows.to_numpy(copy=True) for context, rows in by_context}
         self.control_rows = _controls(controls, usable, fallback, {key[0] for key in kept}, min_cells)
-        z = _representation(adata, use_rep)
+        z = representation(adata, use_rep)
         self.pool = z[np.concatenate([*self.control_rows.values(), *kept.values()])]
         doses = pd.Series([key[:2] for key in kept]).value_counts().to_dict()
         empty = z[:0]
@@ -364,7 +364,8 @@ def _controls(
     return controls
 
 
-def _representation(adata: AnnData, use_rep: str | np.ndarray | None) -> Tensor:
+def representation(adata: AnnData, use_rep: str | np.ndarray | None) -> Tensor:
+    """(cell, d) float32 latents of a key of `obsm`, or these; d is 0 for None. Refuses what is missing or not finite."""
     if use_rep is None:
         return torch.empty(adata.n_obs, 0)
     if isinstance(use_rep, str):

@@ -8,7 +8,7 @@ import pytest
 from cellop_nb import datasets, holdout
 from cellop_nb.analysis.exchange import cell_eval_pair
 from cellop_nb.analysis.holdout import CELLOP
-from cellop_nb.errors import HoldoutError
+from cellop_nb.errors import LabelError
 
 from .screens import rows_of, tiny
 
@@ -96,5 +96,5 @@ def test_the_pair_holds_the_same_controls_and_genes(result):
     sides = [side[side.obs["perturbation"] == "control"].X for side in (predicted, real)]
     np.testing.assert_array_equal(*sides)
     assert set(predicted.obs["perturbation"]) == {"control", "drug 1", "drug 2", "drug 3"}
-    with pytest.raises(HoldoutError, match="type B"):
+    with pytest.raises(LabelError, match="type B"):
         cell_eval_pair(result, context="type Z")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import sparse
 
-from cellop_nb.analysis.predict import embed, latents
+from cellop_nb.analysis.predict import embed
 from cellop_nb.data.contract import Keys
 from cellop_nb.data.splits import split
 from cellop_nb.data.synthetic import synthetic
@@ -92,8 +92,6 @@ def test_more_genes_than_the_model_knows_are_left_out(screen):
 
 
 def test_what_is_missing_is_said(screen, vae):
-    with pytest.raises(DataError, match=r"latents in obsm\['X_vae'\].*call embed"):
-        latents(screen, "X_vae")
     Keys(layer="raw").write(screen)
     with pytest.raises(DataError, match="a layer 'raw'"):
         embed(screen, vae)

@@ -109,8 +109,6 @@ def test_intervals_widen_with_distance_and_the_verdict_says_so():
         )
     )  # fmt: skip
     assert "the measured effects of the others are noise" in verdict(plans(noise, descriptors[:1])[0], "new")
-    with pytest.raises(ModelError, match="3 measured perturbations with descriptors"):
-        EffectMap(Measured(("a", "b"), np.eye(2), np.eye(2), np.eye(2)))
 
 
 # -- in the predictor -------------------------------------------------------------------------------------------------
@@ -146,6 +144,13 @@ def test_the_predictor_carries_cells_to_the_foreseen_mean(fitted, tmp_path):
     np.testing.assert_array_equal(
         loaded.predict(context="B", perturbation="twin").X.toarray(), cells.X.toarray()
     )
+
+
+def test_two_described_perturbations_are_too_few():
+    table = pd.DataFrame(np.eye(3), index=["a", "b", "twin"])
+    model = tiny(screen(n=20, contexts=("B", "T"), perturbations=("a", "b")), features=table)
+    with pytest.raises(ModelError, match="3 measured perturbations with descriptors"):
+        model.fit(progress=False).plan("B", "twin")
 
 
 def test_a_measured_perturbation_does_not_depend_on_features(fitted):
