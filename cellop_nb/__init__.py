@@ -22,7 +22,6 @@ _PUBLIC = {
     "exchange": "analysis.exchange",
     "features": "analysis.features",
     "genes": "analysis.genes",
-    "latent": "analysis.latent",
     "metrics": "analysis.metrics",
     "uncertainty": "analysis.uncertainty",
     "virtual": "notebook.virtual",
@@ -63,7 +62,6 @@ _MODULES = {
     "exchange",
     "features",
     "genes",
-    "latent",
     "metrics",
     "pl",
     "results",
@@ -79,7 +77,6 @@ if TYPE_CHECKING:  # the names below are found by `__getattr__` while running
     from .analysis import exchange as exchange
     from .analysis import features as features
     from .analysis import genes as genes
-    from .analysis import latent as latent
     from .analysis import metrics as metrics
     from .analysis import uncertainty as uncertainty
     from .analysis.cellop import CellOp as CellOp

@@ -28,7 +28,7 @@ def vae(screen):
 
 @pytest.fixture(scope="module")
 def seen(screen, vae):
-    return co.latent.posterior_check(screen, vae, seed=0)
+    return co.diagnose.posterior_check(screen, vae, seed=0)
 
 
 def test_sampled_cells_look_like_the_observed_ones(screen, seen):
@@ -73,7 +73,7 @@ def test_a_planted_leak_is_read_off_and_others_are_not(screen):
     z[:, 1] += 3.0 * np.log10(np.maximum(np.asarray(adata.X.sum(1)).ravel(), 1))
     z[:, 2] += 5.0 * (adata.obs["perturbation"] == "control").to_numpy()  # a group's mean is no leak
     adata.obsm["X_nbvae"] = z
-    table = co.latent.leaks(adata, ["batch", "donor"], seed=0).set_index("what")
+    table = co.diagnose.leaks(adata, ["batch", "donor"], seed=0).set_index("what")
     assert list(table.index) == ["batch", "donor", "depth (R²)"]
     assert table.loc["batch", "score"] > 0.75
     assert table.loc["batch", "excess"] > 0.1
@@ -86,9 +86,9 @@ def test_a_column_that_tells_nothing_is_left_out(screen):
     adata = screen.copy()
     adata.obsm["X_nbvae"] = np.random.default_rng(0).normal(size=(adata.n_obs, 3)).astype(np.float32)
     adata.obs["same"], adata.obs["name"] = "all", adata.obs_names
-    assert list(co.latent.leaks(adata, ["same", "name"])["what"]) == ["depth (R²)"]
+    assert list(co.diagnose.leaks(adata, ["same", "name"])["what"]) == ["depth (R²)"]
 
 
 def test_an_unknown_column_is_refused(screen):
     with pytest.raises(LabelError, match="columns of adata.obs"):
-        co.latent.leaks(screen, ["place"])
+        co.diagnose.leaks(screen, ["place"])
