@@ -509,7 +509,6 @@ def leaks(
     covariate_keys: Sequence[str] = (),
     *,
     use_rep: str = "X_nbvae",
-    n_permutations: int = 5,
     max_cells: int = 2500,
     seed: int = 0,
 ) -> pd.DataFrame:
@@ -524,16 +523,14 @@ def leaks(
         A screen that was set up, with latents in ``obsm[use_rep]``.
     covariate_keys
         Columns of ``obs``; those with one label, or with a label of fewer than 5 cells, are left out.
-    n_permutations
-        Runs with permuted values: the largest score of them is what chance can reach.
     max_cells
         Cells looked at, a random choice of more.
 
     Returns
     -------
     DataFrame
-        ``what, score, chance, permuted, excess``: `permuted` is the largest score of permuted values, `excess` how
-        far the score lies above it.
+        ``what, score, chance, permuted, excess``: `permuted` is the largest score of five runs with permuted values,
+        which chance can reach, `excess` how far the score lies above it.
 
     Raises
     ------
@@ -557,7 +554,7 @@ def leaks(
         if column.nunique() > 1 and column.value_counts().min() >= FEWEST:
             values = {key: column.to_numpy()} | values
     for name, value in values.items():
-        permuted = max(_readable(z, rng.permutation(value)) for _ in range(n_permutations))
+        permuted = max(_readable(z, rng.permutation(value)) for _ in range(5))
         chance = 0.0 if value.dtype == float else 1 / len(set(value))
         score = _readable(z, value)
         rows.append((name, score, chance, permuted, score - permuted))

@@ -41,6 +41,7 @@ MANY = 100
 """Groups beyond which p-values are adjusted by Benjamini and Hochberg, where nothing else is said."""
 
 _ALIKE = 0.5  # cosine distance up to which mean effects are one cluster
+_MOST_ALIKE = 1000  # groups that are compared with each other
 _FEWEST_COUNTS = 10  # of a target in the controls of a context, below which a loss cannot be seen
 _EXCEEDANCES = 10  # permuted values at least as large as the statistic that make a p-value without a model
 _TAIL = 250  # largest permuted values that a tail is fitted to, at most an eighth of all
@@ -204,7 +205,7 @@ def etest(
 
 
 def screen_effects(
-    adata: AnnData, *, use_rep: str | None = None, alpha: float = 0.05, max_alike: int = 1000, seed: int = 0
+    adata: AnnData, *, use_rep: str | None = None, alpha: float = 0.05, seed: int = 0
 ) -> pd.DataFrame:
     r"""Tell how many perturbations of a screen do anything, which are similar, and whether knock-downs worked.
 
@@ -214,8 +215,6 @@ def screen_effects(
         A screen that was set up.
     use_rep, alpha, seed
         As in :func:`etest`.
-    max_alike
-        Groups that are compared with each other, the strongest of those called different.
 
     Returns
     -------
@@ -223,7 +222,8 @@ def screen_effects(
         That of :func:`etest`, the strongest first, with ``knockdown`` (share of its expression in control cells that the
         target lost, where the perturbation is named like a gene that the controls express; negative where it rose) and
         ``alike`` (number of a cluster of effects, the largest is 1; 0 for a group of its own or one that is not called
-        different). ``attrs["summary"]`` says in a sentence how many do something, and how many could not have shown it.
+        different; of more than 1,000 that are, the strongest are compared). ``attrs["summary"]`` says in a sentence how
+        many do something, and how many could not have shown it.
 
         .. math:: k = 1 - \bar p_{\mathrm{perturbed}} / \bar p_{\mathrm{control}}, \qquad
             p = \mathrm{counts} / \mathrm{library}
@@ -235,7 +235,7 @@ def screen_effects(
     groups = _groups_in(adata, use_rep, seed)
     table = etest(groups, alpha=alpha, seed=seed).assign(knockdown=_knockdowns(adata, groups))
     different = np.flatnonzero(table["different"])
-    strongest = table["e_distance"].to_numpy()[different].argsort()[::-1][:max_alike]
+    strongest = table["e_distance"].to_numpy()[different].argsort()[::-1][:_MOST_ALIKE]
     table["alike"] = _clusters(groups, different[strongest])
     usual = float(table.loc[different, "e_distance"].median())
     blind = int((table["detectable"] > usual).sum())

@@ -228,17 +228,13 @@ def from_network(edges: pd.DataFrame | str | Path, *, n_components: int = 32, se
     return result
 
 
-def from_smiles(
-    smiles: pd.Series | Mapping[str, str], *, radius: int = 2, n_bits: int = 1024
-) -> pd.DataFrame:
-    """Describe each drug by its structure: counts of the circular substructures around its atoms.
+def from_smiles(smiles: pd.Series | Mapping[str, str]) -> pd.DataFrame:
+    """Describe each drug by its structure: counts of the circular substructures (radius 2) around its atoms.
 
     Parameters
     ----------
     smiles
         Drug to SMILES, one row per drug.
-    radius, n_bits
-        Bonds around each atom, and entries to which the substructures are hashed.
 
     Returns
     -------
@@ -261,7 +257,7 @@ def from_smiles(
     from rdkit.Chem import rdFingerprintGenerator
 
     series = pd.Series(smiles, dtype=object)
-    generator = rdFingerprintGenerator.GetMorganGenerator(radius=radius, fpSize=n_bits)
+    generator = rdFingerprintGenerator.GetMorganGenerator(radius=2, fpSize=1024)
     rows = []
     with rdBase.BlockLogs():
         for name, text in series.items():

@@ -31,6 +31,7 @@ __all__ = [
     "response_similarity",
 ]
 
+_MOST_CELLS = 1000
 _VALUES = ("effect", "lfc", "predicted", "score")
 
 
@@ -46,12 +47,11 @@ def response_genes(
     n_top: int | None = 10,
     pseudocount: float = 1.0,
     use_rep: str = "X_nbvae",
-    max_cells: int = 1000,
 ) -> pd.DataFrame:
     r"""Genes that each learned response changes most.
 
-    The control cells of a context are moved by the operator. With p their mean decoded counts per 10,000
-    before (0) and after (1):
+    The control cells of a context (1,000 of more, evenly spread) are moved by the operator. With p their mean decoded
+    counts per 10,000 before (0) and after (1):
 
     .. math:: \mathrm{lfc}_g = \log_2 \frac{p_{1g} + c}{p_{0g} + c}
 
@@ -63,8 +63,6 @@ def response_genes(
         Genes per group, by absolute change; all of them where None.
     pseudocount
         c, in counts per 10,000; it keeps genes with hardly any counts from leading.
-    max_cells
-        Control cells of a context that are moved; evenly spread over the data where there are more.
 
     Returns
     -------
@@ -79,7 +77,7 @@ def response_genes(
         if context not in operators.conditions.contexts:
             continue
         if context not in starts:
-            chosen = evenly(len(groups.control_rows[context]), max_cells)
+            chosen = evenly(len(groups.control_rows[context]), _MOST_CELLS)
             z, rows = groups.control[context][chosen], groups.control_rows[context][chosen.numpy()]
             own = None if covariates is None else covariates[rows]
             starts[context] = z, own, _mean_proportions(vae, z, own)
@@ -242,7 +240,6 @@ def response_similarity(
     conditions: Sequence[Condition | str] | None = None,
     *,
     part: str = "both",
-    cell_norm: float | None = None,
 ) -> pd.DataFrame:
     r"""Cosine of the angle between the responses of conditions: 1 alike, 0 unrelated, -1 opposite.
 
@@ -251,20 +248,16 @@ def response_similarity(
     operators, conditions
         As in :func:`response_profiles`.
     part
-        ``"shift"``, ``"matrix"``, or ``"both"``, where the matrix part is weighed by the root mean square of a
-        latent coordinate, so that both are displacements of a typical cell.
-    cell_norm
-        That weight; 1 (a standard normal latent) where None.
+        ``"shift"``, ``"matrix"``, or ``"both"``: both are displacements of a typical cell of a standard normal latent.
 
     Returns
     -------
     DataFrame
         (condition, condition), symmetric with ones on the diagonal; NaN for a condition without a response.
     """
+    prefix = {"both": ("alpha", "beta"), "matrix": "alpha", "shift": "beta"}[part]
     profiles = response_profiles(operators, conditions)
-    weight = {"both": cell_norm or 1.0, "matrix": 1.0, "shift": 0.0}[part]
-    is_matrix = profiles.columns.str.startswith("alpha")
-    values = profiles.to_numpy() * np.where(is_matrix, weight, 0.0 if part == "matrix" else 1.0)
+    values = profiles.loc[:, profiles.columns.str.startswith(prefix)].to_numpy()
     size = np.linalg.norm(values, axis=1, keepdims=True)
     with np.errstate(invalid="ignore", divide="ignore"):
         unit = np.where(size > 1e-9, values / size, np.nan)
@@ -388,9 +381,7 @@ def gene_set_members(gene_sets) -> pd.DataFrame:
 
 
 @same_threads()
-def predicted_expression(
-    predicted: AnnData, control: AnnData, *, key: str = "side", method: str = "wilcoxon"
-) -> AnnData:
+def predicted_expression(predicted: AnnData, control: AnnData) -> AnnData:
     """Predicted and control cells in one AnnData, with scanpy's differential expression between them.
 
     Counts are scaled to 10,000 a cell and log1p-transformed; ``scanpy.tl.rank_genes_groups`` compares the
@@ -403,16 +394,12 @@ def predicted_expression(
         Virtual cells (:func:`predict`, or ``holdout(...).predictions``), counts in ``X``.
     control
         Control cells of a screen that was set up.
-    key
-        Column of ``obs`` that tells the sides apart: ``"predicted"`` or ``"control"``.
-    method
-        ``"wilcoxon"``, ``"t-test"``, ``"t-test_overestim_var"`` or ``"logreg"`` of scanpy.
 
     Returns
     -------
     AnnData
-        Over the genes that both share: log1p-CP10k in ``X``, counts in ``layers["counts"]``, ``obs[key]``,
-        and ``uns["rank_genes_groups"]``.
+        Over the genes that both share: log1p-CP10k in ``X``, counts in ``layers["counts"]``, ``"predicted"`` or
+        ``"control"`` in ``obs["side"]``, and Wilcoxon tests in ``uns["rank_genes_groups"]``.
 
     Raises
     ------
@@ -429,15 +416,14 @@ def predicted_expression(
         raise DataError(three_beats("predicted and control cells to compare", problem, fix))
     slots = ((predicted, None), (control, keys_of(control).layer))
     both = concat([AnnData(counts(side[:, genes], slot)) for side, slot in slots], index_unique="-")
-    names: np.ndarray = np.repeat(["predicted", "control"], sizes)
-    original = [*predicted.obs_names, *control.obs_names]
-    both.obs = pd.DataFrame({key: pd.Categorical(names)}, index=pd.Index(original).astype(str))
+    side = pd.Categorical(np.repeat(["predicted", "control"], sizes))
+    both.obs = pd.DataFrame({"side": side}, index=[*predicted.obs_names, *control.obs_names])
     both.obs_names_make_unique()
     both.var_names = genes
     both.layers["counts"] = both.X.copy()
     sc.pp.normalize_total(both, target_sum=COUNTS_PER_CELL)
     sc.pp.log1p(both)
     sc.tl.rank_genes_groups(
-        both, key, groups=["predicted"], reference="control", method=method, tie_correct=method == "wilcoxon"
+        both, "side", groups=["predicted"], reference="control", method="wilcoxon", tie_correct=True
     )
     return both

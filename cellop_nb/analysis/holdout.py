@@ -115,15 +115,13 @@ class Holdout:
         """
         return Scores(self.scores).summary(metric)
 
-    def behind(self, metric: str = "e_distance", *, share: float = 0.1, margin: float = 0.1) -> pd.DataFrame:
-        """Groups where CellOp is farther from the truth than the best baseline, mean over seeds.
+    def behind(self, metric: str = "e_distance") -> pd.DataFrame:
+        """Groups where CellOp is farther from the truth than the best baseline, by more than a tenth of it and of a unit.
 
         Parameters
         ----------
         metric
-            One that is smaller where the prediction is better.
-        share, margin
-            Reported where CellOp exceeds the baseline by more than this share and by more than this much.
+            One that is smaller where the prediction is better; means over seeds.
 
         Returns
         -------
@@ -141,7 +139,7 @@ class Holdout:
                 "excess": wide[CELLOP] - best,
             }
         )
-        worse = table["excess"] > np.maximum(share * best.abs(), margin)
+        worse = table["excess"] > np.maximum(0.1 * best.abs(), 0.1)
         return table[worse].sort_values("excess", ascending=False).rename_axis("group").reset_index()
 
     def _repr_html_(self) -> str:

@@ -46,7 +46,6 @@ def bootstrap_operators(
     operators: OperatorModel,
     *,
     n_replicates: int = 20,
-    resample: bool = True,
     use_rep: str = "X_nbvae",
     max_epochs: int = 5,
     penalties: Penalties = Penalties(),  # noqa: B008 (frozen)
@@ -66,8 +65,6 @@ def bootstrap_operators(
         Whose form and sizes the refits have.
     n_replicates
         How many refits.
-    resample
-        False keeps the cells and changes the seed alone.
     max_epochs, penalties
         As in :class:`OperatorTrainer`; pure shifts (rank 0) are not trained, since they start at the group means.
 
@@ -86,7 +83,7 @@ def bootstrap_operators(
     groups = Groups(adata, use_rep=use_rep, split=("train", "val") if config["rank"] else "train")
     members = []
     for k in tqdm(range(n_replicates), desc="refitting operators", disable=not progress):
-        sample = _drawn_anew(adata, groups, use_rep, np.random.default_rng([seed, k]), resample)
+        sample = _drawn_anew(adata, groups, use_rep, np.random.default_rng([seed, k]))
         model = new_operators(
             sample, form=type(operators), n_axes=config["n_axes"],
             rank=config["rank"], context_rank=config["context_rank"], use_rep=use_rep,
@@ -100,14 +97,12 @@ def bootstrap_operators(
     return members
 
 
-def _drawn_anew(
-    adata: AnnData, groups: Groups, use_rep: str, rng: np.random.Generator, resample: bool
-) -> AnnData:
+def _drawn_anew(adata: AnnData, groups: Groups, use_rep: str, rng: np.random.Generator) -> AnnData:
     """Labels and latents of the groups' cells, drawn with replacement inside each group and split."""
     chosen = []
     for rows in (*groups.control_rows.values(), *(group.rows for group in groups)):
         parts = pd.Series(rows).groupby(adata.obs["split"].to_numpy()[rows].astype(str))
-        chosen += [rng.choice(part, len(part)) if resample else part for _, part in parts]
+        chosen += [rng.choice(part, len(part)) for _, part in parts]
     drawn = np.sort(np.concatenate(chosen))
     obs = adata.obs.iloc[drawn].set_axis([str(k) for k in range(len(drawn))])  # drawn twice, named apart
     sample = AnnData(obs=obs, obsm={use_rep: np.asarray(adata.obsm[use_rep])[drawn]})
@@ -147,32 +142,23 @@ def operator_intervals(
     ----------
     Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 12 (standard intervals).
     """
-    groups, encoder = (
-        data if isinstance(data, Groups) else Groups(data, use_rep=use_rep),
-        members[0].conditions,
-    )
-    tables, (_, high) = [], _ends(level)
+    groups = data if isinstance(data, Groups) else Groups(data, use_rep=use_rep)
+    encoder, (_, high), tables = members[0].conditions, _ends(level), []
+    names = ["context", "perturbation", "quantity"]
     for context in encoder.contexts:
         groups.controls(context)  # refuses one without
         start = groups.control[context].mean(0)
         conditions = [Condition((name,), context) for name in encoder.perturbations]
-        values = torch.stack([_quantities(member, conditions, start) for member in members])
-        values = values.double().numpy()
-        mean = values.mean(axis=0)  # of few refits: their quantiles would be too narrow
-        margin = t.ppf(high, len(members) - 1) * values.std(axis=0, ddof=1)
+        values = torch.stack([_quantities(member, conditions, start) for member in members]).double().numpy()
+        mean = values.mean(axis=0).ravel()  # of few refits: their quantiles would be too narrow
+        margin = t.ppf(high, len(members) - 1) * values.std(axis=0, ddof=1).ravel()
         quantities = [*(f"move[{k}]" for k in range(len(start))), "length", "norm"]
-        names = [name for name in encoder.perturbations for _ in quantities]
-        columns = {
-            "context": context,
-            "perturbation": names,
-            "group": [f"{context}, {name}" for name in names],
-            "quantity": quantities * len(conditions),
-            "estimate": mean.ravel(),
-            "low": (mean - margin).ravel(),
-            "high": (mean + margin).ravel(),
-        }
-        tables.append(pd.DataFrame(columns))
-    return pd.concat(tables, ignore_index=True)
+        index = pd.MultiIndex.from_product([[context], encoder.perturbations, quantities], names=names)
+        ends = {"estimate": mean, "low": mean - margin, "high": mean + margin}
+        tables.append(pd.DataFrame(ends, index).reset_index())
+    table = pd.concat(tables, ignore_index=True)
+    table.insert(2, "group", table["context"] + ", " + table["perturbation"])
+    return table
 
 
 def _quantities(member: OperatorModel, conditions: Sequence[Condition], start: Tensor) -> Tensor:
@@ -356,17 +342,12 @@ def error_budget(result: Holdout, *, seed: int = 0) -> pd.DataFrame:
     labels = scored[["question", "context", "perturbation", "group"]].drop_duplicates()
     for question, context, perturbation, group in labels.itertuples(index=False, name=None):
         fits = [fit for fit in result.fits if fit.question == question]
-        control = keys_of(fits[0].real).control
-        trips = [
-            np.mean([_round_trip(fit, part, (context, label), seed) for fit, part in parts])
-            for label, parts in (
-                (control, [(fit, fit.control) for fit in fits]),
-                (perturbation, [(fit, fit.real) for fit in fits]),
-            )
-        ]
-        energies = (mean[group, FLOOR], *trips, mean[group, CELLOP], mean[group, "no change"])
-        rows += [{"group": group, "stage": s, "energy": e} for s, e in zip(STAGES, energies, strict=True)]
-    return pd.DataFrame(rows)
+        start = context, keys_of(fits[0].real).control
+        unmoved = np.mean([_round_trip(fit, fit.control, start, seed) for fit in fits])
+        decoded = np.mean([_round_trip(fit, fit.real, (context, perturbation), seed) for fit in fits])
+        energies = (mean[group, FLOOR], unmoved, decoded, mean[group, CELLOP], mean[group, "no change"])
+        rows += [(group, stage, energy) for stage, energy in zip(STAGES, energies, strict=True)]
+    return pd.DataFrame(rows, columns=["group", "stage", "energy"])
 
 
 def _round_trip(fit: Fit, cells, pair: tuple[str, str], seed: int) -> float:
