@@ -258,12 +258,11 @@ class EffectMap:
             planned[k] = sum(u * self.ways[name].left_out[k] for name, u in zip(names, weights, strict=True))
         by_name = {name: way.left_out for name, way in self.ways.items()} | {"plan": planned}
         size = reliability_and_size(change, noise)[1]
-        tables = [
-            pd.DataFrame(
-                {"left": (np.square(change - rows).sum(1) - noise) / size, "reliability": reliability}
-            ).assign(context=self.measured.contexts, estimator=name)
-            for name, rows in by_name.items()
-        ]
+        tables = []
+        for name, rows in by_name.items():
+            left = (np.square(change - rows).sum(1) - noise) / size
+            columns = {"context": self.measured.contexts, "estimator": name, "left": left}
+            tables.append(pd.DataFrame(columns).assign(reliability=reliability))
         return planned, pd.concat(tables, ignore_index=True)
 
     @property
