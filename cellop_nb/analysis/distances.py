@@ -363,23 +363,15 @@ def _share_as_large(value: float, permuted: np.ndarray) -> float:
 def tail_probability(statistic: float, permuted: np.ndarray, n: int, m: int, *, tie: float = 0.0) -> float:
     r"""p-value of a statistic that hardly any permuted one reaches, by a generalised Pareto tail.
 
-    With the N largest of B permuted statistics, the threshold t below them, and shape and scale by their L-moments:
+    With the N largest of B permuted statistics (B,), the threshold t below them, and shape and scale by their L-moments:
 
     .. math:: p = \frac{N}{B} \Big(1 + \frac{\xi (T - t)}{\sigma}\Big)^{-1/\xi}, \qquad \xi \ge 0
 
     The shape is not let below 0, where p could vanish: the energy distance of equal clouds is a weighted sum of
     chi-squared variables, with a tail no lighter than exponential. p is not below one over the number of splits that
     exist. Where ten permuted statistics or more are as large, or too few permutations or splits exist to fit a tail, p is
-    :math:`(1 + \#\{T^* \ge T\}) / (1 + B)`, which is never 0, and 1 when all statistics are tied.
-
-    Parameters
-    ----------
-    permuted : (B,)
-        Statistics of random splits.
-    n, m
-        Cells of the two sides.
-    tie
-        Statistics nearer than this are equal.
+    :math:`(1 + \#\{T^* \ge T\}) / (1 + B)`, which is never 0, and 1 when all statistics are tied: nearer than `tie`. The
+    two sides have n and m cells.
 
     References
     ----------

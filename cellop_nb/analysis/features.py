@@ -448,13 +448,7 @@ def cover(
 
 
 def described(features: pd.DataFrame) -> list[str]:
-    """Perturbations with a row that is no mark of a missing one (a row of NaN).
-
-    Raises
-    ------
-    ModelError
-        For a name with several rows, or a row with some values that are not finite numbers.
-    """
+    """Perturbations with a row that is no mark of a missing one (all NaN); refuses rows that repeat or are broken."""
     names = features.index.map(str)
     try:
         values = features.to_numpy(dtype=float)

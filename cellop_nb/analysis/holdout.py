@@ -47,7 +47,6 @@ class Question:
 
     Attributes
     ----------
-    name : what a person calls it
     left_out : (cell,) mask of the cells that take no part in fitting
     pairs : (context, perturbation) to predict
     source : (cell,) mask of the control cells to start from; None for all of the context

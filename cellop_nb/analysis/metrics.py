@@ -369,16 +369,7 @@ class EvaluationSpace:
         all_measured: bool = False,
         seed: int = 0,
     ) -> EvaluationSpace:
-        """Fit the principal components on training cells only (fewer than `n_components` where rank is
-        short).
-
-        Raises
-        ------
-        LabelError
-            A gene is not in the data.
-        DataError
-            Fewer than three cells.
-        """
+        """Fit the principal components on training cells only (fewer than `n_components` where rank is short)."""
         from sklearn.decomposition import PCA
 
         names = np.asarray(training.var_names if genes is None else list(genes), dtype=object)

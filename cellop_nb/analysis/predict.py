@@ -131,10 +131,7 @@ class Start:
     def carried(self, expected: Tensor, change: np.ndarray, gained: Tensor | None = None) -> Tensor:
         """Expected counts (cell, gene) of moved cells, carried to a `change` (gene,) of the cells' mean level.
 
-        Parameters
-        ----------
-        gained
-            (cell,) counts that the genes which are not modelled gain at an equal library; as the decoder says where None.
+        Genes that are not modelled gain `gained` (cell,) counts at an equal library; as the decoder says where None.
         """
         left = expected.sum(-1)
         others = self.library - (left if gained is None else self.x.sum(-1) - gained)
@@ -159,16 +156,8 @@ class Start:
         r"""The cells moved by the operator at a strength, and carried to the planned mean.
 
         At a part strength t the planned change is what the moved cells change by there, and t times what the plan adds to
-        them at full strength.
-
-        Parameters
-        ----------
-        planned
-            Where the cells are carried to; they stay where the operator moves them where None.
-        growth
-            Change of the log of the library.
-        gained
-            (cell,) counts that the genes which are not modelled gain at an equal library; as the decoder says where None.
+        them at full strength; without a plan they stay where the operator moves them. `growth` is the change of the log
+        of the library, `gained` as in :meth:`carried`.
         """
         z = operator.power(strength)(self.z)
         expected = self.expected(z)
@@ -244,20 +233,10 @@ def carry_others(
     growth: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> tuple[sparse.csr_matrix, Tensor]:
-    """Genes that are not modelled, each carried by its change of mean log1p-CP10k, block by block.
+    """Genes that are not modelled, each carried by its planned `change` (gene,) of mean log1p-CP10k, block by block.
 
-    Parameters
-    ----------
-    x, library
-        Counts (cell, gene) of control cells, and their counts over all genes (cell,).
-    change
-        (gene,) planned change of the mean level.
-    growth
-        Change of the log of the library.
-
-    Returns
-    -------
-    Whole counts (cell, gene), and (cell,) expected counts that they gained before the library grew.
+    From counts `x` (cell, gene) of control cells and their `library` (cell,) over all genes, whose log changes by
+    `growth`: whole counts (cell, gene), and (cell,) expected counts that they gained before the library grew.
     """
     columns, total = sparse.csc_matrix(x), torch.as_tensor(library, dtype=torch.float32)
     parts, gained = [], torch.zeros(len(total))
@@ -280,12 +259,8 @@ def assemble(
     perturbation: str,
     others: sparse.csr_matrix | None = None,
 ) -> ad.AnnData:
-    """Virtual cells over all genes of the data: modelled ones as drawn, the others as the control cells have them.
-
-    Parameters
-    ----------
-    others
-        Counts (cell, gene) of the genes that are not modelled, over all genes of the data; the control cells' where None.
+    """Virtual cells over all genes of the data: modelled ones as drawn, of the rest the counts `others` (cell, gene),
+    those of the control cells where None.
     """
     column = source.var_names.get_indexer(list(genes))
     there = np.flatnonzero(column >= 0)

@@ -41,19 +41,8 @@ N_SPLITS = 10
 
 @same_threads()
 def differential(cells: np.ndarray, control: np.ndarray) -> pd.DataFrame:
-    """Differential expression of log1p-CP10k cells against control cells: Wilcoxon and Benjamini-Hochberg by
-    scanpy.
-
-    Parameters
-    ----------
-    cells, control : (cell, gene)
-
-    Returns
-    -------
-    DataFrame
-        One row per gene in the given order: ``score`` (Wilcoxon z, ties corrected), ``p``, ``fdr``,
-        ``lfc`` (log2 of the ratio of back-transformed means, as scanpy; a mean that a shift made negative counts
-        as 0).
+    """Wilcoxon tests of log1p-CP10k cells (cell, gene) against control cells by scanpy: ``score, p, fdr`` of each gene,
+    and ``lfc``, log2 of the ratio of back-transformed means; a mean that a shift made negative counts as 0.
     """
     import scanpy as sc
 
@@ -83,17 +72,11 @@ class Truth:
 
     Attributes
     ----------
-    real, control : (cell, gene)
-        Real perturbed cells, and the control cells of the same context, log1p-CP10k; at least two of each.
-    counts : (cell, gene), optional
-        Counts of the real cells.
-    library : (cell,), optional
-        Their counts over all measured genes, where `counts` holds only some of them.
-    shared_shift : (gene,), optional
-        Mean shift of the training groups; control mean + shared shift is the reference of Systema's
-        correlation.
-    whole : Truth, optional
-        Of which this one is a part or a resample: it keeps the whole's ranking of genes.
+    real, control : (cell, gene) perturbed cells, and control cells of the same context, log1p-CP10k; two or more of each
+    counts : (cell, gene) counts of the real cells
+    library : (cell,) their counts over all measured genes, where `counts` holds only some of them
+    shared_shift : (gene,) mean shift of the training groups; with the control mean it is Systema's reference
+    whole : of which this one is a part or a resample: it keeps the whole's ranking of genes
     """
 
     real: np.ndarray = field(repr=False)
@@ -281,14 +264,9 @@ _BOUNDS: dict[str, tuple[str, Callable[[float], float]]] = {
 def noise(truth: Truth, metrics: Iterable[str] | None = None) -> list[dict]:
     r"""What a perfect prediction would score, from random halves of the real cells (mean over ten splits).
 
-    E-distance: :func:`~cellop_nb.models.energy.noise_floor` (about 0). Errors of means (mae, rmse, l2): half of the
-    error between the halves, which is the error that the truth's own sampling leaves. Correlations of changes:
-    Spearman-Brown :math:`2r/(1+r)`; the halves share the control cells, as prediction and truth do. Other metrics have no
-    row.
-
-    Returns
-    -------
-    rows ``method, metric, value, reason``, method being :data:`FLOOR` or :data:`CEILING`.
+    E-distance: :func:`~cellop_nb.models.energy.noise_floor` (about 0). Errors of means: half of the error between the
+    halves, which is what the truth's own sampling leaves. Correlations of changes: Spearman-Brown :math:`2r/(1+r)`; the
+    halves share the control cells, as prediction and truth do. Other metrics have no row.
     """
     names = [name for name in known_metrics(metrics) if name in _BOUNDS]
     return [_defined(_BOUNDS[name][0], name, partial(_perfect, truth, name)) for name in names]
@@ -363,12 +341,7 @@ def score_rules(
 ) -> tuple[pd.DataFrame, list[tuple[str, str]]]:
     """The table of all rules for (context, perturbation) groups of real cells, and the groups that could be scored.
 
-    `control` gives the control cells of a context, from which every rule starts.
-
-    Raises
-    ------
-    HoldoutError
-        No group has two real and two control cells.
+    `control` gives the control cells of a context, from which every rule starts. Refused without any group of two cells.
     """
     truths: dict[tuple[str, str], Truth] = {}
     unscored: dict[tuple[str, str], str] = {}

@@ -495,12 +495,8 @@ def choose(
 ) -> tuple[list[int], list[float], list[float]]:
     """Greedy choice of n candidates, the share of the wanted variance that each removes, and the share that is left.
 
-    Parameters
-    ----------
-    kernel
-        (m, m) prior covariance of all rows, of which the others are positions.
-    noise
-        Of each measured row, in units of the prior variance; a candidate is expected to have their mean.
+    Of all rows the `kernel` (m, m) is the prior covariance, and the others are positions. The `noise` of the measured is
+    in units of the prior variance; a candidate is expected to have their mean.
     """
     gram = kernel[np.ix_(measured, measured)] + np.diag(noise + 1e-9)
     covariance = kernel - kernel[:, measured] @ np.linalg.solve(gram, kernel[measured])

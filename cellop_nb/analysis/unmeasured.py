@@ -90,14 +90,7 @@ class Described:
 
 
 def check_described(features: pd.DataFrame, groups: Groups) -> None:
-    """Refuse features that lack a measured perturbation which was not marked as one without a descriptor.
-
-    Raises
-    ------
-    LabelError
-    ModelError
-        For rows that repeat or hold some values that are not finite.
-    """
+    """Refuse features that lack a measured perturbation which was not marked as one without a descriptor."""
     described(features)
     rows = set(features.index.map(str))
     parts = dict.fromkeys(part for label in groups.perturbations for part in groups.parts(label))
