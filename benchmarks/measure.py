@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from cellop_nb.notebook.live import LivePlot
-from cellop_nb.training.guard import NonFiniteGuard
+from cellop_nb.training.guard import NonFiniteGuard, random_state
 from cellop_nb.training.loop import Trainer
 
 _CHILD = """
@@ -333,8 +333,8 @@ def _parts(row: dict) -> str:
 
 
 GUARD = (
-    "the random state copied before each step, so that a faulty one can be made again, loss terms and norm read into "
-    "Python one by one, and Python itself"
+    "loss terms and norm put together and read, the calls that copy the random state before each step, so that a faulty "
+    "one can be made again, and Python itself"
 )
 LIVE = (
     "the panels are made once, and fonts and letters rendered once, which a drawing of the same picture finds ready; the "
@@ -376,18 +376,17 @@ def guard_share(trainer: Trainer, steps: int = 200) -> dict:
     Returns
     -------
     ``cpu_seconds`` of a step without the guard, ``guard_seconds``, ``share``, their ratio, and the bound of the
-    guard's seconds: the traffic with memory that its looks at the parameters and its copies take.
+    guard's seconds: the traffic with memory that its copies of the random state take.
     """
     trainer.model.train()
     _steps(trainer, min(5, steps))
-    own = trainer.guard
     start = time.process_time()
     inside = _watched(trainer, steps).seconds
     total = time.process_time() - start
     made = _watched(trainer, steps, count=True).made.per(steps)
     step, guard = (total - inside) / steps, inside / steps
     row = {"cpu_seconds": step, "guard_seconds": guard, "share": guard / step, "note": None}
-    return row | compared(guard, memory=_guard_bytes(own) / bandwidth(), made=made, between=GUARD)
+    return row | compared(guard, memory=_guard_bytes(trainer) / bandwidth(), made=made, between=GUARD)
 
 
 def _watched(trainer: Trainer, steps: int, *, count: bool = False) -> _Watched:
@@ -399,10 +398,9 @@ def _watched(trainer: Trainer, steps: int, *, count: bool = False) -> _Watched:
     return watch
 
 
-def _guard_bytes(guard: NonFiniteGuard) -> float:
-    """Bytes of a step: each parameter is read now and then, and seldom it and its two moments are read and copied."""
-    size = sum(parameter.nbytes for parameter in guard.model.parameters())
-    return size / guard.check_every + 3 * 3 * size / guard.snapshot_every
+def _guard_bytes(trainer: Trainer) -> float:
+    """Bytes of a step: the random states are read and copied."""
+    return 2.0 * sum(state.nbytes for state in random_state(trainer).values())
 
 
 def _steps(trainer: Trainer, steps: int) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from numbers import Integral, Real
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -71,13 +72,6 @@ class StorageError(CellopError, OSError):
 class NonFiniteError(CellopError):
     """A loss term, a gradient or a parameter is NaN or infinite.
 
-    Parameters
-    ----------
-    message
-        Three beats: what was expected, what was found, how to fix it.
-    people
-        ``{"cells": names, "genes": names, "groups": names}``, as far as they are known.
-
     Attributes
     ----------
     stage
@@ -86,44 +80,32 @@ class NonFiniteError(CellopError):
         When, both counted from 0.
     tensor
         The loss term, parameter or input that is not finite.
-    module
-        Module that first gave a non-finite value; None where the data did, or a loss function outside of
-        every module.
     origin
         :class:`~cellop_nb.training.locate.Origin`: operation, source line, ranges of its inputs; None where a
         second run of the same batch was finite.
     cells, genes, groups
         Names of those involved, as far as they are known.
-    values
-        Numbers that explain: loss terms, the non-finite values, the inputs of the operation.
-    learning_rate, norms
-        Rate in force, and Euclidean norm of each part of the model.
+    terms
+        The loss terms.
     reproducer
         File for :func:`~cellop_nb.training.guard.replay`, or None.
     """
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        stage: str,
-        tensor: str | None = None,
-        origin: Any = None,
-        module: str | None = None,
-        epoch: int | None = None,
-        step: int | None = None,
-        learning_rate: float | None = None,
-        people: dict[str, list[str]] | None = None,
-        values: dict | None = None,
-        norms: dict[str, float] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.stage, self.tensor, self.origin, self.module = stage, tensor, origin, module
-        self.epoch, self.step, self.learning_rate = epoch, step, learning_rate
-        names = people or {}
-        self.cells, self.genes, self.groups = (names.get(kind, []) for kind in ("cells", "genes", "groups"))
-        self.values, self.norms = values or {}, norms or {}
-        self.reproducer: Path | None = None
+    stage: str
+    epoch: int
+    step: int
+    tensor: str | None = None
+    origin: Any = None
+    cells: Sequence[str] = ()
+    genes: Sequence[str] = ()
+    groups: Sequence[str] = ()
+    terms: Mapping[str, float] = MappingProxyType({})
+    reproducer: Path | None = None
+
+    @property
+    def module(self) -> str | None:
+        """Module that first gave a non-finite value; None where the data did, or a loss function outside of all."""
+        return self.origin.module if self.origin is not None else None
 
 
 def three_beats(expected: str, found: str, fix: str) -> str:

@@ -185,11 +185,11 @@ def bare_loop(model: nn.Module, terms: Callable, batches: Iterable, *, guard=Non
         optimizer.zero_grad()
         loss = terms(trainer.batch)
         if guard:
-            guard.before_backward(loss, trainer)
+            guard.begin_step(trainer)
         sum(loss.values()).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         if guard:
-            guard.after_backward(trainer, norm)
+            guard.check(trainer, loss, norm)
         optimizer.step()
         if guard:
             guard.after_step(trainer)

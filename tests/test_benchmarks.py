@@ -95,8 +95,8 @@ def test_the_guard_is_back_after_timing_and_its_bound_is_its_traffic(monkeypatch
     assert trainer.guard is guard
     assert trainer.step == 9
     assert row["share"] == pytest.approx(row["guard_seconds"] / row["cpu_seconds"])
-    size = 4 * sum(parameter.numel() for parameter in trainer.model.parameters())
-    assert row["bound"] == "memory" and row["bound_seconds"] == pytest.approx(size / 10 + 9 * size / 200)
+    states = [torch.get_rng_state(), trainer.generator.get_state(), trainer.cpu_generator.get_state()]
+    assert row["bound"] == "memory" and row["bound_seconds"] == 2 * sum(state.nbytes for state in states)
     assert row["distance"] == pytest.approx(row["guard_seconds"] / row["bound_seconds"])
     assert row["calls"] > 0 and row["mbyte"] > 0, "its calls are counted apart from the step's"
     assert row["calls"] < counts(lambda: trainer._run_step(trainer.batch)).calls

@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 import cellop_nb as co
 from cellop_nb.analysis import genes
@@ -19,7 +18,6 @@ from cellop_nb.data.contract import Keys
 from cellop_nb.errors import CellopError
 from cellop_nb.notebook import parameters, runs, sweep
 from cellop_nb.training.checkpoint import read_models, write_models
-from cellop_nb.training.guard import load_reproducer, save_reproducer
 
 
 def screen():
@@ -61,7 +59,6 @@ FILES = {
     "model.safetensors": (lambda path: write_models(path, VAE), read_models),
     "predictor.safetensors": (lambda path: predictor().save(path), co.load),
     "last.pt": (lambda path: trainer().save_checkpoint(path), lambda path: trainer().load_checkpoint(path)),
-    "fault.pt": (lambda path: save_reproducer(path, VAE, torch.ones(3), {}, {"step": 1}), load_reproducer),
     "screen.h5ad": (lambda path: screen().write_h5ad(path), read_screen),
     "backed.h5ad": (lambda path: screen().write_h5ad(path), lambda path: read_screen(path, backed=True)),
     "screen.zarr": (lambda path: screen().write_zarr(path), read_screen),

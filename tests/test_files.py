@@ -21,7 +21,6 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from anndata import AnnData
 from matplotlib.figure import Figure
 
@@ -31,7 +30,6 @@ from cellop_nb.errors import DataError, StorageError
 from cellop_nb.files import sweep, write_whole
 from cellop_nb.notebook import runs, style
 from cellop_nb.training.checkpoint import write_models
-from cellop_nb.training.guard import save_reproducer
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="modes, links and signals of POSIX")
 
@@ -275,10 +273,6 @@ def save_models(folder, screen, vae):
     write_models(folder / "model.safetensors", vae)
 
 
-def save_a_fault(folder, screen, vae):
-    save_reproducer(folder / "fault.pt", vae, torch.zeros(2), {}, {})
-
-
 def write_cells(folder, screen, vae):
     parts = []
     for k in range(40):
@@ -317,7 +311,7 @@ def write_numbers(folder, screen, vae):
 
 
 WRITERS = [
-    save_checkpoint, save_models, save_a_fault, write_cells, save_a_figure, draw_live, write_table, write_zarr,
+    save_checkpoint, save_models, write_cells, save_a_figure, draw_live, write_table, write_zarr,
     write_numbers,
 ]  # fmt: skip
 

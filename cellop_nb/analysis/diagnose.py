@@ -25,14 +25,14 @@ from ..errors import LabelError, ModelError, three_beats
 from ..models.affine import AffineOperator
 from ..models.likelihood import nb_log_likelihood
 from ..models.operators import Condition
-from ..models.trace import (
-    ModuleScopes,
+from ..training.locate import (
+    RunningModules,
     caller,
     graph_nodes,
     is_finite,
-    named_tensors,
     owner_of_parameter,
     storage_address,
+    tensors_in,
     unchanged_buffers,
 )
 from ..models.vae import NBVAE, elbo_loss, sample_z
@@ -56,9 +56,6 @@ _ADVICE = {
     "zero gradient": "the gradient is 0: look for saturated or dead units, or a clamp",
     "non-finite": "train under the non-finite guard, which names the operation",
 }
-
-
-_HERE = ("diagnose.py", "trace.py")
 
 
 @dataclass
@@ -171,7 +168,7 @@ class _Flow(TorchDispatchMode):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.scopes, self.watched = ModuleScopes(model), False
+        self.scopes, self.watched = RunningModules(model), False
         self._kept: list[Tensor] = []  # so that no storage address is used twice
         self._depends: dict[int, frozenset[str]] = {}
         self._cuts: list[_Cut] = []
@@ -182,14 +179,14 @@ class _Flow(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        inputs = [tensor for _, tensor in named_tensors([args, kwargs], depth=3)]
+        inputs = tensors_in([args, kwargs])
         self._follow(inputs)
         parameters = [self._depends.get(storage_address(tensor), frozenset()) for tensor in inputs]
         out = func(*args, **kwargs)
         depends = frozenset().union(*parameters)
         if not depends:
             return out
-        outputs = [tensor for _, tensor in named_tensors(out)]
+        outputs = tensors_in(out)
         self._note(func.overloadpacket.__name__, inputs, outputs, depends)
         for tensor in outputs:
             self._kept.append(tensor)
@@ -220,7 +217,7 @@ class _Flow(TorchDispatchMode):
             constants -= cut.addresses
 
     def _position(self, name: str) -> str:
-        module, line = self.scopes.current, caller(_HERE)
+        module, line = self.scopes.current, caller("diagnose.py")
         return f"{name}{f' in module {module!r}' if module else ''}{f' at {line}' if line else ''}"
 
     def end_of(self, parameter: str, loss: Tensor) -> str:

@@ -23,8 +23,8 @@ from ..errors import CheckpointError, ModelError, did_you_mean, three_beats
 from ..files import write_whole
 from ..models import host
 from ..models.operators import OperatorModel
-from ..models.trace import is_finite
 from ..models.vae import NBVAE
+from .locate import is_finite
 
 SCHEMA = 2
 """Version of the file's layout; a file with a higher one is refused, one with a lower is read."""
@@ -399,7 +399,7 @@ def read_state(path: str | Path, device: torch.device | str, expected: str) -> d
         _check_seal(Path(path))
         return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:
-        fix = "give the path of a last.pt or best.pt, or start the run anew"
+        fix = "give the path that was written, or start the run anew"
         raise CheckpointError(three_beats(expected, f"{path}, {reason(error)}", fix)) from error
 
 

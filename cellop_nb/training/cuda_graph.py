@@ -123,7 +123,7 @@ class Recorder:
         recording.replay()
         self.replayed += 1
         # The next replay writes to the same places.
-        self._trainer.guard.replayed(recording.finite.clone())
+        self._trainer.guard.finite = recording.finite.clone()
         terms, norm = recording.made
         return {name: term.clone() for name, term in terms.items()}, norm.clone()
 

@@ -1,51 +1,41 @@
-"""Where a non-finite number was born, and what to tell: tensor, module, operation, cells and genes or group.
+"""Where a NaN or an infinity was born: in the batch, in a parameter, in an operation, or in the gradient of one.
 
-Nothing of this runs while training is healthy. Once a check has failed, the same batch is evaluated again
-under the random state it had, and the first operation that made NaN or infinity *out of finite numbers*, and
-whose result reached the loss, is named together with its module and source line.
+The faulty batch is run once more with every operation watched. What is told is the first one that made NaN or infinity
+*out of finite numbers*, and whose result reached the loss or a gradient.
 """
 
 from __future__ import annotations
 
 import contextlib
+import re
+import traceback
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 from torch.utils._python_dispatch import TorchDispatchMode
-
-from ..errors import NonFiniteError, three_beats
-from ..models.trace import (
-    ModuleScopes,
-    caller,
-    graph_nodes,
-    is_finite,
-    named_tensors,
-    nonfinite_state,
-    optimizer_faults,
-    owner_of_parameter,
-    storage_address,
-    unchanged_buffers,
-)
+from torch.utils._pytree import tree_leaves
 
 _TORCH = str(Path(torch.__file__).parent)
-_HERE = ("locate.py", "trace.py")
 
 
-@dataclass
+@dataclass(eq=False)
 class Origin:
     """Birth of a non-finite value.
 
     Attributes
     ----------
     kind
-        `batch` (it came with the data), `parameter` (the model held it already), `operation` (a forward
-        operation made it) or `gradient` (an operation of the backward pass made it).
+        `batch` (it came with the data), `parameter` (the model held it already), `operation` (one of the forward pass
+        made it) or `gradient` (one of the backward pass).
     name
         Name of the tensor or of the operation.
+    values
+        The first non-finite values (at most five).
     module
         Innermost module that was running; None for a loss function outside of the model.
     line
@@ -54,307 +44,281 @@ class Origin:
         Smallest and largest value of each input of the operation.
     masks
         Where the first tensor is not finite, and then the tensors that were computed from it.
-    found
-        The first non-finite values (at most five).
     """
 
     kind: str
     name: str
+    values: list
     module: str | None = None
     line: str | None = None
     inputs: list[tuple[float, float]] = field(default_factory=list)
     masks: list[Tensor] = field(default_factory=list)
-    found: list = field(default_factory=list)
+
+    @classmethod
+    def held(cls, kind: str, name: str, tensor: Tensor) -> Origin:
+        """Of a value that was not computed but was there."""
+        module = owner_of_parameter(name) if kind == "parameter" else None
+        return cls(kind, name, _first(tensor), module, masks=[~torch.isfinite(tensor.detach())])
 
     def __str__(self) -> str:
         owner = f" of module {self.module!r}" if self.module else ""
-        at = f" at {self.line}" if self.line else ""
+        values = ", ".join(f"{value:g}" for value in dict.fromkeys(self.values))
         if self.kind in ("batch", "parameter"):
-            return f"{self.name}{owner} held {_listed(self.found)}"
+            return f"{self.name}{owner} held {values}"
         ranges = ", ".join(f"[{low:.4g}, {high:.4g}]" for low, high in self.inputs)
-        values = f" from values in {ranges}" if ranges else ""
-        return f"{self.name}{owner}{at} gave {_listed(self.found)}{values}"
+        at = f" at {self.line}" if self.line else ""
+        return f"{self.name}{owner}{at} gave {values}{f' from values in {ranges}' if ranges else ''}"
+
+    def involved(self, names: dict[str, list[str]]) -> dict[str, list[str]]:
+        """Those of the `cells`, `groups` and `genes` named whose entries of the first such tensor are not finite."""
+        people = {}
+        for kind in ("cells", "groups"):
+            some = names.get(kind, [])
+            # A parameter concerns all cells; a weight with as many rows as there are cells must not name some.
+            masks = [mask for mask in self.masks if some and mask.ndim and len(mask) == len(some)]
+            if masks and self.kind != "parameter":
+                people[kind] = _chosen(some, masks[0].reshape(len(some), -1).any(1))
+        genes = names.get("genes", [])
+        if genes and self.masks and self.masks[0].ndim and self.masks[0].shape[-1] == len(genes):
+            people["genes"] = _chosen(genes, self.masks[0].reshape(-1, len(genes)).any(0))
+        return people
 
 
-def _listed(found: list) -> str:
-    return "non-finite values" if not found else ", ".join(f"{value:g}" for value in dict.fromkeys(found))
+def _chosen(names: list[str], hits: Tensor) -> list[str]:
+    return [name for name, hit in zip(names, hits.tolist(), strict=True) if hit]
 
 
-class OperationWatch(TorchDispatchMode):
+def _first(tensor: Tensor) -> list[float]:
+    values = tensor.detach()
+    return values[~torch.isfinite(values)][:5].tolist()
+
+
+def search(model: nn.Module, loss_terms: Callable, batch: object) -> tuple[str | None, Origin | None]:
+    """Run a batch again, forward and backward, under the present random state.
+
+    Returns
+    -------
+    The name of the first loss term, or parameter by its gradient, that is not finite, and where that was born; (None,
+    None) where all are finite this time.
+    """
+    births = [(_in_batch(batch, name, t), t) for name, t in named_tensors(batch) if not is_finite(t)]
+    births += [(Origin.held("parameter", name, t), t) for name, t in nonfinite_state(model)]
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    with warnings.catch_warnings(), unchanged_buffers(model), RunningModules(model) as modules:
+        warnings.simplefilter("ignore")  # anomaly mode announces itself; here it only keeps source lines
+        watch = _Watch(modules, births)
+        with torch.autograd.detect_anomaly(check_nan=False), watch:
+            terms = loss_terms(batch)
+        for name, term in terms.items():
+            if not is_finite(term):
+                return name, watch.birth_of(term)
+        with watch:
+            slopes = torch.autograd.grad(sum(terms.values()), [*trained.values()], allow_unused=True)
+    for name, slope in zip(trained, slopes, strict=True):
+        if slope is not None and not is_finite(slope):
+            origin = watch.birth_of(slope)
+            if origin is not None and origin.module is None:
+                origin.module = owner_of_parameter(name)
+            return name, origin
+    return None, None
+
+
+def _in_batch(batch: object, name: str, tensor: Tensor) -> Origin:
+    origin = Origin.held("batch", name, tensor)
+    if name == "batch.values" and hasattr(batch, "spread"):  # non-zeros of counts: by cell and gene
+        origin.masks = [batch.spread(origin.masks[0])]
+    return origin
+
+
+class _Watch(TorchDispatchMode):
     """Follows every operation, and remembers for each non-finite result where it was born."""
 
-    def __init__(self, scopes: ModuleScopes, known: list[tuple[Origin, Tensor]]) -> None:
+    def __init__(self, modules: RunningModules, births: Iterable[tuple[Origin, Tensor]]) -> None:
         super().__init__()
-        self.scopes = scopes
-        self._births: dict[int, tuple[int, Origin]] = {}
+        self._modules = modules
+        self._origins: list[Origin] = []
+        self._births: dict[int, int] = {}  # address to position among the origins
         self._kept: list[Tensor] = []  # so that no storage address is used twice
-        for origin, tensor in known:
-            self._remember(tensor, (len(self._kept), origin))
+        for origin, tensor in births:
+            self._remember([tensor], origin)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        before = [tensor for _, tensor in named_tensors([args, kwargs], depth=3)]
+        before = tensors_in([args, kwargs])
         poisoned = [tensor for tensor in before if not is_finite(tensor)]
         # In-place operations overwrite their inputs: the ranges are read before.
-        ranges = [] if poisoned else [_range(t) for t in before if _has_range(t)]
-        out = func(*args, **kwargs)
-        made = [tensor for _, tensor in named_tensors(out) if not is_finite(tensor)]
-        if made and not func.__name__.startswith(("empty", "new_empty")):
-            birth = self._inherited(poisoned) or (len(self._kept), self._birth(func, before, ranges, made[0]))
-            for tensor in made:
-                self._remember(tensor, birth)
+        ranges = [] if poisoned else [_range(t) for t in before if t.is_floating_point() and t.numel()]
+        out = func(*args, **(kwargs or {}))
+        broken = [tensor for tensor in tensors_in(out) if not is_finite(tensor)]
+        if broken and not func.__name__.startswith(("empty", "new_empty")):
+            inherited = [self._births[a] for a in map(storage_address, poisoned) if a in self._births]
+            if inherited:
+                origin = self._origins[min(inherited)]
+            elif poisoned:  # not made by torch
+                origin = Origin.held("batch", "an input", poisoned[0])
+            else:
+                origin = self._born(func, ranges, broken[0])
+            self._remember(broken, origin)
         return out
 
-    def _birth(self, func, before: list[Tensor], ranges: list, made: Tensor) -> Origin:
-        name = f"operation {func.overloadpacket.__name__}"
-        where = ~torch.isfinite(made.detach())
-        return Origin("operation", name, self.scopes.current, caller(_HERE), ranges, [], _first(made, where))
+    def _born(self, func, ranges: list, tensor: Tensor) -> Origin:
+        node = torch._C._current_autograd_node()  # of the backward pass
+        if node is None:
+            name = f"operation {func.overloadpacket.__name__}"
+            return Origin("operation", name, _first(tensor), self._modules.current, caller(), ranges)
+        name = f"gradient of operation {node.name().removesuffix('Backward0')}"
+        frames = re.findall(r'File "(.+)", line (\d+), in (.+)', "".join(node.metadata.get("traceback_", [])))
+        return Origin("gradient", name, _first(tensor), node.metadata.get("module"), _line(frames), ranges)
 
-    def _inherited(self, poisoned: list[Tensor]) -> tuple[int, Origin] | None:
-        births = [self._births.get(storage_address(tensor)) for tensor in poisoned]
-        found = [birth for birth in births if birth is not None]
-        if found:
-            return min(found, key=lambda birth: birth[0])
-        if not poisoned:
-            return None
-        return 0, given("batch", "an input", poisoned[0])  # it was not made by torch: it came with the data
+    def _remember(self, tensors: list[Tensor], origin: Origin) -> None:
+        if origin not in self._origins:
+            self._origins.append(origin)
+        for tensor in tensors:
+            self._kept.append(tensor)
+            self._births.setdefault(storage_address(tensor), self._origins.index(origin))
+            if len(origin.masks) < 50:
+                origin.masks.append(~torch.isfinite(tensor.detach()))
 
-    def _remember(self, tensor: Tensor, birth: tuple[int, Origin]) -> None:
-        self._kept.append(tensor)
-        self._births.setdefault(storage_address(tensor), birth)
-        masks = birth[1].masks
-        if tensor.layout == torch.strided and len(masks) < 50:
-            masks.append(~torch.isfinite(tensor.detach()))
-
-    def of(self, tensor: Tensor) -> Origin | None:
-        """Birth of a tensor's non-finite values."""
-        birth = self._births.get(storage_address(tensor))
-        return birth[1] if birth else None
-
-
-def _has_range(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and tensor.numel() > 0 and tensor.layout == torch.strided
+    def birth_of(self, tensor: Tensor) -> Origin | None:
+        position = self._births.get(storage_address(tensor))
+        return None if position is None else self._origins[position]
 
 
 def _range(tensor: Tensor) -> tuple[float, float]:
     return float(tensor.detach().min()), float(tensor.detach().max())
 
 
-def _first(tensor: Tensor, where: Tensor, count: int = 5) -> list[float]:
-    return tensor.detach()[where][:count].tolist()
+class RunningModules:
+    """Context manager that knows which module of a model is running, and notes it on the autograd nodes that it makes.
 
-
-def given(kind: str, name: str, tensor: Tensor) -> Origin:
-    """Origin of a value that was not computed but was there: in the batch or in a parameter."""
-    dense = tensor.detach() if tensor.layout == torch.strided else tensor.detach().to_dense()
-    where = ~torch.isfinite(dense)
-    module = owner_of_parameter(name) if kind == "parameter" else None
-    return Origin(kind, name, module, masks=[where], found=_first(dense, where))
-
-
-def find_in_loss(model: nn.Module, loss_terms: Callable, batch: object) -> tuple[str | None, Origin | None]:
-    """Run a batch again and find where the first non-finite loss term came from.
-
-    Returns
-    -------
-    The name of the term and the origin; (None, None) where every term is finite in the second run.
+    A node's ``metadata["module"]`` is the innermost module that made it; nodes made outside of all have none.
     """
-    known = [(_in_batch(batch, name, t), t) for name, t in named_tensors(batch) if not is_finite(t)]
-    known += [(given("parameter", name, t), t) for name, t in nonfinite_state(model)]
-    with ModuleScopes(model) as scopes, OperationWatch(scopes, known) as watch:
-        terms = loss_terms(batch)
-    for name, term in terms.items():
-        if not is_finite(term):
-            return name, watch.of(term)
-    return None, None
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._running: list[str] = []
+        self._handles: list = []
+
+    def __enter__(self) -> RunningModules:
+        for name, module in self.model.named_modules():
+            label = name or type(self.model).__name__
+            self._handles.append(module.register_forward_pre_hook(self._starter(label)))
+            self._handles.append(module.register_forward_hook(self._end, always_call=True))
+        return self
+
+    def __exit__(self, *_) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+        self._running.clear()
+
+    def _starter(self, label: str) -> Callable:
+        def start(module, inputs) -> None:
+            self._note(inputs)  # made before this module
+            self._running.append(label)
+
+        return start
+
+    def _end(self, module, inputs, output) -> None:
+        self._note(output)
+        self._running.pop()
+
+    def _note(self, results: object) -> None:
+        for tensor in tensors_in(results):
+            for node in graph_nodes(tensor.grad_fn, new=lambda node: "module" not in node.metadata):
+                node.metadata["module"] = self.current
+
+    @property
+    def current(self) -> str | None:
+        """Name of the innermost module that is running, None outside of all modules."""
+        return self._running[-1] if self._running else None
 
 
-def _in_batch(batch: object, name: str, tensor: Tensor) -> Origin:
-    """Origin of a value of the batch; non-zeros of counts are told by cell and gene."""
-    origin = given("batch", name, tensor)
-    if name == "batch.values" and hasattr(batch, "spread"):
-        origin.masks = [batch.spread(origin.masks[0])]
-    return origin
+def graph_nodes(root: Node | None, new: Callable[[Node], bool] = lambda node: True) -> Iterator[Node]:
+    """Every node of the autograd graph below `root`, nearest first, without what lies behind one that is not new."""
+    queue, seen = [root], {root, None}
+    while queue:
+        node = queue.pop(0)
+        if node is None or not new(node):
+            continue
+        yield node
+        below = dict.fromkeys(node for node, _ in node.next_functions if node not in seen)
+        seen |= below.keys()
+        queue += below
 
 
-def find_in_gradient(
-    model: nn.Module, loss_terms: Callable, batch: object
-) -> tuple[list[str], Origin | None]:
-    """Run a batch forward and backward again and find the first operation with a non-finite gradient.
+def owner_of_parameter(name: str) -> str:
+    """Module part of a parameter's dotted name: `encoder.0` of `encoder.0.weight`."""
+    return name.rpartition(".")[0] or name
 
-    Returns
-    -------
-    Names of the parameters with a non-finite gradient, and the origin (None where the second run is finite).
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether every value is finite.
+
+    A sum cannot hide a NaN or an infinity, and costs one pass; only where it is not finite itself (it may
+    have overflowed) are the values looked at one by one.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # anomaly mode announces itself; here it only keeps source lines
-        with torch.autograd.detect_anomaly(check_nan=False), ModuleScopes(model) as scopes:
-            loss = sum(loss_terms(batch).values())
-    births: list[Origin] = []
-    handles = [node.register_hook(_backward_hook(node, scopes, births)) for node in graph_nodes(loss.grad_fn)]
-    names, parameters = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad), strict=True)
-    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-    for handle in handles:
-        handle.remove()
-    bad = [name for name, g in zip(names, gradients, strict=True) if g is not None and not is_finite(g)]
-    if bad and not births:  # no operation did it: a hook on the parameter changes its gradient
-        births.append(Origin("gradient", f"a hook on {bad[0]}", owner_of_parameter(bad[0])))
-    return bad, births[0] if births else None
+    if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.numel() == 0:
+        return True
+    values = tensor.detach()
+    return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())
 
 
-def _backward_hook(node, scopes: ModuleScopes, births: list[Origin]):
-    def look(made: tuple, given_: tuple) -> None:
-        known = [g for g in given_ if g is not None]
-        bad = [g for g in made if g is not None and not is_finite(g)]
-        if bad and not births and all(is_finite(g) for g in known):
-            where = ~torch.isfinite(bad[0])
-            ranges = [_range(g) for g in known if _has_range(g)]
-            name = f"gradient of operation {node.name().removesuffix('Backward0')}"
-            line = _recorded_line(node)
-            births.append(
-                Origin("gradient", name, scopes.owner(node), line, ranges, [where], _first(bad[0], where))
-            )
-
-    return look
+def nonfinite_state(model: nn.Module, optimizer=None) -> list[tuple[str, Tensor]]:
+    """Parameters and buffers of a model, and moments of an optimiser by their parameter, that hold NaN or infinity."""
+    tensors: list[tuple[str, object]] = [*model.named_parameters(), *model.named_buffers()]
+    if optimizer is not None:
+        for name, parameter in model.named_parameters():
+            moments = optimizer.state.get(parameter, {})
+            tensors += [(f"{name}.{key}", moment) for key, moment in moments.items()]
+    return [(name, t) for name, t in tensors if isinstance(t, Tensor) and not is_finite(t)]
 
 
-def _recorded_line(node) -> str | None:
-    """Source line of the forward operation, as anomaly mode keeps it on the node."""
-    lines = [line.strip() for text in node.metadata.get("traceback_", []) for line in text.splitlines()]
-    frames = [line for line in lines if line.startswith('File "')]
-    mine = [line for line in frames if _TORCH not in line and "/locate.py" not in line]
-    if not mine:
-        return None
-    path, number, function = mine[-1].removeprefix('File "').replace('"', "").split(", ")[:3]
-    return f"{Path(path).name}:{number.removeprefix('line ')} {function}"
+def tensors_in(value: object) -> list[Tensor]:
+    """The tensors among arguments or results of an operation."""
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
-_ADVICE = {
-    "batch": "look at these entries and remove or correct them (cellop_nb.setup finds such data)",
-    "parameter": "load guard.last_finite or a checkpoint, and train with a smaller learning rate",
-    "operation": "bound the input of that operation, or train with a smaller learning rate "
-    "(on_nonfinite='rollback' does the latter by itself)",
-    "gradient": "keep the input of that operation away from where its derivative is infinite, or train with "
-    "a smaller learning rate (on_nonfinite='rollback')",
-    None: "train with a smaller learning rate (on_nonfinite='rollback')",
-}
+def named_tensors(value: object, name: str = "batch", depth: int = 4) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor inside nested dicts, sequences, dataclasses and plain objects, with a dotted name."""
+    if isinstance(value, Tensor):
+        yield name, value
+        return
+    if isinstance(value, (list, tuple)):
+        value = dict(enumerate(value))
+    elif is_dataclass(value):
+        value = {item.name: getattr(value, item.name) for item in fields(value)}
+    items = value if isinstance(value, dict) else getattr(value, "__dict__", {})
+    for key, item in items.items() if depth else ():
+        yield from named_tensors(item, f"{name}.{key}", depth - 1)
 
 
-def explain(
-    model: nn.Module,
-    loss_terms: Callable | None,
-    batch: object,
-    *,
-    told: dict,
-    described: dict[str, list[str]] | None = None,
-    optimizer=None,
-) -> NonFiniteError:
-    """Run a faulty batch again and say what happened.
-
-    Parameters
-    ----------
-    told
-        `stage`, `epoch`, `step`, `learning_rate` of the fault.
-    described
-        Names of the batch's cells and genes, or groups.
-    """
-    nothing = None, None  # here; the fault is in another process
-    elsewhere = told.get("elsewhere", False)
-    tensor, origin = nothing if elsewhere else search(model, loss_terms, batch, told["stage"], optimizer)
-    tensor = tensor or told.get("tensor")
-    module = origin.module if origin else told.get("module")
-    people = involved(origin, described or {})
-    values = {"inputs": origin.inputs, "found": origin.found} if origin else {}
-    return NonFiniteError(
-        _message(told, tensor, origin, people),
-        tensor=tensor,
-        origin=origin,
-        module=module,
-        people=people,
-        values=values,
-        norms=part_norms(model),
-        stage=told["stage"],
-        epoch=told.get("epoch"),
-        step=told.get("step"),
-        learning_rate=told.get("learning_rate"),
-    )
+def storage_address(tensor: Tensor) -> int:
+    """Address of a tensor's memory: the same for its views, its detached form and its saved copy."""
+    return tensor.untyped_storage().data_ptr()
 
 
-def search(
-    model: nn.Module, loss_terms: Callable | None, batch: object, stage: str, optimizer=None
-) -> tuple[str | None, Origin | None]:
-    """Name of the first non-finite tensor and its origin; (None, None) where none is found."""
-    if stage == "parameter":
-        for name, tensor in [*nonfinite_state(model), *optimizer_faults(model, optimizer)]:
-            return name, given("parameter", name, tensor)
-    if loss_terms is None:
-        return _standing_gradient(model)
-    with unchanged_buffers(model), contextlib.suppress(ArithmeticError, RuntimeError, ValueError):
-        found, origin = find_in_loss(model, loss_terms, batch)
-        if found is None:
-            bad, origin = find_in_gradient(model, loss_terms, batch)
-            found = bad[0] if bad else None
-        if found is not None:
-            return found, origin
-    return _standing_gradient(model)
+def caller(*skip: str) -> str | None:
+    """`file:line in function` of the code outside of torch, of this file and of the files `skip` that is running."""
+    return _line([(f.filename, f.lineno, f.name) for f in traceback.extract_stack()], *skip)
 
 
-def _standing_gradient(model: nn.Module) -> tuple[str | None, Origin | None]:
-    """The first gradient that is not finite now, where no second run shows how it arose."""
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None and not is_finite(parameter.grad):
-            origin = given("gradient", f"the gradient of {name}", parameter.grad)
-            origin.module = owner_of_parameter(name)
-            return name, origin
-    return None, None
+def _line(frames: Iterable[tuple], *skip: str) -> str | None:
+    """The innermost frame that is ours to read, in words."""
+    outside = [
+        (Path(file).name, number, function)
+        for file, number, function in frames
+        if not file.startswith((_TORCH, "<")) and Path(file).name not in (Path(__file__).name, *skip)
+    ]
+    file, number, function = outside[-1] if outside else (None, None, None)
+    return f"{file}:{number} in {function}" if outside else None
 
 
-def part_norms(model: nn.Module) -> dict[str, float]:
-    """Euclidean norm of the parameters of each part of a model, in float64 so that it cannot overflow."""
-    squares: dict[str, float] = {}
-    for name, parameter in model.named_parameters():
-        part = name.split(".")[0]
-        squares[part] = squares.get(part, 0.0) + float(parameter.detach().double().square().sum())
-    return {part: square**0.5 for part, square in squares.items()}
-
-
-def involved(origin: Origin | None, described: dict[str, list[str]]) -> dict[str, list[str]]:
-    """Names of the cells, genes and groups whose entries of the first non-finite tensors are not finite."""
-    if origin is None:
-        return {}
-    people = {}
-    for kind in ("cells", "groups"):
-        names = list(described.get(kind, ()))
-        # A parameter concerns all cells; a weight with as many rows as there are cells must not name some.
-        rows = None if origin.kind == "parameter" else _rows(origin.masks, len(names))
-        if rows is not None:
-            people[kind] = [name for name, hit in zip(names, rows, strict=True) if hit]
-    genes = list(described.get("genes", ()))
-    first = origin.masks[0] if origin.masks else None
-    if genes and first is not None and first.ndim and first.shape[-1] == len(genes):
-        hits = first.reshape(-1, len(genes)).any(0).tolist()
-        people["genes"] = [name for name, hit in zip(genes, hits, strict=True) if hit]
-    return people
-
-
-def _rows(masks: list[Tensor], n_names: int) -> list[bool] | None:
-    for mask in masks:
-        if n_names and mask.ndim and mask.shape[0] == n_names:
-            return mask.reshape(n_names, -1).any(1).tolist()
-    return None
-
-
-def _message(told: dict, tensor: str | None, origin: Origin | None, people: dict[str, list[str]]) -> str:
-    when = f"at epoch {told['epoch']}, step {told['step']} (learning rate {told['learning_rate']:g})"
-    what = f"{told['stage']} {tensor!r}" if tensor else f"a {told['stage']}"
-    unseen = "in another process" if told.get("elsewhere") else "a second run of the same batch was finite"
-    why = f": {origin}" if origin else f" ({unseen})"
-    names = [f"{kind} {_short(who)}" for kind, who in people.items() if who]
-    about = f"; {', '.join(names)}" if names else ""
-    found = f"NaN or infinity in {what} {when}{why}{about}"
-    return three_beats("finite numbers throughout training", found, _ADVICE[origin.kind if origin else None])
-
-
-def _short(names: list[str], limit: int = 5) -> str:
-    rest = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
+@contextlib.contextmanager
+def unchanged_buffers(model: nn.Module) -> Iterator[None]:
+    """Running statistics are the model's state: looking at a batch again must not move them."""
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, value in before:
+            if not torch.equal(buffer, value):
+                buffer.copy_(value)

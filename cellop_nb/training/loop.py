@@ -673,12 +673,10 @@ class Trainer(RemoteControl):
         self.optimizer.zero_grad(set_to_none=True)
         with self.by_itself():
             terms = self.loss_terms(batch)
-            if not self.guard.before_backward(terms, self):
-                return None
             self.fabric.backward(functools.reduce(operator.add, terms.values()))
         self.processes.average_gradients(self.model.parameters())
         norm = clip_gradients(self.model.parameters(), self.clip_norm)
-        if not self.guard.after_backward(self, norm):
+        if not self.guard.check(self, terms, norm):
             return None
         self.optimizer.step()
         return {name: term.detach() for name, term in terms.items()}, norm

@@ -36,14 +36,6 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.fixture(params=[False, True], ids=["at once", "deferred"])
-def trainer(request, tmp_path):
-    """Three healthy steps; `deferred` is the way of a GPU, which works on a CPU as well."""
-    from .guarded import ToyTrainer
-
-    return ToyTrainer(deferred=request.param, folder=tmp_path).run(3)
-
-
 @pytest.fixture
 def as_on_a_device(monkeypatch):
     monkeypatch.setattr(host, "looks_are_free", lambda device: False)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch import nn
@@ -34,24 +32,24 @@ class Toy(nn.Module):
 class ToyTrainer:
     """The least that the guard needs to know of a trainer."""
 
-    def __init__(self, *, clip=10.0, calls_begin=True, **guard):
+    def __init__(self, model=None, *, clip=10.0, **guard):
         torch.manual_seed(0)
-        self.model = Toy()
+        self.model = Toy() if model is None else model
         self.generator = torch.Generator().manual_seed(1)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-2)
         self.guard = NonFiniteGuard(self.model, self.optimizer, **guard)
         self.counts = torch.poisson(torch.full((CELLS, GENES), 3.0), generator=self.generator)
-        self.epoch, self.step, self.clip, self.calls_begin = 0, 0, clip, calls_begin
+        self.epoch, self.step, self.clip = 0, 0, clip
         self.learning_rate = 1e-2
         self.weird_term = lambda value: value * 0
         self.between = {}  # step -> what happens after the optimiser's step
 
     def loss_terms(self, batch):
-        posterior = self.model(batch.counts)
+        posterior = self.model(batch["counts"])
         z = posterior.loc + posterior.scale * torch.randn(posterior.loc.shape, generator=self.generator)
-        mu = torch.softmax(self.model.decoder(z), -1) * batch.counts.sum(1, keepdim=True)
+        mu = torch.softmax(self.model.decoder(z), -1) * batch["counts"].sum(1, keepdim=True)
         theta = self.model.log_theta.exp()
-        x = batch.counts
+        x = batch["counts"]
         nb = torch.lgamma(x + theta) - torch.lgamma(theta) - torch.lgamma(x + 1)
         nb = nb + theta * torch.log(theta / (theta + mu)) + x * torch.log(mu / (theta + mu))
         kl = 0.5 * (posterior.loc**2 + posterior.scale**2 - 1 - 2 * posterior.scale.log()).sum(1)
@@ -62,22 +60,20 @@ class ToyTrainer:
 
     def run(self, steps=1):
         for _ in range(steps):
-            if self.calls_begin:
-                self.guard.begin_step(self)
-            self.batch = SimpleNamespace(counts=self.counts.clone(), name="batch")
-            self.optimizer.zero_grad()
+            self.batch = {"counts": self.counts.clone(), "name": "batch"}
             self.one_step()
             self.step += 1
         return self
 
     def one_step(self):
+        self.guard.begin_step(self)
+        self.optimizer.zero_grad()
         terms = self.loss_terms(self.batch)
-        if not self.guard.before_backward(terms, self):
-            return
         sum(terms.values()).backward()
-        parameters = self.model.parameters()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip) if self.clip else None
-        if not self.guard.after_backward(self, norm):
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters()])
+        if self.clip:
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.clip, norm)
+        if not self.guard.check(self, terms, norm):
             return
         self.optimizer.step()
         self.between.pop(self.step, lambda: None)()

@@ -53,7 +53,7 @@ def plant(trainer, step, what):
     whole = trainer.loss_terms
 
     def terms(batch):
-        if trainer.step == step and not trainer.guard.errors:
+        if trainer.step == step and not trainer.guard.rolled_back:
             what(trainer)
         return whole(batch)
 
@@ -113,8 +113,8 @@ def test_an_operator_of_norm_1e20(adata):
     trainer = plant(operator_trainer(adata), 1, blow_up)
     with pytest.raises(NonFiniteError) as caught:
         trainer.fit()
-    assert caught.value.norms["axis_left"] >= 1e20
-    assert set(caught.value.groups) <= {"B, IFNb", "NK, IFNb"} and is_finite(trainer.model)
+    assert caught.value.groups and set(caught.value.groups) <= {"B, IFNb", "NK, IFNb"}
+    assert is_finite(trainer.model)
 
 
 def test_a_nan_operator_is_told_by_the_guard_and_not_by_the_energy_distance(adata):
@@ -131,7 +131,7 @@ def test_rollback_halves_the_rate_and_finishes(adata):
 
     trainer = plant(operator_trainer(adata, on_nonfinite="rollback", lr=1e-2), 1, poison)
     history = trainer.fit()
-    assert trainer.status == "finished" and trainer.guard.rollbacks == 1
+    assert trainer.status == "finished" and len(trainer.guard.rolled_back) == 1
     assert trainer.learning_rate == 0.5e-2 and len(history) == 2
     assert trainer.guard.rolled_back[0]["back_to"] == 0 and "axis_shift" in history["rollback"][0]
     assert np.isfinite(history["train_loss"]).all() and is_finite(trainer.model)
