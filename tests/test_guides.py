@@ -79,11 +79,11 @@ def test_the_worked_examples_do_what_they_say(quick, mine, capsys):
     form, again = names["Stretch"], names["again"]
     assert type(again) is form
     condition = Condition(("drug 1",), "type A")
-    matrix = again.matrix(condition)
-    torch.testing.assert_close(matrix, names["operators"].matrix(condition))
+    matrix = again.operator(condition).matrix
+    torch.testing.assert_close(matrix, names["operators"].operator(condition).matrix)
     assert torch.equal(matrix, matrix.diag().diag())
     assert not torch.equal(matrix, torch.eye(6))
-    torch.testing.assert_close(again.matrix(Condition((), "type A")), torch.eye(6))
+    torch.testing.assert_close(again.operator(Condition((), "type A")).matrix, torch.eye(6))
     moved = names["operators"]
     design = moved.conditions.design([condition])
     audit = cellop_nb.diagnose.gradient_audit(

@@ -13,7 +13,7 @@ import torch
 
 import cellop_nb as co
 from cellop_nb.models.energy import grouped_energy_distance
-from cellop_nb.models.likelihood import SparseCounts, nb_log_likelihood_head, nb_log_likelihood_logits
+from cellop_nb.models.likelihood import SparseCounts, nb_log_likelihood_logits
 from cellop_nb.packages import same_threads
 from cellop_nb.training.loop import Machine
 from cellop_nb.training.operators import OperatorTrainer, new_operators
@@ -74,17 +74,12 @@ def clouds(cells: int, d: int = 8):
     return [torch.randn(cells, d, generator=generator) for _ in range(2)]
 
 
-def likelihood(form: str):
+def likelihood():
     """Value and gradient of 700 cells: several turns of the likelihood."""
     generator = torch.Generator().manual_seed(0)
     x = torch.poisson(torch.rand(700, 900, generator=generator) * 0.4, generator=generator)
     counts, library = SparseCounts.from_dense(x), x.sum(1)
     z, w, a = (torch.randn(*shape, generator=generator) for shape in ((700, 6), (900, 6), (900,)))
-    if form == "head":
-        layers = {"linear": (z[:, :2], w[:, :2]), "output": (z[:, 2:], w[:, 2:])}
-        return with_gradient(
-            lambda r: nb_log_likelihood_head(counts, library, r, bias=a, **layers), a.abs() + 0.1
-        )
     return with_gradient(lambda t, r: nb_log_likelihood_logits(counts, t, library, r), z @ w.T, a.abs() + 0.1)
 
 
@@ -93,8 +88,7 @@ RESULTS = {
     "energy, groups": lambda: with_gradient(
         lambda x, y: grouped_energy_distance(x, y, [100, 40, 60], [50, 90, 60]), *clouds(200)
     ),
-    "likelihood of logits": lambda: likelihood("logits"),
-    "likelihood, last layers": lambda: likelihood("head"),
+    "likelihood of logits": likelihood,
 }
 
 

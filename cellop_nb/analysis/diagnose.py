@@ -340,7 +340,7 @@ def operator_health(
 
 def _has_logarithm(operator: AffineOperator) -> bool:
     try:
-        return bool(np.isfinite(operator.generator()).all())
+        return bool(np.isfinite(operator.generator).all())
     except ModelError:
         return False
 

@@ -38,11 +38,6 @@ class AffineOperator:
     shift: Tensor
     label: str = ""
 
-    @classmethod
-    def identity(cls, d: int, label: str = "identity") -> AffineOperator:
-        """The map that changes nothing."""
-        return cls(torch.eye(d), torch.zeros(d), label)
-
     def __call__(self, z: Tensor) -> Tensor:
         """Move latents (cell, d); the result lies on their device."""
         if z.shape[-1] != len(self.shift):
@@ -100,8 +95,9 @@ class AffineOperator:
             raise ModelError(three_beats(expected, received, fix))
         return self._like(np.linalg.inv(self.homogeneous), f"inverse of {self.label}")
 
+    @cached_property
     def generator(self) -> np.ndarray:
-        r"""Real logarithm L of the homogeneous matrix, (d + 1, d + 1), so that :math:`K = e^L`; found once.
+        r"""Real logarithm L of the homogeneous matrix, (d + 1, d + 1), so that :math:`K = e^L`.
 
         Raises
         ------
@@ -113,10 +109,6 @@ class AffineOperator:
         ----------
         Culver (1966), Proc. Amer. Math. Soc. 17:1146; Higham (2008), Functions of Matrices, theorem 1.31.
         """
-        return self._logarithm.copy()
-
-    @cached_property
-    def _logarithm(self) -> np.ndarray:
         values = np.linalg.eigvals(self.homogeneous)
         rounding = 1e-9 * np.abs(values).max()
         on_negative_axis = (values.real <= rounding) & (np.abs(values.imag) <= rounding)
@@ -136,7 +128,7 @@ class AffineOperator:
             return self
         if t == 0:  # asks for no logarithm, so it works where there is none
             return self._like(np.eye(len(self.shift) + 1), f"{self.label} at strength 0")
-        return self._like(expm(t * self._logarithm), f"{self.label} at strength {t:g}")
+        return self._like(expm(t * self.generator), f"{self.label} at strength {t:g}")
 
 
 def check_strength(strength: float) -> float:
@@ -171,7 +163,7 @@ def sum_generators(parts: Sequence[AffineOperator]) -> AffineOperator:
     """
     _some(parts)
     label = "+".join(part.label for part in parts)
-    return parts[0]._like(expm(np.sum([part.generator() for part in parts], axis=0)), label)
+    return parts[0]._like(expm(np.sum([part.generator for part in parts], axis=0)), label)
 
 
 @dataclass(frozen=True)

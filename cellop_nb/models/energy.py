@@ -274,20 +274,12 @@ def self_distance(
 
 
 def split_energies(distance: Tensor, first: Tensor) -> Tensor:
-    r"""Energy distance (Euclidean, U-statistic) of many splits of one pooled sample, from its distances alone.
+    r"""Energy distance (split,) (Euclidean, U-statistic) of many splits of one pooled sample, from its distances alone.
 
     .. math:: T(s) = \frac{2\,s^\top D(1-s)}{nm} - \frac{s^\top D s}{n(n-1)} - \frac{(1-s)^\top D(1-s)}{m(m-1)}
 
-    Parameters
-    ----------
-    distance
-        (cell, cell) distances D of the pooled cells, zero diagonal.
-    first
-        (split, cell): 1 for the n cells of the first sample, 0 for the m others; n is the same in every split.
-
-    Returns
-    -------
-    (split,)
+    with the (cell, cell) distances D of the pooled cells, and `first` (split, cell): 1 for the n cells of the first
+    sample, 0 for the m others; n is the same in every split.
     """
     to_first = first @ distance
     return energies_of_sums(
@@ -306,21 +298,10 @@ def energies_of_sums(
 
 
 def noise_floor(cells: Tensor, *, n_splits: int = 10, seed: int = 0) -> float:
-    """The noise floor of a group: mean energy distance between random halves of its cells.
+    """The noise floor of a group of cells (cell, d): mean energy distance between random halves; NaN for fewer than 4.
 
     It is what a perfect prediction scores on average. The U-statistic has no bias, so it lies about 0, below or above;
     how far a single perfect prediction may lie from 0 is what :func:`noise_limit` says.
-
-    Parameters
-    ----------
-    cells
-        (cell, d) of one group.
-    n_splits
-        Random halvings.
-
-    Returns
-    -------
-    float; NaN for fewer than 4 cells.
     """
     values = _between_parts(cells, len(cells) // 2, n_splits, seed)
     return float("nan") if values is None else float(values.mean())
@@ -331,18 +312,8 @@ def noise_limit(
 ) -> float:
     """An energy distance that two samples of one cloud stay below in 95 of 100 draws: what noise alone can show.
 
-    Parameters
-    ----------
-    cells
-        (cell, d) of one group.
-    n_cells
-        Cells of the first sample, the others make the second; half where None.
-    quantile, n_splits
-        Which quantile of the distances of how many random splits.
-
-    Returns
-    -------
-    float; NaN where a sample would have fewer than 2 cells.
+    It is a quantile of the distances of random splits of `cells` (cell, d) into `n_cells` (half where None) and the
+    others; NaN where a sample would have fewer than 2 cells.
     """
     first = len(cells) // 2 if n_cells is None else min(n_cells, len(cells) - 2)
     values = _between_parts(cells, first, n_splits, seed)
@@ -471,38 +442,21 @@ def _check_cloud(name: str, x: Tensor, sizes: Sequence[int], least: int, validat
 
 @dataclass(frozen=True)
 class Rows:
-    """Where the cells of a batch of groups stand among all rows.
+    """Where the cells of a batch of groups stand among all rows."""
 
-    Attributes
-    ----------
-    shape
-        (groups, cells of the largest group).
-    index
-        The rows themselves, (group, cell), 0 for padding; a slice where nothing has to be copied.
-    pad
-        (group, cell) mask of padding; None where there is none.
-    counts
-        (group,) cells, float64; one number where all groups have the same.
-    """
-
-    shape: tuple[int, int]
-    index: Tensor | slice
-    pad: Tensor | None
-    counts: Tensor | int
+    shape: tuple[int, int]  # groups, cells of the largest one
+    index: Tensor | slice  # (group, cell), 0 for padding; a slice where nothing has to be copied
+    pad: Tensor | None  # (group, cell) mask of padding; None where there is none
+    counts: Tensor | int  # (group,) cells, float64; one number where all groups have the same
 
     def pairs(self, estimator: str) -> Tensor | int:
         """Number of ordered pairs within each group: without a cell and itself for "U"."""
         return self.counts * (self.counts - int(estimator == "U"))
 
-    def mask(self) -> Tensor:
-        """(group, cell) mask of padding on the host, where there is none too."""
-        return torch.zeros(self.shape, dtype=torch.bool) if self.pad is None else self.pad.cpu()
-
     def filled(self, value: Tensor | float) -> Tensor:
-        """The value of each group (group,), or of all, for each of its cells: (group, cell) float64, 0 for padding; on
-        the host."""
+        """The value of each group (group,), or of all, for each of its cells: (group, cell) float64, 0 for padding."""
         values = torch.as_tensor(value, dtype=torch.float64).cpu().reshape(-1, 1).expand(self.shape)
-        return values.masked_fill(self.mask(), 0)
+        return values if self.pad is None else values.masked_fill(self.pad.cpu(), 0)
 
     def gather(self, x: Tensor) -> Tensor:
         """Padded groups (group, cell, d) of the rows (cell, d)."""
@@ -527,23 +481,14 @@ class Signs:
     """Factors of the distances from the cells x, and from the cells y, to the stack of x and y of their group.
 
     (cell,) where groups are alike, else (group, cell); zero for padding.
-
-    Attributes
-    ----------
-    sum_x, sum_y
-        In the energy distance: of the stack for x, of y alone for y.
-    pull_x, pull_y
-        In the gradients: of the stack for both.
-    own_x, own
-        One number, or (group,) float64: what undoes a 1 for the distance of each cell x, of each cell, to itself.
     """
 
-    sum_x: Tensor
-    sum_y: Tensor
-    pull_x: Tensor
+    sum_x: Tensor  # in the energy distance: of the stack for x
+    sum_y: Tensor  # and of y alone for y
+    pull_x: Tensor  # in the gradients: of the stack for both
     pull_y: Tensor
-    own_x: Tensor | float
-    own: Tensor | float
+    own_x: Tensor | float  # (group,): what undoes a 1 for the distance of each cell x to itself
+    own: Tensor | float  # and of each cell
 
 
 @dataclass(frozen=True, eq=False)
@@ -558,7 +503,9 @@ class Batch:
     def pad(self) -> Tensor | None:
         """(group, cell) mask of padding in the stack of x and y; None where there is none."""
         either = self.y.pad if self.x.pad is None else self.x.pad
-        return either if either is None else torch.cat([self.x.mask(), self.y.mask()], 1).to(either.device)
+        if either is None:
+            return None
+        return torch.cat([rows.filled(1) == 0 for rows in (self.x, self.y)], 1).to(either.device)
 
     @functools.lru_cache(maxsize=256)  # noqa: B019 (batches are remembered anyway)
     def signs(self, estimator: str, dtype: torch.dtype, device: torch.device) -> Signs:
@@ -711,10 +658,10 @@ def _combined(cross: Tensor | None, counts, within: Tensor | None, pairs) -> Ten
         return None
     if not isinstance(counts, Tensor) and not isinstance(pairs, Tensor):  # groups of one size
         return cross.mul_(2 / counts).sub_(within, alpha=2 / pairs)
-    factors = [
-        torch.as_tensor(2 / n, dtype=cross.dtype, device=cross.device).view(-1, 1, 1) for n in (counts, pairs)
-    ]
-    return cross.mul_(factors[0]).sub_(within.mul_(factors[1]))
+    by_counts, by_pairs = (
+        torch.as_tensor(2 / n, dtype=torch.float64).to(cross).view(-1, 1, 1) for n in (counts, pairs)
+    )
+    return cross.mul_(by_counts).sub_(within.mul_(by_pairs))
 
 
 def _mean(x: Tensor, pad: Tensor | None) -> Tensor:
@@ -748,13 +695,9 @@ def _joint(
 ) -> Energies | None:
     r"""Energy distances of small groups x (group, n, d) and y (group, m, d), all at once and every matrix whole.
 
-    Both clouds of a group stand in one stack z about their common mean, so that the distances of x to all cells of
-    its group are one product. With the signs :math:`s_b = -2/|x|(|x| - 1)` for cells b of x and :math:`2/(|x| |y|)`
-    for those of y, the gradient is :math:`x_a \sum_b s_b / d_{ab} - \sum_b s_b z_b / d_{ab}`. Where y is a constant,
-    the distances within y are summed and no more.
-
-    None where two cells are so close that a product would blur their distance; on a device never, where products in
-    float64 blur none.
+    Both clouds of a group stand in one stack z about their common mean. With the signs :math:`s_b = -2/|x|(|x| - 1)` for
+    cells b of x and :math:`2/(|x| |y|)` for those of y, the gradient is :math:`x_a \sum_b s_b / d_{ab} - \sum_b s_b z_b /
+    d_{ab}`. None where two cells are so close that a product would blur their distance (on a device never).
     """
     n = x.shape[1]
     z, norms, widest = _stacked(x, y, batch)
@@ -843,29 +786,18 @@ def _pair_sums(
     r"""Sum over all pairs of |x_i - y_j|, (group,) float64, and its gradients in x and y where wanted.
 
     With y None: over the ordered pairs i != j of x, and half the gradient in x. A tile above the diagonal then stands
-    for its mirror image too.
+    for its mirror image too. x and y (group, cell, d) are centred and scaled to norms below 1; `exact` are the clouds as
+    they came, and their scale: centring may round small differences away.
 
     With the augmented rows :math:`L_j = [y_j, |y_j|^2, 1]` and :math:`R_i = [-2 x_i, 1, |x_i|^2]` one product gives
     :math:`d_{ij}^2 = R_i L_j`; with :math:`w_{ij} = 1/d_{ij}` a second, :math:`G_i = \sum_j w_{ij} L_j`, gives both the
-    row's sum of distances, :math:`R_i G_i = \sum_j w_{ij} d_{ij}^2`, and its gradient, :math:`x_i \sum_j w_{ij} -
-    \sum_j w_{ij} y_j`. Between the two products a tile is passed over twice. Where nobody wants a gradient, a root and
-    a sum stand for the second product.
-
-    Parameters
-    ----------
-    x, y
-        (group, cell, d), centred and scaled to norms below 1; tiling is for one group, padding for many.
-    exact
-        The clouds as they came, and their scale (group, 1, 1): centring may round small differences away.
-    pads
-        Masks of the padding rows of x and y.
-    want_x, want_y
-        Which gradients are wanted; that of y comes with that of x.
+    row's sum of distances, :math:`R_i G_i`, and its gradient, :math:`x_i \sum_j w_{ij} - \sum_j w_{ij} y_j`.
     """
     within, d = y is None, x.shape[-1]
     y = x if within else y
     if any(pad is not None for pad in pads):  # then both need the column
-        pads = tuple(_no_padding(z) if pad is None else pad for z, pad in zip((x, y), pads, strict=True))
+        none = (torch.zeros(z.shape[:-1], dtype=torch.bool, device=z.device) for z in (x, y))
+        pads = tuple(no_pad if pad is None else pad for no_pad, pad in zip(none, pads, strict=True))
     left_x = _left_rows(x, pads[0])
     left_y = left_x if within else _left_rows(y, pads[1])
     right = left_x @ _form(d, left_x.shape[-1] == d + 3, x.dtype, x.device)
@@ -934,10 +866,6 @@ def _left_rows(z: Tensor, pad: Tensor | None) -> Tensor:
     return torch.cat([z, norms.masked_fill(pad, 1), (~pad).to(z.dtype), pad.to(z.dtype)], -1)
 
 
-def _no_padding(z: Tensor) -> Tensor:
-    return torch.zeros(z.shape[:-1], dtype=torch.bool, device=z.device)
-
-
 @functools.lru_cache(maxsize=32)
 def _form(d: int, padded: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The matrix M with R = L M, so that d^2 = L_i M L_j."""
@@ -961,10 +889,10 @@ def _force(z: Tensor, gathered: Tensor) -> Tensor:
 
 
 class _ClosePairs:
-    """The pairs that the product form would blur, since they are close compared with their norms.
+    """The pairs that the product form would blur: on a CPU they are computed from their differences.
 
-    On a CPU they are found, and computed from their differences. On a device the host would have to wait to find
-    them: there no pair counts as closer than :data:`NEAREST`, which is far above what float64 products blur.
+    On a device the host would have to wait to find them: there no pair counts as closer than :data:`NEAREST`, which is
+    far above what float64 products blur.
     """
 
     def __init__(self, exact: tuple[Tensor, Tensor, Tensor], norms_x: Tensor, norms_y: Tensor):

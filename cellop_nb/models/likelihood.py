@@ -153,10 +153,6 @@ class SparseCounts:
         csc = sparse.csr_matrix((values.numpy(), *indices), self.shape).tocsc()
         return torch.from_numpy(csc.indptr), torch.from_numpy(csc.indices), torch.from_numpy(csc.data)
 
-    def dense(self) -> Tensor:
-        """Dense counts (cell, gene)."""
-        return self.spread(self.values)
-
     def spread(self, values: Tensor) -> Tensor:
         """Dense (cell, gene) array with `values` (nonzero,) at the non-zeros and 0 elsewhere."""
         cells, genes = self.shape
@@ -178,9 +174,6 @@ class SparseCounts:
 
     def __len__(self) -> int:
         return self.shape[0]
-
-    def __repr__(self) -> str:
-        return f"SparseCounts({self.shape[0]} cells, {self.shape[1]} genes, {len(self.values)} non-zeros)"
 
 
 def _refuse_negative(x: Tensor) -> None:
@@ -398,99 +391,15 @@ class _NBFromLogits(torch.autograd.Function):
         )
 
 
-def nb_log_likelihood_head(
-    counts: SparseCounts,
-    library: Tensor,
-    r: Tensor,
-    *,
-    bias: Tensor,
-    linear: tuple[Tensor, Tensor],
-    output: tuple[Tensor, Tensor],
-) -> Tensor:
-    r"""Log-likelihood of counts under NB(library * softmax(z W^T + h V^T + a), r): the training path on a CPU.
-
-    Same value and gradient as :func:`nb_log_likelihood_logits` of these logits, of which no copy is made.
-
-    Parameters
-    ----------
-    counts
-        (cell, gene) counts.
-    library, r
-        (cell,) library sizes > 0 and (gene,) inverse dispersions > 0.
-    bias
-        a, (gene,).
-    linear, output
-        (z, W) and (h, V): inputs (cell, feature) and weights (gene, feature).
-
-    Returns
-    -------
-    (cell,) log-likelihood in nats, differentiable once with respect to all but `counts`.
-
-    References
-    ----------
-    Lopez et al. (2018), Nature Methods 15:1053.
-    """
-    return _Head.apply(counts, library, r, bias, *linear, *output)
-
-
-class _Head(torch.autograd.Function):
-    """Log-likelihood per cell of mu = library * softmax(sum of inputs times weights + bias).
-
-    Two arrays (cell, gene) exist: the logits, which become their own gradient, and what the gradient of r needs.
-    """
-
-    @staticmethod
-    def forward(ctx, counts, library, r, bias, first, first_weight, second, second_weight):
-        # The bias is the weight of one more input, 1: no pass over the logits of its own, nor over their gradient.
-        with_bias = torch.cat([first_weight, bias.unsqueeze(1)], 1)
-        logits = torch.mm(_with_one(first), with_bias.t()).addmm_(second, second_weight.t())
-        value, ctx.gradient = softmax_nb(logits, counts, library, r.clamp_min(MIN_INVERSE_DISPERSION))
-        ctx.counts = counts
-        ctx.save_for_backward(first, first_weight, second, second_weight)
-        return value
-
-    @staticmethod
-    @host.differentiable_once("the likelihood of counts")
-    def backward(ctx, upstream: Tensor):
-        first, first_weight, second, second_weight = ctx.saved_tensors
-        gradient: RowsGradient = ctx.gradient
-        slope, scale = gradient.by_logits, upstream.unsqueeze(1)
-        # The small arrays are scaled by the upstream gradient, not the large one.
-        by_first, by_second = ((slope @ weight).mul_(scale) for weight in (first_weight, second_weight))
-        by_weights, by_second_weight = (slope.t() @ (inputs * scale) for inputs in (_with_one(first), second))
-        by_library = upstream * gradient.by_library if ctx.needs_input_grad[1] else None
-        by_r = gradient.by_r(upstream, ctx.counts.rows) if ctx.needs_input_grad[2] else None
-        by_bias, by_first_weight = by_weights[:, -1].contiguous(), by_weights[:, :-1].contiguous()
-        return None, by_library, by_r, by_bias, by_first, by_first_weight, by_second, by_second_weight
-
-
-def _with_one(inputs: Tensor) -> Tensor:
-    """(cell, feature + 1): the inputs with a last one that is 1."""
-    return torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1)
-
-
 @dataclass(frozen=True)
 class RowsGradient:
-    """What the gradient of each cell's log-likelihood needs.
+    """What the gradient of each cell's log-likelihood needs; without table where nothing is looked up."""
 
-    Attributes
-    ----------
-    by_library
-        (cell,) derivative by the library size.
-    by_logits
-        (cell, gene) derivative by the logits.
-    minus_by_r
-        (cell, gene) minus the derivative by r, as far as it is not in the table.
-    entry, slope
-        (nonzero,) entry of each non-zero in the table, and the table's derivative by r, (count, gene); None where
-        nothing is looked up.
-    """
-
-    by_library: Tensor
-    by_logits: Tensor
-    minus_by_r: Tensor
-    entry: Tensor | None
-    slope: Tensor | None
+    by_library: Tensor  # (cell,)
+    by_logits: Tensor  # (cell, gene)
+    minus_by_r: Tensor  # (cell, gene), as far as it is not in the table
+    entry: Tensor | None  # (nonzero,) entry of each non-zero in the table
+    slope: Tensor | None  # (count, gene) the table's derivative by r
 
     def by_r(self, upstream: Tensor, rows: Tensor) -> Tensor:
         """(gene,) derivative by r of the sum of upstream (cell,) times value; `rows` (nonzero,) are the cells."""

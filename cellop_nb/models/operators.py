@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
 from itertools import combinations
 from typing import Any
 
+import numpy as np
 import torch
+from scipy import sparse
+from scipy.sparse.linalg import lsqr
+from scipy.special import chdtri
 from torch import Tensor, nn
 
 from ..display import card
@@ -171,30 +174,14 @@ class Design:
         return rows.index_add(0, self.parts.flatten(), each.flatten(0, 1))
 
     def least_squares(self, target: Tensor, n_perturbations: int) -> Tensor:
-        r"""(perturbation, ...) rows of smallest norm whose :meth:`sums` are nearest to the target (condition, ...).
-
-        By conjugate gradients on the normal equations, all columns at once: conditions share few parts, so that a
-        handful of steps, each linear in the conditions, is enough.
-
-        References
-        ----------
-        Hestenes and Stiefel (1952), J. Res. Nat. Bur. Standards 49:409.
-        """
-
-        residual = self.gathered(target, n_perturbations)
-        solution, direction = torch.zeros_like(residual), residual
-        size = residual.square().sum(0)
-        least = size * torch.finfo(size.dtype).eps ** 1.5
-        for _ in range(min(n_perturbations, 500)):
-            if bool((size <= least).all()):
-                break
-            ahead = self.gathered(self.sums(direction), n_perturbations)
-            curvature = (direction * ahead).sum(0)
-            step = torch.where(size > least, size / curvature.clamp_min(torch.finfo(size.dtype).tiny), 0.0)
-            solution, residual = solution + step * direction, residual - step * ahead
-            size, before = residual.square().sum(0), size
-            direction = residual + size / before.clamp_min(torch.finfo(size.dtype).tiny) * direction
-        return solution
+        """(perturbation, ...) rows of smallest norm whose :meth:`sums` are nearest to the target (condition, ...)."""
+        starts = np.arange(len(self.parts) + 1) * self.parts.shape[1]
+        entries = self.doses.double().cpu().numpy().ravel(), self.parts.cpu().numpy().ravel(), starts
+        rows = sparse.csr_matrix(entries, (len(self.parts), n_perturbations))
+        columns = [
+            lsqr(rows, column, atol=1e-12, btol=1e-12)[0] for column in target.cpu().double().T.numpy()
+        ]
+        return torch.from_numpy(np.stack(columns, 1)).to(target)
 
 
 def _sums(rows: Tensor, which: Tensor, weights: Tensor) -> Tensor:
@@ -231,8 +218,8 @@ class ConditionEncoder(nn.Module):
         h(\theta) = \Big(\sum_p s_p e_p + \sum_{p<q} s_p s_q e_{pq}\Big) \odot (1 + m_c), \quad
         \beta = h, \quad \alpha = W h
 
-    with doses s, embeddings e (learned, or a linear map of given features), interactions of the pairs that
-    were measured, and a modulation m of the context that is zero for a context never seen.
+    with doses s, learned embeddings e, interactions of the pairs that were measured, and a modulation m of the context
+    that is zero for a context never seen.
 
     Parameters
     ----------
@@ -242,9 +229,6 @@ class ConditionEncoder(nn.Module):
         K, the number of shared response axes.
     pairs
         Measured pairs of perturbations, each of which gets an interaction term that starts at zero.
-    features
-        (perturbation, feature) given descriptors in the order of `perturbations`; embeddings are then linear
-        in them, and perturbations that were never seen can be asked for.
     """
 
     def __init__(
@@ -254,22 +238,16 @@ class ConditionEncoder(nn.Module):
         n_axes: int,
         *,
         pairs: Sequence[tuple[str, str]] = (),
-        features: Tensor | None = None,
     ):
         super().__init__()
         self.perturbations, self.contexts = list(perturbations), list(contexts)
         self.pairs = [tuple(sorted(pair)) for pair in pairs]
+        kinds = {"perturbation": self.perturbations, "context": self.contexts}
+        self._rows = {kind: {name: row for row, name in enumerate(names)} for kind, names in kinds.items()}
         for name in {name for pair in self.pairs for name in pair}:
-            self._index(name, self.perturbations, "perturbation")
+            self._index(name, "perturbation")
         self._pair = {pair: row for row, pair in enumerate(self.pairs)}
-        if features is not None and len(features) != len(self.perturbations):
-            fix = "give one row of features per perturbation, in the same order"
-            expected = f"features of {len(self.perturbations)} perturbations"
-            raise ModelError(three_beats(expected, f"{len(features)} rows", fix))
-        self.features: Tensor | None
-        self.register_buffer("features", features)
-        n_rows = len(self.perturbations) if features is None else features.shape[1]
-        self.embedding = nn.Parameter(first_embedding(n_rows, n_axes))
+        self.embedding = nn.Parameter(first_embedding(len(self.perturbations), n_axes))
         self.interaction = nn.Parameter(torch.zeros(len(self.pairs), n_axes))
         self.modulation = nn.Parameter(torch.zeros(len(self.contexts), n_axes))
         self.to_alpha = nn.Parameter(torch.eye(n_axes))
@@ -290,62 +268,37 @@ class ConditionEncoder(nn.Module):
             doses: dict[str, float] = {}
             for name, dose in zip(condition.perturbations, condition.doses, strict=True):
                 doses[name] = doses.get(name, 0.0) + dose
-            parts.append(
-                {self._index(name, self.perturbations, "perturbation"): s for name, s in doses.items()}
-            )
+            parts.append({self._index(name, "perturbation"): s for name, s in doses.items()})
             both = {pair: doses[pair[0]] * doses[pair[1]] for pair in combinations(sorted(doses), 2)}
             pairs.append({self._pair[pair]: s for pair, s in both.items() if pair in self._pair})
             for name, share in condition.shares:
-                contexts[row, self._index(name, self.contexts, "context")] += share
+                contexts[row, self._index(name, "context")] += share
         strength = torch.tensor([max(doses.values(), default=0.0) for doses in parts], dtype=dtype)
         tensors = (*_padded(parts, dtype), *_padded(pairs, dtype), contexts, strength)
         return Design(*(tensor.to(device) for tensor in tensors))
 
     def forward(self, design: Design) -> tuple[Tensor, Tensor]:
         """Coefficients alpha and beta, each (condition, axis)."""
-        embedding = self.embedding if self.features is None else self.features @ self.embedding
-        main = design.sums(embedding) + _sums(self.interaction, design.pairs, design.products)
+        main = design.sums(self.embedding) + _sums(self.interaction, design.pairs, design.products)
         beta = main * (1 + design.contexts @ self.modulation)
         return beta @ self.to_alpha.T, beta
 
-    @cached_property
-    def _rows(self) -> dict[str, dict[str, int]]:
-        """Position of each label, by kind."""
-        kinds = {"perturbation": self.perturbations, "context": self.contexts}
-        return {kind: {name: row for row, name in enumerate(labels)} for kind, labels in kinds.items()}
-
-    def _index(self, name: str, labels: list[str], kind: str) -> int:
+    def _index(self, name: str, kind: str) -> int:
         if name not in self._rows[kind]:
-            fix = (
-                f"{did_you_mean(name, labels)} (a {kind} that was not trained on has no operator of its own)"
-            )
+            fix = f"{did_you_mean(name, self._rows[kind])} (a {kind} that was not trained on has no operator of its own)"
             raise LabelError(three_beats(f"a {kind} the model was fitted with", repr(name), fix))
         return self._rows[kind][name]
 
     def extra_repr(self) -> str:
         return (
             f"{len(self.perturbations)} perturbations, {len(self.contexts)} contexts, {len(self.pairs)} measured "
-            f"pairs -> {self.embedding.shape[1]} axes{'' if self.features is None else ', from given features'}"
+            f"pairs -> {self.embedding.shape[1]} axes"
         )
-
-
-@dataclass(frozen=True)
-class Effects:
-    """Effects of perturbations on mean latents, shrunk by their noise; :func:`shared_effects`.
-
-    Attributes
-    ----------
-    shrunk : (perturbation, d)
-    rank : number of directions that rise above the noise, the common response among them
-    """
-
-    shrunk: Tensor
-    rank: int
 
 
 def shared_effects(
     design: Design, n_perturbations: int, controls: Sequence[Tensor], perturbed: Sequence[Tensor]
-) -> Effects:
+) -> tuple[Tensor, int]:
     r"""What each perturbation does to mean latents, with strength borrowed from all others.
 
     With x the raw effect of a perturbation in units of the cells' own covariance, v the variance of its noise (one over
@@ -362,6 +315,10 @@ def shared_effects(
         Of the groups; perturbations that are in none have no effect.
     controls, perturbed
         Latents (cell, d) of each group's two sides.
+
+    Returns
+    -------
+    Effects (perturbation, d), and the number of directions that rise above the noise, the common response among them.
 
     References
     ----------
@@ -382,7 +339,7 @@ def shared_effects(
     chance = _controls_noise(controls) + 1 / float(weight.sum())  # variance of the mean
     length = max(float(mean.square().sum()), torch.finfo(x.dtype).tiny)
     size = max(0.0, 1 - d * chance / length)
-    common = length / chance > _chi_squared(d)
+    common = length / chance > chdtri(d, 0.05)  # 95 % quantile of chi-squared
     rest = x - mean
     values, vectors = torch.linalg.eigh(rest.T @ (weight.unsqueeze(1) * rest))
     values, vectors = values.flip(0), vectors.flip(1)
@@ -394,19 +351,7 @@ def shared_effects(
     along = along * (variance / (variance + v.unsqueeze(1)))
     shrunk = torch.zeros_like(raw)
     shrunk[measured] = (size * mean + along @ vectors[:, :rank].T) @ root.T
-    return Effects(shrunk.to(shifts), min(max(rank + common, 1), n, d))
-
-
-def response_rank(
-    conditions: Sequence[Condition],
-    perturbations: Sequence[str],
-    contexts: Sequence[str],
-    controls: Sequence[Tensor],
-    perturbed: Sequence[Tensor],
-) -> int:
-    """Number of response directions that the groups' mean shifts show above their noise; at least one."""
-    design = ConditionEncoder(perturbations, contexts, 1).design(conditions)
-    return shared_effects(design, len(perturbations), controls, perturbed).rank
+    return shrunk.to(shifts), min(max(rank + common, 1), n, d)
 
 
 def _means(clouds: Sequence[Tensor]) -> Tensor:
@@ -432,11 +377,6 @@ def _controls_noise(controls: Sequence[Tensor]) -> float:
     """Variance of the mean of the groups' control means, in units of that of a cell; groups of a context share theirs."""
     sizes = Counter((cells.data_ptr(), len(cells)) for cells in controls)
     return sum((count / len(controls)) ** 2 / size for (_, size), count in sizes.items())
-
-
-def _chi_squared(d: int) -> float:
-    """95 % quantile of chi-squared with d degrees of freedom (Wilson and Hilferty 1931, PNAS 17:684)."""
-    return d * (1 - 2 / (9 * d) + 1.6449 * (2 / (9 * d)) ** 0.5) ** 3
 
 
 def _largest_of_noise(n: int, d: int) -> float:
@@ -510,14 +450,11 @@ class OperatorModel(nn.Module):
         Rank of the contexts' own matrices D_c; 0 gives each context its own shift only, None no part of its own.
     pairs
         Measured pairs of perturbations, each of which gets an interaction term.
-    features
-        (perturbation, feature) given descriptors in the order of `perturbations`; without them each
-        perturbation has a learned embedding.
 
     Raises
     ------
     ModelError
-        If there is no perturbation, or not one row of features for each.
+        If there is no perturbation.
 
     References
     ----------
@@ -535,7 +472,6 @@ class OperatorModel(nn.Module):
         rank: int | None = None,
         context_rank: int | None = 0,
         pairs: Sequence[tuple[str, str]] = (),
-        features: Tensor | None = None,
     ):
         super().__init__()
         if not perturbations:
@@ -552,7 +488,7 @@ class OperatorModel(nn.Module):
             "context_rank": context_rank,
             "pairs": [list(pair) for pair in pairs],
         }
-        self.conditions = ConditionEncoder(perturbations, contexts, n_axes, pairs=pairs, features=features)
+        self.conditions = ConditionEncoder(perturbations, contexts, n_axes, pairs=pairs)
         self.axis_shift = nn.Parameter(torch.zeros(n_axes, n_latent))
         self.axis_left = nn.Parameter(torch.zeros(n_axes, n_latent, rank))
         self.axis_right = nn.Parameter(torch.eye(n_latent, rank).repeat(n_axes, 1, 1))
@@ -572,16 +508,12 @@ class OperatorModel(nn.Module):
         """Matrices (condition, d, d) and shifts (condition, d), formed once per condition."""
         alpha, beta = self.conditions(design)
         weight = design.weight
-        departure = alpha @ self._axes().flatten(1)
+        departure = alpha @ torch.bmm(self.axis_left, self.axis_right.mT).flatten(1)
         if self.context_left.shape[2]:
             departure = departure + weight @ (self.context_left @ self.context_right.mT).flatten(1)
         departure = departure.unflatten(1, (-1, len(self.center)))
         shift = torch.addmm(beta @ self.axis_shift, weight, self.context_shift)
         return identity_like(departure) + departure, shift - departure @ self.center
-
-    def _axes(self) -> Tensor:
-        """Matrices of the shared axes, (axis, d, d)."""
-        return torch.bmm(self.axis_left, self.axis_right.mT)
 
     def forward(self, z: Tensor, sizes: Sequence[int], matrices: Tensor, shifts: Tensor) -> Tensor:
         """Move cells (cell, d), concatenated by condition with `sizes` cells each, by :meth:`affine`'s result."""
@@ -604,18 +536,6 @@ class OperatorModel(nn.Module):
         """
         matrices, shifts = self.affine(self.conditions.design([condition]))
         return AffineOperator(matrices[0].cpu(), shifts[0].cpu(), str(condition))
-
-    def matrix(self, condition: Condition) -> Tensor:
-        """A of the condition, (d, d)."""
-        return self.operator(condition).matrix
-
-    def shift(self, condition: Condition) -> Tensor:
-        """b of the condition, (d,)."""
-        return self.operator(condition).shift
-
-    def norm(self, condition: Condition) -> float:
-        """Largest singular value of the condition's A."""
-        return self.operator(condition).norm
 
     # -- what is added to the energy distance ---------------------------------------------------------------
 
@@ -654,13 +574,13 @@ class OperatorModel(nn.Module):
         self.center.copy_(means.mean(0))
         self._forget()
         design = self.conditions.design(conditions)
-        effects = shared_effects(design, len(self.conditions.perturbations), controls, perturbed)
-        self._start_embedding(effects)
+        effects, _ = shared_effects(design, len(self.conditions.perturbations), controls, perturbed)
+        self._start_embedding(effects.to(self.axis_shift))
         self._start_matrices(design, controls, perturbed)
         alpha, _ = self.conditions(design)
         departure = torch.einsum("nk,kij->nij", alpha, self.axis_left @ self.axis_right.mT)
         linear = torch.einsum("nij,nj->ni", departure, means - self.center)
-        self.axis_shift.copy_(_least_squares(alpha, design.sums(effects.shrunk) - linear))
+        self.axis_shift.copy_(_least_squares(alpha, design.sums(effects) - linear))
         if self.context_shift.requires_grad:
             left_over = shifts - linear - alpha @ self.axis_shift
             self.context_shift.copy_(_least_squares(design.weight, left_over))
@@ -673,19 +593,13 @@ class OperatorModel(nn.Module):
             parameter.zero_()
         nn.init.eye_(self.conditions.to_alpha)
 
-    def _start_embedding(self, effects: Effects) -> None:
+    def _start_embedding(self, effects: Tensor) -> None:
         """Embeddings along the main directions of the perturbations' effects, of length about one."""
-        single = effects.shrunk.to(self.axis_shift)
-        scores, _, _ = torch.linalg.svd(single, full_matrices=False)
-        n_axes = self.axis_shift.shape[0]
+        scores, _, _ = torch.linalg.svd(effects, full_matrices=False)
         # Axes beyond the number of directions keep a first embedding: at zero they would never get a gradient.
-        embedding = first_embedding(len(single), n_axes).to(single)
-        kept = min(n_axes, scores.shape[1])
-        embedding[:, :kept] = scores[:, :kept] * len(single) ** 0.5
-        features = self.conditions.features
-        self.conditions.embedding.copy_(
-            embedding if features is None else _least_squares(features, embedding)
-        )
+        embedding = self.conditions.embedding.copy_(first_embedding(*self.conditions.embedding.shape))
+        kept = min(embedding.shape[1], scores.shape[1])
+        embedding[:, :kept] = scores[:, :kept] * len(effects) ** 0.5
 
     def _start_matrices(
         self, design: Design, controls: Sequence[Tensor], perturbed: Sequence[Tensor]

@@ -12,13 +12,11 @@ from torch.distributions import Normal
 
 from ..display import card
 from ..errors import LabelError, three_beats
-from . import host
 from .likelihood import (
     GeneLinear,
     LogNormalised,
     NegativeBinomial,
     SparseCounts,
-    nb_log_likelihood_head,
     nb_log_likelihood_logits,
 )
 
@@ -30,26 +28,14 @@ OTHER_GENES = "other genes"
 """Name of the column that stands for all measured genes that are not modelled one by one."""
 
 
-class _Bounded(torch.autograd.Function):
-    """Clamp in the forward pass, identity in the backward pass (straight-through)."""
-
-    @staticmethod
-    def forward(ctx, value: Tensor, low: float, high: float) -> Tensor:
-        # An infinite input is a fault, not a large number: it must surface, not be clamped away.
-        return torch.where(value.isinf(), torch.nan, value.clamp(low, high))
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor):
-        return gradient, None, None
-
-
 def bounded(value: Tensor, low: float, high: float) -> Tensor:
     """`value` limited to [low, high], with gradients that still flow from outside the interval.
 
     A plain ``clamp`` has zero gradient outside, so that a parameter that once left could never return.
     Infinite entries become NaN, so that the non-finite guard sees them.
     """
-    return _Bounded.apply(value, low, high)
+    fixed = value.detach()
+    return fixed.clamp(low, high) + (value - fixed)
 
 
 def _mlp(n_in: int, n_hidden: int, n_layers: int, dropout: float) -> nn.Sequential:
@@ -73,14 +59,7 @@ class Encoder(nn.Module):
     The layer norm of f limits how far the MLP alone can reach, so that responses stronger than any that was
     trained on would be pressed together; the linear path, which starts at zero, lets them through.
 
-    Parameters
-    ----------
-    n_genes, n_latent, n_hidden, n_layers
-        Sizes of the network.
-    n_covariates
-        Width of the one-hot covariates that are appended to the input; 0 for none.
-    dropout
-        Share of hidden units dropped while training.
+    Covariates are one-hot, `n_covariates` wide, and appended to the input of the MLP.
 
     References
     ----------
@@ -130,14 +109,7 @@ class DecoderNB(nn.Module):
     The linear path keeps the decoder sensible for latents outside the training clouds, which is where
     predictions of unseen conditions live.
 
-    Parameters
-    ----------
-    n_latent, n_genes, n_hidden, n_layers
-        Sizes of the network.
-    n_covariates
-        Width of the one-hot covariates c that are appended to the latent; 0 for none.
-    dropout
-        Share of hidden units dropped while training.
+    The covariates c are one-hot, `n_covariates` wide, and appended to the latent.
 
     References
     ----------
@@ -162,27 +134,8 @@ class DecoderNB(nn.Module):
 
     def forward(self, z: Tensor, covariates: Tensor | None = None) -> Tensor:
         """Logits (cell, gene) of the expected proportions."""
-        inputs, hidden = self.features(z, covariates)
-        return self.linear(inputs) + self.output(hidden)
-
-    def features(self, z: Tensor, covariates: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Inputs of the two last linear layers: latent with covariates, and (cell, hidden)."""
         inputs = z if covariates is None else torch.cat([z, covariates], -1)
-        return inputs, self.body(inputs)
-
-    def log_likelihood(
-        self, counts: SparseCounts, library: Tensor, z: Tensor, covariates: Tensor | None = None
-    ) -> Tensor:
-        """(cell,) log-likelihood of counts (cell, gene), whose library sizes are (cell,), at latents (cell, latent)."""
-        mixed = torch.is_autocast_enabled("cpu")  # products in another precision
-        if mixed or not host.looks_are_free(z.device):
-            logits = self(z, covariates).to(library.dtype)
-            return nb_log_likelihood_logits(counts, logits, library, self.dispersion)
-        inputs, hidden = self.features(z, covariates)
-        linear, output = (inputs, self.linear.weight), (hidden, self.output.weight)
-        return nb_log_likelihood_head(
-            counts, library, self.dispersion, bias=self.linear.bias, linear=linear, output=output
-        )
+        return self.linear(inputs) + self.output(self.body(inputs))
 
     @property
     def dispersion(self) -> Tensor:
@@ -196,16 +149,7 @@ def sample_z(posterior: Normal, generator: torch.Generator | None = None) -> Ten
 
     .. math:: z = \mu_z + \sigma_z \epsilon, \quad \epsilon \sim N(0, I)
 
-    Parameters
-    ----------
-    posterior
-        Normal of shape (cell, latent).
-    generator
-        Source of randomness; the global one where None.
-
-    Returns
-    -------
-    Tensor of shape (cell, latent).
+    Both are (cell, latent); the noise is that of the global generator where None is given.
 
     References
     ----------
@@ -447,7 +391,8 @@ class NBVAE(nn.Module):
         posterior, one_hot = self.encode(x, library, covariates), self.one_hot(covariates, len(x))
         counts = x if isinstance(x, SparseCounts) else SparseCounts.from_dense(x)
         z = sample_z(posterior, generator)
-        return self.decoder.log_likelihood(counts, library, z, one_hot), posterior
+        logits = self.decoder(z, one_hot)
+        return nb_log_likelihood_logits(counts, logits, library, self.decoder.dispersion), posterior
 
     def extra_repr(self) -> str:
         return f"{self.n_genes} genes -> {self.n_latent} latent, {sum(p.numel() for p in self.parameters()):,} parameters"

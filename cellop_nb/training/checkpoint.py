@@ -6,9 +6,10 @@ A run's state holds all that its next epoch depends on. Models are tensors (safe
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,9 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import CheckpointError, ModelError, did_you_mean, three_beats
+from ..errors import CheckpointError, three_beats
 from ..files import write_whole
-from ..models import host
 from ..models.operators import OperatorModel
 from ..models.vae import NBVAE
 from .locate import is_finite
@@ -29,13 +29,11 @@ from .locate import is_finite
 SCHEMA = 2
 """Version of the file's layout; a file with a higher one is refused, one with a lower is read."""
 
-
 _ENTRY = "cellop_nb"
 _DIGEST = "sha256"  # of the description and the tensors; files of earlier versions have none
 _SEAL = b"\ncellop_nb sha256 "
 _PACKAGES = ("cellop_nb", "torch", "anndata", "numpy", "safetensors")
 _ARRAYS = "predictor"  # where the arrays beside the models stand
-_FEATURES = "conditions.features"  # given to the constructor, not part of the configuration
 
 
 @dataclass(frozen=True)
@@ -48,10 +46,6 @@ class Saved:
         The models in evaluation mode; None where none was saved.
     keys
         Keywords that the data were read with (``layer``, ``perturbation_key`` ...).
-    summary
-        Numbers about the training.
-    versions
-        Versions of the packages that wrote the file.
     trained
         Per model how it was trained: settings, epochs, best epoch, changes by hand, why it ended.
     members
@@ -61,12 +55,10 @@ class Saved:
         models were saved.
     """
 
-    vae: NBVAE | None = None
-    operators: OperatorModel | None = None
-    keys: dict = field(default_factory=dict)
-    summary: dict = field(default_factory=dict)
-    versions: dict = field(default_factory=dict)
-    trained: dict = field(default_factory=dict)
+    vae: NBVAE | None
+    operators: OperatorModel | None
+    keys: dict
+    trained: dict
     members: list = field(default_factory=list)
     arrays: dict = field(default_factory=dict, repr=False)
     predictor: dict = field(default_factory=dict, repr=False)
@@ -78,12 +70,11 @@ def write_models(
     operators: OperatorModel | None = None,
     *,
     keys: Mapping | None = None,
-    summary: Mapping | None = None,
     members: Sequence[tuple[NBVAE, OperatorModel]] = (),
     arrays: Mapping[str, np.ndarray] | None = None,
     predictor: Mapping | None = None,
 ) -> Path:
-    """Write trained models to one file, whole or not at all.
+    """Write trained models to one file, whole or not at all; returns its path.
 
     Parameters
     ----------
@@ -91,19 +82,15 @@ def write_models(
         File to write (``.safetensors``); an earlier one is replaced at the last moment.
     vae, operators
         At least one of them. Gene names, covariate categories, perturbations and contexts go with them.
-    keys, summary
-        What else should be known later: keywords of the data, numbers of the training. JSON values.
+    keys
+        Keywords of the data: JSON values.
     members, arrays, predictor
         As in :class:`Saved`.
-
-    Returns
-    -------
-    The path.
 
     Raises
     ------
     CheckpointError
-        If there is nothing to save, or `keys` or `summary` hold what JSON cannot.
+        If there is nothing to save, or `keys` or `predictor` hold what JSON cannot.
     """
     models = {
         name: model for name, model in {"vae": vae, "operators": operators}.items() if model is not None
@@ -120,104 +107,69 @@ def write_models(
         "form": type(operators).__name__,
         "trained": {name: getattr(model, "trained", {}) for name, model in models.items()},
         "keys": dict(keys or {}),
-        "summary": dict(summary or {}),
         "predictor": dict(predictor or {}),
     }
-    states = {name: model.state_dict().items() for name, model in models.items()}
-    tensors = {f"{name}.{key}": _plain(value) for name, state in states.items() for key, value in state}
+    states = [(f"{name}.{key}", t) for name, model in models.items() for key, t in model.state_dict().items()]
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in states}
     tensors |= {f"{_ARRAYS}.{key}": torch.tensor(np.asarray(value)) for key, value in (arrays or {}).items()}
-    metadata = {_ENTRY: _json(about)}
+    try:
+        metadata = {_ENTRY: json.dumps(about, allow_nan=True)}
+    except TypeError as error:
+        expected, fix = (
+            "text, numbers, lists and dictionaries",
+            "convert them with float(), str() or .to_dict()",
+        )
+        raise CheckpointError(three_beats(expected, str(error), fix)) from error
     metadata[_DIGEST] = _digest_of(metadata[_ENTRY], tensors)
     return write_whole(path, lambda part: save_file(tensors, part, metadata))
 
 
-def read_models(
-    path: str | Path,
-    *,
-    genes: Iterable[str] | None = None,
-    form: type[OperatorModel] = OperatorModel,
-    device: torch.device | str = "cpu",
-) -> Saved:
+def read_models(path: str | Path, *, form: type[OperatorModel] = OperatorModel) -> Saved:
     """Read models written by :func:`write_models`.
 
     Parameters
     ----------
     path
         The file.
-    genes
-        Gene names of the data that the VAE is meant for (``adata.var_names``): a VAE with genes that are not
-        among them is refused. Their order does not matter: counts are taken by name, in the model's order.
     form
         The subclass of :class:`OperatorModel` that was saved, where it was one: a file holds no code.
-    device
-        Where the models go, whatever they were trained on: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``, or
-        ``"auto"`` for a GPU with float64 where there is one.
 
     Returns
     -------
     Saved
-        The models in evaluation mode, with the keywords and numbers that were saved beside them.
+        The models in evaluation mode, on the CPU, with what was saved beside them.
 
     Raises
     ------
     CheckpointError
-        If the file is missing, damaged, of another kind, of a later version, or made for other genes.
-    ModelError
-        If there is no such device.
+        If the file is missing, damaged, of another kind, or of a later version.
     """
-    target = _device(device)
-    about, tensors = _read(Path(path))
+    path = Path(path)
+    about, tensors = _read(path)
     if about["schema"] > SCHEMA:
         writer = f"schema {about['schema']}, written by cellop_nb {about['versions'].get('cellop_nb')}"
         raise CheckpointError(
             three_beats(f"schema {SCHEMA} or lower in {path}", writer, "install that version of cellop_nb")
         )
-    _refuse_other_form(about, form, path)
-    _refuse_nonfinite(tensors, path)
+    saved = about.get("form", OperatorModel.__name__)
+    if "operators" in about["config"] and saved != form.__name__:
+        fix = f"pass form={saved}, the class that the operators were made with"
+        raise CheckpointError(three_beats(f"operators of the form {form.__name__} in {path}", saved, fix))
+    broken = [name for name, tensor in tensors.items() if not is_finite(tensor)]
+    if broken:
+        expected, fix = f"finite weights in {path}", "save the models of a training that stayed finite"
+        raise CheckpointError(three_beats(expected, f"NaN or infinity in {broken[:3]}", fix))
     makers = {name: form if name.startswith("operators") else NBVAE for name in about["config"]}
-    models = {name: _rebuild(name, makers, about, tensors, path) for name in about["config"]}
-    for model in models.values():
-        model.to(target)
-    if genes is not None and "vae" in models:
-        _refuse_other_genes(models["vae"].genes, [str(gene) for gene in genes], path)
-    keys, summary, versions, trained = (
-        about.get(name, {}) for name in ("keys", "summary", "versions", "trained")
-    )
-    members = [
-        (models[name], models[name.replace("vae", "operators")]) for name in models if name.startswith("vae_")
-    ]
-    arrays = {
-        name.removeprefix(f"{_ARRAYS}."): tensor.numpy()
-        for name, tensor in tensors.items()
-        if name.startswith(f"{_ARRAYS}.")
-    }
-    predictor = about.get("predictor", {})
-    return Saved(
-        models.get("vae"),
-        models.get("operators"),
-        keys,
-        summary,
-        versions,
-        trained,
-        members,
-        arrays,
-        predictor,
-    )
+    models = {name: _rebuild(name, maker, about, tensors, path) for name, maker in makers.items()}
+    others = [(models[name], models[f"operators{name[3:]}"]) for name in models if name.startswith("vae_")]
+    arrays = {name: tensor.numpy() for name, tensor in _part(tensors, _ARRAYS).items()}
+    keys, trained, predictor = (about.get(name, {}) for name in ("keys", "trained", "predictor"))
+    return Saved(models.get("vae"), models.get("operators"), keys, trained, others, arrays, predictor)
 
 
-def _device(device: torch.device | str) -> torch.device:
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if device == "auto":
-        return torch.device(host.best())
-    device = torch.device(device)
-    if not there.get(device.type, True):
-        fix = "load with device='auto' or 'cpu'"
-        raise ModelError(three_beats(f"the device {str(device)!r}", "none on this machine", fix))
-    return device
-
-
-def _plain(value: Tensor) -> Tensor:
-    return value.detach().cpu().contiguous()
+def _part(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The tensors whose names start with `name`, by the rest of their names."""
+    return {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.startswith(f"{name}.")}
 
 
 def _version(package: str) -> str:
@@ -225,16 +177,6 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:  # run from a checkout that was never installed
         return "unknown"
-
-
-def _json(about: dict) -> str:
-    try:
-        return json.dumps(about, allow_nan=True)
-    except TypeError as error:
-        fix = "convert them with float(), str() or .to_dict()"
-        raise CheckpointError(
-            three_beats("text, numbers, lists and dictionaries in keys and summary", str(error), fix)
-        ) from error
 
 
 def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
@@ -272,15 +214,6 @@ def _digest_of(description: str, tensors: dict[str, Tensor]) -> str:
     return content.hexdigest()
 
 
-def _refuse_nonfinite(tensors: dict[str, Tensor], path: str | Path) -> None:
-    broken = [name for name, tensor in tensors.items() if not is_finite(tensor)]
-    if broken:
-        fix = "save the models of a training that stayed finite"
-        raise CheckpointError(
-            three_beats(f"finite weights in {path}", f"NaN or infinity in {broken[:3]}", fix)
-        )
-
-
 def _refuse_oversized(maker: Callable, config: dict, path: Path) -> None:
     """Refuse sizes that no file of this length can hold the tensors of, before anything of that size is made."""
     length = path.stat().st_size
@@ -302,21 +235,12 @@ def _whole_numbers(value: object) -> Iterator[int]:
             yield from _whole_numbers(item)
 
 
-def _refuse_other_form(about: dict, form: type, path: str | Path) -> None:
-    saved = about.get("form", OperatorModel.__name__)
-    if "operators" in about["config"] and saved != form.__name__:
-        fix = f"pass form={saved}, the class that the operators were made with"
-        raise CheckpointError(three_beats(f"operators of the form {form.__name__} in {path}", saved, fix))
-
-
-def _rebuild(name: str, makers: dict, about: dict, tensors: dict[str, Tensor], path: str | Path):
-    state = {
-        key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")
-    }
+def _rebuild(name: str, maker: type, about: dict, tensors: dict[str, Tensor], path: Path):
+    state = _part(tensors, name)
     try:
         config = about["config"][name]
-        _refuse_oversized(makers[name], config, Path(path))
-        model = makers[name](**config, **({"features": state[_FEATURES]} if _FEATURES in state else {}))
+        _refuse_oversized(maker, config, path)
+        model = maker(**config)
         # Saved in double precision, loaded in double precision.
         model.to(next(iter(state.values())).dtype)
         model.load_state_dict(_from_schema_1(state, model) if about["schema"] < 2 else state)
@@ -345,46 +269,15 @@ def _from_schema_1(state: dict[str, Tensor], model: torch.nn.Module) -> dict[str
     return state | {"encoder.body.0.covariates": covariates.contiguous()} if covariates.numel() else state
 
 
-def _refuse_other_genes(wanted: list[str], known: list[str], path: str | Path) -> None:
-    missing = sorted(set(wanted) - set(known))
-    if missing:
-        problem = f"{len(missing)} of {len(wanted)} missing, such as {missing[:3]}"
-        fix = f"use data with the genes of {path} ({did_you_mean(missing[0], known)})"
-        raise CheckpointError(three_beats("data with all genes of the saved VAE", problem, fix))
-
-
 def write_state(path: str | Path, state: dict) -> Path:
     """Write the state of a run, whole or not at all; readable with ``weights_only=True``.
 
     The file ends with a digest of all that is before, so that no damage goes unseen.
     """
-
-    def write(part: Path) -> None:
-        with part.open("wb") as file:  # torch's own writer does not say why it failed
-            torch.save(state, file)
-        with part.open("rb+") as file:
-            seal = _SEAL + hashlib.file_digest(file, "sha256").hexdigest().encode()
-            file.write(seal)
-
-    return write_whole(path, write)
-
-
-def _check_seal(path: Path) -> None:
-    """Raise ValueError where the file is not what was written."""
-    with path.open("rb") as file:
-        size = file.seek(0, 2) - len(_SEAL) - 64
-        file.seek(max(size, 0))
-        seal = file.read()
-        file.seek(0)
-        content = hashlib.sha256()
-        while left := size - file.tell():
-            if left < 0:
-                break
-            content.update(file.read(min(left, 1 << 20)))
-    if seal[: len(_SEAL)] != _SEAL:
-        raise ValueError("it does not end with the digest that a checkpoint ends with")
-    if seal[len(_SEAL) :] != content.hexdigest().encode():
-        raise ValueError("its digest is that of other content")
+    content = io.BytesIO()  # torch's own writer of files does not say why it failed
+    torch.save(state, content)
+    whole = content.getvalue() + _SEAL + hashlib.sha256(content.getbuffer()).hexdigest().encode()
+    return write_whole(path, lambda part: part.write_bytes(whole))
 
 
 def read_state(path: str | Path, device: torch.device | str, expected: str) -> dict:
@@ -396,8 +289,12 @@ def read_state(path: str | Path, device: torch.device | str, expected: str) -> d
         If the file is missing or damaged; `expected` says what it should have been.
     """
     try:
-        _check_seal(Path(path))
-        return torch.load(path, map_location=device, weights_only=True)
+        content, seal, digest_there = Path(path).read_bytes().rpartition(_SEAL)
+        if not seal:
+            raise ValueError("it does not end with the digest that a checkpoint ends with")
+        if digest_there != hashlib.sha256(content).hexdigest().encode():
+            raise ValueError("its digest is that of other content")
+        return torch.load(io.BytesIO(content), map_location=device, weights_only=True)
     except Exception as error:
         fix = "give the path that was written, or start the run anew"
         raise CheckpointError(three_beats(expected, f"{path}, {reason(error)}", fix)) from error

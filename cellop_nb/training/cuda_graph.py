@@ -67,14 +67,14 @@ class Recorder:
 
     def __init__(self, trainer, capture: Callable | None = None) -> None:
         self._trainer, self._capture = trainer, capture or _cuda_graph
-        self._seen: Counter[Hashable] = Counter()
-        self._recordings: dict[Hashable, _Recording] = {}
         self.numbers: dict[str, Tensor] = {}
         self.replayed = 0
+        self.forget()
 
-    def anew(self) -> Recorder:
-        """A recorder without recordings."""
-        return Recorder(self._trainer, self._capture)
+    def forget(self) -> None:
+        """Drop all recordings: what they read lies elsewhere now."""
+        self._seen: Counter[Hashable] = Counter()
+        self._recordings: dict[Hashable, _Recording] = {}
 
     def step(self, batch) -> Made | None:
         """Make a step by replaying it; None for one that is to be made call by call."""
@@ -97,11 +97,14 @@ class Recorder:
         told = self._told()
         numbers = {name: torch.tensor(number, device=device) for name, number in told.items()}
         self.numbers = {name: value for name, value in numbers.items() if name != RATE}
-        generators = [value for value in vars(trainer).values() if isinstance(value, torch.Generator)]
-        generators = [generator for generator in generators if generator.device.type == device.type]
+        generators = [
+            value
+            for value in vars(trainer).values()
+            if isinstance(value, torch.Generator) and value.device.type == device.type
+        ]
         try:
             with _rate_as_tensor(trainer.optimizer, numbers[RATE]):
-                outcome, replay = self._capture(
+                made, replay = self._capture(
                     lambda: trainer.make_step(trainer.with_inputs(batch, inputs)), generators
                 )
         except RuntimeError as error:
@@ -111,7 +114,7 @@ class Recorder:
             ) from error
         finally:
             self.numbers = {}
-        return _Recording(inputs, numbers, told, outcome, trainer.guard.finite, replay)
+        return _Recording(inputs, numbers, told, made, trainer.guard.finite, replay)
 
     def _replay(self, recording: _Recording, inputs: dict[str, Tensor]) -> Made:
         for name, value in inputs.items():
@@ -163,22 +166,17 @@ def recorder_of(trainer, wanted: bool | None) -> Recorder | None:
     ModelError
         Where steps are to be recorded and cannot be: the reason, and what to do.
     """
-    obstacle = _obstacle(trainer)
+    obstacles = {
+        f"{type(trainer).__name__} without recordable = True": not vars(type(trainer)).get("recordable"),
+        f"the device {trainer.fabric.device}": trainer.fabric.device.type != "cuda",
+        f"{trainer.processes.size} processes": trainer.processes.size > 1,
+        "on_nonfinite='rollback', whose next step depends on the last": not trainer.guard.holds_back,
+    }
+    obstacle = next((reason for reason, holds in obstacles.items() if holds), "")
     if wanted and obstacle:
         fix = "leave cuda_graphs out, or make it so"
         raise ModelError(three_beats("steps that can be recorded, for cuda_graphs=True", obstacle, fix))
     return None if wanted is False or obstacle else Recorder(trainer)
-
-
-def _obstacle(trainer) -> str:
-    """What stands in the way of recording; "" where nothing does."""
-    if not vars(type(trainer)).get("recordable", False):
-        return f"{type(trainer).__name__} without recordable = True"
-    if trainer.fabric.device.type != "cuda":
-        return f"the device {trainer.fabric.device}"
-    if trainer.processes.size > 1:
-        return f"{trainer.processes.size} processes"
-    return "" if trainer.guard.holds_back else "on_nonfinite='rollback', whose next step depends on the last"
 
 
 def check_compiler(device: torch.device) -> None:

@@ -107,19 +107,17 @@ class NonFiniteGuard:
         Where reproducer files go; None writes none.
     on_nonfinite
         ``"stop"`` raises :class:`NonFiniteError`. ``"rollback"`` restores the last finite state, that after the
-        step before, halves the learning rate and goes on, at most `max_rollbacks` times; it looks at the
+        step before, halves the learning rate and goes on, at most five times; it looks at the
         parameters and copies them after every step. A batch that holds NaN itself raises at once: no learning
         rate cures it.
-    max_rollbacks
-        Number of rollbacks before the error is raised after all.
-    read_every
-        Steps between two questions to the device, which holds the optimiser back from the first step on that is not
-        finite: that step and the ones after it are then made again, each with its check at once. Where None: 1, the
-        check at once, on a CPU, for "rollback", whose next step depends on the last, and for an optimiser that cannot
-        be held back (one that is not fused); 10 elsewhere.
 
     Attributes
     ----------
+    read_every
+        Steps between two questions to the device, which holds the optimiser back from the first step on that is not
+        finite: that step and the ones after it are then made again, each with its check at once. 1, the check at once,
+        on a CPU, for "rollback", whose next step depends on the last, and for an optimiser that cannot be held back (one
+        that is not fused); 10 elsewhere.
     last_finite
         :class:`TrainingState` to go back to; after an error the last state in which everything was finite.
     rolled_back
@@ -135,9 +133,7 @@ class NonFiniteGuard:
     Every check returns whether to go on with the step. After False (rollback) the loop takes the next batch.
     """
 
-    KEEP_EVERY = 200
-    """Steps after which "stop" copies the state at the end of an epoch. A finite step leaves the state finite: this is
-    for what breaks it otherwise."""
+    MOST_ROLLBACKS = 5
 
     def __init__(
         self,
@@ -146,27 +142,23 @@ class NonFiniteGuard:
         *,
         folder: str | Path | None = None,
         on_nonfinite: str = "stop",
-        max_rollbacks: int = 5,
-        read_every: int | None = None,
     ) -> None:
         if on_nonfinite not in _POLICIES:
             expected, fix = "on_nonfinite 'stop' or 'rollback'", did_you_mean(on_nonfinite, _POLICIES)
             raise LabelError(three_beats(expected, repr(on_nonfinite), fix))
         self.model, self.optimizer = model, optimizer
         self.folder = None if folder is None else Path(folder)
-        self.on_nonfinite, self.max_rollbacks = on_nonfinite, max_rollbacks
-        if read_every is None:
-            at_once = all(looks_are_free(parameter.device) for parameter in model.parameters())
-            at_once = at_once or on_nonfinite == "rollback" or not optimizer.defaults.get("fused")
-            read_every = 1 if at_once else 10
-        self.read_every = read_every
+        self.on_nonfinite = on_nonfinite
+        at_once = all(looks_are_free(parameter.device) for parameter in model.parameters())
+        at_once = at_once or on_nonfinite == "rollback" or not optimizer.defaults.get("fused")
+        self.read_every = 1 if at_once else 10
         self.last_finite: TrainingState | None = None
         self.rolled_back: list[dict] = []
         self.overflows = 0
         self.finite = torch.tensor(True)
         self._terms: dict[str, Tensor] = {}
         self._random: dict[str, Tensor] = {}
-        self._since, self._suspect = 0, False
+        self._suspect = False
         self._steps: list[_Step] = []  # not yet read
         device = next(model.parameters()).device
         self._raised = torch.zeros((), device=device)  # 1 from the first step on that was not finite
@@ -200,7 +192,6 @@ class NonFiniteGuard:
 
     def after_step(self, trainer) -> bool:
         """Ask the device from time to time; copy the state where it may be needed."""
-        self._since += 1
         if self.holds_back:
             self._steps.append(_Step(trainer.step, trainer.batch, self._random, self.finite))
             if len(self._steps) % self.read_every == 0:
@@ -210,19 +201,17 @@ class NonFiniteGuard:
         return self.keep(trainer) if self.on_nonfinite == "rollback" or self._suspect else True
 
     def end_of_epoch(self, trainer) -> bool:
-        """Check the parameters before they are kept, and copy the state if the last copy is old."""
+        """Check the state before it is kept, and copy it: a finite step leaves it finite, but something else may not."""
         if self._steps:
             self._ask()
             self._read(trainer)
-        if self._since >= self.KEEP_EVERY:
-            return self.keep(trainer)
-        return not _in_any(trainer, bool(nonfinite_state(self.model))) or self._fault("parameter", trainer)
+        return self.keep(trainer)
 
     # -- states ------------------------------------------------------------------------------------
 
     def keep(self, trainer) -> bool:
         """Copy model, optimiser and random states, provided that all of them are finite."""
-        self._since, self._suspect = 0, False
+        self._suspect = False
         if _in_any(trainer, bool(nonfinite_state(self.model, self.optimizer))):
             return self._fault("parameter", trainer)
         self.last_finite = TrainingState.of(trainer, self.model, self.optimizer)
@@ -322,7 +311,7 @@ class NonFiniteGuard:
                 _LOG.warning("the reproducer %s could not be written: %s", path, problem)
         in_data = _in_any(trainer, error.origin is not None and error.origin.kind == "batch")
         self.model.zero_grad()
-        if self.on_nonfinite == "rollback" and len(self.rolled_back) < self.max_rollbacks and not in_data:
+        if self.on_nonfinite == "rollback" and len(self.rolled_back) < self.MOST_ROLLBACKS and not in_data:
             return self._roll_back(trainer, error)
         # The model stays usable: in its present state if that is finite, else in the last such one.
         if not nonfinite_state(self.model, self.optimizer):
@@ -438,5 +427,5 @@ def replay(path: str | Path, trainer) -> NonFiniteError | None:
         raise CheckpointError(three_beats("the model of the reproducer", str(error), fix)) from error
     model.train()
     set_random_state(content["random"], trainer)
-    error = _explained(trainer, model, content["batch"], content["fault"])
-    return None if error.tensor is None else error
+    again = _explained(trainer, model, content["batch"], content["fault"])
+    return None if again.tensor is None else again

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -27,32 +28,19 @@ _TORCH = str(Path(torch.__file__).parent)
 class Origin:
     """Birth of a non-finite value.
 
-    Attributes
-    ----------
-    kind
-        `batch` (it came with the data), `parameter` (the model held it already), `operation` (one of the forward pass
-        made it) or `gradient` (one of the backward pass).
-    name
-        Name of the tensor or of the operation.
-    values
-        The first non-finite values (at most five).
-    module
-        Innermost module that was running; None for a loss function outside of the model.
-    line
-        `file:line in function` of the code that asked for the operation.
-    inputs
-        Smallest and largest value of each input of the operation.
-    masks
-        Where the first tensor is not finite, and then the tensors that were computed from it.
+    Its `kind` is `batch` (it came with the data), `parameter` (the model held it already), `operation` (one of the
+    forward pass made it) or `gradient` (one of the backward pass).
     """
 
     kind: str
-    name: str
-    values: list
-    module: str | None = None
-    line: str | None = None
-    inputs: list[tuple[float, float]] = field(default_factory=list)
-    masks: list[Tensor] = field(default_factory=list)
+    name: str  # of the tensor or of the operation
+    values: list  # the first non-finite ones, at most five
+    module: str | None = None  # the innermost that was running; None for a loss function outside of the model
+    line: str | None = None  # `file:line in function` of the code that asked for the operation
+    inputs: list[tuple[float, float]] = field(default_factory=list)  # smallest and largest value of each
+    masks: list[Tensor] = field(
+        default_factory=list
+    )  # where it, and then what was computed from it, is not finite
 
     @classmethod
     def held(cls, kind: str, name: str, tensor: Tensor) -> Origin:
@@ -166,8 +154,8 @@ class _Watch(TorchDispatchMode):
             name = f"operation {func.overloadpacket.__name__}"
             return Origin("operation", name, _first(tensor), self._modules.current, caller(), ranges)
         name = f"gradient of operation {node.name().removesuffix('Backward0')}"
-        frames = re.findall(r'File "(.+)", line (\d+), in (.+)', "".join(node.metadata.get("traceback_", [])))
-        return Origin("gradient", name, _first(tensor), node.metadata.get("module"), _line(frames), ranges)
+        frames = re.findall(r'File "(.+)", line (\d+), in (.+)', "".join(_notes(node).get("traceback_", [])))
+        return Origin("gradient", name, _first(tensor), _notes(node).get("module"), _line(frames), ranges)
 
     def _remember(self, tensors: list[Tensor], origin: Origin) -> None:
         if origin not in self._origins:
@@ -223,8 +211,8 @@ class RunningModules:
 
     def _note(self, results: object) -> None:
         for tensor in tensors_in(results):
-            for node in graph_nodes(tensor.grad_fn, new=lambda node: "module" not in node.metadata):
-                node.metadata["module"] = self.current
+            for node in graph_nodes(tensor.grad_fn, new=lambda node: "module" not in _notes(node)):
+                _notes(node)["module"] = self.current
 
     @property
     def current(self) -> str | None:
@@ -245,19 +233,17 @@ def graph_nodes(root: Node | None, new: Callable[[Node], bool] = lambda node: Tr
         queue += below
 
 
+def _notes(node: Node) -> dict:
+    return cast(dict, node.metadata)  # which torch's own types take for a method
+
+
 def owner_of_parameter(name: str) -> str:
     """Module part of a parameter's dotted name: `encoder.0` of `encoder.0.weight`."""
     return name.rpartition(".")[0] or name
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether every value is finite.
-
-    A sum cannot hide a NaN or an infinity, and costs one pass; only where it is not finite itself (it may
-    have overflowed) are the values looked at one by one.
-    """
-    if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.numel() == 0:
-        return True
+    """Whether every value is finite; a sum, which cannot hide a NaN or an infinity, costs one pass but may overflow."""
     values = tensor.detach()
     return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())
 

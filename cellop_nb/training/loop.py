@@ -16,7 +16,7 @@ import operator
 import queue
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -60,8 +60,7 @@ def half_cosine(step: int, total: int, *, floor: float = 0.02) -> float:
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """Scale all gradients down to a total norm of `max_norm`, in place; returns the norm before.
 
-    As ``torch.nn.utils.clip_grad_norm_``, without the pass over all gradients where none has to change. On a
-    device the scaling is always made: to know the norm the host would have to wait.
+    As ``torch.nn.utils.clip_grad_norm_``, without the pass over all gradients where a CPU knows that none has to change.
     """
     trained = [parameter for parameter in parameters if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
@@ -71,13 +70,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
 
 
 class Processes:
-    """What a process knows of the others; with a single one, every call returns at once.
-
-    Parameters
-    ----------
-    fabric
-        Launched; says how many processes there are and which this one is.
-    """
+    """What this process knows of the others of a launched `fabric`; with a single one, every call returns at once."""
 
     def __init__(self, fabric: Fabric) -> None:
         self.fabric, self.size, self.rank = fabric, fabric.world_size, fabric.global_rank
@@ -114,16 +107,11 @@ class Processes:
 
     def all(self, flag: Tensor) -> Tensor:
         """Whether it holds in every process, still on the device."""
-        told = cast("Tensor", self.fabric.all_reduce(flag.to(torch.float32), reduce_op="mean"))
-        return told == 1
+        return flag if self.size == 1 else self.average(flag.to(torch.float32)) == 1
 
     def any(self, flag: bool) -> bool:
         """Whether it holds in one of the processes at least; all hear the same answer."""
-        if self.size == 1:
-            return flag
-        told = torch.tensor(float(flag), device=self.fabric.device)
-        total = self.fabric.all_reduce(told, reduce_op="sum")
-        return bool(torch.as_tensor(total) > 0)
+        return flag if self.size == 1 else not self.all(torch.tensor(not flag, device=self.fabric.device))
 
 
 class RemoteControl:
@@ -207,15 +195,13 @@ class RemoteControl:
     def _record(self, name: str, value: float | str) -> None:
         self.changes.append({"epoch": self.epoch, "step": self.step, "name": name, "value": value})
 
-    def _changes_of_epoch(self) -> dict[str, str]:
-        """The history's column of changes by hand; none where nothing was changed."""
-        outcome = [c for c in self.changes if c["epoch"] == self.epoch and c["name"] != "stop"]
-        return {"by_hand": "; ".join(self._words_of_changes(outcome))} if outcome else {}
-
-    @staticmethod
-    def _words_of_changes(made: list[dict]) -> list[str]:
-        values = [c["value"] if isinstance(c["value"], str) else f"{c['value']:.4g}" for c in made]
-        return [f"{c['name']} {value} after step {c['step']}" for c, value in zip(made, values, strict=True)]
+    def _words_of_changes(self, epoch: int | None = None) -> list[str]:
+        """Of all epochs, or of one without its stop."""
+        chosen = [c for c in self.changes if epoch is None or (c["epoch"] == epoch and c["name"] != "stop")]
+        values = [c["value"] if isinstance(c["value"], str) else f"{c['value']:.4g}" for c in chosen]
+        return [
+            f"{c['name']} {value} after step {c['step']}" for c, value in zip(chosen, values, strict=True)
+        ]
 
     def stop(self, reason: str = BY_HAND[0]) -> None:
         """End after the current step; the model and the history stay usable."""
@@ -263,18 +249,6 @@ class RemoteControl:
         return future.result()
 
 
-@contextlib.contextmanager
-def _without_advice() -> Iterator[None]:
-    """Lightning repeats in each notebook that bfloat16 was asked for, and recommends products of three digits."""
-    log = logging.getLogger("lightning_fabric")
-    before = log.level
-    log.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        log.setLevel(before)
-
-
 @dataclass(frozen=True)
 class Machine:
     """Where and how fast a training runs; none of it changes what is trained.
@@ -318,7 +292,12 @@ class Machine:
 
     def launch(self) -> Fabric:
         """The running processes of this training."""
-        with _without_advice():
+        log = logging.getLogger("lightning_fabric")
+        level = log.level
+        log.setLevel(
+            logging.WARNING
+        )  # it repeats in each notebook that bfloat16 was asked for, and recommends products
+        try:
             fabric = Fabric(
                 accelerator=host.best() if self.accelerator == "auto" else self.accelerator,
                 devices=self.devices,
@@ -327,6 +306,8 @@ class Machine:
                 precision=cast(Any, self.precision),  # refused above where Fabric does not know it
             )
             fabric.launch()
+        finally:
+            log.setLevel(level)
         if self.compile:
             check_compiler(fabric.device)
         return fabric
@@ -420,8 +401,7 @@ class Trainer(RemoteControl):
         self.cpu_generator = torch.Generator().manual_seed(seed)
         self.callbacks = self._standard_callbacks(progress) + list(callbacks)
         self.guard = NonFiniteGuard(model, self.optimizer, folder=self.folder, on_nonfinite=on_nonfinite)
-        on_gpu = self.fabric.device.type == "cuda"
-        self.recorder = recorder_of(self, machine.cuda_graphs) if on_gpu or machine.cuda_graphs else None
+        self.recorder = recorder_of(self, machine.cuda_graphs)
         self.patience, self.batch = None, None
         self.terms: dict[str, Any] = {}
         self.parameters = {
@@ -511,7 +491,7 @@ class Trainer(RemoteControl):
             "last epoch": terms or None,
             "learning rate": self.learning_rate,
             "weights": [f"{name} {value:g}" for name, value in self.weights.items()] or None,
-            "changed by hand": self._words_of_changes(self.changes) or None,
+            "changed by hand": self._words_of_changes() or None,
             "folder": None if self.folder is None else str(self.folder),
             "seed": self.seed,
         }
@@ -538,13 +518,17 @@ class Trainer(RemoteControl):
         NonFiniteError
             At the first non-finite value, naming where it came from.
         CheckpointError
-            With `resume`: if the checkpoint is damaged, or of another model, split or data.
+            With `resume`: without a folder; if the checkpoint is damaged, or of another model, split or data.
         """
         if resume:
-            self.load_last()
+            if self.folder is None:
+                fix = "give the trainer folder=..."
+                raise CheckpointError(three_beats("a folder with checkpoints", "a trainer without one", fix))
+            if (self.folder / LAST).exists():
+                self.load_checkpoint(self.folder / LAST)
         self.max_epochs = self.max_epochs if max_epochs is None else max_epochs
-        # What was loaded since lies elsewhere in memory.
-        self.recorder = self.recorder and self.recorder.anew()
+        if self.recorder is not None:
+            self.recorder.forget()
         self._go.set()  # a pause that an interrupt has ended
         self.status, self.stop_reason = "running", ""
         try:
@@ -571,8 +555,7 @@ class Trainer(RemoteControl):
 
     def compiled(self) -> contextlib.AbstractContextManager:
         """Where the parts of the model that were asked to be are compiled."""
-        parts = self._compiled_parts
-        return compiled(self.model, parts) if parts else contextlib.nullcontext()
+        return compiled(self.model, self._compiled_parts)
 
     @contextlib.contextmanager
     def _own_randomness(self):
@@ -621,8 +604,7 @@ class Trainer(RemoteControl):
             "train_loss": sum(means.values()),
             **means,
             **{name: float(value) for name, value in self.weights.items()},
-            **self._changes_of_epoch(),
-            **self._rollbacks_of_epoch(),
+            **self._notes_of_epoch(),
         }
         self.model.eval()
         row |= self.validate()
@@ -631,15 +613,16 @@ class Trainer(RemoteControl):
         self.epoch += 1
         self._call("on_epoch_end", row)
 
-    def _rollbacks_of_epoch(self) -> dict[str, str]:
-        """The history's column of rollbacks; none where there was none."""
-        lines = [
+    def _notes_of_epoch(self) -> dict[str, str]:
+        """The history's columns of changes by hand and of rollbacks, each only where there was one."""
+        rollbacks = [
             f"{one['reason']} in step {one['step']}: back to step {one['back_to']}, "
             f"learning rate {one['learning_rate']:.4g}"
             for one in self.guard.rolled_back
             if one["epoch"] == self.epoch
         ]
-        return {"rollback": "; ".join(lines)} if lines else {}
+        columns = {"by_hand": self._words_of_changes(self.epoch), "rollback": rollbacks}
+        return {name: "; ".join(lines) for name, lines in columns.items() if lines}
 
     def by_itself(self) -> contextlib.AbstractContextManager:
         """Where this process may run the module without the others."""
@@ -715,10 +698,7 @@ class Trainer(RemoteControl):
 
     def state(self) -> dict:
         """Copy of everything that the next epoch depends on: tensors, numbers and text."""
-        return copy.deepcopy(self._state())
-
-    def _state(self) -> dict:
-        return {
+        state = {
             "model": self.model.state_dict(),
             "best_model": self._best_state,
             "optimizer": self.optimizer.state_dict(),
@@ -736,6 +716,7 @@ class Trainer(RemoteControl):
             "parameters": plain(self.parameters),
             "made_from": plain(self.made_from),
         }
+        return copy.deepcopy(state)
 
     def load_state(self, state: dict) -> None:
         """Go on exactly where :meth:`state` was taken; only the length (``max_epochs``) may be another.
@@ -746,11 +727,9 @@ class Trainer(RemoteControl):
             If the state was made from another model, split or data, or with other settings; :meth:`change` is for
             those that are to change on the way.
         """
+        then, now = (run.get("parameters", {}) | {"max_epochs": 0} for run in (state, vars(self)))
         refuse_other_run(state.get("made_from", {}), plain(self.made_from))
-        refuse_other_run(
-            state.get("parameters", {}) | {"max_epochs": self.max_epochs},
-            plain(self.parameters) | {"max_epochs": self.max_epochs},
-        )
+        refuse_other_run(then, plain(now))
         state = copy.deepcopy(state)  # the optimiser would change it in place
         self.model.load_state_dict(state["model"])
         self._best_state = state["best_model"]
@@ -766,24 +745,7 @@ class Trainer(RemoteControl):
 
     def save_checkpoint(self, path: str | Path) -> Path:
         """Write :meth:`state` atomically; readable with ``weights_only=True``."""
-        return write_state(path, self._state())
-
-    def load_last(self) -> bool:
-        """Go on from the folder's ``last.pt``; False where the run has not got that far yet.
-
-        Raises
-        ------
-        CheckpointError
-            If the trainer has no folder, or the checkpoint does not fit.
-        """
-        if self.folder is None:
-            fix = "give the trainer folder=..."
-            raise CheckpointError(three_beats("a folder with checkpoints", "a trainer without one", fix))
-        path = self.folder / LAST
-        if not path.exists():
-            return False
-        self.load_checkpoint(path)
-        return True
+        return write_state(path, self.state())
 
     def load_checkpoint(self, path: str | Path) -> None:
         """Read :meth:`save_checkpoint`'s file; no code in it is ever run.

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..data.groups import Groups, GroupSample, evenly
 from ..errors import ModelError, check_values, checked, three_beats
 from ..models.energy import grouped_energy_distance, moved_energy_distance, noise_floor, self_distance
-from ..models.operators import Design, OperatorModel, response_rank, spectral_excess
+from ..models.operators import ConditionEncoder, Design, OperatorModel, shared_effects, spectral_excess
 from .callbacks import Callback
 from .checkpoint import digest
 from .loop import Machine, Trainer
@@ -71,7 +71,8 @@ def new_operators(
     perturbed = [group.cells for group in data.items]
     n_latent = perturbed[0].shape[1]
     if n_axes is None:
-        n_axes = response_rank(conditions, parts, contexts, controls, perturbed)
+        design = ConditionEncoder(parts, contexts, 1).design(conditions)
+        _, n_axes = shared_effects(design, len(parts), controls, perturbed)
     model = form(
         n_latent,
         parts,

@@ -150,7 +150,7 @@ class VAETrainer(Trainer):
     unit = "VAE"
     recordable = True
     model: NBVAE
-    compilable = ("encoder.after_genes", "decoder.features")
+    compilable = ("encoder.after_genes", "decoder.forward")
 
     @checked
     def __init__(

@@ -296,7 +296,7 @@ class Identity:
     conditions = SimpleNamespace(perturbations=["drug 1", "drug 2", "drug 3"])
 
     def operator(self, condition):
-        return AffineOperator.identity(6)
+        return AffineOperator(torch.eye(6), torch.zeros(6))
 
 
 @pytest.fixture(scope="module")

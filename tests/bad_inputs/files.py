@@ -107,7 +107,7 @@ def _(place):
 
 @case(FILES, "notes that JSON cannot hold")
 def _(place):
-    write_models(place.folder / "model.safetensors", vae=place.vae, summary={"genes": np.arange(3)})
+    write_models(place.folder / "model.safetensors", vae=place.vae, predictor={"genes": np.arange(3)})
 
 
 @case(FILES, "a full disk while models are saved")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 
 import cellop_nb as co
-from cellop_nb.training.checkpoint import read_models
 
 from .cases import MODELS, case
 
@@ -15,11 +14,6 @@ def _(place):
     vae = place.vae
     place.adata.var_names = [f"ENSG{k:011d}" for k in range(place.adata.n_vars)]
     co.embed(place.adata, vae)
-
-
-@case(MODELS, "a saved model for other genes")
-def _(place):
-    read_models(place.saved, genes=[f"ENSG{k:011d}" for k in range(40)])
 
 
 @case(MODELS, "operators before the cells are embedded")

@@ -42,7 +42,7 @@ def test_compiled_training_gives_the_same_numbers_and_leaves_the_model_as_it_was
         }
         moved = OperatorTrainer(screen, operators, **steps).fit()["train_loss"]
         losses[compile_it] = [*fitted, *moved]
-        assert "features" not in vars(vae.decoder) and "affine" not in vars(operators)
+        assert "forward" not in vars(vae.decoder) and "affine" not in vars(operators)
     assert losses[True] == pytest.approx(losses[False], rel=1e-4)
 
 

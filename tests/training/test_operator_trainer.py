@@ -109,7 +109,7 @@ def test_the_planted_matrices_are_approached(screen, trainer):
     left = []
     for name in ("drug 1", "drug 2"):
         planted = torch.as_tensor(planted_operator(screen, name)[0]).float()
-        learned = trainer.model.matrix(Condition((name,)))
+        learned = trainer.model.operator(Condition((name,))).matrix
         left.append(float((learned - planted).norm() / (planted - torch.eye(4)).norm()))
     assert np.mean(left) < 0.6
 
@@ -227,7 +227,7 @@ def test_validation_names_each_group_and_caches_what_is_constant(small):
     assert [f"val_energy[{label}]" in row for label in labels] == [True] * 6
     assert row["val_loss"] == pytest.approx(np.mean([row[f"val_energy[{label}]"] for label in labels]))
     torch.testing.assert_close(trainer.val_self, self_distance(trainer.val_perturbed, trainer.val_counts))
-    norms = [trainer.model.norm(condition) for condition in trainer.conditions]
+    norms = [trainer.model.operator(condition).norm for condition in trainer.conditions]
     assert row["operator_norm"] == pytest.approx(max(norms), rel=1e-5)
 
 
