@@ -25,6 +25,7 @@ from ..errors import LabelError, ModelError, three_beats
 from ..models.affine import AffineOperator
 from ..models.likelihood import nb_log_likelihood
 from ..models.operators import Condition
+from ..models.vae import NBVAE, elbo_loss, sample_z
 from ..training.locate import (
     RunningModules,
     caller,
@@ -35,7 +36,6 @@ from ..training.locate import (
     tensors_in,
     unchanged_buffers,
 )
-from ..models.vae import NBVAE, elbo_loss, sample_z
 from ..training.vae import new_vae
 
 __all__ = [
