@@ -42,7 +42,8 @@ class Means:
     control : (context, gene) mean control cell
     pairs : measured (context, perturbation), in the order of `change`
     change, noise : (pair, gene) mean perturbed less mean control cell, and its sampling variance
-    growth : (pair,) change of the log of the mean library
+    growth : (pair,) change of the log of the mean library; 0 where no library over all genes was recorded, since the sum
+        of some genes changes with their response
     shares : (gene,) mean share of the counts in control cells
     n_factors : columns of which the labels of contexts are joined
     moved : what models that have not seen a pair's cells say of its change, (gene,), for the pairs that were judged
@@ -103,7 +104,7 @@ class Means:
             pairs,
             mixing @ mean - control[at],
             variance + control_variance[at],
-            mixing @ log_library - log_control[at],
+            mixing @ log_library - log_control[at] if total else np.zeros(len(pairs)),
             share.mean(0),
             n_factors=len(groups.keys.context_key or ("",)),
         )

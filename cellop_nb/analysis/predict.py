@@ -128,15 +128,19 @@ class Start:
         return whole_levels(expected, self.library)[0].mean(0).double().cpu().numpy() - self.mean_level
 
     @torch.no_grad()
-    def carried(self, expected: Tensor, change: np.ndarray, gained: Tensor | None = None) -> Tensor:
+    def carried(
+        self, expected: Tensor, change: np.ndarray, growth: float = 0.0, gained: Tensor | None = None
+    ) -> Tensor:
         """Expected counts (cell, gene) of moved cells, carried to a `change` (gene,) of the cells' mean level.
 
-        Genes that are not modelled gain `gained` (cell,) counts at an equal library; as the decoder says where None.
+        The level is that of cells whose log library changes by `growth`: in more counts a gene is rarer 0. Genes that are
+        not modelled gain `gained` (cell,) counts at an equal library; as the decoder says where None.
         """
-        left = expected.sum(-1)
+        left, factor = expected.sum(-1), math.exp(growth)
         others = self.library - (left if gained is None else self.x.sum(-1) - gained)
         others = torch.minimum(others, self.library - 0.5 * left).clamp_min(0.0)
-        return carry_to_mean(expected, self.library, torch.as_tensor(self.mean_level + change), others=others)
+        target = torch.as_tensor(self.mean_level + change)
+        return carry_to_mean(factor * expected, factor * self.library, target, others=factor * others)
 
     @torch.no_grad()
     def fresh(self, z: Tensor, generator: torch.Generator) -> sparse.csr_matrix:
@@ -161,12 +165,13 @@ class Start:
         """
         z = operator.power(strength)(self.z)
         expected = self.expected(z)
-        if planned is not None and strength != 0:
+        if planned is None or strength == 0:
+            expected = expected * math.exp(growth)
+        else:
             change = planned.change
             if strength != 1:
                 change = self._change(expected) + strength * (change - self.change(operator))
-            expected = self.carried(expected, change, gained)
-        expected = expected * math.exp(growth)
+            expected = self.carried(expected, change, growth, gained)
         whole = balanced_counts(expected, generator)
         counts, mean = (sparse.csr_matrix(part.cpu().numpy()) for part in (whole, expected))
         return Drawn(counts, mean, z.cpu().numpy(), growth)
@@ -239,15 +244,16 @@ def carry_others(
     `growth`: whole counts (cell, gene), and (cell,) expected counts that they gained before the library grew.
     """
     columns, total = sparse.csc_matrix(x), torch.as_tensor(library, dtype=torch.float32)
+    factor = math.exp(growth)
     parts, gained = [], torch.zeros(len(total))
     for start in range(0, x.shape[1], width := max(1, _AT_ONCE // max(x.shape[0], 1))):
         block = torch.from_numpy(columns[:, start : start + width].toarray())
         target = levels(block, total).mean(0) + torch.as_tensor(
             change[start : start + width], dtype=block.dtype
         )
-        carried = carry_to_mean(block, total, target, scale_cells=False)
-        gained += carried.sum(1) - block.sum(1)
-        parts.append(sparse.csr_matrix(balanced_counts(carried * math.exp(growth), generator).numpy()))
+        carried = carry_to_mean(factor * block, factor * total, target, scale_cells=False)
+        gained += carried.sum(1) / factor - block.sum(1)
+        parts.append(sparse.csr_matrix(balanced_counts(carried, generator).numpy()))
     return sparse.hstack([columns[:, :0], *parts], "csr"), gained
 
 
