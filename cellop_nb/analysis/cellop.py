@@ -96,8 +96,9 @@ class Recipe:
         The operators, in the latent space of their VAE.
     n_folds
         Parts into which the measured contexts are dealt; each is predicted from the others.
-    most_judged, most_cells
-        Groups that the choice looks at in all, and cells of a context that are moved to know a mean response.
+    most_judged, most_cells, most_moved
+        Groups that the choice looks at in all, cells of a context that are moved to know a mean response, and moves of
+        cells in all to know what operators miss: of many groups there are fewer cells, at least 25.
     """
 
     n_hidden: int = 128
@@ -113,6 +114,7 @@ class Recipe:
     n_folds: int = 3
     most_judged: int = 48
     most_cells: int = 400
+    most_moved: int = 100_000
 
 
 RECIPE = Recipe()
@@ -356,7 +358,7 @@ class CellOp:
                 self.effects = etest(Groups(cells, use_rep=points, min_cells=1), seed=self.seed)
             members = [self._fit_member(cells, groups, k, stages, callbacks) for k in range(self.n_members)]
             self._latent_means = self._means_of_latents(cells, groups)
-            self._judge(cells, groups, space, stages)
+            self._judge(cells, groups, members, space, stages)
             self._judge_combinations(cells, groups, members[0], stages)
         self.members, self._plans = members, {}
         self.choice = Choice.of(self._evidence)
@@ -479,9 +481,10 @@ class CellOp:
 
     # -- the choice -----------------------------------------------------------------------------------------------
 
-    def _judge(self, cells, groups: Groups, space: EvaluationSpace, stages: _Stages) -> None:
+    def _judge(self, cells, groups: Groups, members, space: EvaluationSpace, stages: _Stages) -> None:
         """Predict measured contexts by models that have not seen their perturbed cells, and weigh the estimators."""
         shared = [pair for pair in groups.pairs if len(groups.contexts_of(pair[1])) > 1]
+        self.means.missed.update(self._missed(cells, groups, members, shared))
         contexts = sorted({context for context, _ in shared})
         chance = np.random.default_rng([self.seed, 3])
         if len(shared) > self.recipe.most_judged:
@@ -545,17 +548,34 @@ class CellOp:
         operators = self._train_operators(seen, self.seed, stages)
         member, labels = Member(vae, operators), set(operators.conditions.perturbations)
         judged = [pair for pair in judged if set(groups.parts(pair[1])) <= labels]
+        perturbations = {perturbation for _, perturbation in judged}
+        told = [pair for pair in groups.pairs if pair[1] in perturbations and pair[0] not in out]
+        missed = self._missed(cells, groups, [member], told)
         for start, context, perturbation in self._moved_apart(cells, groups, member, judged):
-            operator = self._operator_of(member, perturbation, None)
-            self.means.moved[context, perturbation] = start.change(operator)
+            moved = start.change(self._operator_of(member, perturbation, None))
+            level = self.means.control[self.means.contexts.index(context)]
+            self.means.moved[context, perturbation] = self.means.corrected(moved, perturbation, level, missed)
         return [(member, judged)]
 
-    def _moved_apart(self, cells, groups: Groups, member: Member, judged) -> Iterator[tuple[Start, str, str]]:
+    def _missed(self, cells, groups: Groups, members: Sequence[Member], pairs) -> dict:
+        """What members miss of the measured changes of `pairs` that they have seen; of too many pairs nothing."""
+        most = self.recipe.most_moved // max(len(pairs), 1)
+        missed: dict[tuple[str, str], np.ndarray] = {}
+        for member in members if most >= 25 else ():
+            for start, context, perturbation in self._moved_apart(cells, groups, member, pairs, most):
+                moved = start.change(self._operator_of(member, perturbation, None))
+                miss = (self.means.change_of(context, perturbation)[0] - moved) / len(members)
+                missed[context, perturbation] = missed.get((context, perturbation), 0.0) + miss
+        return missed
+
+    def _moved_apart(
+        self, cells, groups: Groups, member: Member, judged, most: int | None = None
+    ) -> Iterator[tuple[Start, str, str]]:
         """Some control cells, as a member sees them, of every judged (context, perturbation)."""
         start, last = None, None
         for context, perturbation in sorted(judged):
             if context != last:
-                start = Start.of(cells, member.vae, self._some(cells, groups.controls(context)))
+                start = Start.of(cells, member.vae, self._some(cells, groups.controls(context), most))
             last = context
             yield cast(Start, start), context, perturbation
 
@@ -596,12 +616,12 @@ class CellOp:
                     rows.append((context, perturbation, name, e_distance(cloud, real), floor))
         return pd.DataFrame(rows, columns=_LEFT_OUT)
 
-    def _some(self, cells, rows: np.ndarray) -> np.ndarray:
-        """At most `most_cells` of the rows, by the cells' names."""
+    def _some(self, cells, rows: np.ndarray, most: int | None = None) -> np.ndarray:
+        """At most `most_cells` of the rows, by the cells' names, and at most `most`."""
         order = np.argsort(
             [crc32(f"{self.seed} {name}".encode()) for name in cells.obs_names[rows]], kind="stable"
         )
-        return rows[np.sort(order[: self.recipe.most_cells])]
+        return rows[np.sort(order[: min(self.recipe.most_cells, most or len(rows))])]
 
     def _evidence_of_others(self, perturbation: str) -> Evidence | None:
         """What leaving contexts out says of the estimators, over all judged perturbations but this one."""
@@ -688,6 +708,7 @@ class CellOp:
         if len(parts) > 1 and not len(self.means.of_perturbation(perturbation)):
             each = [self.plan(context, part) for part in parts]
             return plan_combination(each, moved, self._combination_evidence, perturbation=perturbation)
+        moved = self.means.corrected(moved, perturbation, starts[0].mean_level, self.means.missed)
         own = self.means.own(context, perturbation)
         if own is not None:  # what a model that has not seen it says, where there is one
             moved = self.means.moved.get((context, perturbation), moved)
@@ -1098,6 +1119,7 @@ class CellOp:
         means, judged = self.means, list(self.means.moved)
         arrays = {name: getattr(means, name) for name in _MEANS}
         arrays["moved"] = np.stack([means.moved[pair] for pair in judged]) if judged else np.zeros((0, 0))
+        arrays["missed"] = np.stack([*means.missed.values()]) if means.missed else np.zeros((0, 0))
         if self.other_means is not None:
             arrays |= _in_arrays(self.other_means)
         arrays["latents"] = np.stack(list(self._latent_means.values()))
@@ -1113,6 +1135,7 @@ class CellOp:
             "others": self.others,
             "pairs": means.pairs,
             "judged": judged,
+            "missed": list(means.missed),
             "latents": list(self._latent_means),
             "evidence": {
                 name: {"names": seen.names, "n_contexts": seen.n_contexts}
@@ -1227,7 +1250,10 @@ def _restored(saved: Saved) -> CellOp:
     moved = dict(zip([tuple(pair) for pair in about["judged"]], arrays["moved"], strict=True))
     control, change, noise, growth, shares = (arrays[name] for name in _MEANS)
     n_factors = len(keys["context_key"] or ("",))
-    model.means = Means(about["contexts"], control, pairs, change, noise, growth, shares, moved, n_factors)
+    missed = dict(zip([tuple(pair) for pair in about["missed"]], arrays["missed"], strict=True))
+    model.means = Means(
+        about["contexts"], control, pairs, change, noise, growth, shares, moved, n_factors, missed
+    )
     model.others = about.get("others", [])  # of a file of an earlier version none
     if model.others:
         level, *factors = (arrays[f"others.{name}"] for name in _OTHERS)

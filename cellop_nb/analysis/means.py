@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -15,7 +15,7 @@ from ..data.counts import TOTAL_KEY, CountMatrix, count_matrix
 from ..data.groups import Groups
 from ..models.operators import perturbation_parts
 from .metrics import log1p_cp10k
-from .plan import Measured
+from .plan import Measured, near_mean_shift
 
 RANK = 64
 """Most rows that the changes of genes which are not modelled are kept in, however many groups were measured."""
@@ -47,6 +47,7 @@ class Means:
     shares : (gene,) mean share of the counts in control cells
     n_factors : columns of which the labels of contexts are joined
     moved : what models that have not seen a pair's cells say of its change, (gene,), for the pairs that were judged
+    missed : what the model that has seen a pair misses of its change, (gene,), by the operator that contexts share
     """
 
     contexts: list[str]
@@ -58,6 +59,7 @@ class Means:
     shares: np.ndarray = field(repr=False)
     moved: dict[tuple[str, str], np.ndarray] = field(default_factory=dict, repr=False)
     n_factors: int = 1
+    missed: dict[tuple[str, str], np.ndarray] = field(default_factory=dict, repr=False)
 
     _of: dict[str, list[int]] = field(init=False, repr=False)
     _row: dict[tuple[str, str], int] = field(init=False, repr=False)
@@ -176,6 +178,33 @@ class Means:
         """Measured change and its noise, (gene,) each, of a group that was measured."""
         row = self._row[context, perturbation]
         return self.change[row], self.noise[row]
+
+    def corrected(
+        self,
+        moved: np.ndarray,
+        perturbation: str,
+        target: np.ndarray,
+        missed: Mapping[tuple[str, str], np.ndarray],
+    ) -> np.ndarray:
+        r"""Change (gene,) of moved cells, and what their model misses of contexts that it has seen, near ones first.
+
+        .. math:: \hat d = m + \sum_c w_c (d_c - m_c), \quad w_c \propto \|\mu - \mu_c\|^{-p}
+
+        with the changes m of the cells moved by one operator in all contexts, and the measured d: what the decoder, or a
+        regularised operator, gets wrong in every context is mended.
+
+        Parameters
+        ----------
+        moved, target
+            (gene,) change of the target's moved cells, and its mean control cell.
+        missed
+            Measured less moved change, by (context, perturbation). The change stays where none is of this perturbation.
+        """
+        pairs = [(context, p) for context, p in missed if p == perturbation]
+        if not pairs:
+            return moved
+        control = self.control[[self._context[context] for context, _ in pairs]]
+        return moved + near_mean_shift(control, np.stack([missed[pair] for pair in pairs]), target).change
 
     def near(self, context: str, perturbation: str) -> tuple[np.ndarray, np.ndarray]:
         """Change of a measured perturbation and its noise, (gene,) each, in a context, else the mean over those where it
