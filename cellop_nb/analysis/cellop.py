@@ -554,7 +554,10 @@ class CellOp:
         for start, context, perturbation in self._moved_apart(cells, groups, member, judged):
             moved = start.change(self._operator_of(member, perturbation, None))
             level = self.means.control[self.means.contexts.index(context)]
-            self.means.moved[context, perturbation] = self.means.corrected(moved, perturbation, level, missed)
+            self.means.moved[context, perturbation] = moved
+            self.means.corrected[context, perturbation] = self.means.correct(
+                moved, perturbation, level, missed
+            )
         return [(member, judged)]
 
     def _missed(self, cells, groups: Groups, members: Sequence[Member], pairs) -> dict:
@@ -633,14 +636,16 @@ class CellOp:
         total = None
         for perturbation in perturbations:
             measured = self.means.of_perturbation(perturbation)
-            moved = [self.means.moved.get((context, perturbation)) for context in measured.contexts]
-            judged = [k for k, change in enumerate(moved) if change is not None]
+            pairs = [(context, perturbation) for context in measured.contexts]
+            judged = [k for k, pair in enumerate(pairs) if pair in self.means.moved]
             if not judged:
                 continue
-            rows = np.stack(
-                [np.zeros_like(moved[judged[0]]) if change is None else change for change in moved]
+            moved, corrected = (
+                np.stack([by_pair.get(pair, np.zeros(len(self.means.shares))) for pair in pairs])
+                for by_pair in (self.means.moved, self.means.corrected)
             )
-            by_name, _ = estimates(replace(measured, moved=rows), measured.control.mean(0), rows.mean(0))
+            measured = replace(measured, moved=moved, corrected=corrected)
+            by_name, _ = estimates(measured, measured.control.mean(0), moved.mean(0), corrected.mean(0))
             seen = evidence(measured, by_name, judged)
             total = seen if total is None else total if seen is None else total + seen
         return total
@@ -708,14 +713,15 @@ class CellOp:
         if len(parts) > 1 and not len(self.means.of_perturbation(perturbation)):
             each = [self.plan(context, part) for part in parts]
             return plan_combination(each, moved, self._combination_evidence, perturbation=perturbation)
-        moved = self.means.corrected(moved, perturbation, starts[0].mean_level, self.means.missed)
-        own = self.means.own(context, perturbation)
+        own, pair = self.means.own(context, perturbation), (context, perturbation)
+        corrected = self.means.correct(moved, perturbation, starts[0].mean_level, self.means.missed)
         if own is not None:  # what a model that has not seen it says, where there is one
-            moved = self.means.moved.get((context, perturbation), moved)
+            moved, corrected = self.means.moved.get(pair, moved), self.means.corrected.get(pair, corrected)
         return plan(
             self.means.of_perturbation(perturbation, without=context),
             starts[0].mean_level,
             moved,
+            corrected,
             genes=self.genes,
             context=context,
             perturbation=perturbation,
@@ -1118,8 +1124,9 @@ class CellOp:
             return write_models(path, self._ready_vae, self._ready_operators, keys=keys)
         means, judged = self.means, list(self.means.moved)
         arrays = {name: getattr(means, name) for name in _MEANS}
-        arrays["moved"] = np.stack([means.moved[pair] for pair in judged]) if judged else np.zeros((0, 0))
-        arrays["missed"] = np.stack([*means.missed.values()]) if means.missed else np.zeros((0, 0))
+        for name in ("moved", "corrected", "missed"):
+            rows = list(getattr(means, name).values())
+            arrays[name] = np.stack(rows) if rows else np.zeros((0, 0))
         if self.other_means is not None:
             arrays |= _in_arrays(self.other_means)
         arrays["latents"] = np.stack(list(self._latent_means.values()))
@@ -1247,12 +1254,24 @@ def _restored(saved: Saved) -> CellOp:
     model.recipe = Recipe(**about["recipe"])
     model.members = [Member(saved.vae, saved.operators), *(Member(*pair) for pair in saved.members)]
     pairs = [tuple(pair) for pair in about["pairs"]]
-    moved = dict(zip([tuple(pair) for pair in about["judged"]], arrays["moved"], strict=True))
+    moved, corrected, missed = (  # a file of an earlier version holds the first alone
+        dict(zip([tuple(pair) for pair in about.get(pairs, ())], arrays.get(name, ()), strict=False))
+        for pairs, name in (("judged", "moved"), ("judged", "corrected"), ("missed", "missed"))
+    )
     control, change, noise, growth, shares = (arrays[name] for name in _MEANS)
     n_factors = len(keys["context_key"] or ("",))
-    missed = dict(zip([tuple(pair) for pair in about["missed"]], arrays["missed"], strict=True))
     model.means = Means(
-        about["contexts"], control, pairs, change, noise, growth, shares, moved, n_factors, missed
+        about["contexts"],
+        control,
+        pairs,
+        change,
+        noise,
+        growth,
+        shares,
+        moved,
+        n_factors,
+        corrected or moved,
+        missed,
     )
     model.others = about.get("others", [])  # of a file of an earlier version none
     if model.others:

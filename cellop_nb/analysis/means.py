@@ -46,7 +46,8 @@ class Means:
         of some genes changes with their response
     shares : (gene,) mean share of the counts in control cells
     n_factors : columns of which the labels of contexts are joined
-    moved : what models that have not seen a pair's cells say of its change, (gene,), for the pairs that were judged
+    moved, corrected : what models that have not seen a pair's cells say of its change, (gene,), for the pairs that were
+        judged
     missed : what the model that has seen a pair misses of its change, (gene,), by the operator that contexts share
     """
 
@@ -59,6 +60,7 @@ class Means:
     shares: np.ndarray = field(repr=False)
     moved: dict[tuple[str, str], np.ndarray] = field(default_factory=dict, repr=False)
     n_factors: int = 1
+    corrected: dict[tuple[str, str], np.ndarray] = field(default_factory=dict, repr=False)
     missed: dict[tuple[str, str], np.ndarray] = field(default_factory=dict, repr=False)
 
     _of: dict[str, list[int]] = field(init=False, repr=False)
@@ -164,11 +166,16 @@ class Means:
         """What was measured of a perturbation, in all contexts but one."""
         rows = [k for k in self._of.get(perturbation, []) if self.pairs[k][0] != without]
         at = [self._context[self.pairs[k][0]] for k in rows]
-        judged = [self.moved.get(self.pairs[k]) for k in rows]
-        moved = None if not judged or any(row is None for row in judged) else np.stack(judged)
+        judged = bool(rows) and all(self.pairs[k] in self.moved for k in rows)
+        moved, corrected = (
+            np.stack([by_pair[self.pairs[k]] for k in rows]) if judged else None
+            for by_pair in (self.moved, self.corrected)
+        )
         names = tuple(self.pairs[k][0] for k in rows)
         levels = tuple(tuple(name.split(JOINER)) for name in names) if self.n_factors > 1 and names else None
-        return Measured(names, self.control[at], self.change[rows], self.noise[rows], moved, levels)
+        return Measured(
+            names, self.control[at], self.change[rows], self.noise[rows], moved, corrected, levels
+        )
 
     def own(self, context: str, perturbation: str) -> tuple[np.ndarray, np.ndarray] | None:
         """Measured change and its noise, (gene,) each, of a group; None where it was not measured."""
@@ -179,7 +186,7 @@ class Means:
         row = self._row[context, perturbation]
         return self.change[row], self.noise[row]
 
-    def corrected(
+    def correct(
         self,
         moved: np.ndarray,
         perturbation: str,

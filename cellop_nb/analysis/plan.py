@@ -19,16 +19,11 @@ from ..data.contract import JOINER
 from ..display import card
 from ..errors import ModelError, three_beats
 
-NO_CHANGE, MEAN_SHIFT, NEAR, LINEAR, MOVED = (
-    "no change",
-    "mean shift",
-    "near mean shift",
-    "linear",
-    "moved cells",
-)
+NO_CHANGE, MEAN_SHIFT, NEAR, LINEAR = "no change", "mean shift", "near mean shift", "linear"
+MOVED, CORRECTED = "moved cells", "moved cells, corrected"
 ADDITIVE = "additive"
 FACTORS = "factors"
-ESTIMATORS = (NO_CHANGE, MEAN_SHIFT, NEAR, LINEAR, MOVED)
+ESTIMATORS = (NO_CHANGE, MEAN_SHIFT, NEAR, LINEAR, MOVED, CORRECTED)
 SIMPLE = (MEAN_SHIFT, NEAR, LINEAR)
 FACTOR_VARIANCES, INTERACTION_VARIANCES = (0.0, 0.1, 0.3, 1.0, 3.0), (0.1, 1.0)
 LEAST_RELIABILITY = 0.2
@@ -77,6 +72,7 @@ class Measured:
     noise : (n, gene) sampling variance of `change`; :math:`s_1^2/n_1 + s_0^2/n_0`
     moved : (n, gene) mean change of the context's moved control cells, by operators (and a VAE) that have not seen its
         perturbed cells; None where there are none
+    corrected : (n, gene) the same, corrected by what these operators miss of the contexts that they have seen
     levels : (n,) levels of each context's factors, such as (cell type, donor); None where contexts have one label
     """
 
@@ -85,12 +81,12 @@ class Measured:
     change: np.ndarray = field(repr=False)
     noise: np.ndarray = field(repr=False)
     moved: np.ndarray | None = field(default=None, repr=False)
+    corrected: np.ndarray | None = field(default=None, repr=False)
     levels: tuple[tuple[str, ...], ...] | None = field(default=None, repr=False)
 
     def __post_init__(self):
-        shapes = {name: np.shape(getattr(self, name)) for name in ("control", "change", "noise", "moved")}
-        if self.moved is None:
-            del shapes["moved"]
+        names = ("control", "change", "noise", "moved", "corrected")
+        shapes = {name: np.shape(rows) for name in names if (rows := getattr(self, name)) is not None}
         if any(shape != (len(self.contexts), *shape[1:]) or len(shape) != 2 for shape in shapes.values()):
             expected = f"arrays ({len(self.contexts)} contexts, gene)"
             raise ModelError(three_beats(expected, f"{shapes}", "give a row per measured context"))
@@ -107,10 +103,10 @@ class Measured:
     def without(self, context: str) -> Measured:
         """The other contexts."""
         keep = np.array([name != context for name in self.contexts])
-        moved = None if self.moved is None else self.moved[keep]
         names = tuple(np.asarray(self.contexts, dtype=object)[keep])
         levels = None if self.levels is None else tuple(np.array(self.levels, dtype=object)[keep].tolist())
-        return Measured(names, self.control[keep], self.change[keep], self.noise[keep], moved, levels)
+        arrays = (self.control, self.change, self.noise, self.moved, self.corrected)
+        return Measured(names, *(None if rows is None else rows[keep] for rows in arrays), levels)
 
     def near(self, target: np.ndarray) -> pd.DataFrame:
         """A row per context: ``context, distance, response``.
@@ -312,6 +308,7 @@ def estimates(
     measured: Measured,
     target: np.ndarray,
     moved: np.ndarray | None,
+    corrected: np.ndarray | None = None,
     settings: PlanSettings = PlanSettings(),
     levels: Sequence[str] | None = None,
 ) -> tuple[dict[str, Estimate], float]:
@@ -321,8 +318,8 @@ def estimates(
     ----------
     target
         (gene,) mean control cell.
-    moved
-        (gene,) mean change of the target's moved control cells.
+    moved, corrected
+        (gene,) mean change of the target's moved control cells, and the same corrected.
     levels
         Of the target's factors; a level that was never seen where None.
     """
@@ -339,9 +336,12 @@ def estimates(
         n = len(measured.levels[0])
         of_target = levels if levels is not None and len(levels) == n else ("",) * n
         result[FACTORS] = factors(measured.levels, change, of_target, measured.noise.sum(1))
-    if moved is not None:
-        left_out = change[:0] if measured.moved is None else measured.moved
-        result[MOVED] = Estimate(moved, left_out, everyone)
+    for name, of_target, left_out in (
+        (MOVED, moved, measured.moved),
+        (CORRECTED, corrected, measured.corrected),
+    ):
+        if of_target is not None:
+            result[name] = Estimate(of_target, change[:0] if left_out is None else left_out, everyone)
     return result, ridge
 
 
@@ -610,6 +610,7 @@ def plan(
     measured: Measured,
     target: np.ndarray,
     moved: np.ndarray | None = None,
+    corrected: np.ndarray | None = None,
     *,
     genes: Iterable[str] | None = None,
     context: str = "target",
@@ -631,6 +632,8 @@ def plan(
         (gene,) mean control cell of the context that is asked for.
     moved
         (gene,) mean change of its moved control cells; operators that have not seen its perturbed cells.
+    corrected
+        (gene,) the same, corrected by what the operators miss of the measured contexts.
     also
         Evidence of other perturbations (:func:`evidence`), added to this one's: weights are then found on more than
         the few contexts of one perturbation.
@@ -652,7 +655,7 @@ def plan(
     names = np.arange(len(target)).astype(str) if genes is None else np.asarray(list(genes), dtype=object)
     _check(measured, target, moved, names, context, perturbation)
     if len(measured):
-        by_name, _ = estimates(measured, target, moved, settings, context.split(JOINER))
+        by_name, _ = estimates(measured, target, moved, corrected, settings, context.split(JOINER))
     else:
         by_name = {MOVED: Estimate(np.asarray(moved), np.zeros((0, len(target))), np.zeros(0))}
     parts = products_left_out(measured, by_name)
@@ -705,7 +708,7 @@ def combination_evidence(
     ways = {NO_CHANGE: np.zeros_like(change), ADDITIVE: additive, MOVED: moved}
     by_name = {name: Estimate(rows.mean(0), rows, nothing) for name, rows in ways.items()}
     names = tuple(map(str, range(len(change))))
-    return evidence(Measured(names, np.zeros_like(change), change, noise, moved), by_name)
+    return evidence(Measured(names, np.zeros_like(change), change, noise), by_name)
 
 
 def plan_combination(
@@ -832,8 +835,10 @@ def foresee(
 
     Empty where fewer than two contexts were measured.
     """
-    moved = None if measured.moved is None else measured.moved.mean(0)
-    by_name, _ = estimates(measured, measured.control.mean(0), moved, settings)
+    moved, corrected = (
+        None if rows is None else rows.mean(0) for rows in (measured.moved, measured.corrected)
+    )
+    by_name, _ = estimates(measured, measured.control.mean(0), moved, corrected, settings)
     parts = products_left_out(measured, by_name)
     if parts is None:
         return {}
