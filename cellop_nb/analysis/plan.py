@@ -54,7 +54,7 @@ class PlanSettings:
 
     power: float = 4.0
     ridges: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, np.inf)
-    trust: float = 1.0
+    trust: float = 2.0
     least_error: float = 0.05
     pseudo_contexts: float = 4.0
     level: float = 0.95
