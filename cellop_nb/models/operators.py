@@ -339,7 +339,7 @@ def shared_effects(
     chance = _controls_noise(controls) + 1 / float(weight.sum())  # variance of the mean
     length = max(float(mean.square().sum()), torch.finfo(x.dtype).tiny)
     size = max(0.0, 1 - d * chance / length)
-    common = length / chance > chdtri(d, 0.05)  # 95 % quantile of chi-squared
+    common = bool(length / chance > chdtri(d, 0.05))  # 95 % quantile of chi-squared
     rest = x - mean
     values, vectors = torch.linalg.eigh(rest.T @ (weight.unsqueeze(1) * rest))
     values, vectors = values.flip(0), vectors.flip(1)

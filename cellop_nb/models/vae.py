@@ -28,14 +28,26 @@ OTHER_GENES = "other genes"
 """Name of the column that stands for all measured genes that are not modelled one by one."""
 
 
+class _Bounded(torch.autograd.Function):
+    """Clamp in the forward pass, identity in the backward pass (straight-through)."""
+
+    @staticmethod
+    def forward(ctx, value: Tensor, low: float, high: float) -> Tensor:
+        # An infinite input is a fault, not a large number: it must surface, not be clamped away.
+        return torch.where(value.isinf(), torch.nan, value.clamp(low, high))
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        return gradient, None, None
+
+
 def bounded(value: Tensor, low: float, high: float) -> Tensor:
     """`value` limited to [low, high], with gradients that still flow from outside the interval.
 
     A plain ``clamp`` has zero gradient outside, so that a parameter that once left could never return.
     Infinite entries become NaN, so that the non-finite guard sees them.
     """
-    fixed = value.detach()
-    return fixed.clamp(low, high) + (value - fixed)
+    return _Bounded.apply(value, low, high)
 
 
 def _mlp(n_in: int, n_hidden: int, n_layers: int, dropout: float) -> nn.Sequential:
