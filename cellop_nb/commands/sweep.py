@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cellop_nb.commands import Command, environment
 from cellop_nb.commands import run as single
-from cellop_nb.commands.terminal import clock, complain, say, table
+from cellop_nb.commands.terminal import Stopped, clock, complain, say, table
 from cellop_nb.errors import DataError, LabelError, three_beats
 from cellop_nb.notebook import sweep
 
@@ -182,14 +182,19 @@ def _run(
     )  # fmt: skip
     failed = 0
     with tqdm(total=n_runs, initial=n_done, desc=notebook.stem, unit="run", dynamic_ncols=True) as bar:
-        for run, result in ended:
-            if told is not None:
-                told(run, result)
-            if result["status"] == "failed":
-                failed += 1
-                bar.write(f"{run.key} failed: {result['error']}")
-            bar.set_postfix({"failed": failed}, refresh=False)
-            bar.update()
+        try:
+            for run, result in ended:
+                if told is not None:
+                    told(run, result)
+                if result["status"] == "failed":
+                    failed += 1
+                    bar.write(f"{run.key} failed: {result['error']}")
+                bar.set_postfix({"failed": failed}, refresh=False)
+                bar.update()
+        except Stopped:
+            ended.close()  # its kernels end now, and what they had half done is removed
+            bar.write(f"{bar.n} of {_runs(n_runs)} are kept in {folder}; the same command does the rest")
+            raise
 
 
 def _report(args, notebook: Path, folder: Path, runs: list[sweep.Run]) -> int:

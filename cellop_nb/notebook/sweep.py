@@ -19,7 +19,7 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -348,7 +348,7 @@ def execute(
     timeout: int | None = None,
     job: Job | None = None,
     tell: Callable[[str], None] = logger.warning,
-) -> Iterator[tuple[Run, dict[str, Any]]]:
+) -> Generator[tuple[Run, dict[str, Any]], None, None]:
     """Execute runs, and yield each with its result as it ends; call it while the folder is :func:`locked`.
 
     Parameters
@@ -412,7 +412,7 @@ def _give_up(folder: Path, run: Run, error: Exception) -> dict[str, Any]:
 def run_one(
     notebook: str, folder: str, run: Run, timeout: int | None, stopped: threading.Event | None = None
 ) -> dict[str, Any]:
-    """One run in its folder, whose result is written last, and not when all were `stopped` meanwhile."""
+    """One run in its folder, whose result is written last; nothing is left of one whose kernel was `stopped`."""
     target = Path(folder) / run.key
     earlier = result_of(target)
     if earlier and earlier["status"] == "done":  # another worker, believed dead, ended it after all
@@ -423,8 +423,10 @@ def run_one(
     outcome = runs.execute(notebook, work, run.values, timeout=timeout)
     result = _result(run.values, outcome.error, time.monotonic() - start, outcome.metrics)
     if (
-        stopped is None or not stopped.is_set()
-    ):  # else its kernel was ended: it has neither failed nor come to its end
+        outcome.error and stopped is not None and stopped.is_set()
+    ):  # it has neither failed nor come to its end
+        shutil.rmtree(work, ignore_errors=True)
+    else:
         runs.write_json(work / RESULT, result)
     return result
 

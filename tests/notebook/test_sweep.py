@@ -412,10 +412,12 @@ def test_an_option_that_is_there_twice_is_refused(working, no_cluster, capsys, r
 # -- kills ------------------------------------------------------------------------------------------------
 
 
-def start(working, *arguments):
+def start(working, *arguments, **variables):
     command = [sys.executable, "-m", "cellop_nb", *arguments]
     with open(working.parent / "client.log", "w") as out:
-        return subprocess.Popen(command, cwd=working.parent, stdout=out, stderr=out)
+        return subprocess.Popen(
+            command, cwd=working.parent, stdout=out, stderr=out, env={**os.environ, **variables}
+        )
 
 
 def wait_for(condition, seconds=90):
@@ -469,6 +471,30 @@ def test_a_killed_kernel_and_a_killed_client_lose_nothing(working):
     # kernels are counted: at no time more than two at work
     marks = sorted((float(line[3]), 1 if line[0] == "start" else -1) for line in log(working)[2 * n_before :])
     assert max(sum(step for _, step in marks[: i + 1]) for i in range(len(marks))) <= 2
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda n: n.name)
+def test_a_signal_ends_a_sweep_in_order(working, number):
+    """Kernels and temporary folders are gone, what had ended is kept, said, and not done again."""
+    temporary = working.parent / "tmp"
+    temporary.mkdir()
+    grid = ["-g", "width=3,4", "-g", "wait=0,60", "-p", "log", str(working.parent / "log")]
+    command = ["sweep", str(working), *grid, "--workers", "1", "--runs", str(working.parent)]
+    client = start(working, *command, TMPDIR=str(temporary))
+    wait_for(lambda: len(log(working, "start")) == 2)
+    kernels = kernels_of(client)
+    client.send_signal(number)
+    assert client.wait(60) == 128 + number
+    text = (working.parent / "client.log").read_text()
+    assert "Traceback" not in text and text.strip().endswith(f"Stopped by {number.name}.")
+    assert f"1 of 4 runs are kept in {working.parent / '90_mine'}; the same command does the rest" in text
+    assert kernels and not psutil.wait_procs(kernels, timeout=20)[1]
+    assert [s.result_of(path)["status"] for path in folders(working)] == ["done"]
+    assert list(temporary.iterdir()) == []
+    left = {path.name for path in (working.parent / "90_mine").iterdir()}
+    assert left == {folders(working)[0].name, ".notebook", ".lock"}, "no half run"
+    assert main([*command, "--dry-run"]) == 0
 
 
 @pytest.mark.slow
