@@ -166,11 +166,13 @@ def page(table: pd.DataFrame) -> str:
         for where in ("top", "all")
     )
     pearson = rows[rows["method"] == "CellOp"].set_index("held_out")["top pearson"]
-    head = ["held out", *RULES, "CellOp", "Pearson", *BY_TYPE, "all genes: no change", "all genes: CellOp"]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for label in top.index:
-        numbers = [*top.loc[label, [*RULES, "CellOp"]], pearson[label], *BY_TYPE.loc[label]]
-        numbers += [*every.loc[label, ["no change", "CellOp"]]]
+    every = every[["no change", "CellOp"]].add_prefix("all genes: ")
+    shown = pd.concat(
+        [top[[*RULES, "CellOp"]], pearson.rename("Pearson"), BY_TYPE.loc[top.index], every], axis=1
+    )
+    shown.loc["mean"] = shown.mean()
+    lines = [f"| {' | '.join(['held out', *shown])} |", "|---" * (len(shown.columns) + 1) + "|"]
+    for label, numbers in shown.iterrows():
         lines.append(f"| {label} | {' | '.join(f'{number:.2f}' for number in numbers)} |")
     return "\n".join(lines)
 
