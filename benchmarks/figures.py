@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
 
 from cellop_nb.notebook.style import (
@@ -152,6 +153,25 @@ def cells_scaling(rows: Rows) -> Figure:
         log_ticks(ax, "x")
         label(ax, "One epoch of the VAE, from the file" if ax is axes[0] else "", "cells", what)
     _legend_of_the_first(axes)
+    return fig
+
+
+def peers(table: pd.DataFrame) -> Figure:
+    """Energy distance of each method against its CPU seconds; on the dotted line nothing is both better and cheaper."""
+    rows = table.dropna(subset="energy")
+    rows = rows.assign(seconds=(rows["fit_cpu_seconds"] + rows["predict_cpu_seconds"]).clip(lower=0.01))
+    points = rows.groupby("method")[["seconds", "energy"]].mean().sort_values("seconds")
+    fig, (ax,) = canvas(height=4.2, width=7.0)
+    for index, (name, (seconds, energy)) in enumerate(points.iterrows()):
+        ax.plot(seconds, energy, linestyle="none", markersize=8, **mark(index))
+        note(ax, seconds * 1.2, energy, safe(name), transform=ax.transData, va="center")
+    front = points[points["energy"] == points["energy"].cummin()]
+    ax.plot(front["seconds"], front["energy"], color=QUIET, linestyle=":", drawstyle="steps-post")
+    ax.set(xscale="log", yscale="log", xlim=(points["seconds"].min() / 2, points["seconds"].max() * 8))
+    for axis in "xy":
+        log_ticks(ax, axis)
+    held_out = ", ".join(rows["context"].unique())
+    label(ax, f"Held out: {safe(held_out, 60)}", "CPU seconds of fit and prediction", "energy distance")
     return fig
 
 

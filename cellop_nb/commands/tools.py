@@ -87,6 +87,9 @@ SECTIONS = (
 GPU = "gpu"
 """A section apart: it is of another machine, and `all` leaves it out where there is no GPU."""
 
+PEERS = "peers"
+"""A section apart: hours, and environments of other packages; it fills docs/peers.csv."""
+
 
 def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `bench`."""
@@ -94,16 +97,23 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
         "section",
         nargs="?",
         default="all",
-        choices=(*SECTIONS, GPU, "all"),
-        help="what to measure (default: all)",
+        choices=(*SECTIONS, GPU, PEERS, "all"),
+        help="what to measure (default: all but peers)",
     )
     parser.add_argument("--quick", action="store_true", help="small sizes: whether it runs, not how fast")
     parser.add_argument(
-        "--out", metavar="FILE.json", type=Path, help="file for numbers, machine and versions"
+        "--out",
+        metavar="FILE",
+        type=Path,
+        help="JSON file for numbers, machine and versions; peers: CSV (default: docs/peers.csv)",
     )
     parser.add_argument(
         "--threads", type=int, help="threads of torch (default: OMP_NUM_THREADS, else all cores)"
     )
+    parser.add_argument("--data", metavar="FILE.h5ad", type=Path, help="peers: the screen of Kang et al.")
+    parser.add_argument("--only", default="", metavar="NAMES", help="peers: some of them, with commas")
+    parser.add_argument("--contexts", default="", metavar="NAMES", help="peers: some types, with commas")
+    parser.add_argument("--seeds", type=int, default=1, help="peers: seeds of each fit (default: 1)")
 
 
 def check_bench(args: argparse.Namespace) -> None:
@@ -121,6 +131,15 @@ def bench(args: argparse.Namespace) -> int:
     threads = args.threads or int(os.environ.get("OMP_NUM_THREADS", "0")) or os.cpu_count() or 1
     os.environ["OMP_NUM_THREADS"] = str(threads)  # for the fresh processes that measure memory
     sys.path.insert(0, str(environment.ROOT))
+    if args.section == PEERS:
+        only, contexts = ([name for name in names.split(",") if name] for names in (args.only, args.contexts))
+        peers = import_module("benchmarks.peers")
+        out = args.out or peers.TABLE
+        table = peers.run(args.data, only, contexts=contexts, seeds=args.seeds, out=out)
+        if out == peers.TABLE:
+            peers.draw(table)
+        say(f"{peers.page(table)}\n\nwritten: {out}")
+        return 0
     import torch
 
     record = import_module("benchmarks.record")  # of the checkout, no part of the package
