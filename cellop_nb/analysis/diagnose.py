@@ -132,27 +132,24 @@ def _gradients(model: nn.Module, loss: Tensor, retain_graph: bool) -> dict[str, 
 
 
 def _row(name: str, parameter: nn.Parameter, gradient: Tensor | None, flow: _Flow, loss: Tensor) -> dict:
-    status = _status(parameter, gradient)
-    size = float(parameter.detach().double().norm())
-    row: dict[str, object] = {
+    status, weight = _status(parameter, gradient), parameter.detach()
+    slope = torch.zeros_like(weight) if gradient is None else gradient
+    units = slope.reshape(*(slope.shape[:1] or (1,)), math.prod(slope.shape[1:]))
+    norm, size = float(slope.double().norm()), float(weight.double().norm())
+    return {
         "parameter": name,
         "module": owner_of_parameter(name),
         "shape": tuple(parameter.shape),
         "reached": gradient is not None,
-        "grad_norm": 0.0,
+        "grad_norm": norm,
         "weight_norm": size,
-        "grad_to_weight": 0.0,
-        "zero_share": 1.0,
-        "dead_units": len(parameter) if parameter.ndim else 1,
+        "grad_to_weight": norm / size if size else math.nan,
+        "zero_share": float((slope == 0).double().mean()),
+        "dead_units": int((units == 0).all(1).sum()),
+        "status": status,
+        "path_ends": flow.end_of(name, loss) if status == "not reached" else "",
+        "advice": _ADVICE[status],
     }
-    if gradient is not None:
-        slope = float(gradient.double().norm())
-        units = gradient.reshape(*(gradient.shape[:1] or (1,)), math.prod(gradient.shape[1:]))
-        row |= {"grad_norm": slope, "grad_to_weight": slope / size if size else math.nan}
-        row["zero_share"] = float((gradient == 0).double().mean()) if gradient.numel() else 0.0
-        row["dead_units"] = int((units == 0).all(1).sum())
-    ends = flow.end_of(name, loss) if gradient is None and parameter.requires_grad else ""
-    return row | {"status": status, "path_ends": ends, "advice": _ADVICE[status]}
 
 
 def _status(parameter: nn.Parameter, gradient: Tensor | None) -> str:

@@ -548,23 +548,24 @@ def _read(
     missing = int((~real.var_names.isin(adata.var_names)).sum())
     chosen = values[:, adata.var_names.get_indexer(genes)]
     chosen = chosen.maximum(0) if sparse.issparse(chosen) else np.maximum(chosen, 0)
-    share, library, levels, power = _share(real, genes), measured_totals(adata), {}, 0.0
+    share, library = _share(real, genes), measured_totals(adata)
     if library is None and not missing:
         library = _sums(values)
-    levels["counts"] = log1p_cp10k(chosen, _sums(chosen) / share if library is None else library)
+    levels = {"counts": log1p_cp10k(chosen, _sums(chosen) / share if library is None else library)}
+    target_sum = 0.0
     if numbers.max(initial=0) <= LARGEST_LOG:
-        expression = np.expm1(chosen)
-        usual = max(np.median(_sums(expression)) / share, 1.0)
-        power = 10.0 ** max(4, np.rint(np.log10(usual)))
-        levels["log1p"] = log1p_cp10k(expression, np.full(adata.n_obs, power))
-    said = space or ("counts" if drawn else "")
+        levels["log1p"], target_sum = _from_logarithms(chosen, share)
+    reading = space or ("counts" if drawn else "")
     if not drawn:
         alike = [r for pair, r in rows_by_group(real, keys_of(real)).items() if pair in rows]
-        nearer = _nearest_level(levels, real[np.concatenate(alike)] if alike else real, genes, share, said)
-        if said and nearer != said:
-            logger.warning("score: %s is read as %s, but its mean profile is that of %s", name, said, nearer)
-        said = said or nearer
-    cells, whole = levels[said], drawn and said == "counts"
+        nearest = _nearest_level(
+            levels, real[np.concatenate(alike)] if alike else real, genes, share, reading
+        )
+        if reading and nearest != reading:
+            problem = "score: %s is read as %s, but its mean profile is that of %s"
+            logger.warning(problem, name, reading, nearest)
+        reading = reading or nearest
+    cells, whole = levels[reading], drawn and reading == "counts"
 
     def predict(training: Training, target: Target) -> Prediction:
         group = rows.get((target.context, target.perturbation))
@@ -578,13 +579,21 @@ def _read(
         return Prediction.of_cells(name, part, chosen[group], None if library is None else library[group])
 
     facts = {
-        "space": f"{said} ({'as said' if space else 'guessed'})",
-        "normalised to": f"{power:.0f}" if said == "log1p" else "",
+        "space": f"{reading} ({'as said' if space else 'guessed'})",
+        "normalised to": f"{target_sum:.0f}" if reading == "log1p" else "",
         "cells": sum(map(len, rows.values())),
         "missing genes": missing,
         "values below 0": float((numbers < 0).sum() / max(np.prod(values.shape), 1)),
     }
     return predict, facts
+
+
+def _from_logarithms(values, share: float) -> tuple[Any, float]:
+    """log1p-CP10k of logarithms (cell, gene), and the power of ten, from 10,000, to which all measured genes sum."""
+    expression = np.expm1(values)
+    usual = max(float(np.median(_sums(expression))) / share, 1.0)
+    target_sum = float(10.0 ** max(4, np.rint(np.log10(usual))))
+    return log1p_cp10k(expression, np.full(values.shape[0], target_sum)), target_sum
 
 
 def _check(name: str, numbers: np.ndarray, space: str | None) -> None:
@@ -604,8 +613,8 @@ def _check(name: str, numbers: np.ndarray, space: str | None) -> None:
         raise DataError(three_beats(f"log1p of expression in X of {name!r}", problem, "pass space='counts'"))
 
 
-def _nearest_level(levels: Mapping, real: AnnData, genes: list[str], share: float, said: str) -> str:
-    """The space whose mean profile is nearest to the real one; that which was said unless another errs half as much."""
+def _nearest_level(levels: Mapping, real: AnnData, genes: list[str], share: float, reading: str) -> str:
+    """The space whose mean profile is nearest to the real one; `reading` unless another errs half as much."""
     counts = raw_counts(real[:, genes], keys_of(real).layer)
     level = log1p_cp10k(counts, _sums(counts) / share)
     error = {}
@@ -614,7 +623,7 @@ def _nearest_level(levels: Mapping, real: AnnData, genes: list[str], share: floa
         one, other = np.log1p(means) if space == "counts" else means
         error[space] = float(np.abs(one - other).mean())
     nearest = min(error, key=error.__getitem__)
-    return said if said and error[nearest] >= error[said] / 2 else nearest
+    return reading if reading and error[nearest] >= error[reading] / 2 else nearest
 
 
 def _share(real: AnnData, genes: Sequence[str]) -> float:
