@@ -29,7 +29,6 @@ from ..models.vae import NBVAE, elbo_loss, sample_z
 from ..training.locate import (
     RunningModules,
     caller,
-    graph_nodes,
     is_finite,
     owner_of_parameter,
     storage_address,
@@ -71,7 +70,7 @@ class _Cut:
     followed: bool = False
 
 
-def gradient_audit(model: nn.Module, loss: Tensor | Callable) -> pd.DataFrame:
+def gradient_audit(model: nn.Module, loss: Callable) -> pd.DataFrame:
     """What the gradient of a loss does at each parameter of a model.
 
     Parameters
@@ -79,9 +78,7 @@ def gradient_audit(model: nn.Module, loss: Tensor | Callable) -> pd.DataFrame:
     model
         Any module.
     loss
-        0-d tensor; or a function without arguments that returns one (or a dictionary of named terms).
-        Only a function can be watched, and only then is the place named where a path ends. The graph of a tensor is
-        kept for a later backward.
+        Function without arguments that computes a 0-d tensor, or a dictionary of named terms; it is watched.
 
     Returns
     -------
@@ -101,37 +98,33 @@ def gradient_audit(model: nn.Module, loss: Tensor | Callable) -> pd.DataFrame:
     Raises
     ------
     ModelError
-        If the loss is not a scalar.
+        If `loss` is no function, or its result is not a scalar.
     """
+    if not callable(loss):
+        fix = "pass lambda: ... around what computes it: only what is watched can be explained"
+        raise ModelError(three_beats("a function that computes the loss", type(loss).__name__, fix))
     flow = _Flow(model)
     with unchanged_buffers(model):  # until after the backward pass, which may need them as they became
-        value = _watched(loss, flow) if callable(loss) else loss
+        with torch.random.fork_rng(devices=[]), flow.scopes, flow:
+            value = loss()
+            value = reduce(add, value.values()) if isinstance(value, dict) else value
         if not isinstance(value, Tensor) or value.numel() != 1:
             problem = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
             raise ModelError(three_beats("a scalar loss", problem, "take the mean or sum of it"))
-        gradients = _gradients(model, value, not callable(loss))
-    rows = [_row(name, p, gradients.get(name), flow, value) for name, p in model.named_parameters()]
+        gradients = _gradients(model, value)
+    rows = [_row(name, p, gradients.get(name), flow) for name, p in model.named_parameters()]
     return pd.DataFrame(rows)
 
 
-def _watched(loss: Callable, flow: _Flow) -> Tensor:
-    flow.watched = True
-    with torch.random.fork_rng(devices=[]), flow.scopes, flow:
-        value = loss()
-        return reduce(add, value.values()) if isinstance(value, dict) else value
-
-
-def _gradients(model: nn.Module, loss: Tensor, retain_graph: bool) -> dict[str, Tensor]:
+def _gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trained or not loss.requires_grad:
         return {}
-    gradients = torch.autograd.grad(
-        loss, list(trained.values()), allow_unused=True, retain_graph=retain_graph
-    )
+    gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
     return {name: grad for name, grad in zip(trained, gradients, strict=True) if grad is not None}
 
 
-def _row(name: str, parameter: nn.Parameter, gradient: Tensor | None, flow: _Flow, loss: Tensor) -> dict:
+def _row(name: str, parameter: nn.Parameter, gradient: Tensor | None, flow: _Flow) -> dict:
     status, weight = _status(parameter, gradient), parameter.detach()
     slope = torch.zeros_like(weight) if gradient is None else gradient
     units = slope.reshape(*(slope.shape[:1] or (1,)), math.prod(slope.shape[1:]))
@@ -147,7 +140,7 @@ def _row(name: str, parameter: nn.Parameter, gradient: Tensor | None, flow: _Flo
         "zero_share": float((slope == 0).double().mean()),
         "dead_units": int((units == 0).all(1).sum()),
         "status": status,
-        "path_ends": flow.end_of(name, loss) if status == "not reached" else "",
+        "path_ends": flow.end_of(name) if status == "not reached" else "",
         "advice": _ADVICE[status],
     }
 
@@ -165,7 +158,7 @@ class _Flow(TorchDispatchMode):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.scopes, self.watched = RunningModules(model), False
+        self.scopes = RunningModules(model)
         self._kept: list[Tensor] = []  # so that no storage address is used twice
         self._depends: dict[int, frozenset[str]] = {}
         self._cuts: list[_Cut] = []
@@ -217,10 +210,8 @@ class _Flow(TorchDispatchMode):
         module, line = self.scopes.current, caller("diagnose.py")
         return f"{name}{f' in module {module!r}' if module else ''}{f' at {line}' if line else ''}"
 
-    def end_of(self, parameter: str, loss: Tensor) -> str:
+    def end_of(self, parameter: str) -> str:
         """Where the path from a parameter to the loss ends."""
-        if not self.watched:
-            return _constants(loss)
         last = self._last_use.get(parameter)
         for cut in self._cuts:
             ends_here = cut.followed or (last is not None and cut.text.endswith(last))
@@ -237,14 +228,6 @@ def _in_function() -> bool:
             return True
         frame = frame.f_back
     return False
-
-
-def _constants(loss: Tensor) -> str:
-    """Operations of the graph with an input that carries no gradient: where a path may have been cut."""
-    nodes = [node for node in graph_nodes(loss.grad_fn) if any(n is None for n, _ in node.next_functions)]
-    ends = dict.fromkeys(node.name() for node in nodes)
-    named = ", ".join(dict.fromkeys(name.removesuffix("Backward0") for name in ends)) or "none"
-    return f"not in the graph; constants enter at: {named} (give the loss as a function to learn the line)"
 
 
 # -- health of operators ---------------------------------------------------------------------------------------------
