@@ -1,6 +1,7 @@
 """The command line: `python3 -m cellop_nb run | test | lab | predict | holdout | ...`.
 
-Standard library only until the environment exists, so that a fresh machine needs nothing but Python and git.
+Standard library only until the environment exists, so that a fresh machine needs nothing but Python and git; and what
+an old Python cannot read is imported after it was refused.
 """
 
 from __future__ import annotations
@@ -9,12 +10,8 @@ import argparse
 import errno
 import re
 import sys
-from contextlib import nullcontext
-
-from cellop_nb import commands
-
-_LONG = {"run", "sweep", "predict", "holdout"}
-"""Commands that a signal ends in order: what was done is told, and nothing goes on or stays behind."""
+from importlib import import_module
+from itertools import takewhile
 
 _DESCRIPTION = """\
 Learn what perturbations do to single cells, in notebooks.
@@ -49,36 +46,32 @@ class Parser(argparse.ArgumentParser):
         unknown = re.search(r"unrecognized arguments: (\S+)|invalid choice: '([^']*)'", message)
         if not unknown:
             return ""
-        options = (
-            [o for o in self._option_string_actions if o.startswith("--")] if unknown[1] else commands.MODULES
-        )
+        options = [option for option in self._option_string_actions if option.startswith("--")]
+        if unknown[2]:
+            options = [choice for action in self._actions for choice in action.choices or ()]
         suggestion = did_you_mean(unknown[1] or unknown[2], options)
         passed_on = next((a.help for a in self._actions if "-- " in str(a.metavar)), None)
         if unknown[1] and passed_on and not suggestion.startswith("did you mean"):
             suggestion = f"write -- {unknown[1]} for what is {str(passed_on).partition(',')[0]}"
         return suggestion + ";"
 
-    def parse_args(self, args=None, namespace=None):
+    def parse_args(self, args, namespace=None):
         """Parse; an unknown option, or one that is there twice, is reported by the subcommand it was given to."""
         parsed, rest = self.parse_known_args(args, namespace)
         parser = getattr(parsed, "parser", self)
         if rest:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
-        tokens = list(sys.argv[1:] if args is None else args)
-        tokens = [
-            token.partition("=")[0] for token in tokens[: tokens.index("--") if "--" in tokens else None]
-        ]
+        words = [word.partition("=")[0] for word in takewhile(lambda word: word != "--", args)]
         for action in parser._actions:  # the last one would win, without a word
-            if sum(tokens.count(option) for option in action.option_strings) > 1 and not isinstance(
-                action, argparse._AppendAction
-            ):
+            twice = sum(map(words.count, action.option_strings)) > 1
+            if twice and not isinstance(action, argparse._AppendAction):
                 parser.error(f"argument {'/'.join(action.option_strings)} twice")
         return parsed
 
 
 def build_parser() -> Parser:
     """The whole command line."""
-    from cellop_nb import __version__
+    from cellop_nb import __version__, commands
 
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(
@@ -90,12 +83,8 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"cellop_nb {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name in commands.MODULES:
-        command = commands.load(name)
-        title = f"{command.summary[0].upper()}{command.summary[1:]}."
-        sub = subparsers.add_parser(name, help=command.summary, description=title, allow_abbrev=False)
-        command.add_arguments(sub)
-        sub.set_defaults(parser=sub)
+    for module in commands.MODULES:
+        import_module(f"cellop_nb.commands.{module}").add_commands(subparsers)
     return parser
 
 
@@ -105,43 +94,37 @@ def main(argv: list[str] | None = None) -> int:
         version = sys.version.split()[0]
         sys.stderr.write(f"Expected Python >= 3.11. Found {version}. To fix it: use a newer python3.\n")
         return 2
-    from cellop_nb.commands.terminal import Stopped, complain, flush, settle
+    from cellop_nb.commands.terminal import Stopped, complain, flush, settle, stoppable
     from cellop_nb.errors import CellopError, SetupError, StorageError, three_beats
 
     settle()
     argv = sys.argv[1:] if argv is None else argv
     try:
-        return _dispatch(build_parser().parse_args(argv), argv)
+        with stoppable():
+            return _dispatch(build_parser().parse_args(argv), argv)
     except CellopError as error:
         complain(str(error))
         return 1 if isinstance(error, (SetupError, StorageError)) else 2
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
             raise
-        complain(
-            three_beats("names that the disk takes", f"one that is too long: {error.filename}", "shorten it")
-        )
+        problem = f"one that is too long: {error.filename}"
+        complain(three_beats("names that the disk takes", problem, "shorten it"))
         return 2
     except Stopped as stop:
         complain(f"\nStopped by {stop.signal}.")
         return stop.code
-    except KeyboardInterrupt:
-        complain("\nStopped.")
-        return 130
     finally:
         flush()
 
 
 def _dispatch(args: argparse.Namespace, argv: list[str]) -> int:
     from cellop_nb.commands import environment
-    from cellop_nb.commands.terminal import stoppable
 
-    command = commands.load(args.command)
-    command.check(args)
-    if command.extras is not None:
-        environment.ensure(command.extras, argv)
-    with stoppable() if args.command in _LONG else nullcontext():
-        return command.main(args)
+    args.check(args)
+    if args.extras is not None:
+        environment.ensure(args.extras, argv)
+    return args.main(args)
 
 
 if __name__ == "__main__":

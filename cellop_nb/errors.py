@@ -31,7 +31,13 @@ __all__ = [
 
 
 class CellopError(ValueError):
-    """Base class of every error that the package raises on bad input."""
+    """Base class of every error that the package raises on bad input: what was expected, what was found, how to fix it.
+
+    One argument alone is a sentence that has the three beats already.
+    """
+
+    def __init__(self, expected: str, found: str | None = None, fix: str = "") -> None:
+        super().__init__(expected if found is None else three_beats(expected, found, fix))
 
 
 class DataError(CellopError):
@@ -135,7 +141,7 @@ def _unknown(name: str, options: list[str], owner: str) -> LabelError:
     likely = _OTHER_WORDS.get(name)
     hint = did_you_mean(likely if likely in options else name, options)
     fix = hint if hint.startswith("did you mean") else "use one of these, or leave it out"
-    return LabelError(three_beats(f"a setting of {owner}: {', '.join(options)}", repr(name), fix))
+    return LabelError(f"a setting of {owner}: {', '.join(options)}", repr(name), fix)
 
 
 @dataclass(frozen=True)
@@ -181,17 +187,11 @@ _VALUES = {
 
 
 def check_values(settings: dict[str, object]) -> None:
-    """Refuse the first setting whose value cannot be; None, where a default is chosen, and other names pass.
-
-    Raises
-    ------
-    ModelError
-        With the values that can be.
-    """
+    """Refuse the first setting whose value cannot be; None, where a default is chosen, and other names pass."""
     for name, value in settings.items():
         if value is not None and name in _VALUES and value not in _VALUES[name]:
             problem = f"{name}={value!r}"
-            raise ModelError(three_beats(f"{name} to be {_VALUES[name]}", problem, "give such a number"))
+            raise ModelError(f"{name} to be {_VALUES[name]}", problem, "give such a number")
 
 
 def checked(call: Callable[P, R]) -> Callable[P, R]:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from cellop_nb.errors import CellopError, DataError, StorageError, three_beats
+from cellop_nb.errors import CellopError, DataError, StorageError
 
 try:
     import fcntl
@@ -90,14 +90,9 @@ def write_whole(path: str | Path, write: Callable[[Path], object]) -> Path:
 
 
 def require_room(path: Path, count: int) -> None:
-    """Ask the disk for `count` more bytes in the file at `path`, and give them back.
+    """Ask the disk for `count` more bytes in the file at `path`, and give them back; it says no by an OSError.
 
     For what HDF5 writes: it may end the process where it closes a file on a disk that has become full.
-
-    Raises
-    ------
-    OSError
-        The disk's own refusal: full, a quota, a limit on the size of files.
     """
     if hasattr(os, "posix_fallocate"):
         with path.open("ab") as file:
@@ -118,7 +113,7 @@ def _workshop(parent: Path) -> Iterator[Path]:
         lock = os.open(workshop / "new", os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             if fcntl is not None:
-                _try_lock(lock)
+                try_lock(lock)
                 os.rename(workshop / "new", workshop / _LOCK)  # nobody sees it unlocked
             inner = workshop / "part"
             inner.mkdir()
@@ -129,8 +124,10 @@ def _workshop(parent: Path) -> Iterator[Path]:
         shutil.rmtree(workshop, ignore_errors=True)
 
 
-def _try_lock(lock: int) -> bool | None:
-    """Whether nobody else holds the file's lock; None where the file system has no locks."""
+def try_lock(lock: int) -> bool | None:
+    """Whether nobody else holds the file's lock, which this process then does; None where there are no locks."""
+    if fcntl is None:
+        return None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -141,19 +138,12 @@ def _try_lock(lock: int) -> bool | None:
 
 
 def sweep(folder: str | Path) -> None:
-    """Remove what killed writers of this user left in `folder`; what a living one works on stays."""
+    """Remove what killed writers left in `folder`; what a living one works on stays."""
     with suppress(PermissionError), os.scandir(folder) as entries:
-        left = [Path(entry.path) for entry in entries if entry.name.startswith(_WORKSHOP) and _is_ours(entry)]
+        left = [Path(entry.path) for entry in entries if entry.name.startswith(_WORKSHOP)]
+        left = [path for path in left if path.is_dir() and not path.is_symlink()]
         for workshop in filter(_is_abandoned, left):
             shutil.rmtree(workshop, ignore_errors=True)
-
-
-def _is_ours(entry: os.DirEntry) -> bool:
-    try:
-        about = entry.stat(follow_symlinks=False)
-    except FileNotFoundError:  # its writer has just finished
-        return False
-    return stat.S_ISDIR(about.st_mode) and (not hasattr(os, "geteuid") or about.st_uid == os.geteuid())
 
 
 def _is_abandoned(workshop: Path) -> bool:
@@ -163,9 +153,9 @@ def _is_abandoned(workshop: Path) -> bool:
         lock = None
     try:
         is_old = time.time() - workshop.stat().st_mtime > _OLD
-        if lock is None or fcntl is None or not workshop.name.startswith(_HERE):
+        if lock is None or not workshop.name.startswith(_HERE):
             return is_old  # locks may not reach from machine to machine
-        return is_old if (free := _try_lock(lock)) is None else free
+        return is_old if (free := try_lock(lock)) is None else free
     except FileNotFoundError:
         return False
     finally:
@@ -206,21 +196,13 @@ def _flush(path: Path) -> None:
 
 
 def read_json(path: str | Path, expected: str, fix: str) -> dict:
-    """The object in a JSON file.
-
-    Raises
-    ------
-    DataError
-        If it cannot be read, is damaged, or holds something else; `expected` says what it should be.
-    """
+    """The object in a JSON file; what cannot be read, is damaged or holds something else is refused."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:  # lists in lists without end
-        raise DataError(
-            three_beats(f"{expected} in {path}", f"{type(error).__name__}: {error}", fix)
-        ) from error
+        raise DataError(f"{expected} in {path}", f"{type(error).__name__}: {error}", fix) from error
     if not isinstance(content, dict):
-        raise DataError(three_beats(f"{expected} in {path}", f"a {type(content).__name__}", fix))
+        raise DataError(f"{expected} in {path}", f"a {type(content).__name__}", fix)
     return content
 
 
@@ -234,17 +216,11 @@ def unused(path: Path) -> Path:
 
 
 def inside(folder: str | Path, name: str) -> Path:
-    """The path of `name` in `folder`; a name that leads out of it, as a label from data may, is refused.
-
-    Raises
-    ------
-    StorageError
-        If the path would lie outside of `folder`.
-    """
+    """The path of `name` in `folder`; a name that leads out of it, as a label from data may, is refused."""
     path = (Path(folder) / name).resolve()
     if not path.is_relative_to(Path(folder).resolve()):
         fix = "use a name without .. and without a leading slash"
-        raise StorageError(three_beats(f"a file name inside {folder}", repr(name), fix))
+        raise StorageError(f"a file name inside {folder}", repr(name), fix)
     return Path(folder) / name
 
 
@@ -263,7 +239,7 @@ def storing(path: str | Path) -> Iterator[None]:
             number = errno.ENOSPC
         reason, fix = _REASONS.get(number, (" ".join(str(error).split()), "check the disk and the path"))
         reason = f"{reason}{_room(path)}" if fix == _FULL else reason
-        refusal = StorageError(three_beats(f"to write {path}", reason, fix))
+        refusal = StorageError(f"to write {path}", reason, fix)
         refusal.errno = number or None
         raise refusal from error
 

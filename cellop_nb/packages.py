@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from pathlib import Path
 
-from cellop_nb.errors import MissingExtraError, SetupError, three_beats
+from cellop_nb.errors import MissingExtraError, SetupError
 
 _PROJECT = Path(__file__).resolve().parents[1] / "pyproject.toml"
 
@@ -40,25 +40,10 @@ def missing(needed: list[str]) -> list[str]:
 
 
 def require(module: str, extra: str, *, of: str) -> None:
-    """Refuse where a package of an extra is not installed.
-
-    Parameters
-    ----------
-    module
-        What would be imported.
-    extra
-        The extra of this package that brings it.
-    of
-        What needs it, for the message.
-
-    Raises
-    ------
-    MissingExtraError
-        Naming the extra.
-    """
+    """Refuse where the package `module` of an extra, which `of` needs, is not installed; the error names the extra."""
     if find_spec(module) is None:
         fix = f'run `pip install "cellop_nb[{extra}]"`'
-        raise MissingExtraError(three_beats(f"the package {module} for {of}", "it is not installed", fix))
+        raise MissingExtraError(f"the package {module} for {of}", "it is not installed", fix)
 
 
 def numbers(text: str) -> tuple[int, ...]:
@@ -68,18 +53,12 @@ def numbers(text: str) -> tuple[int, ...]:
 
 
 def refuse_outdated() -> None:
-    """Refuse packages that are too old, of notebooks too, before they fail in some other way; Python tells absent ones.
-
-    Raises
-    ------
-    SetupError
-        Naming each package that is older than the lowest supported version.
-    """
+    """Refuse packages that are too old, of notebooks too, before they fail in some other way."""
     old = [requirement for requirement in requirements("notebook") if not _met(requirement, absent=True)]
     if old:
         versions = ", ".join(f"{_name(r)} {version(_name(r))}" for r in old)
         command = " ".join(["pip install", *(f'"{requirement}"' for requirement in old)])
-        raise SetupError(three_beats(", ".join(old), versions, f"run `{command}`"))
+        raise SetupError(", ".join(old), versions, f"run `{command}`")
 
 
 @cache

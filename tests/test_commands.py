@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from cellop_nb import commands
 from cellop_nb.__main__ import build_parser, main
 from cellop_nb.commands import environment, tools
 from cellop_nb.notebook import runs
@@ -256,8 +255,9 @@ def test_a_relative_path_is_the_callers(run, small_screen, tmp_path):
 def test_help_reads_well(run):
     code, out, _ = run("--help")
     assert code == 0
-    assert all(command in out for command in commands.MODULES)
-    for command in commands.MODULES:
+    commands = subcommands()
+    assert all(command in out for command in commands)
+    for command in commands:
         code, out, _ = run(command, "--help")
         assert code == 0
         assert "usage: python3 -m cellop_nb" in out
@@ -285,13 +285,16 @@ def test_it_works_from_another_folder(root, tmp_path):
     assert "latent_dim" in done.stdout
 
 
-def test_every_command_is_a_complete_module():
+def subcommands() -> dict[str, argparse.ArgumentParser]:
     parser = build_parser()
-    (actions,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
-    for name in commands.MODULES:
-        command = commands.load(name)
-        assert command.summary and actions.choices[name].description.startswith(command.summary[0].upper())
-        assert command.extras is None or isinstance(command.extras, tuple)
+    return next(a.choices for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+
+
+def test_every_command_says_what_it_is_runs_and_needs():
+    for command in subcommands().values():
+        assert command.description[0].isupper() and command.description.endswith(".")
+        assert all(map(callable, map(command.get_default, ("main", "check"))))
+        assert isinstance(command.get_default("extras"), tuple | None)
 
 
 def test_test_passes_options_on_and_finds_paths(root, tmp_path, monkeypatch):

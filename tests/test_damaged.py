@@ -13,7 +13,7 @@ import pytest
 
 import cellop_nb as co
 from cellop_nb.analysis import genes
-from cellop_nb.commands import predict, run
+from cellop_nb.commands import ask, run
 from cellop_nb.data.contract import Keys
 from cellop_nb.errors import CellopError
 from cellop_nb.notebook import parameters, runs, sweep
@@ -68,7 +68,7 @@ FILES = {
     "book.ipynb": (write_json(NOTEBOOK), lambda path: parameters.for_notebook(str(path))),
     "conditions.csv": (
         lambda path: path.write_text(TABLE),
-        lambda path: predict._conditions(argparse.Namespace(conditions=path), Keys()),
+        lambda path: ask.read_questions(argparse.Namespace(conditions=path), Keys()),
     ),
     "values.yaml": (lambda path: path.write_text("seed: 1\nlr: 0.1\n"), lambda path: run._from_file(str(path))),
     "sets.gmt": (lambda path: path.write_text("A\tfirst\tG1\tG2\nB\tsecond\tG3\n"), genes.gene_set_members),

@@ -13,7 +13,6 @@ import pytest
 import cellop_nb
 from cellop_nb.__main__ import build_parser
 from cellop_nb.analysis import cellop
-from cellop_nb.commands import load
 from cellop_nb.models.operators import Condition
 from cellop_nb.training.checkpoint import read_models
 
@@ -69,7 +68,7 @@ def test_a_guide_runs(page, quick, mine, capsys):
 def test_the_commands_of_a_guide_are_accepted(page, quick, mine):
     for line in "".join(blocks(page, "bash")).splitlines():
         args = build_parser().parse_args(shlex.split(line)[3:])
-        load(args.command).check(args)
+        args.check(args)
 
 
 def test_the_worked_examples_do_what_they_say(quick, mine, capsys):

@@ -424,7 +424,7 @@ def test_only_data_sets_open_a_connection():
 
 
 def test_workers_of_a_hold_out_listen_on_no_port():
-    from cellop_nb.commands.holdout import LocalWorkers
+    from cellop_nb.commands.ask import LocalWorkers
 
     workers = LocalWorkers(1)
     try:

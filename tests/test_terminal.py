@@ -127,7 +127,7 @@ def test_nohup_keeps_its_meaning():
 @posix
 def test_a_killed_hold_out_leaves_no_worker_at_work(tmp_path):
     script = (
-        "import os, signal, time; from cellop_nb.commands.holdout import LocalWorkers; workers = LocalWorkers(1)\n"
+        "import os, signal, time; from cellop_nb.commands.ask import LocalWorkers; workers = LocalWorkers(1)\n"
         "print(workers.submit(os.getpid).result(), flush=True); workers.submit(time.sleep, 100); time.sleep(0.5)\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )

@@ -13,7 +13,7 @@ from scipy import stats
 from torch import Tensor
 
 from ..data.contract import counts, keys_of
-from ..data.counts import CountMatrix, DiskCounts, count_matrix, model_counts
+from ..data.counts import CountMatrix, count_matrix, model_counts
 from ..data.groups import Group, Groups, evenly
 from ..errors import DataError, LabelError, did_you_mean, three_beats
 from ..models.likelihood import COUNTS_PER_CELL
@@ -147,7 +147,7 @@ def axis_genes(
     return pd.concat(tables, ignore_index=True)
 
 
-def _mean_shares(matrix: CountMatrix | DiskCounts, rows: np.ndarray) -> np.ndarray:
+def _mean_shares(matrix: CountMatrix, rows: np.ndarray) -> np.ndarray:
     """Each gene's share of a cell's counts, mean over the cells `rows`, (gene,); read in parts."""
     total, library = np.zeros(matrix.shape[1]), matrix.library.double().numpy()
     for part, block in matrix.blocks(rows):

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import cast
 
 import numpy as np
 from scipy import sparse
 
 from ..data.contract import JOINER
-from ..data.counts import TOTAL_KEY, CountMatrix, count_matrix
+from ..data.counts import TOTAL_KEY, count_matrix
 from ..data.groups import Groups
 from ..models.operators import perturbation_parts
 from .metrics import log1p_cp10k
@@ -82,7 +81,7 @@ class Means:
         Doses of one perturbation in one context are pooled, each by its cells.
         """
         total = TOTAL_KEY if TOTAL_KEY in cells.obs else None
-        matrix = cast(CountMatrix, count_matrix(cells, total_key=total))  # in memory, as a fit requires
+        matrix = count_matrix(cells, total_key=total)  # in memory, as a fit requires
         library = matrix.library.numpy().astype(np.float64)
         x = matrix.csr[:, : cells.n_vars]
         level = log1p_cp10k(x, library)

@@ -17,12 +17,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..data.contract import Keys, counts
-from ..data.counts import TOTAL_KEY, has_other_genes, measured_totals, model_counts
+from ..data.counts import TOTAL_KEY, CountLoader, has_other_genes, measured_totals, model_counts
 from ..errors import DataError, did_you_mean, three_beats
 from ..files import require_room, write_whole
 from ..models.affine import AffineOperator
 from ..models.carry import Observed, balanced_counts, carry_to_mean, levels, whole_levels
-from ..models.likelihood import SparseCounts
 from ..models.vae import NBVAE
 from .plan import Plan
 
@@ -57,12 +56,12 @@ def embed(adata, vae: NBVAE, *, key_added: str = REP, batch_size: int = 2048) ->
     vae.eval()
     device = next(vae.parameters()).device
     matrix = model_counts(adata, vae)
-    loader = matrix.loader(batch_size=batch_size, shuffle=False, device=device)
+    loader = CountLoader(matrix, batch_size=batch_size, shuffle=False, device=device)
     # A bar is for work that takes long enough to wonder about.
     loader = tqdm(loader, desc="embedding", disable=len(loader) < 20)
     latents, start = np.empty((adata.n_obs, vae.n_latent), dtype=np.float32), 0
     for batch in loader:
-        z = vae.encode(SparseCounts.of(batch), batch.library, batch.covariates).loc
+        z = vae.encode(batch.counts, batch.library, batch.covariates).loc
         latents[start : (start := start + len(z))] = z.float().cpu().numpy()
     broken = ~np.isfinite(latents).all(1)
     if broken.any():
@@ -100,7 +99,7 @@ class Start:
     @torch.no_grad()
     def __init__(self, vae: NBVAE, batch) -> None:
         self.vae, self.library, self.covariates = vae.eval(), batch.library, batch.covariates
-        self.z = vae.encode(SparseCounts.of(batch), batch.library, batch.covariates).loc
+        self.z = vae.encode(batch.counts, batch.library, batch.covariates).loc
         self.x = batch.x[:, : vae.n_genes]
         self._observed = Observed(self.x, self.library, self._decode(self.z))
         self.mean_level = levels(self.x, self.library).mean(0).double().cpu().numpy()

@@ -6,12 +6,12 @@ import hashlib
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections import deque
 from pathlib import Path
 
 from cellop_nb.commands.terminal import Status, clock, complain, say
-from cellop_nb.errors import DataError, SetupError, three_beats
-from cellop_nb.files import storing
+from cellop_nb.errors import DataError, SetupError
+from cellop_nb.files import storing, try_lock
 from cellop_nb.notebook import parameters
 from cellop_nb.packages import missing, requirements
 
@@ -22,7 +22,7 @@ SHARE = NOTEBOOKS.parent  # of the example screen, too
 VENV = ROOT / ".venv"
 
 _STAMP = VENV / "cellop-stamp"
-# outside .venv, which a fresh start clears; holds the process id of the set-up
+# outside .venv, which a fresh start clears; the set-up that works holds its lock
 _UNFINISHED = ROOT / "runs" / ".setup-unfinished"
 _LOG = ROOT / "runs" / "setup.log"
 _RESTARTED = "CELLOP_RESTARTED"
@@ -40,16 +40,10 @@ def notebooks() -> Path:
 
 
 def require_checkout(folder: str) -> None:
-    """Refuse a command whose folder a wheel does not carry.
-
-    Raises
-    ------
-    DataError
-        Outside of a checkout.
-    """
+    """Refuse a command whose folder a wheel does not carry, outside of a checkout."""
     if not (ROOT / folder).is_dir() or not IS_CHECKOUT:
         fix = "clone the repository and run the command there"
-        raise DataError(three_beats(f"a checkout with a {folder}/ folder", f"none in {ROOT}", fix))
+        raise DataError(f"a checkout with a {folder}/ folder", f"none in {ROOT}", fix)
 
 
 def stamp() -> str:
@@ -63,17 +57,7 @@ def stamp() -> str:
 def ensure(extras: tuple[str, ...], arguments: list[str]) -> None:
     """Return when this interpreter can run the command; otherwise make `.venv` once and start again in it.
 
-    Parameters
-    ----------
-    extras
-        Extras of pyproject.toml that the command needs beside the dependencies.
-    arguments
-        The command line to start again with.
-
-    Raises
-    ------
-    SetupError
-        When the environment cannot be made, or lacks packages although it was made.
+    `extras` are those of pyproject.toml that the command needs beside the dependencies, `arguments` its command line.
     """
     if IS_CHECKOUT:
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
@@ -82,14 +66,11 @@ def ensure(extras: tuple[str, ...], arguments: list[str]) -> None:
         return
     if not IS_CHECKOUT:
         named = f"cellop_nb[{','.join(extras)}]" if extras else "cellop_nb"
-        raise SetupError(three_beats(
-            "the packages that this command needs", f"none of: {', '.join(lacking)}", f'run `pip install "{named}"`',
-        ))  # fmt: skip
+        problem, fix = f"none of: {', '.join(lacking)}", f'run `pip install "{named}"`'
+        raise SetupError("the packages that this command needs", problem, fix)
     if os.environ.get(_RESTARTED):
-        raise SetupError(three_beats(
-            "an environment with every package of pyproject.toml", f"none of: {', '.join(lacking)}",
-            f"delete {VENV} and run the command again",
-        ))  # fmt: skip
+        problem, fix = f"none of: {', '.join(lacking)}", f"delete {VENV} and run the command again"
+        raise SetupError("an environment with every package of pyproject.toml", problem, fix)
     if not is_ready(extras):
         make(extras)
     restart(arguments)
@@ -97,16 +78,12 @@ def ensure(extras: tuple[str, ...], arguments: list[str]) -> None:
 
 def is_ready(extras: tuple[str, ...]) -> bool:
     """Whether `.venv` was finished with these extras, for the present pyproject.toml and constraints.txt."""
-    return {*extras} <= {*_installed_extras()} and stamp() in _stamped() and _runs()
+    return {*extras} <= {*_stamped()[1:]} and stamp() in _stamped() and _runs()
 
 
 def _stamped() -> list[str]:
     """The fingerprint that `.venv` was finished with, and its extras."""
     return _STAMP.read_text(encoding="utf-8").split() if _STAMP.is_file() else []
-
-
-def _installed_extras() -> list[str]:
-    return _stamped()[1:]
 
 
 def venv_python() -> Path:
@@ -126,22 +103,24 @@ def make(extras: tuple[str, ...]) -> None:
 
     The stamp is written last, so that a broken installation is redone.
     """
-    _refuse_second()
-    extras = tuple(sorted({*extras, *_installed_extras()}))
+    extras = tuple(sorted({*extras, *_stamped()[1:]}))
     with storing(_LOG):
         _LOG.parent.mkdir(exist_ok=True)
+    afresh = _UNFINISHED.exists() or not _runs()
+    with _UNFINISHED.open("w") as mark:
+        if try_lock(mark.fileno()) is False:
+            fix = "wait until it has ended, then run the command again"
+            raise SetupError(f"one set-up at a time in {VENV}", "another one running", fix)
         _STAMP.unlink(missing_ok=True)
-    say(f"Setting up {VENV} (once; about 2 GB, a few minutes). Log: {_LOG}")
-    with _LOG.open("w", encoding="utf-8") as log, Status("setting up") as status:
-        afresh = _UNFINISHED.exists() or not _runs()
-        _UNFINISHED.write_text(str(os.getpid()), encoding="utf-8")
-        if afresh:
-            status.update("creating the environment")
-            _follow([sys.executable, "-m", "venv", "--clear", str(VENV)], log, status)
-        status.update("pip: resolving the packages")
-        _follow(_pip_command(extras), log, status)
-        _UNFINISHED.unlink()
+        say(f"Setting up {VENV} (once; about 2 GB, a few minutes). Log: {_LOG}")
+        with _LOG.open("w", encoding="utf-8") as log, Status("setting up") as status:
+            if afresh:
+                status.update("creating the environment")
+                _follow([sys.executable, "-m", "venv", "--clear", str(VENV)], log, status)
+            status.update("pip: resolving the packages")
+            _follow(_pip_command(extras), log, status)
         _STAMP.write_text(" ".join([stamp(), *extras]), encoding="utf-8")
+    _UNFINISHED.unlink()
     say(f"Ready after {clock(status.seconds)}.")
 
 
@@ -154,65 +133,28 @@ def _pip_command(extras: tuple[str, ...]) -> list[str]:
     ]  # fmt: skip
 
 
-def _refuse_second() -> None:
-    """Two set-ups in one folder would overwrite each other's files."""
-    if os.name == "nt" or not _UNFINISHED.exists():
-        return
-    process = _UNFINISHED.read_text(encoding="utf-8").strip()
-    if process.isdigit() and int(process) != os.getpid() and _is_alive(int(process)):
-        raise SetupError(three_beats(
-            f"one set-up at a time in {VENV}", f"another one running (process {process})",
-            "wait until it has ended, then run the command again",
-        ))  # fmt: skip
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
 def _follow(command: list[str], log, status: Status) -> None:
     """Run a command, keep what it prints in the log, show its stage, raise when it fails."""
     log.write(f"$ {' '.join(command)}\n")
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", cwd=ROOT
     )
-    lines: list[str] = []
-    for line in _log_lines(process, log):
-        lines = [*lines[-25:], line]
-        status.update(_stage(line) or status.stage)
-    if process.wait():
-        _explain(command, lines)
-
-
-def _log_lines(process: subprocess.Popen, log) -> Iterator[str]:
     assert process.stdout is not None, "started with a pipe"
+    last: deque[str] = deque(maxlen=25)
     for line in process.stdout:
         log.write(line)
         log.flush()
-        yield line.rstrip()
-
-
-def _stage(line: str) -> str:
-    """What pip is doing, from a line of its output; empty where the line says nothing new."""
-    first, _, rest = line.strip().partition(" ")
-    if line.startswith("Installing collected"):
-        return "pip: installing the packages (the longest part)"
-    stage = {"Collecting": "resolving", "Downloading": "downloading", "Building": "building"}.get(first)
-    return f"pip: {stage} {rest.split(' ')[0]}" if stage else ""
-
-
-def _explain(command: list[str], lines: list[str]) -> None:
-    complain("\n".join(lines))
-    fix = f"read {_LOG}, repair the cause (network? disk?) and run the command again"
-    if "venv" in command and any("ensurepip" in line for line in lines):
-        fix = "install the venv module (Debian: apt install python3-venv), or use conda and environment.yml"
-    raise SetupError(three_beats("the set-up to succeed", f"a failing step: {' '.join(command[1:4])}", fix))
+        last.append(line.rstrip())
+        status.update(last[-1].strip()[:80])
+    if process.wait():
+        complain("\n".join(last))
+        fix = f"read {_LOG}, repair the cause (network? disk?) and run the command again"
+        if "venv" in command and any("ensurepip" in line for line in last):
+            fix = (
+                "install the venv module (Debian: apt install python3-venv), or use conda and environment.yml"
+            )
+        step = f"a failing step: {' '.join(command[1:4])}"
+        raise SetupError("the set-up to succeed", step, fix)
 
 
 def restart(arguments: list[str]) -> None:

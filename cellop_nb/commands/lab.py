@@ -8,46 +8,29 @@ import re
 import sys
 from pathlib import Path
 
-from cellop_nb.commands import Command, environment, run
+from cellop_nb.commands import KEYS, add, add_data, environment, keys_told, run
 from cellop_nb.commands.terminal import say, table
-from cellop_nb.errors import LabelError, three_beats
+from cellop_nb.errors import LabelError
 from cellop_nb.files import write_whole
 from cellop_nb.notebook import parameters
 
-USUAL = {
-    "perturbation_key": (
-        "perturbation", "condition", "treatment", "stimulation", "stim", "drug", "compound", "cytokine", "target_gene",
-        "target", "gene", "guide", "knockout", "label",
-    ),
-    "context_key": (
-        "cell_type", "celltype", "cell_line", "cell_label", "cell", "tissue", "cluster", "leiden", "louvain", "donor",
-        "patient", "sample",
-    ),
-    "control": (
-        "control", "ctrl", "untreated", "unstimulated", "unstim", "vehicle", "dmso", "pbs", "mock", "non-targeting",
-        "nontargeting", "ntc", "nt", "resting", "wt",
-    ),
-    "layer": ("counts", "raw_counts", "raw", "umi"),
-}  # fmt: skip
-"""Words that columns, labels and layers usually have, the likeliest first."""
 
-
-def add_lab_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `lab`."""
-    run.add_data(parser.add_argument_group("your data"))
-    parser.add_argument(
-        "--name", help="name of the folder in runs/ for notebooks and results (default: that of the file)"
-    )
-    parser.add_argument(
-        "jupyter", nargs="*", metavar="-- ARGUMENTS", help="passed on to jupyter lab, e.g. -- --no-browser"
-    )
+def add_commands(commands) -> None:
+    """`lab` on the command line."""
+    summary = "open JupyterLab on the notebooks, for the embedded screen or yours (--data)"
+    parser = add(commands, "lab", lab, summary, check=check_lab, extras=("notebook",))
+    add_data(parser)
+    folder = "name of the folder in runs/ for notebooks and results (default: that of the file)"
+    parser.add_argument("--name", help=folder)
+    words = "passed on to jupyter lab, e.g. -- --no-browser"
+    parser.add_argument("jupyter", nargs="*", metavar="-- ARGUMENTS", help=words)
 
 
 def check_lab(args: argparse.Namespace) -> None:
     """Refuse a file that is not there, and keys without a file."""
-    options = [f"--{name.replace('_', '-')}" for name in (*run.KEYS, "name") if getattr(args, name)]
+    options = [f"--{name.replace('_', '-')}" for name in (*KEYS, "name") if getattr(args, name)]
     if args.data is None and options:
-        raise LabelError(three_beats("--data beside it", options[0], "name the file: --data screen.h5ad"))
+        raise LabelError("--data beside it", options[0], "name the file: --data screen.h5ad")
     if args.data is not None:
         run.locate(args.data)
         _folder_name(args)
@@ -97,27 +80,27 @@ def trust(folder: Path) -> None:
 def own_notebooks(args: argparse.Namespace) -> Path:
     """Copies of the notebooks with the file and its keys in their `parameters` cells; shows what was guessed.
 
-    Copies that are there are opened as they are, where they are of the same file and keys.
-
-    Raises
-    ------
-    CellopError
-        Where the file does not fit the keys, or the copies are of other ones.
+    Copies that are there are opened as they are, where they are of the same file and keys, else refused.
     """
     import cellop_nb as co
 
     data = run.locate(args.data)
     adata = co.datasets.load(data, backed=data.endswith((".h5ad", ".zarr")))
-    told = {name: getattr(args, name) for name in run.KEYS if getattr(args, name) is not None}
-    keys, others = guess(adata, told)
+    told = keys_told(args)
+    keys, options = guess(adata, told)
     rows = [
-        [name, keys[name] or "X", "as told" if name in told else "guessed", ", ".join(others[name][:6])]
-        for name in run.KEYS
+        [
+            name,
+            keys[name] or "X",
+            "as told" if name in told else "guessed",
+            _others(options[name], keys[name]),
+        ]
+        for name in KEYS
     ]
     say(table(["key", "value", "", "others there are"], rows))
     context = parameters.parameter("00_quickstart", "context_key").parse(str(keys["context_key"]))
     values = {**keys, "context_key": context, "data": data, "run_dir": ".."}
-    co.setup(adata, **{name: values[name] for name in run.KEYS})
+    co.setup(adata, **{name: values[name] for name in KEYS})
     target = environment.home() / "runs" / _folder_name(args) / "notebooks"
     if target.exists():
         _require_same(target, values)
@@ -128,77 +111,51 @@ def own_notebooks(args: argparse.Namespace) -> Path:
 
 
 def guess(adata, told: dict[str, str]) -> tuple[dict[str, str | None], dict[str, list[str]]]:
-    """Keys of a screen from the names of its columns, labels and layers, and what else could be meant.
+    """Keys of a screen from the names of its columns, labels and layers, and what could be meant by each.
 
-    Parameters
-    ----------
-    adata
-        The screen; keys that it was set up with come first.
-    told
-        Keys that are known.
-
-    Raises
-    ------
-    LabelError
-        Where nothing looks like a perturbation or a control.
+    Those that are told come first, then those that it was set up with; refused where nothing looks like a perturbation or
+    a control.
     """
-    from cellop_nb.data.contract import is_set_up, keys_of, obs_labels
+    from cellop_nb.data.contract import is_set_up, keys_of, likely, looks_raw, obs_labels
 
-    texts = [
-        str(name) for name, column in adata.obs.items() if column.nunique() > 1 and not _is_number(column)
-    ]
-    contexts = [name for name in adata.obs if adata.obs[name].nunique() < 0.2 * adata.n_obs]
     keys: dict[str, str | None] = dict(told)
     if is_set_up(adata):
         kept = keys_of(adata)
         context = None if kept.context_key is None else ",".join(kept.context_key)
         own = {"perturbation_key": kept.perturbation_key, "context_key": context}
         keys = {**own, "control": kept.control, "layer": kept.layer, **keys}
-    options = {"perturbation_key": texts, "layer": list(adata.layers)}
-    _guess(keys, "perturbation_key", texts, "a column of perturbations")
-    options["control"] = sorted(set(obs_labels(adata, str(keys["perturbation_key"]))))
-    _guess(keys, "control", options["control"], f"a label of controls in {keys['perturbation_key']!r}")
-    options["context_key"] = [n for n in map(str, contexts) if n in texts and n != keys["perturbation_key"]]
-    if "context_key" not in keys:
-        keys["context_key"] = next(iter(_likely(options["context_key"], USUAL["context_key"])), "none")
-    if "layer" not in keys:
-        whole = _whole(adata.X)
-        keys["layer"] = None if whole else next(iter(_likely(options["layer"], USUAL["layer"])), None)
-    others = {name: [o for o in options[name] if o != keys[name]] for name in run.KEYS}
-    return keys, others
+    columns = {str(name): column for name, column in adata.obs.items()}
+    labels = [
+        n for n, c in columns.items() if c.nunique() > 1 and (c.dtype.kind not in "fiu" or c.nunique() <= 50)
+    ]
+    options = {"perturbation_key": labels, "layer": list(adata.layers)}
+    _choose(keys, "perturbation_key", labels, "a column of perturbations")
+    key = str(keys["perturbation_key"])
+    options["control"] = sorted(set(obs_labels(adata, key)))
+    _choose(keys, "control", options["control"], f"a label of controls in {key!r}")
+    few = [n for n in labels if n != key and columns[n].nunique() < 0.2 * adata.n_obs]
+    options["context_key"] = few
+    keys.setdefault("context_key", next(iter(likely("context_key", few)), "none"))
+    layers = [] if looks_raw(adata.X[:200]) else likely("layer", options["layer"])
+    keys.setdefault("layer", next(iter(layers), None))
+    return keys, options
 
 
-def _guess(keys: dict, name: str, options: list[str], what: str) -> None:
+def _choose(keys: dict, name: str, options: list[str], what: str) -> None:
+    from cellop_nb.data.contract import likely
+
     if name in keys:
         return
-    likely = _likely(options, USUAL[name])
-    if not likely:
+    names = likely(name, options)
+    if not names:
         shown = ", ".join(map(repr, options[:8])) or "none"
         fix = f"name it with --{name.replace('_', '-')}"
-        raise LabelError(three_beats(what, f"no usual name among {shown}", fix))
-    keys[name] = likely[0]
+        raise LabelError(what, f"no usual name among {shown}", fix)
+    keys[name] = names[0]
 
 
-def _likely(options: list[str], usual: tuple[str, ...]) -> list[str]:
-    """Options that are a usual word, or contain one; the likeliest first."""
-    plain = {option: re.sub(r"[^a-z0-9]", "", option.lower()) for option in options}
-    names = [re.sub(r"[^a-z0-9]", "", name) for name in usual]
-    same = [option for name in names for option in options if plain[option] == name]
-    within = [option for name in names for option in options if len(name) > 3 and name in plain[option]]
-    return list(dict.fromkeys([*same, *within]))
-
-
-def _is_number(column) -> bool:
-    return column.dtype.kind in "fiu" and column.nunique() > 50
-
-
-def _whole(values) -> bool:
-    """Whether the first stored values are whole numbers."""
-    import numpy as np
-
-    block = values[:200]
-    block = np.asarray(block.data if hasattr(block, "data") and hasattr(block, "nnz") else block)
-    return bool((block == np.rint(block)).all())
+def _others(options: list[str], chosen: str | None) -> str:
+    return ", ".join([option for option in options if option != chosen][:6])
 
 
 def _require_same(folder: Path, values: dict) -> None:
@@ -207,11 +164,11 @@ def _require_same(folder: Path, values: dict) -> None:
         if path.stem not in parameters.names():
             continue
         there = {p.name: p.default for p in parameters.read_cell(parameters.cell_of(path))}
-        for name in ("data", *run.KEYS):
+        for name in ("data", *KEYS):
             if there.get(name) != values[name]:
                 problem = f"{name} = {there.get(name)!r} in {path}, and {values[name]!r} now"
                 fix = "choose another folder with --name, or move that one away"
-                raise LabelError(three_beats("notebooks of the same file and keys", problem, fix))
+                raise LabelError("notebooks of the same file and keys", problem, fix)
 
 
 def _copy(target: Path, values: dict) -> None:
@@ -230,12 +187,3 @@ def _copy(target: Path, values: dict) -> None:
             (part / f"{name}.ipynb").write_text(text, encoding="utf-8")
 
     write_whole(target, write)
-
-
-LAB = Command(
-    "open JupyterLab on the notebooks, for the embedded screen or yours (--data)",
-    add_lab_arguments,
-    lab,
-    extras=("notebook",),
-    check=check_lab,
-)

@@ -13,16 +13,15 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cellop_nb.commands import Command, environment
+from cellop_nb.commands import KEYS, add, add_data, environment, keys_told
 from cellop_nb.commands.terminal import Status, Stopped, clock, complain, say, table
-from cellop_nb.errors import DataError, LabelError, StorageError, did_you_mean, three_beats
+from cellop_nb.errors import DataError, LabelError, StorageError, did_you_mean
 from cellop_nb.files import storing, sweep, write_whole
 from cellop_nb.notebook import parameters, runs
 from cellop_nb.notebook.report import link_notebooks
@@ -31,31 +30,28 @@ RECORD = "run.json"
 _ALONE = ("00_quickstart", "06_predict")  # they make all they need themselves
 
 
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `run`."""
-    add_data(parser.add_argument_group("your data"))
+def add_commands(commands) -> None:
+    """`run`, `notebooks` and `params` on the command line."""
+    summary = "run the numbered notebooks, on the embedded data or on yours"
+    parser = add(commands, "run", run, summary, check=check_run, extras=("notebook",))
+    add_data(parser)
     what = parser.add_argument_group("what runs")
     what.add_argument("--only", metavar="00,02", help="these notebooks alone, by number or name")
     add_values(what)
-    where = parser.add_argument_group("where")
-    where.add_argument("--name", help="name of the run folder (default: the time)")
-    where.add_argument(
-        "--runs", metavar="FOLDER", help="parent of the run folders (default: the project's runs/)"
-    )
-    where.add_argument("--notebooks", metavar="FOLDER", help="other numbered notebooks than the project's")
+    add_place(parser, "the project's runs/")
 
+    summary = "copy the numbered notebooks and the example data into a folder of your own"
+    parser = add(commands, "notebooks", notebooks, summary, check=check_notebooks, extras=None)
+    content = "folder to make; notebooks/ and data/ go there"
+    parser.add_argument("folder", metavar="DIR", type=Path, help=content)
 
-def add_data(group) -> None:
-    """Options that name the user's data."""
-    group.add_argument(
-        "--data", metavar="FILE.h5ad", help="AnnData file with raw counts, or a data set's name"
-    )
-    group.add_argument("--perturbation-key", metavar="COLUMN", help="column of obs with the perturbation")
-    group.add_argument(
-        "--context-key", metavar="COLUMN", help="column of obs with the cell type; several: A,B"
-    )
-    group.add_argument("--control", metavar="LABEL", help="label of the unperturbed cells")
-    group.add_argument("--layer", metavar="LAYER", help="layer with the raw counts (default: X)")
+    summary = "show the parameters of a notebook: name, type, default, range, meaning"
+    parser = add(commands, "params", params, summary, extras=None)
+    name = "name or number (02_train_vae, 02), or the path of an .ipynb file"
+    parser.add_argument("notebook", nargs="?", help=name)
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--yaml", action="store_true", help="as a file for `run -f`, to edit")
+    form.add_argument("--cell", action="store_true", help="as the text of the notebook's parameters cell")
 
 
 def add_values(group) -> None:
@@ -64,9 +60,16 @@ def add_values(group) -> None:
         "-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="values",
         help="a notebook parameter, in every notebook that has it; 02.NAME in one (see `params`)",
     )  # fmt: skip
-    group.add_argument(
-        "-f", metavar="FILE.yaml", dest="file", help="parameters from a file (`params --yaml` prints one)"
-    )
+    content = "parameters from a file (`params --yaml` prints one)"
+    group.add_argument("-f", metavar="FILE.yaml", dest="file", help=content)
+
+
+def add_place(parser: argparse.ArgumentParser, runs: str) -> None:
+    """Options that say where results go, and where notebooks come from."""
+    where = parser.add_argument_group("where")
+    where.add_argument("--name", help="name of the folder of the results (default: the time or the notebook)")
+    where.add_argument("--runs", metavar="FOLDER", help=f"parent of these folders (default: {runs})")
+    where.add_argument("--notebooks", metavar="FOLDER", help="other numbered notebooks than the project's")
 
 
 def check_run(args: argparse.Namespace) -> None:
@@ -114,9 +117,7 @@ def numbered(folder: str | None) -> list[Path]:
     notebooks = sorted(parent.glob("[0-9][0-9]_*.ipynb"))
     if not notebooks:
         fix = "give --notebooks a folder that has some"
-        raise DataError(
-            three_beats("numbered notebooks such as 00_quickstart.ipynb", f"none in {parent}", fix)
-        )
+        raise DataError("numbered notebooks such as 00_quickstart.ipynb", f"none in {parent}", fix)
     return notebooks
 
 
@@ -126,7 +127,7 @@ def choose(word: str, notebooks: list[Path], what: str) -> Path:
         if word.removesuffix(".ipynb") in (path.stem, path.stem.partition("_")[0]):
             return path
     fix = did_you_mean(word, [path.stem for path in notebooks])
-    raise LabelError(three_beats(f"numbers or names of {what}", repr(word), fix))
+    raise LabelError(f"numbers or names of {what}", repr(word), fix)
 
 
 def settings(
@@ -134,19 +135,17 @@ def settings(
 ) -> dict[str, dict[str, Any]]:
     """Typed values for each notebook: those of the file, then `-p`, then the named options."""
     content = _from_file(args.file) if with_file and args.file else {}
-    typed_in = [(name, value, True) for name, value in args.values]
-    typed_in += [
-        (name, getattr(args, name), True) for name in ("data", *KEYS) if getattr(args, name) is not None
-    ]
+    told = [("data", args.data)] if args.data is not None else []
+    typed_in = [(name, value, True) for name, value in [*args.values, *told, *keys_told(args).items()]]
     names = [name for name, _, _ in typed_in]
     if twice := [name for name in names if names.count(name) > 1]:
-        raise LabelError(three_beats("each parameter once", f"{twice[0]!r} twice", "leave one of them out"))
+        raise LabelError("each parameter once", f"{twice[0]!r} twice", "leave one of them out")
     values: dict[str, dict[str, Any]] = {path.stem: {} for path in selected}
     for name, value, text in [(name, value, False) for name, value in content.items()] + typed_in:
         plain = name.rpartition(".")[2]
         if plain == "run_dir":
             fix = "use --runs and --name"
-            raise LabelError(three_beats("a parameter that is free", "'run_dir', set by the run", fix))
+            raise LabelError("a parameter that is free", "'run_dir', set by the run", fix)
         for stem, typed in parameters.assign(selected, name, value, text=text).items():
             values[stem][plain] = locate(typed) if plain == "data" else typed
     return values
@@ -158,15 +157,15 @@ def _from_file(name: str) -> dict[str, Any]:
     path = Path(name)
     if not path.is_file():
         fix = "`python3 -m cellop_nb params NOTEBOOK --yaml` prints one"
-        raise DataError(three_beats("a YAML file after -f", f"no file {path}", fix))
+        raise DataError("a YAML file after -f", f"no file {path}", fix)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         reason = " ".join(str(error).split())
-        raise DataError(three_beats("a YAML file of `name: value`", reason, f"repair {path}")) from error
+        raise DataError("a YAML file of `name: value`", reason, f"repair {path}") from error
     if not isinstance(content, dict):
         kind = f"a {type(content).__name__} in {path}"
-        raise DataError(three_beats("lines of `name: value`", kind, "see `params NOTEBOOK --yaml`"))
+        raise DataError("lines of `name: value`", kind, "see `params NOTEBOOK --yaml`")
     return {str(key): value for key, value in content.items()}
 
 
@@ -181,7 +180,7 @@ def folder(args: argparse.Namespace) -> Path:
 
 def _taken(target: Path) -> DataError:
     fix = "give another --name, or choose the notebooks to run again in it with --only"
-    return DataError(three_beats("a new run folder", f"results in {target}", fix))
+    return DataError("a new run folder", f"results in {target}", fix)
 
 
 def claim(args: argparse.Namespace) -> Path:
@@ -207,7 +206,7 @@ def folder_name(name: str) -> str:
     """A plain name; refuses one that would lead elsewhere."""
     if not re.fullmatch(r"[\w.+-]{1,200}", name) or set(name) == {"."}:
         fix = "use at most 200 letters, digits, - and _; --runs sets the parent folder"
-        raise LabelError(three_beats("a folder name after --name", repr(name), fix))
+        raise LabelError("a folder name after --name", repr(name), fix)
     return name
 
 
@@ -222,17 +221,29 @@ def _execute(
     lanes = [lane for lane in lanes if lane]
     stages: dict[str, str] = {}
     stopped = threading.Event()
+
+    def show(notebook: str, cell: int, of: int) -> None:
+        stages[notebook] = f"{notebook} {cell}/{of}"
+        status.update(", ".join(list(stages.values())))
+
+    def run_lane(lane: list[Path]) -> None:
+        """Add outcomes up to the first failure: later notebooks of a lane read what earlier ones wrote."""
+        for path in lane:
+            outcome = runs.execute(path, target, values[path.stem], on_cell=partial(show, path.stem))
+            if outcome.error and stopped.is_set():  # its kernel was ended
+                outcome = replace(outcome, error="stopped", cell=None)
+            outcomes.append(outcome)
+            stages.pop(path.stem, None)
+            say(f"  {path.stem}  {clock(outcome.seconds)}  {_headline(outcome)}")
+            if outcome.error or stopped.is_set():
+                break
+
     with (
         Status("  running") as status,
         runs.surroundings(_shares(len(lanes))),
         ThreadPoolExecutor(len(lanes)) as pool,
     ):
-
-        def progress(notebook: str, stage: str) -> None:
-            stages[notebook] = stage
-            status.update(", ".join(f"{name} {text}" for name, text in list(stages.items()) if text))
-
-        futures = [pool.submit(_lane, lane, target, values, progress, outcomes, stopped) for lane in lanes]
+        futures = [pool.submit(run_lane, lane) for lane in lanes]
         try:
             for future in futures:
                 future.result()
@@ -245,34 +256,6 @@ def _execute(
             raise
         finally:
             outcomes.sort(key=lambda outcome: outcome.notebook)
-
-
-def _tell(progress: Callable[[str, str], None], name: str, cell: int, of: int) -> None:
-    progress(name, f"{cell}/{of}")
-
-
-def _lane(
-    lane: list[Path],
-    target: Path,
-    values: dict[str, dict[str, Any]],
-    progress: Callable[[str, str], None],
-    outcomes: list[runs.Outcome],
-    stopped: threading.Event,
-) -> None:
-    """Add outcomes up to the first failure: later notebooks of a lane read what earlier ones wrote."""
-    for path in lane:
-        if stopped.is_set():
-            break
-        progress(path.stem, "starts")
-        tell = partial(_tell, progress, path.stem)
-        outcome = runs.execute(path, target, values[path.stem], on_cell=tell)
-        if outcome.error and stopped.is_set():  # its kernel was ended
-            outcome = replace(outcome, error="stopped", cell=None)
-        outcomes.append(outcome)
-        progress(path.stem, "")
-        say(f"  {path.stem}  {clock(outcome.seconds)}  {_headline(outcome)}")
-        if outcome.error:
-            break
 
 
 def _shares(lanes: int) -> dict[str, str]:
@@ -289,16 +272,19 @@ def _record(
     from importlib.metadata import version
 
     packages = ("torch", "anndata", "scanpy", "numpy", "papermill")
-    notebooks = {
-        outcome.notebook: {
-            "seconds": round(outcome.seconds, 2),
-            "error": outcome.error,
-            "parameters": values[outcome.notebook],
-        }
-        for outcome in outcomes
+    content = {
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in packages},
+        "state": state,
+        "notebooks": {
+            outcome.notebook: {
+                "seconds": round(outcome.seconds, 2),
+                "error": outcome.error,
+                "parameters": values[outcome.notebook],
+            }
+            for outcome in outcomes
+        },
     }
-    content = {"python": platform.python_version(), "versions": {name: version(name) for name in packages}}
-    content |= {"state": state, "notebooks": notebooks}
     try:
         runs.write_json(target / RECORD, content)
     except StorageError as refusal:
@@ -331,9 +317,6 @@ def _headline(outcome: runs.Outcome) -> str:
     return ", ".join(f"{name} {value:.4g}" for name, value in numbers[:3])
 
 
-KEYS = ("perturbation_key", "context_key", "control", "layer")
-
-
 def locate(data: str) -> str:
     """The absolute path where `data` is one: kernels work in the run folder, the caller elsewhere."""
     path = Path(data).expanduser()
@@ -342,7 +325,7 @@ def locate(data: str) -> str:
     if path.suffix in {".h5ad", ".h5", ".zarr"} or os.sep in data:
         near = [other.name for other in path.parent.glob("*") if other.suffix in {".h5ad", ".zarr"}]
         fix = did_you_mean(path.name, near) if near else "a relative path starts in the current folder"
-        raise DataError(three_beats("an AnnData file", f"no file {path}", fix))
+        raise DataError("an AnnData file", f"no file {path}", fix)
     return data
 
 
@@ -364,11 +347,12 @@ def _counts_in_raw(path: Path) -> str:
     """The command that takes the counts from the raw slot, which no option reaches, where they lie there."""
     import h5py
 
+    from cellop_nb.data.contract import looks_raw
+
     with h5py.File(path) as file:
         slot = file.get("raw/X")
-        part = None if slot is None else (slot["data"] if isinstance(slot, h5py.Group) else slot)[:1000]
-    if part is None or part.size == 0 or (part < 0).any() or (part % 1 != 0).any():
-        return ""
+        if slot is None or not looks_raw((slot["data"] if isinstance(slot, h5py.Group) else slot)[:1000]):
+            return ""
     new = path.with_name(f"{path.stem}_counts.h5ad")
     lines = f"import anndata; anndata.read_h5ad({str(path)!r}).raw.to_adata().write_h5ad({str(new)!r})"
     quoted = shlex.quote(lines) if set(lines) & set('"$`\\!') else f'"{lines}"'  # the latter reads better
@@ -389,19 +373,12 @@ def workplace() -> Path:
     return target
 
 
-def add_notebooks_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `notebooks`."""
-    parser.add_argument(
-        "folder", metavar="DIR", type=Path, help="folder to make; notebooks/ and data/ go there"
-    )
-
-
 def check_notebooks(args: argparse.Namespace) -> None:
     """Refuse a folder that already has notebooks or data: nobody's work is overwritten."""
     for name in ("notebooks", "data"):
         if (args.folder / name).exists():
             fix = "name another folder, or move that one away"
-            raise DataError(three_beats("a folder without notebooks", f"{args.folder / name}", fix))
+            raise DataError("a folder without notebooks", f"{args.folder / name}", fix)
 
 
 def notebooks(args: argparse.Namespace) -> int:
@@ -417,16 +394,6 @@ def copy_notebooks(folder: Path) -> None:
     for name in ("notebooks", "data"):
         unwanted = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
         write_whole(folder / name, partial(shutil.copytree, environment.SHARE / name, ignore=unwanted))
-
-
-def add_params_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `params`."""
-    parser.add_argument(
-        "notebook", nargs="?", help="name or number (02_train_vae, 02), or the path of an .ipynb file"
-    )
-    form = parser.add_mutually_exclusive_group()
-    form.add_argument("--yaml", action="store_true", help="as a file for `run -f`, to edit")
-    form.add_argument("--cell", action="store_true", help="as the text of the notebook's parameters cell")
 
 
 def params(args: argparse.Namespace) -> int:
@@ -447,25 +414,3 @@ def params(args: argparse.Namespace) -> int:
         where = Path(args.notebook).stem
         say(f"\nChange one:  python3 -m cellop_nb run --only {where} -p {example.name} {example.default}")
     return 0
-
-
-RUN = Command(
-    "run the numbered notebooks, on the embedded data or on yours",
-    add_run_arguments,
-    run,
-    extras=("notebook",),
-    check=check_run,
-)
-NOTEBOOKS = Command(
-    "copy the numbered notebooks and the example data into a folder of your own",
-    add_notebooks_arguments,
-    notebooks,
-    extras=None,
-    check=check_notebooks,
-)
-PARAMS = Command(
-    "show the parameters of a notebook: name, type, default, range, meaning",
-    add_params_arguments,
-    params,
-    extras=None,
-)

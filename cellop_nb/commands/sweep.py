@@ -8,15 +8,17 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from cellop_nb.commands import Command, environment
+from cellop_nb.commands import add, add_data, check_least, environment
 from cellop_nb.commands import run as single
 from cellop_nb.commands.terminal import Stopped, clock, complain, say, table
-from cellop_nb.errors import DataError, LabelError, three_beats
+from cellop_nb.errors import LabelError
 from cellop_nb.notebook import sweep
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `sweep`."""
+def add_commands(commands) -> None:
+    """`sweep` on the command line."""
+    summary = "run a notebook for many parameter values, on this machine or a cluster"
+    parser = add(commands, "sweep", sweep_notebook, summary, check=check, extras=("notebook",))
     parser.add_argument("notebook", metavar="NOTEBOOK", help="number, name or path of a notebook")
     what = parser.add_argument_group("what varies")
     what.add_argument(
@@ -24,43 +26,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="values to try: latent_dim=8,16,32, seed=0..4; to sample from: lr=log:1e-4..1e-2",
     )  # fmt: skip
     what.add_argument("--random", type=int, metavar="N", help="N random combinations instead of all")
-    what.add_argument(
-        "--tpe",
-        type=int,
-        metavar="N",
-        help="N runs, each chosen by the results of earlier ones (needs --metric)",
-    )
+    tpe = "N runs, each chosen by the results of earlier ones (needs --metric)"
+    what.add_argument("--tpe", type=int, metavar="N", help=tpe)
     what.add_argument("--prune", action="store_true", help="with --tpe: end poor runs early, by their curve")
-    what.add_argument(
-        "--sample-seed", type=int, default=0, metavar="SEED", help="seed of --random and --tpe (default: 0)"
-    )
     single.add_values(parser.add_argument_group("what is fixed"))
-    single.add_data(parser.add_argument_group("your data"))
-    where = parser.add_argument_group("where")
-    where.add_argument(
-        "--cluster", default="local", metavar="WHERE",
-        help="local (default), slurm, pbs, sge, or the address tls://HOST:PORT of a Dask scheduler",
-    )  # fmt: skip
-    where.add_argument("--workers", type=int, metavar="N", help="notebooks at once (default: what fits here)")
-    where.add_argument("--memory", default="4GB", help="of a job of slurm, pbs, sge (default: 4GB)")
-    where.add_argument("--walltime", default="04:00:00", help="of a job (default: 04:00:00)")
-    where.add_argument("--queue", help="partition or queue of the jobs")
-    where.add_argument("--account", help="account or project that the jobs are charged to")
-    where.add_argument("--timeout", type=int, metavar="SECONDS", help="that one cell may take")
-    where.add_argument("--name", help="name of the sweep's folder (default: that of the notebook)")
-    where.add_argument(
-        "--runs", metavar="FOLDER", help="parent of the sweeps' folders (default: runs/sweeps)"
-    )
-    where.add_argument("--notebooks", metavar="FOLDER", help="other numbered notebooks than the project's")
+    add_data(parser)
+    single.add_place(parser, "runs/sweeps")
+    how = parser.add_argument_group("how")
+    cluster = "local (default), slurm, pbs, sge, or the address tls://HOST:PORT of a Dask scheduler"
+    how.add_argument("--cluster", default="local", metavar="WHERE", help=cluster)
+    how.add_argument("--workers", type=int, metavar="N", help="notebooks at once (default: what fits here)")
+    how.add_argument("--memory", default="4GB", help="of a job of slurm, pbs, sge (default: 4GB)")
+    how.add_argument("--walltime", default="04:00:00", help="of a job (default: 04:00:00)")
+    how.add_argument("--queue", help="partition or queue of the jobs")
+    how.add_argument("--account", help="account or project that the jobs are charged to")
     report = parser.add_argument_group("report and repetition")
     report.add_argument("--metric", help="what the report compares (default: the notebook's first number)")
-    report.add_argument(
-        "--best", choices=("min", "max"), help="whether low or high is good (default: by name)"
-    )
+    best = "whether low or high is good (default: by name)"
+    report.add_argument("--best", choices=("min", "max"), help=best)
     report.add_argument("--retry-failed", action="store_true", help="also run again what failed before")
-    report.add_argument(
-        "--dry-run", action="store_true", help="list the runs and which are missing; run none"
-    )
+    report.add_argument("--dry-run", action="store_true", help="list the runs, and which are to do; run none")
 
 
 def check(args: argparse.Namespace) -> None:
@@ -68,32 +53,28 @@ def check(args: argparse.Namespace) -> None:
     if args.tpe is not None and (args.random is not None or args.metric is None):
         received = "no --metric" if args.metric is None else "--random"
         fix = "name the number to improve, such as --metric test_loss, and leave --random out"
-        raise LabelError(three_beats("--tpe with a --metric, and not with --random", received, fix))
+        raise LabelError("--tpe with a --metric, and not with --random", received, fix)
     if args.prune and args.tpe is None:
-        raise LabelError(three_beats("--prune beside --tpe N", "no --tpe", "add it, or leave --prune out"))
-    _, space = prepare(args)
-    n_chosen = args.random if args.tpe is None else args.tpe
-    space.check(n_chosen)
-    space.run({axis.name: axis.values[0] if axis.values else axis.low for axis in space.axes})
+        raise LabelError("--prune beside --tpe N", "no --tpe", "add it, or leave --prune out")
+    space = prepare(args)
+    space.check(args.random if args.tpe is None else args.tpe)
+    first_run(space)
     sweep.check_where(args.cluster)
-    job(args)
-    for option in ("workers", "timeout"):
-        value = getattr(args, option)
-        if value is not None and value < 1:
-            raise DataError(three_beats(f"--{option} of at least 1", str(value), "leave it out"))
+    job(args, space.notebook)
+    check_least(args, workers=1)
 
 
 def sweep_notebook(args: argparse.Namespace) -> int:
     """Run what is missing and write the report; 0 when all runs are done, 1 when one failed."""
-    notebook, space = prepare(args, with_file=True)
-    folder = place(args, notebook)
+    space = prepare(args, with_file=True)
+    notebook, folder = space.notebook, place(args, space.notebook)
     if args.tpe is not None:
         if args.dry_run:
             say(f"{_runs(args.tpe)} of {notebook.stem}, each chosen by the results of the ones before")
             return 0
         return _search(args, space, folder)
     n = args.random
-    runs = space.grid() if n is None else space.sample(n, seed=args.sample_seed)
+    runs = space.grid() if n is None else space.sample(n)
     todo = sweep.missing(folder, runs, retry_failed=args.retry_failed)
     done = len(runs) - len(todo)
     say(f"{_runs(len(runs))} of {notebook.stem} in {folder}: {done} finished, {len(todo)} to do")
@@ -107,9 +88,8 @@ def sweep_notebook(args: argparse.Namespace) -> int:
 
 
 def _search(args: argparse.Namespace, space: sweep.Space, folder: Path) -> int:
-    first = space.run({axis.name: axis.values[0] if axis.values else axis.low for axis in space.axes})
-    with _ready(args, folder, first):
-        search = sweep.Search(space, folder, args.metric, args.best, prune=args.prune, seed=args.sample_seed)
+    with _ready(args, folder, first_run(space)):
+        search = sweep.Search(space, folder, args.metric, args.best, prune=args.prune)
         chosen, n_done = search.choose(args.tpe, retry_failed=args.retry_failed), len(search.runs())
         _run(args, space.notebook, folder, chosen, n_done=n_done, n_runs=args.tpe, told=search.tell)
         return _report(args, space.notebook, folder, search.runs())
@@ -124,13 +104,21 @@ def _ready(args: argparse.Namespace, folder: Path, run: sweep.Run) -> Iterator[N
         yield
 
 
-def prepare(args: argparse.Namespace, *, with_file: bool = False) -> tuple[Path, sweep.Space]:
-    """The notebook, and the runs that it may have."""
+def prepare(args: argparse.Namespace, *, with_file: bool = False) -> sweep.Space:
+    """The runs that the notebook may have."""
     notebook = find(args)
     axes = [sweep.read_axis(notebook, text) for text in args.axes]
-    axes = [_located(axis) if axis.name == "data" else axis for axis in axes]
+    axes = [
+        replace(axis, values=tuple(map(single.locate, axis.values))) if axis.name == "data" else axis
+        for axis in axes
+    ]
     fixed = single.settings(args, [notebook], with_file=with_file)[notebook.stem]
-    return notebook, sweep.Space(notebook, axes, fixed)
+    return sweep.Space(notebook, axes, fixed)
+
+
+def first_run(space: sweep.Space) -> sweep.Run:
+    """A run of the first value, or the lowest, of each axis."""
+    return space.run({axis.name: axis.values[0] if axis.values else axis.low for axis in space.axes})
 
 
 def find(args: argparse.Namespace) -> Path:
@@ -141,19 +129,15 @@ def find(args: argparse.Namespace) -> Path:
     return single.choose(args.notebook, single.numbered(args.notebooks), "notebooks, or an .ipynb file")
 
 
-def _located(axis: sweep.Axis) -> sweep.Axis:
-    return replace(axis, values=tuple(single.locate(value) for value in axis.values))
-
-
 def place(args: argparse.Namespace, notebook: Path) -> Path:
     """Folder of the sweep: the same for the same command, so that it goes on where it was broken off."""
     parent = Path(args.runs).resolve() if args.runs else environment.home() / "runs" / "sweeps"
     return parent / single.folder_name(args.name or notebook.stem)
 
 
-def job(args: argparse.Namespace) -> sweep.Job:
+def job(args: argparse.Namespace, notebook: Path) -> sweep.Job:
     """What a job of the batch system gets."""
-    logs = place(args, find(args)) / "jobs" if args.cluster in sweep.QUEUES else None
+    logs = place(args, notebook) / "jobs" if args.cluster in sweep.QUEUES else None
     return sweep.Job(args.memory, args.walltime, args.queue, args.account, logs)
 
 
@@ -177,7 +161,7 @@ def _run(
     from tqdm.auto import tqdm
 
     ended = sweep.execute(
-        notebook, folder, chosen, where=args.cluster, timeout=args.timeout, job=job(args), tell=tqdm.write,
+        notebook, folder, chosen, where=args.cluster, job=job(args, notebook), tell=tqdm.write,
         workers=min(args.workers or sweep.default_workers(), n_runs - n_done or 1),
     )  # fmt: skip
     failed = 0
@@ -207,12 +191,3 @@ def _report(args, notebook: Path, folder: Path, runs: list[sweep.Run]) -> int:
     seconds = frame["seconds"].sum()
     say(f"{_runs(len(frame) - len(failed))} done, {clock(seconds)} of notebooks in all.")
     return 1 if len(failed) else 0
-
-
-SWEEP = Command(
-    "run a notebook for many parameter values, on this machine or a cluster",
-    add_arguments,
-    sweep_notebook,
-    extras=("notebook",),
-    check=check,
-)

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn, TextIO
 
-from cellop_nb.errors import StorageError, three_beats
+from cellop_nb.errors import StorageError
 
 _FRAMES = "|/-\\"
 _GONE = {errno.EPIPE, errno.EIO}
@@ -48,7 +48,7 @@ def _write(stream: TextIO, text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         if error.errno not in _GONE:
             fix = "free some space, or send the output elsewhere"
-            raise StorageError(three_beats("to write the output", str(error.strerror), fix)) from error
+            raise StorageError("to write the output", str(error.strerror), fix) from error
 
 
 def settle() -> None:
@@ -62,13 +62,7 @@ def settle() -> None:
 
 
 class Stopped(SystemExit):
-    """A signal asked this command to end; its exit code says which.
-
-    Attributes
-    ----------
-    signal
-        Name of the signal, such as `SIGTERM`.
-    """
+    """A signal asked this command to end: `signal` is its name, such as `SIGTERM`, the exit code says which."""
 
     code: int
 
@@ -113,13 +107,6 @@ class Status:
     """A line that shows the current stage and the time gone by, redrawn in place on a terminal.
 
     Where the output is no terminal (a log file, CI) a line is written every `every` seconds instead.
-
-    Parameters
-    ----------
-    title
-        What is being done, such as `"setting up"`.
-    every
-        Seconds between two lines where the output is not a terminal.
     """
 
     def __init__(self, title: str, every: float = 20.0) -> None:

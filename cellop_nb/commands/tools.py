@@ -8,24 +8,52 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from cellop_nb.commands import Command, environment
+from cellop_nb.commands import add, check_least, check_new, environment
 from cellop_nb.commands.terminal import say
-from cellop_nb.errors import DataError, LabelError, did_you_mean, three_beats
+from cellop_nb.errors import LabelError, did_you_mean
 
 SUITES = ("science", "tooling")
 SCIENCE = ("models", "data", "training", "analysis")
 """Folders of tests/ that need no notebook, browser or second environment."""
 
+SECTIONS = ("vae", "energy", "operators", "predict", "explorer", "scale")  # those of benchmarks.record
+GPU = "gpu"
+"""A section apart: it is of another machine, and `all` leaves it out where there is no GPU."""
+PEERS = "peers"
+"""A section apart: hours, and environments of other packages; it fills docs/peers.csv."""
+
 _NBVAL = ["--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=300"]
 
 
-def add_test_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `test`."""
+def add_commands(commands) -> None:
+    """`test`, `bench` and `docs` on the command line."""
+    extras, summary = ("notebook", "test", "docs"), "run the tests, the notebooks' included"
+    parser = add(commands, "test", test, summary, check=check_test, extras=extras)
     parser.add_argument(
         "pytest", nargs="*", metavar="SUITE, or -- ARGUMENTS",
         help="passed on to pytest, e.g. -- -k energy, or -- tests/models -n 0; the suites are science (models, data, "
         "training, analysis) and tooling (the rest, with the notebooks); default: both",
     )  # fmt: skip
+    # the peers of a benchmark are optional: those that are absent are named as such
+    summary = "measure speed and memory, beside the peers that are installed"
+    parser = add(commands, "bench", bench, summary, check=check_bench, extras=("notebook",))
+    sections = (*SECTIONS, GPU, PEERS, "all")
+    what = "what to measure (default: all but peers)"
+    parser.add_argument("section", nargs="?", default="all", choices=sections, help=what)
+    parser.add_argument("--quick", action="store_true", help="small sizes: whether it runs, not how fast")
+    out = "JSON file for numbers, machine and versions; peers: CSV (default: docs/peers.csv)"
+    parser.add_argument("--out", metavar="FILE", type=Path, help=out)
+    threads = "threads of torch (default: OMP_NUM_THREADS, else all cores)"
+    parser.add_argument("--threads", type=int, help=threads)
+    parser.add_argument("--data", metavar="FILE.h5ad", type=Path, help="peers: the screen of Kang et al.")
+    parser.add_argument("--only", default="", metavar="NAMES", help="peers: some of them, with commas")
+    parser.add_argument("--contexts", default="", metavar="NAMES", help="peers: some types, with commas")
+    parser.add_argument("--seeds", type=int, default=1, help="peers: seeds of each fit (default: 1)")
+
+    summary = "build the documentation site, from the notebooks as they are committed"
+    parser = add(commands, "docs", docs, summary, check=check_docs, extras=extras)
+    folder = "where the site goes (default: docs/_build/html)"
+    parser.add_argument("--out", metavar="FOLDER", type=Path, help=folder)
 
 
 def check_test(args: argparse.Namespace) -> None:
@@ -34,7 +62,7 @@ def check_test(args: argparse.Namespace) -> None:
     name = next(iter(args.pytest), "-")
     if not name.startswith("-") and name not in SUITES and not _split([name])[1]:
         fix = did_you_mean(name, SUITES)
-        raise LabelError(three_beats("a suite, a path, or -- and options of pytest", repr(name), fix))
+        raise LabelError("a suite, a path, or -- and options of pytest", repr(name), fix)
 
 
 def test(args: argparse.Namespace) -> int:
@@ -76,54 +104,11 @@ def _surroundings() -> dict[str, str]:
     return {**threads, **os.environ, "JUPYTER_PREFER_ENV_PATH": "1"}
 
 
-SECTIONS = (
-    "vae",
-    "energy",
-    "operators",
-    "predict",
-    "explorer",
-    "scale",
-)  # those of bench.record, which needs torch
-GPU = "gpu"
-"""A section apart: it is of another machine, and `all` leaves it out where there is no GPU."""
-
-PEERS = "peers"
-"""A section apart: hours, and environments of other packages; it fills docs/peers.csv."""
-
-
-def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `bench`."""
-    parser.add_argument(
-        "section",
-        nargs="?",
-        default="all",
-        choices=(*SECTIONS, GPU, PEERS, "all"),
-        help="what to measure (default: all but peers)",
-    )
-    parser.add_argument("--quick", action="store_true", help="small sizes: whether it runs, not how fast")
-    parser.add_argument(
-        "--out",
-        metavar="FILE",
-        type=Path,
-        help="JSON file for numbers, machine and versions; peers: CSV (default: docs/peers.csv)",
-    )
-    parser.add_argument(
-        "--threads", type=int, help="threads of torch (default: OMP_NUM_THREADS, else all cores)"
-    )
-    parser.add_argument("--data", metavar="FILE.h5ad", type=Path, help="peers: the screen of Kang et al.")
-    parser.add_argument("--only", default="", metavar="NAMES", help="peers: some of them, with commas")
-    parser.add_argument("--contexts", default="", metavar="NAMES", help="peers: some types, with commas")
-    parser.add_argument("--seeds", type=int, default=1, help="peers: seeds of each fit (default: 1)")
-
-
 def check_bench(args: argparse.Namespace) -> None:
     """Refuse where the benchmarks are not, and what could not be written, before hours of work."""
     environment.require_checkout("benchmarks")
-    if args.threads is not None and args.threads < 1:
-        fix = "leave it out for all cores"
-        raise DataError(three_beats("--threads of at least 1", str(args.threads), fix))
-    if args.out is not None and not args.out.absolute().parent.is_dir():
-        raise DataError(three_beats("--out in a folder that exists", str(args.out), "make the folder first"))
+    check_least(args, threads=1)
+    check_new("--out", args.out, may_exist=True)
 
 
 def bench(args: argparse.Namespace) -> int:
@@ -154,13 +139,6 @@ def bench(args: argparse.Namespace) -> int:
     return 0
 
 
-def add_docs_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `docs`."""
-    parser.add_argument(
-        "--out", metavar="FOLDER", type=Path, help="where the site goes (default: docs/_build/html)"
-    )
-
-
 def check_docs(args: argparse.Namespace) -> None:
     """Refuse where there is nothing to build from: an installed wheel has no pages."""
     environment.require_checkout("docs")
@@ -170,27 +148,3 @@ def docs(args: argparse.Namespace) -> int:
     """Build the site from the committed notebooks and the docstrings."""
     folder = [args.out.resolve()] if args.out else []
     return environment.become([sys.executable, "-m", "docs.build", *map(str, folder)], cwd=environment.ROOT)
-
-
-TEST = Command(
-    "run the tests, the notebooks' included",
-    add_test_arguments,
-    test,
-    extras=("notebook", "test", "docs"),
-    check=check_test,
-)
-# the peers of a benchmark are optional: those that are absent are named as such
-BENCH = Command(
-    "measure speed and memory, beside the peers that are installed",
-    add_bench_arguments,
-    bench,
-    extras=("notebook",),
-    check=check_bench,
-)
-DOCS = Command(
-    "build the documentation site, from the notebooks as they are committed",
-    add_docs_arguments,
-    docs,
-    extras=("notebook", "test", "docs"),
-    check=check_docs,
-)

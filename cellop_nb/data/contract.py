@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -13,11 +14,10 @@ import pandas as pd
 from anndata import AnnData
 from scipy import sparse
 
-from ..errors import DataError, LabelError, did_you_mean, three_beats
-from .on_disk import StoredRows, blocks_by_genes, is_stored_by_cells, is_stored_by_genes, part
+from ..errors import DataError, LabelError, did_you_mean
+from .on_disk import RowReader, blocks_by_genes, part, stored_format
 
 JOINER = " | "
-EVERYWHERE = "all"
 FEW_CELLS = 10
 """Groups under this size are marked in the table of :func:`setup`."""
 
@@ -26,38 +26,27 @@ LARGEST_COUNT = 2**24
 
 _MISSING = {"", "nan", "na", "none", "null", "<na>", "n/a", "#n/a"}
 _GENES = {"gene expression", "gene", "genes", "rna", "mrna"}
-_USUAL = {
+USUAL = {
     "perturbation_key": (
-        "perturbation",
-        "condition",
-        "treatment",
-        "drug",
-        "guide",
-        "label",
-        "stim",
-        "target",
+        "perturbation", "condition", "treatment", "stimulation", "stim", "drug", "compound", "cytokine", "target_gene",
+        "target", "gene", "guide", "knockout", "label",
     ),
-    "context_key": ("cell_type", "celltype", "cell_line", "cluster", "tissue", "donor", "patient", "louvain"),
-}
+    "context_key": (
+        "cell_type", "celltype", "cell_line", "cell_label", "cell", "tissue", "cluster", "leiden", "louvain", "donor",
+        "patient", "sample",
+    ),
+    "control": (
+        "control", "ctrl", "untreated", "unstimulated", "unstim", "vehicle", "dmso", "pbs", "mock", "non-targeting",
+        "nontargeting", "ntc", "nt", "resting", "wt",
+    ),
+    "layer": ("counts", "raw_counts", "raw", "umi"),
+}  # fmt: skip
+"""Words that columns, labels and layers of each key usually have, the likeliest first."""
 
 
 @dataclass(frozen=True)
 class Keys:
-    """Which columns, layers and labels of a screen mean what, as :func:`setup` was told.
-
-    Attributes
-    ----------
-    layer
-        Layer of raw counts; None for `X`.
-    perturbation_key, control
-        Column of conditions, and its label of unperturbed cells.
-    context_key
-        Columns of contexts, whose labels are joined with " | " where there are several; None: one context, "all".
-    dose_key, time_key, batch_key
-        Columns of doses, times and batches, or None.
-    singles
-        Labels with a "+" that are one perturbation.
-    """
+    """Which columns, layers and labels of a screen mean what; the attributes are the parameters of :func:`setup`."""
 
     layer: str | None = None
     perturbation_key: str = "perturbation"
@@ -75,17 +64,17 @@ class Keys:
         for name, value in [pair for pair in said if not isinstance(pair[1], tuple)] + tuples:
             if not isinstance(value, str):
                 fix = "pass one name; several labels are written alike first: obs[key].replace({...})"
-                raise LabelError(three_beats(f"{name}, a string", repr(value), fix))
+                raise LabelError(f"{name}, a string", repr(value), fix)
         for name in ("perturbation_key", "control"):
             if getattr(self, name) is None:
-                raise LabelError(three_beats(f"{name}, a string", "None", "pass the name"))
+                raise LabelError(f"{name}, a string", "None", "pass the name")
         columns = [self.perturbation_key, *(self.context_key or ())]
         columns += [] if self.dose_key is None else [self.dose_key]
         more = [key for key in (self.time_key, self.batch_key) if key == self.perturbation_key]
         twice = [key for key in columns if (columns + more).count(key) > 1]
         if twice:
             fix = "name another column, or None where there is none, such as context_key=None"
-            raise LabelError(three_beats("a column of its own for each key", f"{twice[0]!r} twice", fix))
+            raise LabelError("a column of its own for each key", f"{twice[0]!r} twice", fix)
 
     def write(self, adata: AnnData) -> None:
         """Keep the keys in ``uns["cellop_nb"]["keys"]``, in a form that h5ad and zarr can hold (no None)."""
@@ -159,9 +148,7 @@ def setup(
     if len(lone):
         first = lone.iloc[0]
         problem = f"{len(lone)} with one, such as {first['perturbation']!r} in {first['context']!r}"
-        raise LabelError(
-            three_beats("at least 2 cells in every group", problem, "drop or merge these groups")
-        )
+        raise LabelError("at least 2 cells in every group", problem, "drop or merge these groups")
     keys.write(adata)
     return table.assign(note=np.where(table["cells"] < FEW_CELLS, f"fewer than {FEW_CELLS} cells", ""))
 
@@ -172,18 +159,11 @@ def _several(names) -> tuple:
 
 
 def keys_of(adata) -> Keys:
-    """The keys that :func:`setup` kept in the data.
-
-    Raises
-    ------
-    LabelError
-        If there are none; the columns that look like them are named.
-    """
+    """The keys that :func:`setup` kept in the data; without any, the error names the columns that look like them."""
     stored = _ours(adata).get("keys") if hasattr(adata, "uns") else None
     if not isinstance(stored, Mapping):
-        raise LabelError(
-            three_beats("a screen that was set up", "no keys in uns['cellop_nb']", _likely(adata))
-        )
+        fix = _suggested_call(adata)
+        raise LabelError("a screen that was set up", "no keys in uns['cellop_nb']", fix)
     values = {field.name: stored[field.name] for field in fields(Keys) if field.name in stored}
     values = {"context_key": None} | {
         name: tuple(map(str, np.atleast_1d(value))) if name in ("context_key", "singles") else str(value)
@@ -202,21 +182,25 @@ def _ours(adata) -> Mapping:
     ours = adata.uns.get("cellop_nb", {})
     if not isinstance(ours, Mapping):
         fix = "keep it under another name: adata.uns['other'] = adata.uns.pop('cellop_nb')"
-        raise LabelError(three_beats("a dictionary in uns['cellop_nb']", f"a {type(ours).__name__}", fix))
+        raise LabelError("a dictionary in uns['cellop_nb']", f"a {type(ours).__name__}", fix)
     return ours
 
 
-def _likely(adata) -> str:
-    """The call of `setup` that the columns of `obs` suggest."""
-    columns = {str(column).lower(): str(column) for column in getattr(adata, "obs", ())}
-    likely = {}
-    for name, usual in _USUAL.items():
-        match = [columns[word] for word in usual if word in columns]
-        match += [column for low, column in columns.items() if any(word in low for word in usual)]
-        if match:
-            likely[name] = match[0]
-    said = ", ".join(f"{name}={column!r}" for name, column in likely.items()) or "perturbation_key=..."
-    return f"call cellop_nb.setup(adata, {said}, control=...) once (columns of obs: {', '.join(columns.values())})"
+def _suggested_call(adata) -> str:
+    columns = list(map(str, getattr(adata, "obs", ())))
+    usual = {name: likely(name, columns) for name in ("perturbation_key", "context_key")}
+    keys = [f"{name}={names[0]!r}" for name, names in usual.items() if names] or ["perturbation_key=..."]
+    call = f"cellop_nb.setup(adata, {', '.join(keys)}, control=...)"
+    return f"call {call} once (columns of obs: {', '.join(columns)})"
+
+
+def likely(name: str, options: Sequence[str]) -> list[str]:
+    """Options that are a usual word for this key, or contain one; the likeliest first."""
+    plain = {option: re.sub(r"[^a-z0-9]", "", option.lower()) for option in options}
+    words = [word.replace("_", "").replace("-", "") for word in USUAL[name]]
+    same = [option for word in words for option in options if plain[option] == word]
+    within = [option for word in words for option in options if len(word) > 3 and word in plain[option]]
+    return list(dict.fromkeys([*same, *within]))
 
 
 # -- labels -------------------------------------------------------------------------------------------------------
@@ -226,32 +210,22 @@ def obs_column(adata: AnnData, key: str) -> pd.Series:
     """Column `key` of `obs`, (cell,); refuses one that does not exist or exists twice."""
     if key not in adata.obs:
         options = did_you_mean(key, adata.obs.columns)
-        raise LabelError(
-            three_beats(f"a column {key!r} in obs", "no such column", f"name the right one ({options})")
-        )
+        raise LabelError(f"a column {key!r} in obs", "no such column", f"name the right one ({options})")
     column = adata.obs[key]
     if column.ndim > 1:
         problem = f"{column.shape[1]} columns of this name"
-        raise LabelError(three_beats(f"one column {key!r} in obs", problem, "rename or drop the others"))
+        raise LabelError(f"one column {key!r} in obs", problem, "rename or drop the others")
     return column
 
 
 def obs_labels(adata: AnnData, key: str) -> pd.Series:
-    """Column `key` of `obs` as strings, (cell,).
-
-    Raises
-    ------
-    LabelError
-        If the column does not exist or exists twice, or some cells have no label.
-    """
+    """Column `key` of `obs` as strings, (cell,); refuses a missing or double column, and cells without a label."""
     column = obs_column(adata, key)
     missing = column.isna()
     if missing.any():
         first = list(adata.obs_names[missing][:3])
         problem = f"{int(missing.sum())} cells without one, such as {first}"
-        raise LabelError(
-            three_beats(f"a label in obs[{key!r}] for every cell", problem, "label or drop these cells")
-        )
+        raise LabelError(f"a label in obs[{key!r}] for every cell", problem, "label or drop these cells")
     if not isinstance(column.dtype, pd.CategoricalDtype):
         return column.astype(str)
     # One string per category: pandas would make one for every cell.
@@ -259,59 +233,33 @@ def obs_labels(adata: AnnData, key: str) -> pd.Series:
     return pd.Series(names[column.cat.codes], index=column.index, name=key, dtype=str)
 
 
-def context_labels(adata: AnnData, context_key: str | Sequence[str] | None) -> pd.Series:
-    """Context of each cell, (cell,) strings, indexed by cell.
-
-    Parameters
-    ----------
-    context_key
-        A column of `obs`, several columns (their labels are joined with " | "), or None: one context, "all".
-
-    Returns
-    -------
-    Series
-        Labels (cell,), indexed by cell.
-
-    Raises
-    ------
-    LabelError
-        If a column is missing, has cells without a label, or joined labels would be ambiguous.
-    """
-    if context_key is None:
-        return pd.Series(EVERYWHERE, index=adata.obs_names, dtype=str)
-    if isinstance(context_key, str):
-        return obs_labels(adata, context_key)
-    if not len(context_key):
-        raise LabelError(three_beats("at least one context column", "an empty list", "pass context_key=None"))
-    columns = [obs_labels(adata, key) for key in context_key]
-    for key, column in zip(context_key, columns, strict=True):
+def context_labels(adata: AnnData, keys: Keys) -> pd.Series:
+    """Context of each cell, (cell,) strings, indexed by cell; several columns are joined, without any it is "all"."""
+    if keys.context_key is None:
+        return pd.Series("all", index=adata.obs_names, dtype=str)
+    if not keys.context_key:
+        raise LabelError("at least one context column", "an empty list", "pass context_key=None")
+    joined, *others = columns = [obs_labels(adata, key) for key in keys.context_key]
+    for key, column in zip(keys.context_key, columns, strict=True):
         clash = [label for label in column.unique() if JOINER in label]
-        if clash and len(columns) > 1:
+        if clash and others:
             problem = f"{clash[0]!r} in obs[{key!r}]"
-            raise LabelError(
-                three_beats(f"context labels without {JOINER!r}", problem, "rename these labels")
-            )
-    joined = columns[0]
-    for column in columns[1:]:
+            fix = "rename these labels"
+            raise LabelError(f"context labels without {JOINER!r}", problem, fix)
+    for column in others:
         joined = joined + JOINER + column
     return joined
 
 
 def context_name(context: str | Sequence[str] | Mapping[str, str], keys: Keys) -> str:
-    """The label of a context that is named by its factors: a dict (column to level), or levels in the order of the keys.
-
-    Raises
-    ------
-    LabelError
-        Unless each factor has a level.
-    """
+    """The label of a context that is named by its factors: column to level, or levels in the order of the keys."""
     if isinstance(context, str) or not np.iterable(context):
         return str(context)
     columns = keys.context_key or ()
     levels = [context.get(key) for key in columns] if isinstance(context, Mapping) else list(context)
     if len(context) != len(columns) or None in levels:
         problem = repr(dict(context) if isinstance(context, Mapping) else tuple(context))
-        raise LabelError(three_beats(f"a level of each of {list(columns)}", problem, "name them all"))
+        raise LabelError(f"a level of each of {list(columns)}", problem, "name them all")
     return JOINER.join(map(str, levels))
 
 
@@ -320,7 +268,7 @@ def require_control(labels: pd.Series, control: str, perturbation_key: str) -> n
     mask = (labels == control).to_numpy()
     if not mask.any():
         fix = f"pass control=... ({did_you_mean(control, labels.unique())})"
-        raise LabelError(three_beats(f"control cells {control!r} in obs[{perturbation_key!r}]", "none", fix))
+        raise LabelError(f"control cells {control!r} in obs[{perturbation_key!r}]", "none", fix)
     return mask
 
 
@@ -328,7 +276,7 @@ def label_table(adata: AnnData, keys: Keys) -> pd.DataFrame:
     """Columns `context`, `perturbation`, `dose` (1 without a column of doses, and for controls), a row per cell."""
     table = pd.DataFrame(
         {
-            "context": context_labels(adata, keys.context_key).to_numpy(),
+            "context": context_labels(adata, keys).to_numpy(),
             "perturbation": obs_labels(adata, keys.perturbation_key).to_numpy(),
         }
     )
@@ -354,7 +302,7 @@ def _doses(adata: AnnData, key: str | None, perturbed: np.ndarray) -> np.ndarray
             else "write numbers alone, in one unit"
         )
         expected = f"positive numbers as doses of perturbed cells in obs[{key!r}]"
-        raise LabelError(three_beats(expected, f"{int(wrong.sum())} others, such as {seen}", fix))
+        raise LabelError(expected, f"{int(wrong.sum())} others, such as {seen}", fix)
     doses[perturbed] = numbers
     return doses
 
@@ -363,26 +311,18 @@ def _doses(adata: AnnData, key: str | None, perturbed: np.ndarray) -> np.ndarray
 
 
 def count_slot(adata: AnnData, layer: str | None = None):
-    """The matrix of counts as it is stored, (cell, gene): sparse, dense or backed on disk.
-
-    Raises
-    ------
-    DataError
-        If the layer does not exist, or `X` is empty.
-    """
+    """The matrix of counts as it is stored, (cell, gene): sparse, dense or on disk; refuses what is not there."""
     if layer is None:
         if adata.X is None:
             fix = f"name the layer that holds them{_elsewhere(adata, layer)}"
-            raise DataError(three_beats("raw counts in X", "X is empty", fix))
+            raise DataError("raw counts in X", "X is empty", fix)
     elif layer not in adata.layers:
         options = did_you_mean(layer, adata.layers)
-        raise DataError(
-            three_beats(f"a layer {layer!r}", "no such layer", f"pass layer=None for X ({options})")
-        )
+        raise DataError(f"a layer {layer!r}", "no such layer", f"pass layer=None for X ({options})")
     slot = adata.X if layer is None else adata.layers[layer]
     if hasattr(slot, "dask"):
         fix = f"compute it first: adata.{_where(layer)} = adata.{_where(layer)}.compute()"
-        raise DataError(three_beats(f"counts in memory or in a file in {_where(layer)}", "a dask array", fix))
+        raise DataError(f"counts in memory or in a file in {_where(layer)}", "a dask array", fix)
     return slot
 
 
@@ -408,20 +348,20 @@ def count_blocks(adata: AnnData, layer: str | None = None, size: int = 4096) -> 
     slot = count_slot(adata, layer)
     if sparse.issparse(slot):
         slot = _held(slot, _where(layer))
-    stored = StoredRows(slot) if is_stored_by_cells(slot) else None
+    stored = RowReader(slot) if stored_format(slot) == "csr" else None
     for start in range(0, adata.n_obs, size):
         end = min(start + size, adata.n_obs)
-        block = part(slot, start, end) if stored is None else stored.read(np.array([start]), np.array([end]))
+        block = part(slot, start, end) if stored is None else stored.runs([start], [end])
         yield start, block if sparse.issparse(slot) else _held(block, _where(layer))
 
 
 def library_size(adata: AnnData, layer: str | None = None) -> np.ndarray:
     """Counts per cell summed over the genes, (cell,) float64."""
-    sums = [_totals(block) for _, block in count_blocks(adata, layer)]
+    sums = [cell_sums(block) for _, block in count_blocks(adata, layer)]
     return np.concatenate(sums) if sums else np.zeros(0)
 
 
-def _totals(block) -> np.ndarray:
+def cell_sums(block) -> np.ndarray:
     """Sums over genes, (cell,) float64."""
     return np.asarray(block.sum(axis=1, dtype=float), dtype=float).ravel()
 
@@ -433,84 +373,61 @@ def check_names(adata: AnnData) -> None:
     """Refuse what is no AnnData, empty, or has repeated cell or gene names."""
     if not isinstance(adata, AnnData):
         fix = "read the file first, with anndata.read_h5ad or cellop_nb.datasets.load"
-        raise DataError(three_beats("an AnnData object", f"a {type(adata).__name__}", fix))
+        raise DataError("an AnnData object", f"a {type(adata).__name__}", fix)
     if not adata.n_obs or not adata.n_vars:
         problem = f"{adata.n_obs} cells and {adata.n_vars} genes"
-        raise DataError(three_beats("cells and genes", problem, "check the filter that made this object"))
+        raise DataError("cells and genes", problem, "check the filter that made this object")
     for what, names in {"obs": adata.obs_names, "var": adata.var_names}.items():
         if not names.is_unique:
             repeated = names[names.duplicated()]
             problem = f"{len(repeated)} repeated in {what}_names, such as {repeated[0]!r}"
-            raise DataError(three_beats("unique names", problem, f"run adata.{what}_names_make_unique()"))
-
-
-def other_features(adata: AnnData) -> np.ndarray:
-    """Mask (gene,) of features that ``var["feature_types"]`` calls something else than genes: guides, antibodies."""
-    if "feature_types" not in adata.var:
-        return np.zeros(adata.n_vars, dtype=bool)
-    types = adata.var["feature_types"].astype(str).str.strip().str.lower()
-    return (
-        (~types.isin(_GENES)).to_numpy() if types.isin(_GENES).any() else np.zeros(adata.n_vars, dtype=bool)
-    )
+            raise DataError("unique names", problem, f"run adata.{what}_names_make_unique()")
 
 
 def _check_features(adata: AnnData) -> None:
-    other = other_features(adata)
-    if other.any():
-        types = ", ".join(map(str, pd.unique(adata.var["feature_types"][other])))
-        problem = f"{int(other.sum())} other features ({types}), such as {adata.var_names[other][0]!r}"
+    """Refuse features that ``var["feature_types"]`` calls something else than genes: guides, antibodies."""
+    if "feature_types" not in adata.var:
+        return
+    genes = adata.var["feature_types"].astype(str).str.strip().str.lower().isin(_GENES).to_numpy()
+    if genes.any() and not genes.all():
+        types = ", ".join(map(str, pd.unique(adata.var["feature_types"][~genes])))
+        problem = f"{int((~genes).sum())} other features ({types}), such as {adata.var_names[~genes][0]!r}"
         fix = "leave them out: adata = adata[:, adata.var['feature_types'] == 'Gene Expression'].copy()"
-        raise DataError(three_beats("genes alone in var", problem, fix))
+        raise DataError("genes alone in var", problem, fix)
 
 
 def check_counts(adata: AnnData, layer: str | None = None) -> np.ndarray:
-    """Refuse a matrix that does not hold raw counts; counts per cell, (cell,) float64.
-
-    Raises
-    ------
-    DataError
-        For values that are not numbers, not finite, negative or not whole, and for cells without any count.
-    """
+    """Refuse a matrix that does not hold raw counts, and cells without any; counts per cell, (cell,) float64."""
     totals = check_values(adata, layer)
     empty = np.flatnonzero(totals == 0)
     if len(empty):
         problem = f"{len(empty)} without any, such as {adata.obs_names[empty[0]]!r}"
         fix = "drop them with scanpy.pp.filter_cells(adata, min_counts=1)"
-        raise DataError(three_beats(f"counts in every cell of {_where(layer)}", problem, fix))
+        raise DataError(f"counts in every cell of {_where(layer)}", problem, fix)
     return totals
 
 
 def check_values(adata: AnnData, layer: str | None = None) -> np.ndarray:
-    """Refuse values that cannot be raw counts; sums per cell, (cell,) float64.
-
-    Raises
-    ------
-    DataError
-        For values that are not numbers, not finite, negative or not whole.
-    """
+    """Refuse what cannot be raw counts: no numbers, not finite, negative, not whole; sums (cell,) float64."""
     totals, check = np.zeros(adata.n_obs), block_check(adata, layer)
     slot = count_slot(adata, layer)
-    if is_stored_by_genes(slot):  # rows of it would cost a pass through the file each time
+    if stored_format(slot) == "csc":  # rows of it would cost a pass through the file each time
         for first, block in blocks_by_genes(slot):
             check(_held(block, _where(layer)), np.arange(adata.n_obs), first)
-            totals += _totals(block)
+            totals += cell_sums(block)
         return totals
     for start, block in count_blocks(adata, layer):
         rows = np.arange(start, start + block.shape[0])
         check(block, rows)
-        totals[rows] = _totals(block)
+        totals[rows] = cell_sums(block)
     return totals
 
 
 def block_check(adata: AnnData, layer: str | None = None) -> Callable[..., None]:
     """What refuses a block of counts (cell, gene), as stored, of the rows (cell,), as :func:`check_values` does.
 
-    Where the block holds some of the genes, the position of the first is a third argument.
-
-    Raises
-    ------
-    DataError
-        At once, if the values are not numbers.
+    Where the block holds some of the genes, the position of the first is a third argument. Values that are no numbers are
+    refused at once.
     """
     slot = count_slot(adata, layer)
     kind = np.dtype(slot.dtype)
@@ -518,7 +435,7 @@ def block_check(adata: AnnData, layer: str | None = None) -> Callable[..., None]
         problem = f"values of type {kind}"
         fix = "store counts as integers or float32"
         fix = "pass the counts from before they became yes or no" if kind.kind == "b" else fix
-        raise DataError(three_beats(f"numbers in {_where(layer)}", problem, fix))
+        raise DataError(f"numbers in {_where(layer)}", problem, fix)
     return partial(_check_block, adata, layer)
 
 
@@ -527,12 +444,7 @@ def _where(layer: str | None) -> str:
 
 
 def check_labels(labels: pd.DataFrame, keys: Keys) -> None:
-    """Refuse labels (columns context, perturbation) that would be misread, and contexts without controls.
-
-    Raises
-    ------
-    LabelError
-    """
+    """Refuse labels (columns context, perturbation) that would be misread, and contexts without controls."""
     for what in ("context", "perturbation"):
         _check_spelling(what, labels[what].unique(), keys.control)
     where = f"obs[{keys.perturbation_key!r}]"
@@ -540,19 +452,17 @@ def check_labels(labels: pd.DataFrame, keys: Keys) -> None:
     treated = [label for label in labels["perturbation"].unique() if label != keys.control]
     if not treated:
         problem = f"only {keys.control!r} in {where}"
-        raise LabelError(
-            three_beats("perturbed cells beside the controls", problem, "check perturbation_key")
-        )
+        raise LabelError("perturbed cells beside the controls", problem, "check perturbation_key")
     unknown = [label for label in keys.singles if label not in treated]
     if unknown:
         fix = f"name labels of the screen ({did_you_mean(unknown[0], treated)})"
-        raise LabelError(three_beats(f"singles among the labels of {where}", repr(unknown[0]), fix))
+        raise LabelError(f"singles among the labels of {where}", repr(unknown[0]), fix)
     _check_combinations(treated, keys)
     lacking = sorted(set(labels["context"]) - set(labels["context"][is_control]))
     if lacking:
         problem = f"none in {len(lacking)} of them, such as {lacking[0]!r}"
         fix = "drop these contexts, or choose a context_key whose labels all have controls"
-        raise LabelError(three_beats(f"control cells {keys.control!r} in every context", problem, fix))
+        raise LabelError(f"control cells {keys.control!r} in every context", problem, fix)
 
 
 def _check_spelling(what: str, labels: Sequence[str], control: str) -> None:
@@ -561,20 +471,20 @@ def _check_spelling(what: str, labels: Sequence[str], control: str) -> None:
     for label in labels:
         if label != label.strip():
             fix = "strip the labels: obs[key] = obs[key].str.strip()"
-            raise LabelError(three_beats(f"{what} labels without blanks around them", ascii(label), fix))
+            raise LabelError(f"{what} labels without blanks around them", ascii(label), fix)
         if label.lower() in _MISSING and label != control:
             fix = "label or drop these cells"
-            raise LabelError(three_beats(f"a {what} for every cell", f"the label {label!r}", fix))
+            raise LabelError(f"a {what} for every cell", f"the label {label!r}", fix)
         if not label.isprintable():
             fix = "write them with letters, signs and plain blanks: obs[key] = obs[key].replace({...})"
-            raise LabelError(three_beats(f"{what} labels of visible characters", ascii(label), fix))
+            raise LabelError(f"{what} labels of visible characters", ascii(label), fix)
         folded = " ".join(unicodedata.normalize("NFKC", label).casefold().split())
         twin = seen.setdefault(folded, label)
         if twin != label:
             show = repr if twin.casefold() == label.casefold() else ascii
             both = f"{show(twin)} and {show(label)}"
             fix = "write both alike, or name them apart: obs[key] = obs[key].replace({...})"
-            raise LabelError(three_beats(f"one spelling of each {what} label", both, fix))
+            raise LabelError(f"one spelling of each {what} label", both, fix)
 
 
 def _check_combinations(treated: list[str], keys: Keys) -> None:
@@ -588,14 +498,14 @@ def _check_combinations(treated: list[str], keys: Keys) -> None:
             continue
         if control in named:
             alone = "+".join(part for part in named if part != control)
-            raise LabelError(three_beats("combinations of perturbations", f"{label!r}", f"write {alone!r}"))
+            raise LabelError("combinations of perturbations", f"{label!r}", f"write {alone!r}")
         if named and set(named) <= labels and label != "+".join(named):
             fix = f"write {'+'.join(named)!r}, or pass singles=[{label!r}]"
-            raise LabelError(three_beats("a perturbation, or a combination written 'A+B'", f"{label!r}", fix))
+            raise LabelError("a perturbation, or a combination written 'A+B'", f"{label!r}", fix)
         twin = seen.setdefault(tuple(sorted(named if labels.intersection(named) else parts)), label)
         if twin != label:
             fix = "write each combination in one order"
-            raise LabelError(three_beats("one label per combination", f"{twin!r} and {label!r}", fix))
+            raise LabelError("one label per combination", f"{twin!r} and {label!r}", fix)
 
 
 def _check_block(adata: AnnData, layer: str | None, block, rows: np.ndarray, first_gene: int = 0) -> None:
@@ -606,20 +516,20 @@ def _check_block(adata: AnnData, layer: str | None, block, rows: np.ndarray, fir
     describe = partial(_describe, adata, block, rows, first_gene)
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         problem = describe(lambda v: ~np.isfinite(v))
-        raise DataError(three_beats(f"finite counts in {where}", problem, "drop or repair these cells"))
+        raise DataError(f"finite counts in {where}", problem, "drop or repair these cells")
     if values.dtype.kind != "u" and (values < 0).any():
         problem = f"negative values: {describe(lambda v: v < 0)}; scaled or corrected data"
         fix = f"pass the raw counts{_elsewhere(adata, layer)}"
-        raise DataError(three_beats(f"counts of at least 0 in {where}", problem, fix))
+        raise DataError(f"counts of at least 0 in {where}", problem, fix)
     if values.dtype.kind == "f" and (values != np.rint(values)).any():
         guess, advice = _guess(block, values)
         problem = f"{describe(lambda v: v != np.rint(v))}; {guess}"
         fix = f"pass the raw counts{_elsewhere(adata, layer)}{advice}"
-        raise DataError(three_beats(f"whole numbers in {where}", problem, fix))
+        raise DataError(f"whole numbers in {where}", problem, fix)
     if values.size and values.max() > LARGEST_COUNT:
         problem = describe(lambda v: v > LARGEST_COUNT)
         fix = f"pass counts of molecules or reads{_elsewhere(adata, layer)}"
-        raise DataError(three_beats(f"counts of at most {LARGEST_COUNT:,} in {where}", problem, fix))
+        raise DataError(f"counts of at most {LARGEST_COUNT:,} in {where}", problem, fix)
 
 
 def _check_structure(block, where: str) -> None:
@@ -639,19 +549,15 @@ def _check_structure(block, where: str) -> None:
         what = "gene" if by_cells else "cell"
         problem = f"the {what} index {low if low < 0 else high}" if outside else "row pointers that fall"
         fix = "the file is damaged, or its shape was cut: make it again from its source"
-        raise DataError(three_beats(f"{what} indices of 0 to {n_others - 1} in {where}", problem, fix))
+        raise DataError(f"{what} indices of 0 to {n_others - 1} in {where}", problem, fix)
 
 
 def _describe(adata: AnnData, block, rows: np.ndarray, first_gene: int, bad: Callable) -> str:
     """How many values are bad, and the first one with its cell and gene."""
-    coo = block.tocoo() if sparse.issparse(block) else None
-    mask = bad(coo.data if coo is not None else block)
-    if coo is not None:
-        first = int(np.flatnonzero(mask)[0])
-        row, column, value = coo.row[first], coo.col[first], coo.data[first]
-    else:
-        row, column = np.argwhere(mask)[0]
-        value = block[row, column]
+    entries = sparse.coo_matrix(block)  # no zero is bad
+    mask = bad(entries.data)
+    first = int(np.flatnonzero(mask)[0])
+    row, column, value = entries.row[first], entries.col[first], entries.data[first]
     cell, gene = adata.obs_names[rows[row]], adata.var_names[first_gene + column]
     return f"{value:g} in cell {cell!r}, gene {gene!r} ({int(mask.sum())} such values)"
 
@@ -662,7 +568,7 @@ def _guess(block, values: np.ndarray) -> tuple[str, str]:
     if (np.abs(values - rounded) < 1e-3 + 1e-6 * values).all():
         advice = "; or round these: adata.X = adata.X.round()"
         return "they are whole but for rounding, as after undoing a logarithm", advice
-    sums = _totals(block)
+    sums = cell_sums(block)
     if len(sums) > 1 and np.ptp(sums) <= 1e-3 * sums.mean():
         return f"it looks normalised to {sums.mean():.4g} per cell", ""
     rows = sparse.coo_matrix(block)
@@ -692,13 +598,13 @@ def _elsewhere(adata: AnnData, layer: str | None) -> str:
         if name == layer or (name is None and adata.X is None):
             continue
         _, block = next(count_blocks(adata, name, size=64))
-        if _looks_raw(block):
+        if looks_raw(block):
             return f", layer={name!r} seems to hold them"
-    in_raw = adata.raw is not None and _looks_raw(adata.raw.X[:64])
+    in_raw = adata.raw is not None and looks_raw(adata.raw.X[:64])
     return f" with layer=...{'; adata.raw has whole numbers: try adata.raw.to_adata()' if in_raw else ''}"
 
 
-def _looks_raw(block) -> bool:
+def looks_raw(block) -> bool:
     """Whether all values of a block are whole and none is negative."""
     values = block.data if sparse.issparse(block) else np.asarray(block)
     numbers = values.size and values.dtype.kind in "biuf"

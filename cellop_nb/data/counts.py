@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,9 +15,11 @@ from anndata import AnnData
 from scipy import sparse
 from torch import Tensor
 
-from ..errors import DataError, LabelError, did_you_mean, three_beats
+from ..errors import DataError, LabelError, did_you_mean
+from ..models.likelihood import SparseCounts
 from .contract import (
     block_check,
+    cell_sums,
     check_names,
     check_values,
     count_slot,
@@ -27,19 +29,7 @@ from .contract import (
     obs_column,
     obs_labels,
 )
-from .on_disk import PASS, Check, RowReader, is_on_disk
-
-PART = 16_384
-"""Cells that a shuffled window of a file holds at a time: about 30 MB at 200 genes a cell."""
-
-
-Order = Callable[[int, torch.Generator], Tensor]
-"""(number of rows, generator) to a permutation (row,)."""
-
-
-def full_shuffle(n: int, generator: torch.Generator) -> Tensor:
-    """Every order of the rows alike likely."""
-    return torch.randperm(n, generator=generator)
+from .on_disk import PASS, RowReader, is_on_disk
 
 
 @dataclass(frozen=True)
@@ -76,82 +66,103 @@ class CountBatch:
         """(cells, genes)."""
         return len(self.index), self.n_genes
 
-    @cached_property
-    def flat(self) -> Tensor:
-        """Positions of the non-zeros in ``x.view(-1)``, (nonzero,) int64."""
-        starts = torch.arange(len(self.index), device=self.columns.device) * self.n_genes
-        return self.columns + torch.repeat_interleave(
-            starts, self.indptr.diff(), output_size=len(self.columns)
-        )
+    @property
+    def counts(self) -> SparseCounts:
+        """The non-zeros as encoder and likelihood visit them."""
+        return SparseCounts.of(self)
 
     @cached_property
     def x(self) -> Tensor:
         """Counts, (cell, gene) float32."""
-        return self.spread(self.values)
-
-    def spread(self, values: Tensor) -> Tensor:
-        """Dense (cell, gene) array with `values` (nonzero,) at the non-zeros and 0 elsewhere."""
-        dense = values.new_zeros(len(self) * self.n_genes)
-        return dense.scatter_(0, self.flat, values).view(self.shape)
-
-    def to(self, device: torch.device | str) -> CountBatch:
-        """The same batch on another device."""
-        parts = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved = {name: value.to(device) for name, value in parts.items() if isinstance(value, Tensor)}
-        codes = {key: code.to(device) for key, code in self.covariates.items()}
-        return CountBatch(**(parts | moved | {"covariates": codes}))
+        return self.counts.spread(self.values)
 
 
 class CountMatrix:
-    """Counts of all cells in CSR form, from which any rows come out as a :class:`CountBatch`.
+    """Counts of all cells, in memory or in a file, from which any rows come out as a :class:`CountBatch`.
 
-    Parameters
-    ----------
-    matrix
-        Counts, (cell, gene), sparse or dense.
-    library
-        Library sizes (cell,); by default the counts of each cell summed over the genes of `matrix`.
-    covariates
-        Category codes per covariate, (cell,) each.
+    `source` has the counts (cell, gene): sparse or dense, or the :class:`RowReader` of a file; `covariates` the category
+    codes of each, (cell,). `csr` has them in memory, None where they lie in a file.
     """
 
-    def __init__(self, matrix, *, library=None, covariates: Mapping[str, np.ndarray] | None = None) -> None:
-        csr = _canonical(matrix)
-        self.csr = csr.astype(np.float32, copy=False)
-        self.shape = csr.shape
-        sums = csr.sum(axis=1) if library is None else library
-        # A cell that is empty on the chosen genes still needs a finite log library.
-        self.library = torch.from_numpy(np.maximum(np.asarray(sums, dtype=np.float32).ravel(), 1.0))
-        self.covariates = {
-            key: torch.as_tensor(code, dtype=torch.int64) for key, code in (covariates or {}).items()
-        }
+    def __init__(self, source, *, covariates: Mapping[str, np.ndarray | Tensor] | None = None) -> None:
+        self.reader = source if isinstance(source, RowReader) else None
+        self.csr: Any = None if self.reader else _canonical(source)
+        self.shape: tuple[int, int] = source.shape
+        codes = covariates or {}
+        self.covariates = {key: torch.as_tensor(code, dtype=torch.int64) for key, code in codes.items()}
 
     def __len__(self) -> int:
         return self.shape[0]
+
+    @cached_property
+    def sums(self) -> np.ndarray:
+        """(cell,) float64 counts of each cell; of a file made in one pass, when they are first asked for."""
+        return np.concatenate([cell_sums(part) for _, part in self.blocks(np.arange(len(self)))])
+
+    @cached_property
+    def library(self) -> Tensor:
+        """(cell,) float32 library sizes, at least 1; from :attr:`sums`."""
+        return _library(self.sums)
+
+    def with_rest(self, rest: np.ndarray) -> CountMatrix:
+        """The same counts with a last column `rest` (cell,): what the genes kept leave of each cell's total."""
+        if self.reader is None:
+            more = CountMatrix(sparse.hstack([self.csr, sparse.csr_matrix(rest[:, None])], "csr"))
+        else:
+            more = CountMatrix(self.reader.with_rest(rest))
+        more.covariates, more.sums = self.covariates, self.sums + rest
+        return more
+
+    def read(self, rows: np.ndarray) -> sparse.csr_matrix:
+        """Cells `rows` (cell,) in memory, in this order: (cell, gene) float32."""
+        return self.csr[rows] if self.reader is None else _canonical(self.reader.read(rows))
 
     def blocks(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, sparse.csr_matrix]]:
         """Cut `rows` (cell,) into parts, each with its counts in memory (cell, gene)."""
         for start in range(0, len(rows), PASS):
             part = rows[start : start + PASS]
-            yield part, self.csr[part]
-
-    def loader(self, rows: np.ndarray | None = None, **settings) -> CountLoader:
-        """Minibatches of these counts, as :class:`CountLoader` takes its settings."""
-        return CountLoader(self, rows, **settings)
+            yield part, self.read(part)
 
     def batch(self, rows: np.ndarray, device: torch.device | str = "cpu") -> CountBatch:
         """Cells `rows` (cell,) as tensors on `device`; only the non-zeros travel there."""
-        part = self.csr[rows]
-        index = torch.from_numpy(np.asarray(rows, dtype=np.int64))
+        return self._sent(self.read(rows), np.asarray(rows), device)
+
+    def batches(self, parts: Sequence[np.ndarray], device: torch.device | str) -> Iterator[CountBatch]:
+        """A batch of each part; of a file all are read together, and none is held when the next ones are read."""
+        if self.reader is None:
+            yield from (self.batch(rows, device) for rows in parts)
+            return
+        held, end = self.read(np.concatenate(parts)), 0
+        for rows in parts:
+            yield self._sent(held[end : (end := end + len(rows))], rows, device)
+
+    def _sent(self, counts: sparse.csr_matrix, rows: np.ndarray, device: torch.device | str) -> CountBatch:
+        index = torch.from_numpy(rows.astype(np.int64))
+        library = self.library[index] if self.reader is None else _library(cell_sums(counts))
         return CountBatch(
             n_genes=self.shape[1],
-            library=sent(self.library[index], device),
+            library=sent(library, device),
             index=sent(index, device),
             covariates={key: sent(code[index], device) for key, code in self.covariates.items()},
-            indptr=sent(torch.from_numpy(part.indptr.astype(np.int64)), device),
-            columns=sent(torch.from_numpy(part.indices.astype(np.int64)), device),
-            values=sent(torch.from_numpy(part.data), device),
+            indptr=sent(torch.from_numpy(counts.indptr.astype(np.int64)), device),
+            columns=sent(torch.from_numpy(counts.indices.astype(np.int64)), device),
+            values=sent(torch.from_numpy(counts.data), device),
         )
+
+
+def _canonical(matrix) -> sparse.csr_matrix:
+    """CSR float32 without duplicate or zero entries; the caller's matrix is left as it is."""
+    csr = sparse.csr_matrix(matrix)
+    if not csr.has_canonical_format or (csr.data == 0).any():
+        csr = csr.copy()
+        csr.sum_duplicates()
+        csr.eliminate_zeros()
+    return csr.astype(np.float32, copy=False)
+
+
+def _library(sums: np.ndarray) -> Tensor:
+    # A cell that is empty on the chosen genes still needs a finite log library.
+    return torch.from_numpy(np.maximum(sums.astype(np.float32), 1.0))
 
 
 def sent(value: Tensor, device: torch.device | str) -> Tensor:
@@ -166,224 +177,94 @@ class CountLoader:
 
     Parameters
     ----------
-    matrix
-        The counts of all cells.
-    rows
-        The cells to visit, (cell,) integers or a boolean mask; by default all.
-    batch_size
-        Cells per minibatch; the last one may be smaller, and is dropped only with `drop_last`.
-    shuffle
-        Draw a new order on each pass from `generator`.
-    generator
-        Source of the order; its state is all that a resumed run needs.
+    matrix, rows
+        The counts of all cells, and the cells to visit, (cell,); by default all.
+    batch_size, shuffle, generator
+        Cells per minibatch, the last of which may be smaller; whether each pass has a new order, drawn from the
+        generator, whose state is all that a resumed run needs.
     device
         Where the tensors go.
-    order
-        How a pass is shuffled.
     share
         (k, n): give out every n-th cell of each batch, from the k-th; n loaders with equal generators then share
         each pass. A last batch of fewer than n cells is left out.
 
     Attributes
     ----------
-    joint_size
-        Cells of the whole batch that the last one given out is a share of.
+    order, joint_size
+        How a pass is shuffled (of a file a chunked order is fast); cells of the whole batch that the last one given
+        out is a share of.
     """
 
     def __init__(
         self,
-        matrix: CountMatrix,
+        matrix: CountMatrix | ResidentCounts,
         rows: np.ndarray | None = None,
         *,
         batch_size: int = 256,
         shuffle: bool = True,
         generator: torch.Generator | None = None,
-        drop_last: bool = False,
         device: torch.device | str = "cpu",
-        order: Order = full_shuffle,
         share: tuple[int, int] = (0, 1),
     ) -> None:
         self.matrix, self.batch_size, self.share, self.joint_size = matrix, int(batch_size), share, 0
-        self.shuffle, self.drop_last, self.order = shuffle, drop_last, order
+        self.shuffle, self.device = shuffle, device
         if self.batch_size < 1:
-            raise DataError(
-                three_beats("batch_size of at least 1", str(batch_size), "pass a positive number")
-            )
-        self.rows = _rows(rows, len(matrix))
+            fix = "pass a positive number"
+            raise DataError("batch_size of at least 1", str(batch_size), fix)
+        self.rows = np.arange(len(matrix)) if rows is None else rows.astype(np.int64)
         self.generator = generator or torch.Generator().manual_seed(0)
-        self.device = device
+        self.order: Order = chunked_order() if matrix.reader else full_shuffle
 
     def __len__(self) -> int:
         whole, rest = divmod(len(self.rows), self.batch_size)
-        return whole + (rest >= self.share[1] and not self.drop_last)
+        return whole + (rest >= self.share[1])
 
-    def pass_rows(self) -> np.ndarray:
-        """Rows of the next pass in their order, (cell,)."""
-        if not self.shuffle:
-            return self.rows
-        return self.rows[self.order(len(self.rows), self.generator).numpy()]
-
-    def shares(self) -> Iterator[tuple[int, np.ndarray]]:
+    def shares(self) -> list[tuple[int, np.ndarray]]:
         """Size of each whole batch of the next pass, and the rows of this loader's share of it."""
-        rows, (first, step) = self.pass_rows(), self.share
-        for start in range(0, len(self) * self.batch_size, self.batch_size):
-            joint = rows[start : start + self.batch_size]
-            yield len(joint), joint[first::step]
+        rows, (first, step) = self.rows, self.share
+        if self.shuffle:
+            rows = rows[self.order(len(rows), self.generator).numpy()]
+        joint = [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
+        return [(len(batch), batch[first::step]) for batch in joint[: len(self)]]
 
     def __iter__(self) -> Iterator[CountBatch]:
-        for joint_size, rows in self.shares():
-            self.joint_size = joint_size
-            yield self.matrix.batch(rows, self.device)
+        shares = self.shares()
+        size = max(1, (PART if self.shuffle else PASS) // self.batch_size)
+        for start in range(0, len(shares), size):
+            window = shares[start : start + size]
+            batches: Iterator[Any] = self.matrix.batches([rows for _, rows in window], self.device)
+            for (self.joint_size, _), batch in zip(window, batches, strict=True):
+                yield batch
 
 
-def _canonical(matrix) -> sparse.csr_matrix:
-    """CSR without duplicate or zero entries; the caller's matrix is left as it is."""
-    csr = sparse.csr_matrix(matrix)
-    if not csr.has_canonical_format or (csr.data == 0).any():
-        csr = csr.copy()
-        csr.sum_duplicates()
-        csr.eliminate_zeros()
-    return csr
-
-
-def _rows(rows: np.ndarray | None, n_cells: int) -> np.ndarray:
-    if rows is None:
-        return np.arange(n_cells)
-    rows = np.asarray(rows)
-    rows = np.flatnonzero(rows) if rows.dtype == bool else rows.astype(np.int64)
-    if not len(rows):
-        raise DataError(three_beats("at least one cell", "none", "check the split or the mask"))
-    return rows
-
-
-# -- counts that stay on disk -------------------------------------------------------------------------------------
-#
 # A file is read fastest in runs of neighbouring rows, and a batch must be a random sample of all cells. Both are had by
 # shuffling short blocks of rows, reading a window of many blocks at a time, and shuffling inside it.
+
+Order = Callable[[int, torch.Generator], Tensor]
+"""(number of rows, generator) to a permutation (row,)."""
+
+PART = 16_384
+"""Cells that a shuffled window of a file holds at a time: about 30 MB at 200 genes a cell."""
 
 BLOCK = 64
 """Neighbouring cells that stay together on the way to a window."""
 
 
-def chunked_order(block: int = BLOCK, window: int = PART) -> Order:
-    """A shuffle whose windows lie in few blocks of neighbouring rows, so that a file is read in runs.
+def full_shuffle(n: int, generator: torch.Generator) -> Tensor:
+    """Every order of the rows alike likely."""
+    return torch.randperm(n, generator=generator)
 
-    Parameters
-    ----------
-    block
-        Neighbouring rows that are read together.
-    window
-        Rows that are mixed with each other.
-    """
+
+def chunked_order(block: int = BLOCK, window: int = PART) -> Order:
+    """A shuffle that keeps `block` neighbouring rows together and mixes `window` rows: a file is read in runs."""
 
     def order(n: int, generator: torch.Generator) -> Tensor:
         blocks = torch.arange(n).split(block)
-        places = torch.cat([blocks[k] for k in torch.randperm(len(blocks), generator=generator)])
-        parts = places.split(window)
+        shuffled = torch.cat([blocks[k] for k in torch.randperm(len(blocks), generator=generator)])
+        parts = shuffled.split(window)
         return torch.cat([part[torch.randperm(len(part), generator=generator)] for part in parts])
 
     return order
-
-
-def require_in_memory(adata: AnnData) -> None:
-    """Refuse counts on disk where many fits share them.
-
-    Raises
-    ------
-    DataError
-        With what to do instead.
-    """
-    if is_on_disk(count_slot(adata, keys_of(adata).layer)):
-        fix = "pass adata.to_memory(), or fewer cells: adata[chosen].to_memory()"
-        raise DataError(three_beats("counts in memory, for all fits", "counts that lie on disk", fix))
-
-
-class DiskCounts:
-    """Counts of all cells in a file, with the face of :class:`CountMatrix`.
-
-    Parameters
-    ----------
-    slot, genes, check
-        As in :class:`RowReader`.
-    covariates
-        Category codes per covariate, (cell,) each.
-    """
-
-    def __init__(
-        self,
-        slot,
-        *,
-        genes: np.ndarray | None = None,
-        covariates: Mapping | None = None,
-        check: Check | None = None,
-    ) -> None:
-        self.slot, self.reader = slot, RowReader(slot, genes=genes, check=check)
-        self.shape = self.reader.shape
-        self.covariates = {
-            key: torch.as_tensor(code, dtype=torch.int64) for key, code in (covariates or {}).items()
-        }
-
-    @cached_property
-    def sums(self) -> np.ndarray:
-        """(cell,) float64 counts of each cell; a pass through the file, made when they are first asked for."""
-        parts = [part.sum(axis=1) for _, part in self.blocks(np.arange(len(self)))]
-        return np.concatenate([np.asarray(part, dtype=np.float64).ravel() for part in parts])
-
-    @cached_property
-    def library(self) -> Tensor:
-        """(cell,) float32 library sizes, at least 1; from :attr:`sums`."""
-        return torch.from_numpy(np.maximum(self.sums.astype(np.float32), 1.0))
-
-    def __len__(self) -> int:
-        return self.reader.shape[0]
-
-    def with_rest(self, rest: np.ndarray) -> DiskCounts:
-        """The same counts with a last column `rest` (cell,): what the genes kept leave of each cell's total."""
-        more = copy.copy(self)
-        settings = {"genes": self.reader.genes, "rest": rest, "check": self.reader.check}
-        more.reader = RowReader(self.slot, **settings)
-        more.shape, more.sums = more.reader.shape, self.sums + rest
-        vars(more).pop("library", None)  # of the sums before
-        return more
-
-    def blocks(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, sparse.csr_matrix]]:
-        """Cut `rows` (cell,) into parts, each with its counts in memory (cell, gene)."""
-        for start in range(0, len(rows), PASS):
-            part = rows[start : start + PASS]
-            yield part, self.reader.read(part)
-
-    def held(self, rows: np.ndarray) -> CountMatrix:
-        """The cells `rows` (cell,) in memory, in this order."""
-        codes = {key: code[torch.from_numpy(rows)] for key, code in self.covariates.items()}
-        return CountMatrix(self.reader.read(rows), covariates=codes)
-
-    def batch(self, rows: np.ndarray, device: torch.device | str = "cpu") -> CountBatch:
-        """Cells `rows` (cell,) as tensors on `device`."""
-        batch = self.held(np.asarray(rows)).batch(np.arange(len(rows)), device)
-        return replace(batch, index=sent(torch.from_numpy(np.asarray(rows, dtype=np.int64)), device))
-
-    def loader(self, rows: np.ndarray | None = None, **settings) -> DiskLoader:
-        """Minibatches, shuffled by chunks; settings as in :class:`CountLoader`."""
-        settings = {"order": chunked_order()} | settings
-        return DiskLoader(self, rows, **settings)  # type: ignore[arg-type]  # it asks for no more
-
-
-class DiskLoader(CountLoader):
-    """A :class:`CountLoader` that reads a window of cells at a time; any order is right, a chunked one is fast."""
-
-    def __iter__(self) -> Iterator[CountBatch]:
-        shares = list(self.shares())
-        per_window = max(1, (PART if self.shuffle else PASS) // self.batch_size)
-        for start in range(0, len(shares), per_window):
-            yield from self._window(shares[start : start + per_window])
-
-    def _window(self, shares: list[tuple[int, np.ndarray]]) -> Iterator[CountBatch]:
-        """Some batches, whose cells are read together; nothing of them is held when the next ones are read."""
-        held, at = self.matrix.held(np.concatenate([rows for _, rows in shares])), 0  # type: ignore[attr-defined]
-        for joint_size, rows in shares:
-            self.joint_size = joint_size
-            batch = held.batch(np.arange(at, at := at + len(rows)), self.device)
-            yield replace(batch, index=sent(torch.from_numpy(rows.astype(np.int64)), self.device))
 
 
 # -- counts that stay on a GPU: a batch travels there as its rows, and is gathered on the spot --------------------------
@@ -397,17 +278,7 @@ _BYTES = 8  # of a non-zero: its gene and its count
 
 @dataclass(frozen=True)
 class ResidentBatch:
-    """Some cells of counts that lie on a device.
-
-    Attributes
-    ----------
-    matrix : ResidentCounts
-        The counts of all cells.
-    index : Tensor
-        Rows of the cells, (cell,) int64, on the device.
-    room : int
-        Number of non-zeros that the gathered batch has places for.
-    """
+    """Cells of counts that lie on a device: their rows (cell,) there, and the places for their non-zeros."""
 
     matrix: ResidentCounts
     index: Tensor
@@ -429,18 +300,10 @@ class ResidentBatch:
 
 
 class ResidentCounts:
-    """Counts of all cells on a device, from which any rows come out as a :class:`ResidentBatch`.
-
-    Parameters
-    ----------
-    source
-        The counts.
-    device
-        Where they go.
-    """
+    """Counts of all cells on a device, from which any rows come out as a :class:`ResidentBatch`."""
 
     def __init__(self, source: CountMatrix, device: torch.device | str) -> None:
-        self.source, self.device, self.shape = source, torch.device(device), source.shape
+        self.source, self.device, self.shape, self.reader = source, torch.device(device), source.shape, None
         csr = source.csr
         self.starts = torch.from_numpy(csr.indptr.astype(np.int64)).to(device)
         self.columns = torch.from_numpy(csr.indices.astype(np.int32)).to(device)
@@ -453,14 +316,14 @@ class ResidentCounts:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def loader(self, rows: np.ndarray | None = None, **settings) -> CountLoader:
-        """Minibatches of these counts, as :class:`CountLoader` takes its settings."""
-        return CountLoader(self, rows, **settings)  # type: ignore[arg-type]  # it asks for no more
-
-    def batch(self, rows: np.ndarray, device: torch.device | str | None = None) -> ResidentBatch:
-        """Cells `rows` (cell,); they are where the counts are, whatever `device` says."""
+    def batch(self, rows: np.ndarray) -> ResidentBatch:
+        """Cells `rows` (cell,), where the counts are."""
         index = sent(torch.from_numpy(np.asarray(rows, dtype=np.int64)), self.device)
         return ResidentBatch(self, index, self._room(rows))
+
+    def batches(self, parts: Sequence[np.ndarray], device: torch.device | str) -> Iterator[ResidentBatch]:
+        """A batch of each part."""
+        return map(self.batch, parts)
 
     def gather(self, rows: Tensor, room: int) -> CountBatch:
         """:meth:`ResidentBatch.padded` of the cells `rows` (cell,)."""
@@ -494,9 +357,9 @@ class ResidentCounts:
         return usual if needed <= usual else _rounded(needed)
 
 
-def resident(matrix, device: torch.device):
+def resident(matrix: CountMatrix, device: torch.device) -> CountMatrix | ResidentCounts:
     """The counts on the device where it is a GPU that has the memory; else `matrix` as it is."""
-    if not isinstance(matrix, CountMatrix) or device.type != "cuda":
+    if matrix.reader or device.type != "cuda":
         return matrix
     free, _ = torch.cuda.mem_get_info(device)
     return ResidentCounts(matrix, device) if _BYTES * matrix.csr.nnz <= SHARE * free else matrix
@@ -520,68 +383,41 @@ def count_matrix(
     adata: AnnData,
     *,
     genes: Sequence[str] | None = None,
-    covariate_keys: Sequence[str] = (),
-    categories: Mapping[str, Sequence[str]] | None = None,
+    covariates: Mapping[str, Sequence[str]] | None = None,
     total_key: str | None = None,
     checked: bool = False,
-) -> CountMatrix | DiskCounts:
-    """Counts of `adata` ready for minibatches.
+) -> CountMatrix:
+    """Counts of `adata` ready for minibatches, of the named `genes` in their order, or of all.
 
-    Parameters
-    ----------
-    genes
-        Gene names to keep, in this order; None for all.
-    covariate_keys
-        Columns of `obs` that become category codes.
-    categories
-        Known categories per covariate, as :func:`covariate_categories` gives them for the training data.
-    total_key
-        Column of `obs` with each cell's counts over all measured genes. What the chosen genes leave of it becomes
-        the last column of the counts.
-    checked
-        Refuse values that are no raw counts: at once in memory, those on disk whenever they are read.
-
-    Raises
-    ------
-    DataError, LabelError
-        If genes, columns or categories are unknown, or totals are smaller than the counts of the chosen genes.
+    `covariates` are columns of `obs` that become codes of these categories, as :func:`covariate_categories` gives them.
+    `total_key` is a column of each cell's counts over all measured genes: what the chosen genes leave of it becomes the
+    last column. With `checked`, what is no raw count is refused: at once in memory, on disk whenever it is read.
     """
     layer = keys_of(adata).layer
-    if checked and not is_on_disk(count_slot(adata, layer)):
-        check_values(adata, layer)
-    by_key = categories or covariate_categories(adata, covariate_keys)
-    codes = {key: category_codes(adata, key, by_key[key]) for key in covariate_keys}
-    positions = None if genes is None else gene_positions(adata, genes)
     slot = count_slot(adata, layer)
+    if checked and not is_on_disk(slot):
+        check_values(adata, layer)
+    codes = {key: category_codes(adata, key, levels) for key, levels in (covariates or {}).items()}
+    columns = None if genes is None else gene_positions(adata, genes)
     if is_on_disk(slot):
-        check = block_check(adata, layer) if checked else None
-        disk = DiskCounts(slot, genes=positions, covariates=codes, check=check)
-        return disk if total_key is None else disk.with_rest(_other_genes(adata, disk.sums, total_key))
-    matrix = counts(adata, layer)
-    matrix = matrix if positions is None else matrix[:, positions]
-    if total_key is not None:
-        rest = _other_genes(adata, np.asarray(matrix.sum(1), dtype=np.float64).ravel(), total_key)
-        matrix = sparse.hstack([sparse.csr_matrix(matrix), sparse.csr_matrix(rest[:, None])], "csr")
-    return CountMatrix(matrix, covariates=codes)
+        source = RowReader(slot, genes=columns, check=block_check(adata, layer) if checked else None)
+    else:
+        source = counts(adata, layer) if columns is None else counts(adata, layer)[:, columns]
+    matrix = CountMatrix(source, covariates=codes)
+    return matrix if total_key is None else matrix.with_rest(_other_genes(adata, matrix.sums, total_key))
 
 
-def model_counts(adata: AnnData, model) -> CountMatrix | DiskCounts:
-    """Counts of the genes and covariates that `model` (``.genes``, ``.covariates``) was made for, of all cells.
+def model_counts(adata: AnnData, model) -> CountMatrix:
+    """Counts of all cells for the genes and covariates of `model` (``.genes``, ``.covariates``), checked."""
+    kept, totals = model.covariates, model.total_key
+    return count_matrix(adata, genes=model.genes, covariates=kept, total_key=totals, checked=True)
 
-    Raises
-    ------
-    DataError, LabelError
-        If genes are missing, a covariate has a category that the model does not know, or the values are no raw
-        counts.
-    """
-    return count_matrix(
-        adata,
-        genes=model.genes,
-        covariate_keys=list(model.covariates),
-        categories=model.covariates,
-        total_key=model.total_key,
-        checked=True,
-    )
+
+def require_in_memory(adata: AnnData) -> None:
+    """Refuse counts on disk where many fits share them."""
+    if is_on_disk(count_slot(adata, keys_of(adata).layer)):
+        fix = "pass adata.to_memory(), or fewer cells: adata[chosen].to_memory()"
+        raise DataError("counts in memory, for all fits", "counts that lie on disk", fix)
 
 
 def measured_totals(adata: AnnData) -> np.ndarray | None:
@@ -597,7 +433,7 @@ def _totals(adata: AnnData, key: str) -> np.ndarray:
     if wrong.any():
         problem = f"{str(column[wrong].iloc[0])!r} in cell {adata.obs_names[wrong][0]!r}"
         fix = "set the column to the counts of all genes, or delete it before training"
-        raise DataError(three_beats(f"numbers as totals in obs[{key!r}]", problem, fix))
+        raise DataError(f"numbers as totals in obs[{key!r}]", problem, fix)
     return total
 
 
@@ -613,7 +449,7 @@ def _other_genes(adata: AnnData, sums: np.ndarray, total_key: str) -> np.ndarray
     if total_key not in adata.obs:
         expected = f"each cell's counts over all genes in obs[{total_key!r}], as the model was trained with"
         fix = f"set adata.obs[{total_key!r}] = adata.X.sum(1) before genes are left out"
-        raise LabelError(three_beats(expected, "no such column", fix))
+        raise LabelError(expected, "no such column", fix)
     total = _totals(adata, total_key)
     rest = total - sums
     wrong = rest < -0.5  # half a count forgives rounding
@@ -622,9 +458,7 @@ def _other_genes(adata: AnnData, sums: np.ndarray, total_key: str) -> np.ndarray
         problem = f"{total[row]:g} against {sums[row]:g} counts in cell {adata.obs_names[row]!r}"
         problem += "; these look like logarithms" if total.max() < 30 else ""
         fix = "set the column to the counts of all genes, or delete it before training"
-        raise DataError(
-            three_beats(f"totals in obs[{total_key!r}] of at least the cell's counts", problem, fix)
-        )
+        raise DataError(f"totals in obs[{total_key!r}] of at least the cell's counts", problem, fix)
     return np.maximum(rest, 0.0).astype(np.float32)
 
 
@@ -637,7 +471,7 @@ def gene_positions(adata: AnnData, genes: Sequence[str]) -> np.ndarray:
     if missing:
         problem = f"{len(missing)} of {len(genes)} missing, such as {missing[:3]}"
         fix = f"use data with the same genes and names ({did_you_mean(missing[0], adata.var_names)})"
-        raise DataError(three_beats("all genes of the model in var_names", problem, fix))
+        raise DataError("all genes of the model in var_names", problem, fix)
     return positions
 
 
@@ -653,5 +487,5 @@ def category_codes(adata: AnnData, key: str, categories: Sequence[str]) -> np.nd
     if (codes < 0).any():
         unknown = labels[codes < 0].iloc[0]
         fix = f"use cells with known labels ({did_you_mean(unknown, categories)})"
-        raise LabelError(three_beats(f"labels of obs[{key!r}] seen in training", repr(unknown), fix))
+        raise LabelError(f"labels of obs[{key!r}] seen in training", repr(unknown), fix)
     return codes.astype(np.int64)

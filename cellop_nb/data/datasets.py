@@ -5,6 +5,7 @@ Exported as ``cellop_nb.datasets``.
 
 from __future__ import annotations
 
+import csv
 import json
 import logging
 import os
@@ -17,8 +18,8 @@ import h5py
 import pandas as pd
 from anndata import AnnData
 
-from ..errors import DataError, did_you_mean, three_beats
-from ..files import write_whole
+from ..errors import DataError, did_you_mean
+from ..files import read_json, write_whole
 from .on_disk import open_lazily, readable
 from .synthetic import EXAMPLE, planted_operator, planted_proportions, synthetic
 
@@ -68,7 +69,7 @@ def load(
     if not path.exists():
         hint = did_you_mean(name_or_path, [EXAMPLE_NAME, *(screen.name for screen in SCREENS)])
         fix = f"check the path, or give a name of cellop_nb.datasets.list() ({hint})"
-        raise DataError(three_beats("a file or the name of a data set", f"neither at {str(path)!r}", fix))
+        raise DataError("a file or the name of a data set", f"neither at {str(path)!r}", fix)
     return _read(path, backed)
 
 
@@ -130,33 +131,41 @@ def fetch(screen: Screen | str, *, progress: bool = True) -> Path:
     import pooch
 
     if isinstance(screen, str):
-        screen = find(screen) or _unknown(screen)
-    folder = cache_folder()
-    path = folder / (screen.name.replace("/", "-") + ".h5ad")
-    checksum = _recorded(folder).get(path.name)
+        entry = find(screen)
+        if entry is None:
+            fix = f"see cellop_nb.datasets.list() ({did_you_mean(screen, [one.name for one in SCREENS])})"
+            raise DataError("the name of a public screen", repr(screen), fix)
+        screen = entry
+    path = screen.path
+    record = path.with_name(_RECORD)
+    fix = "delete it, and the downloads beside it"
+    checksums = read_json(record, "checksums", fix) if record.exists() else {}
+    checksum = checksums.get(path.name)
     if not path.exists():
         _download(screen, path, checksum, progress)
     if checksum is None:
         _refuse_damaged(path, screen)
-        _record(folder, path.name, pooch.file_hash(str(path)))
+        checksums[path.name] = pooch.file_hash(str(path))
+        text = json.dumps(checksums, indent=1, sort_keys=True)
+        write_whole(record, lambda part: part.write_text(text, encoding="utf-8"))
     elif pooch.file_hash(str(path)) != checksum:
         fix = f"delete it to download it again, or delete its line in {_RECORD} to accept it"
-        raise DataError(three_beats("the file of the first download", f"{path} has changed since", fix))
+        raise DataError("the file of the first download", f"{path} has changed since", fix)
     return path
 
 
 def to_contract(adata: AnnData, screen: Screen) -> AnnData:
     """Name a public screen's columns and labels as the contract does; what it lacks is left out."""
     source = {"name": screen.name, "url": screen.url, "citation": screen.citation}
-    for ours, theirs in COLUMNS.items():
-        options = [screen.columns[ours]] if ours in screen.columns else [ours, *theirs]
-        column_name = next((column for column in options if column in adata.obs), None)
+    for ours, theirs in screen.sources.items():
+        column_name = next((column for column in theirs if column in adata.obs), None)
         if column_name is not None:
             adata.obs[ours] = adata.obs[column_name]
             source[f"obs_{ours}"] = column_name
     if "perturbation" in adata.obs:
         labels = adata.obs["perturbation"]
-        names = {label: _label(str(label), screen) for label in labels.dropna().unique()}
+        names = {label: "+".join(str(label).split(screen.joiner)) for label in labels.dropna().unique()}
+        names |= dict.fromkeys(screen.control, "control")
         adata.obs["perturbation"] = labels.astype(object).map(names).astype("category")
     adata.uns.setdefault("cellop_nb", {})["source"] = source
     return adata
@@ -172,14 +181,11 @@ def list() -> pd.DataFrame:  # noqa: A001 - read as datasets.list()
         `url`, `keys` (our columns and what they are called at the source), `cached`, and `mb`, the size of the
         file in the cache.
     """
-    folder = cache_folder()
-    ours = ", ".join(COLUMNS)
     own = example_path()
     rows = [(EXAMPLE_NAME, 4_800, "Synthetic screen with planted operators", "this package", "BSD-3-Clause", "",
-             ours, True, own.stat().st_size / 1e6 if own else pd.NA)]  # fmt: skip
+             ", ".join(COLUMNS), True, own.stat().st_size / 1e6 if own else pd.NA)]  # fmt: skip
     for screen in SCREENS:
-        path = folder / (screen.name.replace("/", "-") + ".h5ad")
-        size = path.stat().st_size / 1e6 if path.exists() else pd.NA
+        size = screen.path.stat().st_size / 1e6 if screen.path.exists() else pd.NA
         facts = (
             screen.name,
             screen.cells or pd.NA,
@@ -188,22 +194,16 @@ def list() -> pd.DataFrame:  # noqa: A001 - read as datasets.list()
             screen.licence,
             screen.url,
         )
-        rows.append((*facts, _keys(screen), path.exists(), size))
+        keys = "; ".join(f"{ours}: {' | '.join(theirs)}" for ours, theirs in screen.sources.items())
+        rows.append((*facts, keys, screen.path.exists(), size))
     names = ["name", "cells", "title", "citation", "licence", "url", "keys", "cached", "mb"]
     return pd.DataFrame(rows, columns=names).astype({"cells": "Int64", "mb": "Float64"}).round({"mb": 1})
-
-
-def _keys(screen: Screen) -> str:
-    """How the source calls our columns: the one that is sources, or those that are looked for."""
-    sources = {ours: (screen.columns[ours],) if ours in screen.columns else (ours, *theirs)
-             for ours, theirs in COLUMNS.items()}  # fmt: skip
-    return "; ".join(f"{ours}: {' | '.join(theirs)}" for ours, theirs in sources.items())
 
 
 def _read(path: Path, backed: bool) -> AnnData:
     if path.suffix not in (".h5ad", ".zarr"):
         fix = "convert it, for example with scanpy.read_10x_h5(...).write_h5ad(...)"
-        raise DataError(three_beats("a file .h5ad or .zarr", f"{path.name!r}", fix))
+        raise DataError("a file .h5ad or .zarr", f"{path.name!r}", fix)
     if backed:
         return _writable(open_lazily(path))
     with readable(path):
@@ -228,26 +228,19 @@ def _writable(adata: AnnData) -> AnnData:
     return adata
 
 
-def _download(screen: Screen, path: Path, known: str | None, progress: bool) -> None:
+def _download(screen: Screen, path: Path, checksum: str | None, progress: bool) -> None:
     import pooch
 
     try:
-        pooch.retrieve(screen.url, known, fname=path.name, path=path.parent, progressbar=progress)
+        pooch.retrieve(screen.url, checksum, fname=path.name, path=path.parent, progressbar=progress)
     except ValueError as error:  # pooch's word for another checksum
         fix = f"if the new file is wanted, delete its line in {path.parent / _RECORD}"
-        raise DataError(
-            three_beats(f"{screen.name} as first downloaded", "another file at its source", fix)
-        ) from error
+        raise DataError(f"{screen.name} as first downloaded", "another file at its source", fix) from error
     except OSError as error:  # those of requests, which pooch uses, are some of them
         problem = f"{type(error).__name__} at {screen.url}"
-        fix = f"check the connection and try again; {_cached(path.parent)}"
-        raise DataError(three_beats(f"a complete download of {screen.name}", problem, fix)) from error
-
-
-def _cached(folder: Path) -> str:
-    """What can be loaded without a connection, in words."""
-    names = [EXAMPLE_NAME, *sorted(file.stem for file in folder.glob("*.h5ad"))]
-    return f"without one these can be loaded: {', '.join(names)}"
+        names = [EXAMPLE_NAME, *sorted(file.stem for file in path.parent.glob("*.h5ad"))]
+        fix = f"check the connection and try again; without one these can be loaded: {', '.join(names)}"
+        raise DataError(f"a complete download of {screen.name}", problem, fix) from error
 
 
 def _refuse_damaged(path: Path, screen: Screen) -> None:
@@ -260,36 +253,11 @@ def _refuse_damaged(path: Path, screen: Screen) -> None:
     if not complete:
         path.unlink()
         problem = f"{screen.url} gave a file that is truncated or no AnnData"
-        raise DataError(three_beats(f"a complete {screen.name}", problem, "try again; the file was removed"))
-
-
-def _recorded(folder: Path) -> dict[str, str]:
-    record = folder / _RECORD
-    return json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
-
-
-def _record(folder: Path, name: str, checksum: str) -> None:
-    """Add a checksum."""
-    text = json.dumps(_recorded(folder) | {name: checksum}, indent=1, sort_keys=True)
-    write_whole(folder / _RECORD, lambda part: part.write_text(text, encoding="utf-8"))
-
-
-def _label(label: str, screen: Screen) -> str:
-    if label in screen.control:
-        return "control"
-    return label if screen.joiner == "+" else "+".join(label.split(screen.joiner))
-
-
-def _unknown(name: str):
-    hint = did_you_mean(name, [screen.name for screen in SCREENS])
-    raise DataError(
-        three_beats("the name of a public screen", repr(name), f"see cellop_nb.datasets.list() ({hint})")
-    )
+        raise DataError(f"a complete {screen.name}", problem, "try again; the file was removed")
 
 
 # -- public screens: where they are, whom to cite, how their columns map to ours ---------------------------------------
 
-PERTPY = "https://exampledata.scverse.org/pertpy/{}.h5ad"
 SCPERTURB = "https://zenodo.org/records/13350497/files/{}.h5ad"
 
 # our column -> columns that other collections use for it, in order of preference
@@ -327,92 +295,40 @@ class Screen:
     control: tuple[str, ...] = ("control",)
     joiner: str = "+"
 
+    @property
+    def path(self) -> Path:
+        """Its file in the cache, whether it is there or not."""
+        return cache_folder() / f"{self.name.replace('/', '-')}.h5ad"
 
-def _pertpy(name: str, title: str, citation: str, cells: int = 0, **more) -> Screen:
-    return Screen(name, title, citation, PERTPY.format(name), cells, **more)
-
-
-def scperturb(name: str, title: str = "", citation: str = "", cells: int = 0, joiner: str = "+") -> Screen:
-    """A file of the scPerturb collection (Peidli et al. 2024)."""
-    return Screen(
-        f"scperturb/{name}",
-        title or name,
-        citation or "see Peidli et al., Nat. Methods 21:531 (2024)",
-        SCPERTURB.format(name),
-        cells,
-        licence="see the Zenodo record",
-        joiner=joiner,
-    )
+    @property
+    def sources(self) -> dict[str, tuple[str, ...]]:
+        """How the source calls our columns: the one that is named, or those that are looked for."""
+        named = {ours: (column,) for ours, column in self.columns.items()}
+        return {ours: named.get(ours, (ours, *theirs)) for ours, theirs in COLUMNS.items()}
 
 
-SCREENS = (
-    _pertpy(
-        "kang_2018",
-        "PBMC of 8 lupus patients, 6 h with or without interferon beta",
-        "Kang et al., Nat. Biotechnol. 36:89 (2018)",
-        24_700,
-        columns={"perturbation": "label", "donor": "replicate"},
-        control=("ctrl", "control"),
-    ),
-    _pertpy(
-        "norman_2019_raw",
-        "CRISPRa of single genes and pairs in K562",
-        "Norman et al., Science 365:786 (2019)",
-        111_000,
-    ),
-    _pertpy("dixit_2016_raw", "CRISPR knock-outs, Perturb-seq", "Dixit et al., Cell 167:1853 (2016)"),
-    _pertpy("adamson_2016_pilot", "CRISPRi pilot in K562", "Adamson et al., Cell 167:1867 (2016)", 5_800),
-    _pertpy(
-        "adamson_2016_upr_epistasis",
-        "CRISPRi of the unfolded protein response, with combinations",
-        "Adamson et al., Cell 167:1867 (2016)",
-        15_000,
-    ),
-    _pertpy("datlinger_2017", "CROP-seq in Jurkat", "Datlinger et al., Nat. Methods 14:297 (2017)", 5_900),
-    _pertpy(
-        "datlinger_2021", "scifi-RNA-seq in Jurkat", "Datlinger et al., Nat. Methods 18:635 (2021)", 39_200
-    ),
-    _pertpy(
-        "srivatsan_2020_sciplex2",
-        "4 drugs and doses in A549",
-        "Srivatsan et al., Science 367:45 (2020)",
-        24_300,
-    ),
-    _pertpy(
-        "srivatsan_2020_sciplex3",
-        "188 drugs, 4 doses, 3 cell lines",
-        "Srivatsan et al., Science 367:45 (2020)",
-        799_000,
-    ),
-    _pertpy(
-        "mcfarland_2020",
-        "Drugs and knock-outs in pools of cancer cell lines",
-        "McFarland et al., Nat. Commun. 11:4296 (2020)",
-        183_000,
-    ),
-    _pertpy(
-        "replogle_2022_k562_essential",
-        "CRISPRi of essential genes in K562",
-        "Replogle et al., Cell 185:2559 (2022)",
-        310_000,
-    ),
-    _pertpy(
-        "replogle_2022_rpe1",
-        "CRISPRi of essential genes in RPE1",
-        "Replogle et al., Cell 185:2559 (2022)",
-        248_000,
-    ),
-    _pertpy(
-        "frangieh_2021_rna",
-        "Knock-outs in melanoma cells under T-cell attack",
-        "Frangieh et al., Nat. Genet. 53:332 (2021)",
-        218_000,
-    ),
-    scperturb(
-        "NormanWeissman2019_filtered",
-        "CRISPRa of single genes and pairs in K562",
-        "Norman et al., Science 365:786 (2019)",
-        111_000,
-        joiner="_",
-    ),
-)
+def scperturb(name: str) -> Screen:
+    """A file of the scPerturb collection that the catalogue does not have."""
+    citation, licence = "see Peidli et al., Nat. Methods 21:531 (2024)", "see the Zenodo record"
+    return Screen(f"scperturb/{name}", name, citation, SCPERTURB.format(name), licence=licence)
+
+
+def _read_catalogue() -> tuple[Screen, ...]:
+    with Path(__file__).with_name("screens.csv").open(encoding="utf-8", newline="") as file:
+        return tuple(
+            Screen(
+                name=row["name"],
+                title=row["title"],
+                citation=row["citation"],
+                url=row["url"],
+                cells=int(row["cells"] or 0),
+                licence=row["licence"],
+                columns={ours: row[ours] for ours in COLUMNS if row.get(ours)},
+                control=tuple(row["control"].split()),
+                joiner=row["joiner"],
+            )
+            for row in csv.DictReader(file)
+        )
+
+
+SCREENS = _read_catalogue()

@@ -8,7 +8,7 @@ import numpy as np
 from anndata import AnnData
 from scipy import sparse
 
-from ..errors import DataError, LabelError, did_you_mean, three_beats
+from ..errors import DataError, LabelError, did_you_mean
 from ..packages import same_threads
 from .contract import count_slot, counts, keys_of
 from .on_disk import RowReader, is_on_disk
@@ -65,10 +65,10 @@ def select_genes(
     Lause, Berens & Kobak, Genome Biol. 22:258 (2021); Satija et al., Nat. Biotechnol. 33:495 (2015).
     """
     if n_genes < 1:
-        raise DataError(three_beats("at least 1 gene", str(n_genes), "ask for a positive number"))
+        raise DataError("at least 1 gene", str(n_genes), "ask for a positive number")
     if flavor not in FLAVORS:
         expected = f"a flavor of {sorted(FLAVORS)}"
-        raise LabelError(three_beats(expected, repr(flavor), did_you_mean(flavor, FLAVORS)))
+        raise LabelError(expected, repr(flavor), did_you_mean(flavor, FLAVORS))
     rows = np.arange(adata.n_obs) if split is None else rows_of(adata, split)
     matrix = _counts_of(adata, rows)
     seen = np.flatnonzero(matrix.getnnz(axis=0) >= max(min_cells, 1))

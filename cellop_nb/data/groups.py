@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
@@ -15,7 +16,7 @@ from anndata import AnnData
 from scipy import sparse
 from torch import Tensor
 
-from ..errors import DataError, LabelError, did_you_mean, three_beats
+from ..errors import DataError, LabelError, did_you_mean
 from ..models.operators import Condition, perturbation_parts
 from .contract import Keys, context_labels, keys_of, label_table, require_control
 from .counts import sent
@@ -111,27 +112,17 @@ class Groups(Sequence[Group]):
         usable = inside if control_split is None else _inside(adata, control_split)
         fallback = np.ones(adata.n_obs, dtype=bool) if split == "test" and control_split is None else usable
         is_control = require_control(labels["perturbation"], self.keys.control, self.keys.perturbation_key)
-        grouped = labels[inside & ~is_control].groupby(["context", "perturbation", "dose"]).row
-        members = {
-            key: rows.to_numpy(copy=True) for key, rows in grouped
-        }  # pandas 3 lends its own, read-only
+        members = _rows_by(labels[inside & ~is_control], ["context", "perturbation", "dose"])
         kept = {key: rows for key, rows in members.items() if len(rows) >= min_cells}
         self.dropped = self._dropped(members, kept, min_cells)
-        by_context = labels[is_control].groupby("context").row
-        controls = {context: rows.to_numpy(copy=True) for context, rows in by_context}
+        controls = _rows_by(labels[is_control], "context")
         self.control_rows = _controls(controls, usable, fallback, {key[0] for key in kept}, min_cells)
         z = representation(adata, use_rep)
         self.pool = z[np.concatenate([*self.control_rows.values(), *kept.values()])]
-        doses = pd.Series([key[:2] for key in kept]).value_counts().to_dict()
-        empty = z[:0]
+        n_doses = Counter(key[:2] for key in kept)
         self.items = [
             Group(
-                context,
-                p,
-                dose,
-                rows,
-                _group_label(context, p, dose, several_doses=doses[context, p] > 1),
-                empty,
+                context, p, dose, rows, _label(context, p, dose if n_doses[context, p] > 1 else None), z[:0]
             )
             for (context, p, dose), rows in kept.items()
         ]
@@ -147,7 +138,7 @@ class Groups(Sequence[Group]):
         if not kept and min_cells:
             problem = f"{len(members)} groups, none with {min_cells} cells"
             fix = "check the split and the control label, or lower min_cells"
-            raise DataError(three_beats("at least one perturbed group", problem, fix))
+            raise DataError("at least one perturbed group", problem, fix)
         return pd.DataFrame(small, columns=["context", "perturbation", "cells"])
 
     def _share_pool(self) -> None:
@@ -188,7 +179,7 @@ class Groups(Sequence[Group]):
     @staticmethod
     def context_of_cells(adata: AnnData) -> pd.Series:
         """Context of each cell, (cell,) strings, indexed by cell; labels of several columns are joined with " | "."""
-        return context_labels(adata, keys_of(adata).context_key)
+        return context_labels(adata, keys_of(adata))
 
     @property
     def dim(self) -> int:
@@ -236,7 +227,7 @@ class Groups(Sequence[Group]):
         """
         if context not in self.control_rows:
             fix = did_you_mean(context, self.control_rows)
-            raise LabelError(three_beats("a context with control cells", repr(context), fix))
+            raise LabelError("a context with control cells", repr(context), fix)
         return self.control_rows[context]
 
     def contexts_of(self, perturbation: str) -> list[str]:
@@ -310,16 +301,16 @@ class Groups(Sequence[Group]):
         """
         chosen = [int(k) for k in (range(len(self)) if which is None else which)]
         rows, sizes = self._draws.draw([*chosen, *(k + len(self) for k in chosen)], n_cells, generator)
-        cut = sum(sizes[: len(chosen)])
-        rows = sent(rows, self.pool.device)
+        rows, n_groups = sent(rows, self.pool.device), len(chosen)
+        control_rows, perturbed_rows = rows.tensor_split([sum(sizes[:n_groups])])
         return GroupSample(
-            control=self.pool.index_select(0, rows[:cut]),
-            perturbed=self.pool.index_select(0, rows[cut:]),
-            control_sizes=sizes[: len(chosen)],
-            perturbed_sizes=sizes[len(chosen) :],
+            control=self.pool.index_select(0, control_rows),
+            perturbed=self.pool.index_select(0, perturbed_rows),
+            control_sizes=sizes[:n_groups],
+            perturbed_sizes=sizes[n_groups:],
             which=chosen,
-            control_rows=rows[:cut],
-            perturbed_rows=rows[cut:],
+            control_rows=control_rows,
+            perturbed_rows=perturbed_rows,
         )
 
 
@@ -328,8 +319,13 @@ def controls_by_context(adata: AnnData, keys: Keys) -> dict[str, np.ndarray]:
     labels = label_table(adata, replace(keys, dose_key=None)).assign(row=np.arange(adata.n_obs))
     controls = labels[labels["perturbation"] == keys.control]
     names = adata.obs_names.to_numpy()
-    rows = {context: part.to_numpy(copy=True) for context, part in controls.groupby("context").row}
+    rows = _rows_by(controls, "context")
     return {context: part[np.argsort(names[part], kind="stable")] for context, part in rows.items()}
+
+
+def _rows_by(labels: pd.DataFrame, columns: str | list[str]) -> dict:
+    """Rows (cell,) of each label; copies, since pandas 3 lends its own, read-only."""
+    return {key: rows.to_numpy(copy=True) for key, rows in labels.groupby(columns).row}
 
 
 def _inside(adata: AnnData, split: str | Sequence[str] | None) -> np.ndarray:
@@ -360,7 +356,7 @@ def _controls(
         elif context in needed:
             problem = f"{len(chosen)} in context {context!r}"
             fix = "leave this context out, merge it with another, or measure its controls"
-            raise DataError(three_beats(f"at least {min_cells} control cells in every context", problem, fix))
+            raise DataError(f"at least {min_cells} control cells in every context", problem, fix)
     return controls
 
 
@@ -371,18 +367,16 @@ def representation(adata: AnnData, use_rep: str | np.ndarray | None) -> Tensor:
     if isinstance(use_rep, str):
         if use_rep not in adata.obsm:
             fix = f"embed the cells first, or name another key ({did_you_mean(use_rep, adata.obsm)})"
-            raise DataError(three_beats(f"obsm[{use_rep!r}]", "no such key", fix))
+            raise DataError(f"obsm[{use_rep!r}]", "no such key", fix)
         use_rep = adata.obsm[use_rep]
     z = np.asarray(use_rep, dtype=np.float32)
     if z.ndim != 2 or len(z) != adata.n_obs:
         fix = "pass one row per cell"
-        raise DataError(three_beats(f"a representation of shape ({adata.n_obs}, d)", f"shape {z.shape}", fix))
+        raise DataError(f"a representation of shape ({adata.n_obs}, d)", f"shape {z.shape}", fix)
     broken = ~np.isfinite(z).all(axis=1)
     if broken.any():
         problem = f"{int(broken.sum())} cells with NaN or infinity, such as {adata.obs_names[broken][0]!r}"
-        raise DataError(
-            three_beats("finite latents", problem, "embed the cells again with a model that is finite")
-        )
+        raise DataError("finite latents", problem, "embed the cells again with a model that is finite")
     return torch.from_numpy(z)
 
 
@@ -391,8 +385,8 @@ def evenly(n_cells: int, most: int) -> Tensor:
     return torch.arange(n_cells) if n_cells <= most else torch.linspace(0, n_cells - 1, most).round().long()
 
 
-def _group_label(context: str, perturbation: str, dose: float, *, several_doses: bool) -> str:
-    return f"{context}, {perturbation}" + (f" @ {dose:g}" if several_doses else "")
+def _label(context: str, perturbation: str, dose: float | None) -> str:
+    return f"{context}, {perturbation}" + ("" if dose is None else f" @ {dose:g}")
 
 
 # -- random cells of many sets at once, at a cost independent of the sets' sizes ------------------------------------
@@ -437,34 +431,25 @@ class GroupSample:
 
     def part(self, chosen: Sequence[int]) -> GroupSample:
         """Some of the groups, by their positions in `which`."""
-        control, perturbed = (
-            [*accumulate(sizes, initial=0)] for sizes in (self.control_sizes, self.perturbed_sizes)
-        )
 
-        def cut(cells: Tensor, starts: list[int]) -> Tensor:
-            return torch.cat([cells[starts[k] : starts[k + 1]] for k in chosen])
+        def cut(cells: Tensor, sizes: list[int]) -> Tensor:
+            parts = cells.split(sizes)
+            return torch.cat([parts[k] for k in chosen])
 
+        controls, perturbed = self.control_sizes, self.perturbed_sizes
         return GroupSample(
-            control=cut(self.control, control),
+            control=cut(self.control, controls),
             perturbed=cut(self.perturbed, perturbed),
-            control_sizes=[self.control_sizes[k] for k in chosen],
-            perturbed_sizes=[self.perturbed_sizes[k] for k in chosen],
+            control_sizes=[controls[k] for k in chosen],
+            perturbed_sizes=[perturbed[k] for k in chosen],
             which=[self.which[k] for k in chosen],
-            control_rows=cut(self.control_rows, control),
+            control_rows=cut(self.control_rows, controls),
             perturbed_rows=cut(self.perturbed_rows, perturbed),
         )
 
 
 class Draws:
-    """Sets of consecutive rows, from which cells are drawn.
-
-    Parameters
-    ----------
-    sizes
-        Rows of each set.
-    starts
-        First row of each set; sets may overlap.
-    """
+    """Sets of `sizes` consecutive rows, from which cells are drawn; sets that begin at `starts` may overlap."""
 
     def __init__(self, sizes: Sequence[int], starts: Sequence[int]) -> None:
         self.sizes, self.starts = torch.tensor(sizes), torch.tensor(starts)
@@ -474,14 +459,9 @@ class Draws:
     def draw(
         self, which: Sequence[int], n_cells: int | None = None, generator: torch.Generator | None = None
     ) -> tuple[Tensor, list[int]]:
-        """Rows of `n_cells` cells of each named set: all where it has fewer, or for None.
+        """Rows of `n_cells` cells of each named set, one set after the other, and how many each gave.
 
-        Returns
-        -------
-        rows : Tensor
-            (sum of sizes,) int64, one set after the other.
-        sizes : list of int
-            Cells drawn from each set.
+        All where a set has fewer, or for None.
         """
         key = (n_cells, tuple(which))
         if key not in self._plans:

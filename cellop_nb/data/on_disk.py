@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import anndata
 import h5py
@@ -12,7 +14,7 @@ import numpy as np
 from anndata import AnnData
 from scipy import sparse
 
-from ..errors import DataError, three_beats
+from ..errors import DataError
 
 PASS = 4_096
 """Cells that a pass over counts in their order holds at a time."""
@@ -25,24 +27,19 @@ _GAP = 32  # rows that are read and thrown away rather than starting another rea
 def open_lazily(path: str | Path) -> AnnData:
     """An `.h5ad` or `.zarr` whose matrices (``X``, ``layers``) stay on disk; all else is read.
 
-    Returns
-    -------
-    AnnData
-        Rows taken from it (``adata[rows]``) are read when they are used. The file stays open as long as the object
-        lives, and is never written to.
-
-    Raises
-    ------
-    DataError
-        If the file cannot be read.
+    Rows taken from it (``adata[rows]``) are read when they are used. The file stays open as long as the object lives, and
+    is never written to.
     """
+    import zarr
+
     path = Path(path)
     with readable(path):
-        store = _zarr_group(path) if path.suffix == ".zarr" else h5py.File(path, "r")
+        store: Any = zarr.open_group(path, mode="r") if path.suffix == ".zarr" else h5py.File(path, "r")
         if isinstance(store["obs"], h5py.Dataset):
             fix = f"write it anew once: anndata.read_h5ad({path.name!r}).write_h5ad({'new_' + path.name!r})"
-            raise DataError(three_beats("a file of anndata 0.7 or later", f"an older one, {path}", fix))
-        tables = {name: anndata.io.read_elem(store[name]) for name in _TABLES if name in store}
+            raise DataError("a file of anndata 0.7 or later", f"an older one, {path}", fix)
+        names = ("obs", "var", "uns", "obsm", "varm")
+        tables = {name: anndata.io.read_elem(store[name]) for name in names if name in store}
         layers = {name: _matrix(store["layers"][name]) for name in store.get("layers", ())}
         x = _matrix(store["X"]) if "X" in store else None
         return AnnData(X=x, layers=layers, **tables)
@@ -50,13 +47,7 @@ def open_lazily(path: str | Path) -> AnnData:
 
 @contextmanager
 def readable(path: str | Path) -> Iterator[None]:
-    """Turn what h5py, zarr and anndata raise on files that they cannot read into one error.
-
-    Raises
-    ------
-    DataError
-        With what to do: close the file elsewhere, or make it again.
-    """
+    """Turn what h5py, zarr and anndata raise on files that they cannot read into one error that says what to do."""
     try:
         yield
     except DataError:
@@ -68,7 +59,7 @@ def readable(path: str | Path) -> Iterator[None]:
             fix = "write its matrix in single precision where it was made: adata.X.astype('float32')"
         if "lock" in problem or "already open" in problem:
             fix = "close it in the program or notebook that has it open for writing"
-        raise DataError(three_beats(f"a readable {Path(path).suffix or 'matrix'}", problem, fix)) from error
+        raise DataError(f"a readable {Path(path).suffix or 'matrix'}", problem, fix) from error
 
 
 def part(slot, start: int, end: int):
@@ -84,15 +75,6 @@ def _place(slot) -> str:
     return folder or getattr(getattr(stored, "file", None), "filename", "the counts")
 
 
-_TABLES = ("obs", "var", "uns", "obsm", "varm")
-
-
-def _zarr_group(path: Path):
-    import zarr
-
-    return zarr.open_group(path, mode="r")
-
-
 def _matrix(stored):
     """A matrix of the file, left there."""
     is_sparse = str(stored.attrs.get("encoding-type", "")) in ("csr_matrix", "csc_matrix")
@@ -105,48 +87,32 @@ def is_on_disk(slot) -> bool:
 
 
 class RowReader:
-    """Rows of a matrix on disk as CSR in memory, read in runs.
+    """Rows of a CSR or dense matrix of an h5ad or zarr file, as CSR in memory, read in runs.
 
-    Parameters
-    ----------
-    slot
-        Sparse (CSR) or dense matrix of an h5ad or zarr file.
-    genes
-        Columns to keep, in this order; all where None.
-    rest
-        (cell,) a further last column: the counts of genes that the matrix does not hold.
-    check
-        Gets what was read, (cell, gene) as stored, and its rows (cell,), before it is used: to refuse values.
-
-    Raises
-    ------
-    DataError
-        If the matrix is stored by genes (CSC): every cell would cost a pass through the file.
+    anndata's own slices look up the installed version of scipy each time (2 ms): for the short runs of a shuffled pass
+    ten times as long as reading them. `genes` are the columns to keep, in this order; `check` gets what was read,
+    (cell, gene) as stored, and its rows (cell,), before it is used. A matrix stored by genes (CSC) is refused: every
+    cell would cost a pass through the file.
     """
 
-    def __init__(
-        self,
-        slot,
-        *,
-        genes: np.ndarray | None = None,
-        rest: np.ndarray | None = None,
-        check: Check | None = None,
-    ) -> None:
+    def __init__(self, slot, *, genes: np.ndarray | None = None, check: Check | None = None) -> None:
         if getattr(slot, "format", "csr") == "csc":
             fix = "store it by cells once: adata.X = adata.X.tocsr(); adata.write_h5ad(...)"
-            raise DataError(
-                three_beats("counts stored by cells (CSR)", "a matrix stored by genes (CSC)", fix)
-            )
-        if genes is not None and np.array_equal(genes, np.arange(slot.shape[1])):
-            genes = None
-        self.stored, self.genes, self.rest, self.check = (
-            StoredRows(slot),
-            genes,
-            rest,
-            check,
-        )
-        columns = slot.shape[1] if genes is None else len(genes)
-        self.shape = (slot.shape[0], columns + (rest is not None))
+            raise DataError("counts stored by cells (CSR)", "a matrix stored by genes (CSC)", fix)
+        self.slot, self.check, self.rest = slot, check, None
+        self.genes = None if genes is None or np.array_equal(genes, np.arange(slot.shape[1])) else genes
+        self.shape = (int(slot.shape[0]), int(slot.shape[1]) if self.genes is None else len(self.genes))
+        self._starts = None
+        if stored_format(slot) == "csr":
+            with readable(_place(slot)):
+                self._starts = np.asarray(slot.group["indptr"][...])
+            self._values, self._genes = slot.group["data"], slot.group["indices"]
+
+    def with_rest(self, rest: np.ndarray) -> RowReader:
+        """The same rows with a further last column (cell,): the counts of genes that the matrix does not hold."""
+        more = copy.copy(self)
+        more.rest, more.shape = rest, (self.shape[0], self.shape[1] + 1)
+        return more
 
     def read(self, rows: np.ndarray) -> sparse.csr_matrix:
         """Rows (cell,) in the order asked for, (cell, gene) float32."""
@@ -155,7 +121,7 @@ class RowReader:
         firsts, lasts = distinct[np.r_[0, cuts]], distinct[np.r_[cuts, len(distinct)] - 1] + 1
         # In turns: the rows between, which nobody asked for, are gone before the next ones come.
         turn: np.ndarray = np.cumsum(lasts - firsts) // (2 * PASS)
-        parts = [self._runs(firsts[turn == k], lasts[turn == k], distinct) for k in np.unique(turn)]
+        parts = [self._wanted(firsts[turn == k], lasts[turn == k], distinct) for k in np.unique(turn)]
         block = parts[0] if len(parts) == 1 else sparse.vstack(parts, "csr")
         del parts
         block = block if np.array_equal(distinct, rows) else block[back]
@@ -164,24 +130,32 @@ class RowReader:
             block = sparse.hstack([block, sparse.csr_matrix(self.rest[rows, None])], "csr")
         return block.astype(np.float32, copy=False)
 
-    def _runs(self, firsts: np.ndarray, lasts: np.ndarray, wanted: np.ndarray) -> sparse.csr_matrix:
+    def _wanted(self, firsts: np.ndarray, lasts: np.ndarray, wanted: np.ndarray) -> sparse.csr_matrix:
         """The wanted rows of some runs, in the order of the file and as stored."""
-        block = self.stored.read(firsts, lasts)
+        block = self.runs(firsts, lasts)
         held = np.concatenate([np.arange(a, b) for a, b in zip(firsts, lasts, strict=True)])
         if self.check is not None:
             self.check(block, held)
         kept = np.isin(held, wanted, assume_unique=True)
         return block if kept.all() else block[np.flatnonzero(kept)]
 
+    def runs(self, firsts: np.ndarray, lasts: np.ndarray) -> sparse.csr_matrix:
+        """Runs of neighbouring rows (cell, gene), of the stored type; `lasts` (run,) are not among them."""
+        with readable(_place(self.slot)):  # a damaged part may be seen only now
+            parts = [self._run(a, b) for a, b in zip(firsts, lasts, strict=True)]
+        return parts[0] if len(parts) == 1 else sparse.vstack(parts, "csr")
 
-def is_stored_by_cells(slot) -> bool:
-    """Whether a matrix is a CSR matrix in a file, as anndata opens it."""
-    return hasattr(slot, "group") and getattr(slot, "format", "") == "csr"
+    def _run(self, first: int, last: int) -> sparse.csr_matrix:
+        if self._starts is None:
+            return sparse.csr_matrix(self.slot[first:last])
+        begin, end = self._starts[first], self._starts[last]
+        parts = self._values[begin:end], self._genes[begin:end], self._starts[first : last + 1] - begin
+        return sparse.csr_matrix(parts, (last - first, self.slot.shape[1]))
 
 
-def is_stored_by_genes(slot) -> bool:
-    """Whether a matrix is a CSC matrix in a file, as anndata opens it."""
-    return hasattr(slot, "group") and getattr(slot, "format", "") == "csc"
+def stored_format(slot) -> str:
+    """How a sparse matrix lies in its file, as anndata opens it: "csr" or "csc"; empty for any other matrix."""
+    return getattr(slot, "format", "") if hasattr(slot, "group") else ""
 
 
 def blocks_by_genes(slot, size: int = 2**22) -> Iterator[tuple[int, sparse.csc_matrix]]:
@@ -198,47 +172,3 @@ def blocks_by_genes(slot, size: int = 2**22) -> Iterator[tuple[int, sparse.csc_m
         )
         yield first, sparse.csc_matrix(parts, (slot.shape[0], last - first))
         first = last
-
-
-class StoredRows:
-    """Runs of neighbouring rows, as CSR in memory and of the stored type.
-
-    anndata's own slices look up the installed version of scipy each time (2 ms): for the short runs of a shuffled
-    pass ten times as long as reading them.
-
-    Parameters
-    ----------
-    slot
-        CSR or dense matrix (cell, gene) in a file.
-    """
-
-    def __init__(self, slot) -> None:
-        self.shape = tuple(int(size) for size in slot.shape)
-        self._slot, self._dense, self._starts = slot, slot, None
-        if is_stored_by_cells(slot):
-            with readable(_place(slot)):
-                self._starts = np.asarray(slot.group["indptr"][...])
-            self._values, self._genes = slot.group["data"], slot.group["indices"]
-
-    def read(self, firsts: np.ndarray, lasts: np.ndarray) -> sparse.csr_matrix:
-        """The rows of all runs, one run below the other; `lasts` (run,) are not among them."""
-        with readable(_place(self._slot)):  # a damaged part may be seen only now
-            return self._read(firsts, lasts)
-
-    def _read(self, firsts: np.ndarray, lasts: np.ndarray) -> sparse.csr_matrix:
-        if self._starts is None:
-            runs = [sparse.csr_matrix(self._dense[a:b]) for a, b in zip(firsts, lasts, strict=True)]
-            return runs[0] if len(runs) == 1 else sparse.vstack(runs, "csr")
-        begin, end = self._starts[firsts], self._starts[lasts]
-        if len(firsts) == 1:
-            parts = self._values[begin[0] : end[0]], self._genes[begin[0] : end[0]]
-            indptr = self._starts[firsts[0] : lasts[0] + 1] - begin[0]
-            return sparse.csr_matrix((*parts, indptr), (len(indptr) - 1, self.shape[1]))
-        at = np.concatenate([[0], np.cumsum(end - begin)])
-        values, genes = np.empty(at[-1], self._values.dtype), np.empty(at[-1], np.int32)
-        for run, (a, b) in enumerate(zip(begin, end, strict=True)):
-            values[at[run] : at[run + 1]] = self._values[a:b]
-            genes[at[run] : at[run + 1]] = self._genes[a:b]
-        sizes = [np.diff(self._starts[a : b + 1]) for a, b in zip(firsts, lasts, strict=True)]
-        indptr = np.concatenate([[0], np.cumsum(np.concatenate(sizes))])
-        return sparse.csr_matrix((values, genes, indptr), (len(indptr) - 1, self.shape[1]))

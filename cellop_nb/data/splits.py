@@ -11,7 +11,7 @@ import pandas as pd
 from anndata import AnnData
 
 from ..display import SplitTable
-from ..errors import HoldoutError, LabelError, did_you_mean, three_beats
+from ..errors import HoldoutError, LabelError, did_you_mean
 from .contract import keys_of, label_table, obs_labels, require_control
 
 SPLITS = ("train", "val", "test")
@@ -90,7 +90,9 @@ def _write(adata: AnnData, labels: pd.DataFrame, assigned: np.ndarray, about: di
     """Keep the split of each cell and how it was made; the table of groups."""
     adata.obs[SPLIT_KEY] = pd.Categorical(assigned, categories=list(SPLITS))
     adata.uns.setdefault("cellop_nb", {})["split"] = about
-    return split_table(labels, assigned)
+    groups = labels.assign(split=assigned).groupby(["context", "perturbation", "split"])
+    table = groups.size().unstack(fill_value=0).reindex(columns=list(SPLITS), fill_value=0)
+    return SplitTable(table.rename_axis(columns=None).reset_index())
 
 
 def _read(adata: AnnData, file: str | Path) -> np.ndarray:
@@ -100,32 +102,19 @@ def _read(adata: AnnData, file: str | Path) -> np.ndarray:
     if column is None or not table.index.is_unique:
         problem = "one column alone" if column is None else "names that repeat"
         fix = 'write it with adata.obs["split"].to_csv(file)'
-        raise HoldoutError(three_beats(f"cell names and their split in {str(file)!r}", problem, fix))
+        raise HoldoutError(f"cell names and their split in {str(file)!r}", problem, fix)
     names = pd.Index(adata.obs_names)
     missing = names[~names.isin(table.index)]
     if len(missing):
         problem = f"{len(missing)} cells without one, such as {missing[0]!r}"
         fix = f"use the cell names of the file, such as {str(table.index[0])!r}, or drop these cells"
-        raise HoldoutError(three_beats(f"a split of every cell in {str(file)!r}", problem, fix))
+        raise HoldoutError(f"a split of every cell in {str(file)!r}", problem, fix)
     assigned = table[column].reindex(names).to_numpy(dtype=str)
     unknown = sorted({*assigned} - {*SPLITS})
     if unknown:
         fix = "rename them in the file"
-        raise HoldoutError(three_beats(f"splits named {SPLITS}", repr(unknown[0]), fix))
+        raise HoldoutError(f"splits named {SPLITS}", repr(unknown[0]), fix)
     return assigned
-
-
-def split_table(labels: pd.DataFrame, assigned: np.ndarray) -> pd.DataFrame:
-    """Cells per (context, perturbation) group and split."""
-    table = (
-        labels.assign(split=assigned)
-        .groupby(["context", "perturbation", "split"])
-        .size()
-        .unstack(fill_value=0)
-    )
-    return SplitTable(
-        table.reindex(columns=list(SPLITS), fill_value=0).rename_axis(columns=None).reset_index()
-    )
 
 
 def split_labels(adata: AnnData) -> pd.Series:
@@ -134,7 +123,7 @@ def split_labels(adata: AnnData) -> pd.Series:
     other = [label for label in labels.unique() if label not in SPLITS]
     if other:
         fix = "run cellop_nb.split(adata, ...), or rename the column where it means something else"
-        raise LabelError(three_beats(f"train, val or test in obs[{SPLIT_KEY!r}]", repr(other[0]), fix))
+        raise LabelError(f"train, val or test in obs[{SPLIT_KEY!r}]", repr(other[0]), fix)
     return labels
 
 
@@ -145,26 +134,20 @@ def outside_test(adata: AnnData) -> np.ndarray:
     mask = (split_labels(adata) != "test").to_numpy()
     if not mask.any():
         fix = "run cellop_nb.split(adata, ...), or delete the column"
-        raise HoldoutError(three_beats("cells outside the test split", "all cells in it", fix))
+        raise HoldoutError("cells outside the test split", "all cells in it", fix)
     return mask
 
 
 def rows_of(adata: AnnData, name: str | Sequence[str]) -> np.ndarray:
-    """Rows of the cells in a split (or several), (cell,) ascending.
-
-    Raises
-    ------
-    LabelError
-        If the column is missing or no cell is in a named split.
-    """
+    """Rows of the cells in a split (or several), (cell,) ascending; refuses data without it."""
     if SPLIT_KEY not in adata.obs:
         fix = "run cellop_nb.split(adata, ...) first"
-        raise LabelError(three_beats(f"a column {SPLIT_KEY!r} in obs", "cells without a split", fix))
+        raise LabelError(f"a column {SPLIT_KEY!r} in obs", "cells without a split", fix)
     labels = split_labels(adata)
     for one in _values(name):
         if one not in set(labels):
             fix = f"run split(adata, ...) or name another one ({did_you_mean(one, labels.unique())})"
-            raise LabelError(three_beats(f"cells of split {one!r} in obs[{SPLIT_KEY!r}]", "none", fix))
+            raise LabelError(f"cells of split {one!r} in obs[{SPLIT_KEY!r}]", "none", fix)
     return np.flatnonzero(labels.isin(_values(name)))
 
 
@@ -178,12 +161,10 @@ def _values(labels: object) -> list:
 def _check_fractions(test_fraction: float, val_fraction: float) -> None:
     for name, share in {"test_fraction": test_fraction, "val_fraction": val_fraction}.items():
         if not 0 <= share < 1:
-            raise HoldoutError(
-                three_beats(f"{name} in [0, 1)", f"{share}", "pass a share of the cells, such as 0.1")
-            )
+            raise HoldoutError(f"{name} in [0, 1)", f"{share}", "pass a share of the cells, such as 0.1")
     if test_fraction + val_fraction >= 1:
         problem = f"test_fraction {test_fraction} and val_fraction {val_fraction}"
-        raise HoldoutError(three_beats("some cells left for training", problem, "lower one of them"))
+        raise HoldoutError("some cells left for training", problem, "lower one of them")
 
 
 def _random_share(
@@ -204,7 +185,7 @@ def _matches(adata: AnnData, holdout: Mapping[str, object]) -> np.ndarray:
     """Cells that match every entry of the hold-out, (cell,)."""
     if not holdout:
         fix = "name a column and value, or pass holdout=None for random cells"
-        raise HoldoutError(three_beats("a hold-out that names something", "an empty one", fix))
+        raise HoldoutError("a hold-out that names something", "an empty one", fix)
     mask = np.ones(adata.n_obs, dtype=bool)
     for key, chosen in holdout.items():
         labels = obs_labels(adata, key)
@@ -212,9 +193,7 @@ def _matches(adata: AnnData, holdout: Mapping[str, object]) -> np.ndarray:
         for value in values:
             if value not in column:
                 fix = f"name a label that exists ({did_you_mean(value, labels.unique())})"
-                raise LabelError(
-                    three_beats(f"{value!r} among the labels of obs[{key!r}]", "no such cell", fix)
-                )
+                raise LabelError(f"{value!r} among the labels of obs[{key!r}]", "no such cell", fix)
         mask &= labels.isin(values).to_numpy()
     return mask
 
@@ -226,15 +205,15 @@ def _refuse_bad_holdout(
     perturbed = ~is_control
     if not (test & perturbed).any():
         fix = "check that this combination was measured (cellop_nb.setup(adata) shows the groups)"
-        raise HoldoutError(three_beats("a hold-out with perturbed cells", f"none match {dict(holdout)}", fix))
+        raise HoldoutError("a hold-out with perturbed cells", f"none match {dict(holdout)}", fix)
     if not (perturbed & ~test).any():
         problem = f"all {int(perturbed.sum())} perturbed cells held out by {dict(holdout)}"
-        raise HoldoutError(three_beats("perturbed cells left for training", problem, "hold out fewer groups"))
+        raise HoldoutError("perturbed cells left for training", problem, "hold out fewer groups")
     lost = set(labels["context"][test]) - set(labels["context"][is_control & ~test])
     if lost:
         problem = f"no control cells outside test in {sorted(lost)[:3]}"
         fix = "keep the controls (holdout_controls=False)"
-        raise HoldoutError(three_beats("controls from which test groups can be predicted", problem, fix))
+        raise HoldoutError("controls from which test groups can be predicted", problem, fix)
     _refuse_reordered(labels, test, holdout)
     _refuse_repeated_cells(adata, test)
 
@@ -249,9 +228,7 @@ def _refuse_reordered(labels: pd.DataFrame, test: np.ndarray, holdout: Mapping) 
     leak = ~test & same.isin(set(same[test])).to_numpy() & ~names.isin(set(names[test])).to_numpy()
     if leak.any():
         problem = f"{labels['perturbation'][leak].iloc[0]!r}, the same combination, in training"
-        raise HoldoutError(
-            three_beats(f"no leak of {dict(holdout)}", problem, "write combinations in one order")
-        )
+        raise HoldoutError(f"no leak of {dict(holdout)}", problem, "write combinations in one order")
 
 
 def _refuse_repeated_cells(adata: AnnData, test: np.ndarray) -> None:
@@ -260,6 +237,4 @@ def _refuse_repeated_cells(adata: AnnData, test: np.ndarray) -> None:
     leaked = names[test].intersection(names[~test])
     if len(leaked):
         problem = f"{len(leaked)} cell names on both sides, such as {leaked[0]!r}"
-        raise HoldoutError(
-            three_beats("no leak", problem, "run adata.obs_names_make_unique() or drop repeats")
-        )
+        raise HoldoutError("no leak", problem, "run adata.obs_names_make_unique() or drop repeats")

@@ -1,15 +1,10 @@
-"""Screens whose operators are known: latent clouds, planted affine operators, a nonlinear decoder, NB counts.
-
-``python -m cellop_nb.data.synthetic PATH`` writes the example that the package carries.
-"""
+"""Screens whose operators are known: latent clouds, planted affine operators, a nonlinear decoder, NB counts."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations as pairs_of
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,13 +13,13 @@ from anndata import AnnData
 from scipy import sparse
 from scipy.linalg import expm
 
-from ..errors import DataError, LabelError, did_you_mean, three_beats
-from ..files import write_whole
+from ..errors import DataError, LabelError, did_you_mean
 from ..models.operators import perturbation_parts
 from .contract import Keys
 
 EXAMPLE: dict[str, Any] = {"combinations": 2, "n_genes": 500, "n_cells": 160, "n_controls": 240, "seed": 0}
 """Arguments of :func:`synthetic` that give the example screen."""
+CONTROL = "control"
 
 
 def synthetic(
@@ -37,13 +32,9 @@ def synthetic(
     n_controls: int | None = None,
     n_genes: int = 300,
     n_latent: int = 6,
-    n_donors: int = 3,
     library: float | None = None,
     batch_effect: float = 0.0,
     context_deviation: float = 0.0,
-    perturbation_key: str = "perturbation",
-    context_key: str = "cell_type",
-    control: str = "control",
     seed: int = 0,
 ) -> AnnData:
     r"""A perturbation screen with planted operators.
@@ -60,7 +51,7 @@ def synthetic(
 
     Parameters
     ----------
-    n_contexts, n_perturbations, n_genes, n_latent, n_donors
+    n_contexts, n_perturbations, n_genes, n_latent
         Sizes of the screen.
     combinations
         How many pairs of perturbations to add ("A+B": first A, then B, so A_B A_A), or their labels.
@@ -100,16 +91,16 @@ def synthetic(
     _check_sizes(n_contexts=n_contexts, n_perturbations=n_perturbations, n_cells=n_cells, n_genes=n_genes)
     if n_latent < 4:
         fix = "generators have two directions in and two out, so ask for at least 4"
-        raise DataError(three_beats("n_latent of at least 4", str(n_latent), fix))
+        raise DataError("n_latent of at least 4", str(n_latent), fix)
     rng = np.random.default_rng(seed)
     contexts = [f"type {_letters(k)}" for k in range(n_contexts)]
     singles = [f"drug {k + 1}" for k in range(n_perturbations)]
     doubles = _combination_labels(combinations, singles)
     clouds = {context: Cloud.draw(rng, n_latent) for context in contexts}
     generators = draw_generators(rng, singles, contexts, n_latent, context_deviation)
-    plan = _plan(contexts, singles, doubles, doses, control, n_cells, n_controls or n_cells)
+    plan = _plan(contexts, singles, doubles, doses, n_cells, n_controls or n_cells)
     operators = [
-        operator_of(generators, row.context, row.perturbation, row.dose, control) for row in plan.itertuples()
+        operator_of(generators, row.context, row.perturbation, row.dose) for row in plan.itertuples()
     ]
     decoder = Decoder.draw(rng, n_latent, n_genes)
     dispersion = np.exp(rng.normal(1.5, 0.5, n_genes))
@@ -119,7 +110,7 @@ def synthetic(
         for row, (matrix, shift) in zip(plan.itertuples(), operators, strict=True)
     ]
     z = np.concatenate(latents)
-    obs = _obs(rng, plan, n_donors, perturbation_key, context_key)
+    obs = _obs(rng, plan)
     offset = (obs["batch"].to_numpy() == "batch 2")[:, None] * batch_shift
     depth = rng.lognormal(np.log(library or 0.35 * n_genes), 0.35, len(z))
     # Single precision keeps the draws equal where another machine's sums differ in the last bits.
@@ -144,8 +135,7 @@ def synthetic(
             "seed": int(seed),
         }
     }
-    dose_key = "dose" if "dose" in obs else None
-    Keys(None, perturbation_key, (context_key,), control, dose_key).write(adata)
+    Keys(dose_key="dose" if "dose" in obs else None).write(adata)
     return adata
 
 
@@ -180,7 +170,7 @@ def planted_operator(
     if not hit.any():
         hint = did_you_mean(perturbation, dict.fromkeys(truth["condition"]))
         problem = f"{perturbation!r} at dose {dose:g} in {context or 'any context'}"
-        raise LabelError(three_beats("a planted condition", problem, f"name one that was planted ({hint})"))
+        raise LabelError("a planted condition", problem, f"name one that was planted ({hint})")
     first = int(np.flatnonzero(hit)[0])
     return truth["A"][first], truth["b"][first]
 
@@ -211,28 +201,26 @@ def _truth(adata: AnnData) -> dict:
         return adata.uns["cellop_nb"]["truth"]
     except KeyError:
         fix = "use data made by cellop_nb.datasets.synthetic()"
-        raise DataError(three_beats("planted operators in uns", "none", fix)) from None
+        raise DataError("planted operators in uns", "none", fix) from None
 
 
-def _plan(contexts, singles, doubles, doses, control, n_cells: int, n_controls: int) -> pd.DataFrame:
+def _plan(contexts, singles, doubles, doses, n_cells: int, n_controls: int) -> pd.DataFrame:
     """One row per group: context, perturbation, dose, cells."""
     rows = []
     for context in contexts:
-        rows.append((context, control, 1.0, n_controls))
+        rows.append((context, CONTROL, 1.0, n_controls))
         rows += [(context, single, float(dose), n_cells) for single in singles for dose in doses]
         rows += [(context, double, 1.0, n_cells) for double in doubles]
     return pd.DataFrame(rows, columns=["context", "perturbation", "dose", "cells"])
 
 
-def _obs(rng, plan: pd.DataFrame, n_donors: int, perturbation_key: str, context_key: str) -> pd.DataFrame:
-    per_cell = plan.loc[plan.index.repeat(plan["cells"])].reset_index(drop=True)
-    obs = per_cell.rename(columns={"perturbation": perturbation_key, "context": context_key}).drop(
-        columns="cells"
-    )
-    obs["donor"] = [f"donor {k + 1}" for k in rng.integers(n_donors, size=len(obs))]
+def _obs(rng, plan: pd.DataFrame) -> pd.DataFrame:
+    obs = plan.loc[plan.index.repeat(plan["cells"])].reset_index(drop=True)
+    obs = obs.rename(columns={"context": "cell_type"})[["cell_type", "perturbation", "dose"]]
+    obs["donor"] = [f"donor {k + 1}" for k in rng.integers(3, size=len(obs))]
     obs["batch"] = [f"batch {k + 1}" for k in rng.integers(2, size=len(obs))]
-    for key in (perturbation_key, context_key, "donor", "batch"):
-        obs[key] = obs[key].astype("category")
+    labels = ("perturbation", "cell_type", "donor", "batch")
+    obs = obs.astype(dict.fromkeys(labels, "category"))
     return obs if plan["dose"].nunique() > 1 else obs.drop(columns="dose")
 
 
@@ -245,7 +233,7 @@ def _combination_labels(combinations: int | Sequence[str], singles: list[str]) -
 def _check_sizes(**sizes: int) -> None:
     for name, size in sizes.items():
         if size < 1:
-            raise DataError(three_beats(f"{name} of at least 1", str(size), "ask for a larger screen"))
+            raise DataError(f"{name} of at least 1", str(size), "ask for a larger screen")
 
 
 def _letters(number: int) -> str:
@@ -345,24 +333,11 @@ def _draw_generator(rng: np.random.Generator, n_latent: int, rank: int = 2) -> n
 
 
 def operator_of(
-    generators: Mapping, context: str, perturbation: str, dose: float, control: str
+    generators: Mapping, context: str, perturbation: str, dose: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """A (d, d) and b (d,) of a condition; a combination applies its parts from left to right."""
     labels = [part for _, part in generators]
     whole = np.eye(next(iter(generators.values())).shape[0])
-    for part in () if perturbation == control else perturbation_parts(perturbation, labels):
+    for part in () if perturbation == CONTROL else perturbation_parts(perturbation, labels):
         whole = expm(dose * generators[context, part]) @ whole
     return whole[:-1, :-1], whole[:-1, -1]
-
-
-# -- the example ---------------------------------------------------------------------------------------------------
-
-
-def write_example(path: str | Path) -> None:
-    """Write the example screen to `path` (h5ad)."""
-    adata = synthetic(**EXAMPLE)
-    write_whole(path, lambda part: adata.write_h5ad(part, compression="gzip"))
-
-
-if __name__ == "__main__":
-    write_example(sys.argv[1])

@@ -22,7 +22,7 @@ from ..analysis.combinations import combine, sequence
 from ..analysis.diagnose import affine_health
 from ..analysis.plan import Plan
 from ..analysis.predict import REP, Drawn, Start, assemble, embed, modelled_counts
-from ..data.counts import CountMatrix, model_counts
+from ..data.counts import model_counts
 from ..data.groups import Groups, controls_by_context
 from ..data.splits import SPLIT_KEY, rows_of
 from ..data.synthetic import planted_operator, planted_proportions
@@ -218,7 +218,7 @@ class VirtualCells:
         if SPLIT_KEY in self.screen.obs and (self.screen.obs[SPLIT_KEY] == "test").any():
             self._test[rows_of(self.screen, "test")] = True
         self._fit_plane()
-        self._counts = cast(CountMatrix, model_counts(self.screen, self.vae))
+        self._counts = model_counts(self.screen, self.vae)
         self._gene_names = np.array(self.vae.genes, dtype=object)
         self._column = {gene: i for i, gene in enumerate(self.vae.genes)}
 

@@ -113,8 +113,8 @@ def search(model: nn.Module, loss_terms: Callable, batch: object) -> tuple[str |
 
 def _in_batch(batch: object, name: str, tensor: Tensor) -> Origin:
     origin = Origin.held("batch", name, tensor)
-    if name == "batch.values" and hasattr(batch, "spread"):  # non-zeros of counts: by cell and gene
-        origin.masks = [batch.spread(origin.masks[0])]
+    if name == "batch.values" and hasattr(batch, "counts"):  # non-zeros of counts: by cell and gene
+        origin.masks = [batch.counts.spread(origin.masks[0])]
     return origin
 
 

@@ -19,7 +19,6 @@ from ..data.counts import (
     CountBatch,
     CountLoader,
     CountMatrix,
-    DiskCounts,
     ResidentBatch,
     covariate_categories,
     has_other_genes,
@@ -105,7 +104,7 @@ def new_vae(
     return vae.start_from(torch.as_tensor(gene_mean / totals.mean()).float(), dispersion.float())
 
 
-def _moments(matrix: CountMatrix | DiskCounts, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _moments(matrix: CountMatrix, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Totals (cell,) of the cells `rows`, and mean and variance (gene,) of their counts, in float64."""
     totals, sums, squares = [], np.zeros(()), np.zeros(())
     for _, part in matrix.blocks(rows):
@@ -184,11 +183,11 @@ class VAETrainer(Trainer):
         held = resident(matrix, self.fabric.device)
         rows = {split: rows_of(adata, split) for split in ("train", "val")}
         device = self.fabric.device
-        self.loader = held.loader(
-            rows["train"], batch_size=batch_size, generator=self.cpu_generator, device=device,
+        self.loader = CountLoader(
+            held, rows["train"], batch_size=batch_size, generator=self.cpu_generator, device=device,
             share=(self.processes.rank, self.processes.size),
         )  # fmt: skip
-        self.validation = held.loader(rows["val"], batch_size=512, shuffle=False, device=device)
+        self.validation = CountLoader(held, rows["val"], batch_size=512, shuffle=False, device=device)
         self.parameters |= {
             "batch_size": int(batch_size), "kl_weight": float(kl_weight), "warmup_epochs": int(warmup_epochs),
         }  # fmt: skip
@@ -260,7 +259,7 @@ class VAETrainer(Trainer):
         return {"cells": self.cells[batch.index.cpu().numpy()].tolist(), "genes": self.genes}
 
 
-def _constants(matrix: CountMatrix | DiskCounts, rows: np.ndarray) -> tuple[Tensor, str]:
+def _constants(matrix: CountMatrix, rows: np.ndarray) -> tuple[Tensor, str]:
     """(cell,) part of each cell's log-likelihood that no parameter enters, 0 for cells not in `rows`; and a
     fingerprint of what the numbers of a training depend on: counts, library sizes and covariates of `rows`."""
     constant, rows = torch.zeros(len(matrix)), np.sort(rows)

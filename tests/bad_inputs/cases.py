@@ -81,7 +81,7 @@ def screen():
 
 
 _SCREEN = co.datasets.synthetic(
-    n_contexts=2, n_perturbations=2, n_cells=40, n_genes=40, n_latent=4, library=200.0, control="control"
+    n_contexts=2, n_perturbations=2, n_cells=40, n_genes=40, n_latent=4, library=200.0
 )
 
 

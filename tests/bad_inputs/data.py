@@ -15,87 +15,107 @@ from .cases import COMMANDS, COUNTS, FILES, LABELS, SPLIT, case, command
 # -- counts
 
 
-@case(COUNTS, "log-normalised values where counts are due; the counts are in a layer")
+@case(
+    COUNTS,
+    "log-normalised values where counts are due; the counts are in a layer",
+    found="0.693147 in cell 'cell_00000', gene 'GENE0000' (4840 such values); it looks log-normalised",
+)
 def _(place):
     place.adata.layers["counts"] = place.adata.X.copy()
     place.adata.X = place.adata.X.log1p()
     co.setup(place.adata)
 
 
-@case(COUNTS, "log-normalised values; the counts are in raw")
+@case(
+    COUNTS,
+    "log-normalised values; the counts are in raw",
+    found="0.693147 in cell 'cell_00000', gene 'GENE0000' (4840 such values); it looks log-normalised",
+)
 def _(place):
     place.adata.raw = place.adata.copy()
     place.adata.X = place.adata.X.log1p()
     co.setup(place.adata)
 
 
-@case(COUNTS, "values normalised to the same total")
+@case(
+    COUNTS,
+    "values normalised to the same total",
+    found="49.505 in cell 'cell_00000', gene 'GENE0000' (4702 such values); it looks normalised to 1e+04 per cell",
+)
 def _(place):
     dense = place.adata.X.toarray()
     place.adata.X = 1e4 * dense / dense.sum(1, keepdims=True)
     co.setup(place.adata)
 
 
-@case(COUNTS, "scaled values, some negative")
+@case(
+    COUNTS,
+    "scaled values, some negative",
+    found="negative values: -1 in cell 'cell_00000', gene 'GENE0002' (4760 such values); scaled or corrected data",
+)
 def _(place):
     place.adata.X = place.adata.X.toarray() - 1.0
     co.setup(place.adata)
 
 
-@case(COUNTS, "NaN among the counts")
+@case(COUNTS, "NaN among the counts", found="nan in cell 'cell_00003', gene 'GENE0005' (1 such values)")
 def _(place):
     place.adata.X = place.adata.X.toarray()
     place.adata.X[3, 5] = np.nan
     co.setup(place.adata)
 
 
-@case(COUNTS, "a cell without counts")
+@case(COUNTS, "a cell without counts", found="1 without any, such as 'cell_00007'")
 def _(place):
     place.adata.X = place.adata.X.toarray()
     place.adata.X[7] = 0
     co.setup(place.adata)
 
 
-@case(COUNTS, "a layer that is not there")
+@case(COUNTS, "a layer that is not there", found="no such layer")
 def _(place):
     place.adata.layers["counts"] = place.adata.X
     co.setup(place.adata, layer="count")
 
 
-@case(COUNTS, "nothing in X")
+@case(COUNTS, "nothing in X", found="X is empty")
 def _(place):
     place.adata.X = None
     co.setup(place.adata)
 
 
-@case(COUNTS, "no cells left after a filter")
+@case(COUNTS, "no cells left after a filter", found="0 cells and 40 genes")
 def _(place):
     co.setup(place.adata[:0].copy())
 
 
-@case(COUNTS, "a path instead of an AnnData object")
+@case(COUNTS, "a path instead of an AnnData object", found="a str")
 def _(place):
     co.setup("screen.h5ad")
 
 
-@case(COUNTS, "repeated gene names")
+@case(COUNTS, "repeated gene names", found="1 repeated in var_names, such as 'gene 1'")
 def _(place):
     place.adata.var_names = ["gene 1", *place.adata.var_names[1:-1], "gene 1"]
     co.setup(place.adata)
 
 
-@case(COUNTS, "repeated cell names")
+@case(COUNTS, "repeated cell names", found="239 repeated in obs_names, such as 'AAACG'")
 def _(place):
     place.adata.obs_names = ["AAACG"] * place.adata.n_obs
     co.setup(place.adata)
 
 
-@case(COUNTS, "a synthetic screen of too few dimensions")
+@case(COUNTS, "a synthetic screen of too few dimensions", found="2")
 def _(place):
     co.datasets.synthetic(n_latent=2)
 
 
-@case(COUNTS, "log-normalised values into the trainer")
+@case(
+    COUNTS,
+    "log-normalised values into the trainer",
+    found="0.693147 in cell 'cell_00000', gene 'GENE0000' (4840 such values); it looks log-normalised",
+)
 def _(place):
     vae = place.vae
     place.adata.X = place.adata.X.log1p()
@@ -231,34 +251,38 @@ def _(place):
 # -- labels
 
 
-@case(LABELS, "a perturbation column of another name")
+@case(LABELS, "a perturbation column of another name", found="no such column")
 def _(place):
     place.adata.obs = place.adata.obs.rename(columns={"perturbation": "perturbations"})
     co.setup(place.adata)
 
 
-@case(LABELS, "a context column that is not there")
+@case(LABELS, "a context column that is not there", found="no such column")
 def _(place):
     co.setup(place.adata, context_key="celltype")
 
 
-@case(LABELS, "another label for the controls")
+@case(LABELS, "another label for the controls", found="none")
 def _(place):
     co.setup(place.adata, control="DMSO")
 
 
-@case(LABELS, "a cell type without controls")
+@case(LABELS, "a cell type without controls", found="none in 1 of them, such as 'type A'")
 def _(place):
     obs = place.adata.obs
     co.setup(place.adata[~((obs.cell_type == "type A") & (obs.perturbation == "control"))].copy())
 
 
-@case(LABELS, "nothing but controls")
+@case(LABELS, "nothing but controls", found="only 'control' in obs['perturbation']")
 def _(place):
     co.setup(place.adata[place.adata.obs.perturbation == "control"].copy())
 
 
-@case(LABELS, "cells without a label")
+@case(
+    LABELS,
+    "cells without a label",
+    found="5 cells without one, such as ['cell_00000', 'cell_00001', 'cell_00002']",
+)
 def _(place):
     place.adata.obs.loc[place.adata.obs_names[:5], "perturbation"] = None
     co.setup(place.adata)
@@ -269,37 +293,37 @@ def relabel(place, old, new):
     place.adata.obs["perturbation"] = labels.where(labels != old, new).to_numpy()
 
 
-@case(LABELS, "two spellings of the control")
+@case(LABELS, "two spellings of the control", found="'Control' and 'control'")
 def _(place):
     relabel(place, "drug 1", "Control")
     co.setup(place.adata)
 
 
-@case(LABELS, "a label with a blank at its end")
+@case(LABELS, "a label with a blank at its end", found="'drug 1 '")
 def _(place):
     relabel(place, "drug 1", "drug 1 ")
     co.setup(place.adata)
 
 
-@case(LABELS, "a combination with the control")
+@case(LABELS, "a combination with the control", found="'drug 1+control'")
 def _(place):
     relabel(place, "drug 1", "drug 1+control")
     co.setup(place.adata)
 
 
-@case(LABELS, "a combination in two orders")
+@case(LABELS, "a combination in two orders", found="'A+B' and 'B+A'")
 def _(place):
     relabel(place, "drug 1", "A+B")
     relabel(place, "drug 2", "B+A")
     co.setup(place.adata)
 
 
-@case(LABELS, "one column for both keys")
+@case(LABELS, "one column for both keys", found="'perturbation' twice")
 def _(place):
     co.setup(place.adata, context_key="perturbation")
 
 
-@case(LABELS, "a group of one cell")
+@case(LABELS, "a group of one cell", found="1 with one, such as 'drug 9' in 'type B'")
 def _(place):
     labels = place.adata.obs["perturbation"].astype(str).to_numpy()
     labels[np.flatnonzero(labels == "drug 1")[0]] = "drug 9"
@@ -406,27 +430,31 @@ def _(place):
 # -- splits
 
 
-@case(SPLIT, "a hold-out that matches no cell")
+@case(SPLIT, "a hold-out that matches no cell", found="no such cell")
 def _(place):
     co.split(place.adata, holdout={"cell_type": "type Z"})
 
 
-@case(SPLIT, "a hold-out of an unknown column")
+@case(SPLIT, "a hold-out of an unknown column", found="no such column")
 def _(place):
     co.split(place.adata, holdout={"celltype": "type A"})
 
 
-@case(SPLIT, "a hold-out that leaves nothing to learn from")
+@case(
+    SPLIT,
+    "a hold-out that leaves nothing to learn from",
+    found="all 160 perturbed cells held out by {'perturbation': ['drug 1', 'drug 2']}",
+)
 def _(place):
     co.split(place.adata, holdout={"perturbation": ["drug 1", "drug 2"]})
 
 
-@case(SPLIT, "fractions that leave no cell for training")
+@case(SPLIT, "fractions that leave no cell for training", found="test_fraction 0.6 and val_fraction 0.5")
 def _(place):
     co.split(place.adata, test_fraction=0.6, val_fraction=0.5)
 
 
-@case(SPLIT, "training without a split")
+@case(SPLIT, "training without a split", found="cells without a split")
 def _(place):
     co.new_vae(place.adata, n_latent=2)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
-from anndata import AnnData, concat, read_h5ad, read_zarr
+from anndata import concat, read_h5ad, read_zarr
 from scipy import sparse
 
 from cellop_nb.data import contract, on_disk
@@ -120,9 +120,9 @@ def test_setup_writes_the_keys_alone(screen):
 
 
 def test_context_labels(screen):
-    both = context_labels(screen, ["cell_type", "donor"])
+    both = context_labels(screen, Keys(context_key=("cell_type", "donor")))
     assert both.iloc[0] == f"{screen.obs['cell_type'].iloc[0]} | {screen.obs['donor'].iloc[0]}"
-    assert set(context_labels(screen, None)) == {"all"}
+    assert set(context_labels(screen, Keys(context_key=None))) == {"all"}
 
 
 @pytest.mark.parametrize(
@@ -138,32 +138,23 @@ def test_malformed_perturbations(label):
         perturbation_parts(label)
 
 
-def with_x(change):
-    """Spoil the matrix: `change` gets a dense float copy."""
+def set_at(row, column, value):
+    """Spoil one value of the matrix."""
 
     def spoil(adata):
         x = adata.X.toarray().astype(float)
-        adata.X = change(x)
+        x[row, column] = value
+        adata.X = sparse.csr_matrix(x)
         return adata, {}
 
     return spoil
 
 
-def set_at(row, column, value):
-    def change(x):
-        x[row, column] = value
-        return sparse.csr_matrix(x)
-
-    return with_x(change)
-
-
-def labelled(column, old, new):
-    """Spoil a label of one cell (old: an index) or of all cells that carry it (old: a label)."""
+def labelled(old, new):
+    """Spoil the label of a perturbation."""
 
     def spoil(adata):
-        values = adata.obs[column].astype(object).to_numpy().copy()
-        values[old if isinstance(old, int) else values == old] = new
-        adata.obs[column] = values
+        adata.obs["perturbation"] = adata.obs["perturbation"].astype(str).replace({old: new})
         return adata, {}
 
     return spoil
@@ -173,147 +164,48 @@ def argument(**arguments):
     return lambda adata: (adata, arguments)
 
 
-def without_controls_in_one_context(adata):
-    return adata[
-        ~((adata.obs["cell_type"] == "type B") & (adata.obs["perturbation"] == "control"))
-    ].copy(), {}
-
-
-def repeated_cells(adata):
-    adata.obs_names = ["cell_00000", "cell_00000", *adata.obs_names[2:]]
-    return adata, {}
-
-
-def repeated_genes(adata):
-    adata.var_names = ["GENE0000", "GENE0000", *adata.var_names[2:]]
-    return adata, {}
-
-
-def no_matrix(adata):
-    return AnnData(obs=adata.obs, var=adata.var), {}
-
-
 def normalised_with_counts_beside(adata):
     adata.layers["umi"] = adata.X.copy()
     adata.X = sparse.csr_matrix(np.log1p(adata.X.toarray()))
     return adata, {}
 
 
-def ambiguous_contexts(adata):
-    adata.obs["tissue"] = "a | b"
-    return adata, {"context_key": ["cell_type", "tissue"]}
-
-
-def only_controls(adata):
-    return adata[adata.obs["perturbation"] == "control"].copy(), {}
-
-
-def text_matrix(adata):
-    adata.X = adata.X.toarray().astype(complex)
-    return adata, {}
-
-
-BAD = {
-    "not an AnnData": (lambda a: (a.to_df(), {}), DataError, "an AnnData object.*DataFrame"),
-    "no cells": (lambda a: (a[:0].copy(), {}), DataError, "0 cells and 60 genes"),
-    "no genes": (lambda a: (a[:, :0].copy(), {}), DataError, "400 cells and 0 genes"),
-    "repeated cells": (repeated_cells, DataError, "1 repeated in obs_names, such as 'cell_00000'"),
+BAD = {  # what to do; what was wrong is compared in tests/bad_inputs
+    "counts in a layer": (normalised_with_counts_beside, DataError, "pass the raw counts, layer='umi' seems"),
     "repeated genes": (
-        repeated_genes,
+        lambda a: (a[:, [0, 0, *range(2, 60)]], {}),
         DataError,
         "1 repeated in var_names, such as 'GENE0000'.*var_names_make_unique",
     ),
-    "no matrix": (no_matrix, DataError, "X is empty"),
-    "missing layer": (argument(layer="count"), DataError, "a layer 'count'.*no such layer"),
-    "log-normalised": (with_x(np.log1p), DataError, "looks log-normalised"),
-    "log-normalised sparse": (
-        normalised_with_counts_beside,
-        DataError,
-        "looks log-normalised.*layer='umi' seems",
-    ),
-    "normalised": (
-        with_x(lambda x: x / x.sum(1, keepdims=True) * 1e4),
-        DataError,
-        "looks normalised to 1e\\+04 per cell",
-    ),
-    "scaled": (with_x(lambda x: x - x.mean(0)), DataError, "of at least 0.*negative values.*cell_00000"),
     "one negative": (
         set_at(7, 3, -2),
         DataError,
         r"negative values: -2 in cell 'cell_00007', gene 'GENE0003' \(1 such",
     ),
-    "one fraction": (set_at(5, 2, 90.5), DataError, "90.5 in cell 'cell_00005', gene 'GENE0002'.*corrected"),
     "a small fraction": (set_at(5, 2, 90.001), DataError, "90.001.* in cell 'cell_00005', gene 'GENE0002'"),
-    "NaN": (set_at(5, 2, np.nan), DataError, "finite counts.*nan in cell 'cell_00005', gene 'GENE0002'"),
-    "infinity": (set_at(0, 0, np.inf), DataError, "finite counts.*inf in cell"),
-    "not numbers": (text_matrix, DataError, "numbers in X.*complex"),
-    "empty cell": (
-        with_x(lambda x: x * (np.arange(len(x)) != 9)[:, None]),
-        DataError,
-        "1 without any, such as 'cell_00009'",
-    ),
-    "perturbation key": (
+    "a column of another name": (
         argument(perturbation_key="Perturbation"),
         LabelError,
         "did you mean 'perturbation'",
     ),
-    "context key": (argument(context_key="celltype"), LabelError, "did you mean 'cell_type'"),
-    "one of two context keys": (
-        argument(context_key=["cell_type", "doner"]),
-        LabelError,
-        "did you mean 'donor'",
-    ),
-    "no context keys": (argument(context_key=[]), LabelError, "an empty list"),
-    "same keys": (argument(context_key="perturbation"), LabelError, "'perturbation' twice"),
-    "control label": (
+    "one of two columns": (argument(context_key=["cell_type", "doner"]), LabelError, "did you mean 'donor'"),
+    "another control": (
         argument(control="Control"),
         LabelError,
         "control cells 'Control'.*did you mean 'control'",
     ),
-    "two controls": (
-        labelled("perturbation", 4, "CONTROL"),
-        LabelError,
-        "one spelling.*'control' and 'CONTROL'",
-    ),
-    "context without control": (
-        without_controls_in_one_context,
-        LabelError,
-        "every context.*such as 'type B'",
-    ),
-    "only controls": (only_controls, LabelError, "perturbed cells beside the controls"),
-    "lonely cell": (labelled("perturbation", 4, "drug 9"), LabelError, "1 with one, such as 'drug 9'"),
-    "missing label": (
-        labelled("perturbation", 4, None),
-        LabelError,
-        "1 cells without one, such as .'cell_00004'",
-    ),
-    "missing context": (labelled("cell_type", 4, np.nan), LabelError, "label in obs.'cell_type'.*1 cells"),
-    "written-out NaN": (labelled("cell_type", 4, "nan"), LabelError, "a context for every cell.*'nan'"),
-    "blank": (labelled("perturbation", "drug 1", "drug 1 "), LabelError, "without blanks.*'drug 1 '"),
-    "malformed pair": (
-        labelled("perturbation", "drug 1+drug 2", "drug 1++drug 2"),
-        LabelError,
-        r"write 'drug 1\+drug 2'",
-    ),
-    "pair with control": (labelled("perturbation", "drug 1", "drug 1+control"), LabelError, "write 'drug 1'"),
-    "pair in two orders": (
-        labelled("perturbation", "drug 3", "drug 2+drug 1"),
-        LabelError,
-        "one label per combination",
-    ),
-    "joined contexts": (ambiguous_contexts, LabelError, "without ' | '"),
+    "malformed pair": (labelled("drug 1+drug 2", "drug 1++drug 2"), LabelError, r"write 'drug 1\+drug 2'"),
+    "pair with control": (labelled("drug 1", "drug 1+control"), LabelError, "write 'drug 1'"),
 }
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_refused(screen, case):
+def test_bad_input_is_refused_with_what_to_do(screen, case):
     spoil, error, message = BAD[case]
     adata, arguments = spoil(screen)
-    with pytest.raises(error, match=message) as caught:
+    with pytest.raises(error, match=message):
         setup(adata, **arguments)
-    for beat in ("Expected ", "Found ", "To fix it: "):
-        assert beat in str(caught.value)
 
 
 def test_fault_in_a_late_block_is_found(screen, monkeypatch):
@@ -409,22 +301,12 @@ def test_names_with_a_plus_pass_the_gate(screen):
     assert set(names.values()) <= set(setup(screen)["perturbation"])
 
 
-DOSES = {
-    "text": ("10 uM", "write numbers alone"),
-    "logarithms": (-2.0, r"10 \*\* value"),
-    "zero": (0.0, "others, such as 0.0"),
-    "missing": (np.nan, "others, such as nan"),
-}
-
-
-@pytest.mark.parametrize("case", DOSES)
-def test_what_is_no_dose_is_refused(screen, case):
-    value, message = DOSES[case]
+def test_doses_of_controls_do_not_matter_and_zero_is_none(screen):
     treated = screen.obs["perturbation"] != "control"
-    screen.obs["amount"] = np.where(treated, 1.0, np.nan).astype(object)
+    screen.obs["amount"] = np.where(treated, 1.0, np.nan)
     setup(screen, dose_key="amount")
-    screen.obs.loc[screen.obs_names[np.flatnonzero(treated)[3]], "amount"] = value
-    with pytest.raises(LabelError, match=rf"positive numbers as doses.*obs\['amount'\].*{message}"):
+    screen.obs.loc[screen.obs_names[np.flatnonzero(treated)[3]], "amount"] = 0.0
+    with pytest.raises(LabelError, match=r"positive numbers as doses.*obs\['amount'\].*others, such as 0.0"):
         setup(screen, dose_key="amount")
 
 
@@ -433,20 +315,3 @@ def test_features_that_are_no_genes_are_refused(screen):
     with pytest.raises(DataError, match="2 other features .CRISPR Guide Capture., such as 'GENE0058'"):
         setup(screen)
     setup(screen[:, screen.var["feature_types"] == "Gene Expression"].copy())
-
-
-def test_control_labels_in_a_list_are_refused(screen):
-    with pytest.raises(LabelError, match="control, a string.*replace"):
-        setup(screen, control=["control"])
-
-
-def test_two_columns_of_one_name_are_refused(screen):
-    screen.obs = pd.concat([screen.obs, screen.obs[["cell_type"]]], axis=1)
-    with pytest.raises(LabelError, match="one column 'cell_type' in obs.*2 columns"):
-        setup(screen)
-
-
-def test_gene_indices_outside_the_genes_are_refused(screen):
-    screen.X.indices[7] = 60
-    with pytest.raises(DataError, match="gene indices of 0 to 59.*the gene index 60"):
-        setup(screen)

@@ -113,6 +113,13 @@ def test_truncated_download_of_unknown_length_is_refused(server):
     assert not (server.cache / "remote.h5ad").exists() and not (server.cache / "checksums.json").exists()
 
 
+def test_a_damaged_record_of_checksums_is_refused(server):
+    datasets.load("remote", progress=False)
+    (server.cache / "checksums.json").write_text("{")
+    with pytest.raises(DataError, match="checksums in .*checksums.json.*delete it"):
+        datasets.load("remote", progress=False)
+
+
 def test_changed_cache_is_refused(server):
     datasets.load("remote", progress=False)
     with open(server.cache / "remote.h5ad", "ab") as file:

@@ -14,7 +14,6 @@ from cellop_nb.data.synthetic import (
     planted_operator,
     planted_proportions,
     synthetic,
-    write_example,
 )
 from cellop_nb.errors import DataError, LabelError
 
@@ -35,8 +34,8 @@ def example():
     return load("synthetic_screen")
 
 
-def test_committed_example_is_what_the_command_writes(example, tmp_path):
-    write_example(tmp_path / "again.h5ad")
+def test_committed_example_is_what_its_arguments_make(example, tmp_path):
+    synthetic(**EXAMPLE).write_h5ad(tmp_path / "again.h5ad")
     again = anndata.read_h5ad(tmp_path / "again.h5ad")
     assert again.obs.equals(example.obs) and again.var_names.equals(example.var_names)
     assert (again.X != example.X).nnz == 0

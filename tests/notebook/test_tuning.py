@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import threading
 import time
 
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
-from cellop_nb.commands import run
+from cellop_nb.__main__ import build_parser
 from cellop_nb.data.splits import split
 from cellop_nb.data.synthetic import synthetic
 from cellop_nb.errors import LabelError
@@ -99,10 +98,8 @@ def test_the_copied_command_can_be_given_to_the_shell(panel):
     """Its options are those of the command line, and its file is read."""
     path = panel.copy()
     words = panel.status.value.split("python3 -m cellop_nb ")[1].split("<")[0].split()
-    parser = argparse.ArgumentParser()
-    run.add_run_arguments(parser)
-    arguments = parser.parse_args(words[1:])
-    run.check_run(arguments)
+    arguments = build_parser().parse_args(words)
+    arguments.check(arguments)
     assert words[0] == "run"
     assert arguments.only == panel.notebook
     assert str(path) in words

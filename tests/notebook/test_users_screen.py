@@ -50,7 +50,7 @@ def test_a_notebook_ends_on_a_users_screen(name, folder, root):
 @pytest.mark.parametrize("name", COMPARE)
 def test_a_notebook_ends_where_no_two_contexts_share_a_perturbation(name, tmp_path, root):
     screen = datasets.synthetic(
-        n_contexts=2, n_perturbations=2, n_cells=40, n_genes=60, n_latent=4, library=200.0, control="control"
+        n_contexts=2, n_perturbations=2, n_cells=40, n_genes=60, n_latent=4, library=200.0
     )
     own = screen.obs["perturbation"].astype(str) == screen.obs["cell_type"].astype(str).map(
         {"type A": "drug 1", "type B": "drug 2"}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from toy import LineTrainer, joint_run, one_of, one_with_a_fault, small_operators, small_vae
 
-from cellop_nb.data.counts import CountMatrix
+from cellop_nb.data.counts import CountLoader, CountMatrix
 from cellop_nb.errors import ModelError
 from cellop_nb.models import vae as vae_module
 from cellop_nb.training.loop import Machine
@@ -80,7 +80,7 @@ def test_shares_are_a_partition_of_every_joint_batch(n, size, batch_size):
 
     def loader(rank, of):
         generator = torch.Generator().manual_seed(5)
-        return matrix.loader(batch_size=batch_size, generator=generator, share=(rank, of))
+        return CountLoader(matrix, batch_size=batch_size, generator=generator, share=(rank, of))
 
     joint = [batch.index.tolist() for batch in loader(0, 1)]
     parts = [list(loader(rank, size)) for rank in range(size)]

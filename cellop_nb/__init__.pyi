@@ -1,0 +1,42 @@
+# The public names, each once: type checkers and editors read them here, and __init__.py loads them from here.
+from . import errors as errors
+from .analysis import combinations as combinations
+from .analysis import diagnose as diagnose
+from .analysis import distances as distances
+from .analysis import exchange as exchange
+from .analysis import features as features
+from .analysis import genes as genes
+from .analysis import metrics as metrics
+from .analysis import uncertainty as uncertainty
+from .analysis.cellop import CellOp as CellOp
+from .analysis.cellop import load as load
+from .analysis.holdout import holdout as holdout
+from .analysis.predict import embed as embed
+from .analysis.scores import score as score
+from .analysis.uncertainty import next_experiments as next_experiments
+from .data import datasets as datasets
+from .data.contract import setup as setup
+from .data.genes import select_genes as select_genes
+from .data.groups import Groups as Groups
+from .data.splits import split as split
+from .models.energy import energy_distance as energy_distance
+from .models.likelihood import nb_log_likelihood as nb_log_likelihood
+from .models.operators import OperatorModel as OperatorModel
+from .models.vae import NBVAE as NBVAE
+from .notebook import pl as pl
+from .notebook import results as results
+from .notebook import virtual as virtual
+from .notebook.controls import RunControls as RunControls
+from .notebook.explorer import Explorer as Explorer
+from .notebook.live import LivePlot as LivePlot
+from .notebook.report import report as report
+from .notebook.tuning import TuningPanel as TuningPanel
+from .training import callbacks as callbacks
+from .training.loop import Machine as Machine
+from .training.operators import OperatorTrainer as OperatorTrainer
+from .training.operators import Penalties as Penalties
+from .training.operators import new_operators as new_operators
+from .training.vae import VAETrainer as VAETrainer
+from .training.vae import new_vae as new_vae
+
+__version__: str

@@ -1,0 +1,250 @@
+"""`predict` and `holdout`: what a perturbation would do, and how well held-out groups are told beside baselines."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import threading
+import time
+from concurrent.futures import Future, ProcessPoolExecutor
+from multiprocessing import active_children, connection, get_context, parent_process
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from cellop_nb.commands import add, add_data, check_least, check_new, keys_told
+from cellop_nb.commands.terminal import clock, say, table
+from cellop_nb.errors import DataError, LabelError, ModelError
+from cellop_nb.files import write_whole
+
+if TYPE_CHECKING:
+    from cellop_nb.data.contract import Keys
+
+N_GENES, N_LEADING, N_SHOWN = 10, 5, 10
+SHOWN = ("e_distance", "pearson_delta")
+
+
+def add_commands(commands) -> None:
+    """`predict` and `holdout` on the command line."""
+    summary = "ask what a perturbation would do to the cells of a context, measured or not"
+    parser = add(commands, "predict", predict, summary, check=check_predict)
+    columns = "context (or one of each factor), perturbation, and n_cells or strength"
+    parser.add_argument(
+        "conditions",
+        nargs="?",
+        type=Path,
+        metavar="CONDITIONS.csv",
+        help=f"a table with the columns {columns}",
+    )
+    parser.add_argument(
+        "--context", metavar="LABEL", help="the context to predict; its control cells suffice"
+    )
+    parser.add_argument("--perturbation", metavar="LABEL", help="the perturbation; A+B for a combination")
+    parser.add_argument("--out", type=Path, metavar="CELLS.h5ad", help="file for the predicted cells")
+    parser.add_argument("--data", required=True, help="a name in datasets.list(), or the path of a file")
+    add_data(parser, with_file=False)
+    model = parser.add_argument_group("the model")
+    model.add_argument("--model", type=Path, metavar="PATH", help="a saved model; nothing is fitted then")
+    model.add_argument("--save-model", type=Path, metavar="PATH", help="file for the fitted model")
+    model.add_argument("--genes", type=int, help="variable genes; 0 keeps all (default: 2000)")
+    model.add_argument("--seed", type=int, help="every random choice follows from it (default: 0)")
+
+    summary = "hold out contexts, donors, perturbations or combinations in turn; score all methods"
+    parser = add(commands, "holdout", holdout, summary, check=check_holdout)
+    parser.add_argument("data", help="a name in datasets.list(), or the path of an .h5ad file")
+    over = "context, group, combination, or a column of obs such as donor (default: context)"
+    parser.add_argument("--over", default="context", metavar="WHAT", help=over)
+    parser.add_argument("--only", action="append", metavar="NAME", help="ask only this question; repeatable")
+    add_data(parser, with_file=False)
+    how = parser.add_argument_group("how")
+    how.add_argument("--genes", type=int, default=1000, help="variable genes; 0 keeps all (default: 1000)")
+    how.add_argument("--latent", type=int, default=32, metavar="N", help="latent dimensions (default: 32)")
+    how.add_argument("--seeds", type=int, default=1, help="fits of each hold-out (default: 1)")
+    how.add_argument("--seed", type=int, default=0, help="every random choice follows from it (default: 0)")
+    how.add_argument("--workers", type=int, help="processes side by side (default: one after the other)")
+    parser.add_argument("--out", metavar="FILE.csv", type=Path, help="file for the whole table")
+
+
+def set_up(adata, told: dict[str, str]) -> None:
+    """Set the screen up; a key that is not told is that of the file, where it was set up, else the usual name."""
+    import cellop_nb as co
+    from cellop_nb.data.contract import is_set_up, keys_of
+
+    keys: dict = vars(keys_of(adata)) | told if is_set_up(adata) else dict(told)
+    if (context := told.get("context_key")) is not None:  # 'none' for no contexts
+        keys["context_key"] = None if context.lower() == "none" else context.split(",")
+    co.setup(adata, **keys)
+
+
+# -- predict
+
+
+def check_predict(args: argparse.Namespace) -> None:
+    """Refuse what can be seen from the words alone, before an environment is made."""
+    question = (args.context is not None) + (args.perturbation is not None)
+    if (args.conditions is None and question < 2) or (args.conditions is not None and question):
+        problem = (
+            f"{args.conditions or 'no table'}, --context {args.context}, --perturbation {args.perturbation}"
+        )
+        fix = "give --context and --perturbation, or the table alone"
+        raise LabelError("one question, or a table of questions", problem, fix)
+    if args.genes is not None and (args.genes < 0 or args.genes == 1):
+        raise DataError("--genes of at least 2, or 0 for all", str(args.genes), "leave it out")
+    for option, value in {"--genes": args.genes, "--save-model": args.save_model}.items():
+        if args.model is not None and value is not None:
+            problem, fix = f"{option} beside --model", "leave one of the two out"
+            raise DataError("a saved model, or what a new one is to be", problem, fix)
+    for path in (args.conditions, args.model):
+        if path is not None and not (path.is_file() or path.with_name(f"{path.name}.safetensors").is_file()):
+            raise DataError("a file", f"no file {path}", "check the path")
+    if args.out is not None and args.out.suffix != ".h5ad":
+        raise DataError("--out that ends in .h5ad", str(args.out), f"write {args.out}.h5ad")
+    check_new("--out", args.out)
+    if (saved := args.save_model) is not None:  # it gets the ending where it has none
+        check_new("--save-model", saved.with_name(f"{saved.name.removesuffix('.safetensors')}.safetensors"))
+
+
+def predict(args: argparse.Namespace) -> int:
+    """Fit or load a model, print what it says of each question, and write the cells."""
+    import cellop_nb as co
+
+    adata = co.datasets.load(args.data)
+    told = keys_told(args)
+    if told or args.model is None:
+        set_up(adata, told)
+    if args.model is None:
+        n_genes = 2000 if args.genes is None else args.genes or None
+        model = co.CellOp(adata, n_genes=n_genes, seed=args.seed or 0)
+    else:
+        model = cast(co.CellOp, co.load(args.model, adata))  # with data it is one
+    questions = read_questions(args, model.keys)
+    for one in questions.itertuples():
+        model.check_question(one.context, one.perturbation)
+    if not model.members:
+        started = time.monotonic()
+        model.fit()
+        say(f"fitted in {clock(time.monotonic() - started)}")
+        if args.save_model is not None:
+            say(f"model: {model.save(args.save_model)}")
+    pairs = list(dict.fromkeys(zip(questions["context"], questions["perturbation"], strict=True)))
+    if len(pairs) == 1:
+        _show_one(model, *pairs[0])
+    else:
+        _show_many(model, pairs)
+    if args.out is not None:
+        say(f"cells: {model.predict(questions, out=args.out, seed=args.seed)}")
+    return 0
+
+
+def read_questions(args: argparse.Namespace, keys: Keys):
+    """The questions, as a DataFrame; labels as they are written, "01" and "NA" too."""
+    import pandas as pd
+
+    from cellop_nb.analysis.cellop import question_table
+
+    if args.conditions is None:
+        return question_table(pd.DataFrame({"context": [args.context], "perturbation": [args.perturbation]}))
+    try:
+        numbers = {"n_cells": [""], "strength": [""]}
+        labels = ["context", "perturbation", *(keys.context_key or ())]
+        questions = pd.read_csv(
+            args.conditions, dtype=dict.fromkeys(labels, str), keep_default_na=False, na_values=numbers
+        )
+        return question_table(questions, keys=keys)
+    except (LabelError, ModelError) as refusal:
+        raise type(refusal)(f"{refusal} The table is {args.conditions}.") from None
+    except (OSError, ValueError) as error:
+        problem, fix = f"{args.conditions}: {error}", "write it with commas and a first line of column names"
+        raise DataError("a table of questions as CSV", problem, fix) from error
+
+
+def _show_one(model, context: str, perturbation: str) -> None:
+    say(f"\n{model.verdict(context, perturbation)}\n")
+    leading = model.intervals(context, perturbation).head(N_GENES)
+    intervals = [
+        "unknown" if low != low else f"{low:+.2f} to {high:+.2f}"
+        for low, high in zip(leading["low"], leading["high"], strict=True)
+    ]
+    changes = [f"{change:+.2f}" for change in leading["change"]]
+    rows = list(zip(leading["gene"], changes, intervals, strict=True))
+    say(table(["gene", "change", "95 % interval"], rows, right=[1]))
+    say("change of mean log1p counts per 10,000")
+
+
+def _show_many(model, pairs: list[tuple[str, str]]) -> None:
+    for pair in pairs[:N_SHOWN]:
+        leading = model.intervals(*pair).head(N_LEADING)
+        genes = ", ".join(f"{row.gene} {row.change:+.2f}" for row in leading.itertuples())
+        say(f"{model.verdict(*pair)}\n  leading genes: {genes}")
+    if len(pairs) > N_SHOWN:
+        say(f"and {len(pairs) - N_SHOWN} more questions; a shorter table shows them")
+
+
+# -- holdout
+
+
+def check_holdout(args: argparse.Namespace) -> None:
+    """Refuse what could not be written or understood, before hours of work."""
+    check_least(args, genes=0, latent=2, seeds=1, workers=1)
+    check_new("--out", args.out)
+
+
+def holdout(args: argparse.Namespace) -> int:
+    """Run the hold-outs and show the methods side by side."""
+    import cellop_nb as co
+
+    adata = co.datasets.load(args.data)
+    set_up(adata, keys_told(args))
+    model = co.CellOp(adata, n_latent=args.latent, n_genes=args.genes or None, seed=args.seed)
+    client = None if args.workers is None else LocalWorkers(args.workers)
+    result = co.holdout(model, args.over, only=args.only, n_seeds=args.seeds, client=client, seed=args.seed)
+    if args.out is not None:
+        write_whole(args.out, lambda part: result.table.to_csv(part, index=False))
+    for metric in SHOWN:
+        say(f"\n{metric} (mean over {args.seeds} seed{'s' if args.seeds > 1 else ''})")
+        summary = result.summary(metric)
+        short = summary.rename(columns=lambda method: method.partition(" (")[0])
+        say(short.to_string(float_format="{:.2f}".format))
+        for what, names in summary.attrs["left_out"].items():
+            if names:
+                say(f"not in the mean, {what}: {', '.join(names)}")
+    for row in result.refused.itertuples():
+        say(f"not asked: {row.question}: {row.reason}")
+    for row in result.behind().itertuples():
+        say(f"behind: {row.group}: {row.cellop:.2f} against {row.baseline:.2f} of {row.best_baseline}")
+    return 0
+
+
+class LocalWorkers:
+    """Processes on this machine behind the calls of a Dask client that a hold-out makes; no port is opened."""
+
+    def __init__(self, number: int) -> None:
+        self._pool = ProcessPoolExecutor(number, get_context("spawn"), _end_with_parent)
+
+    def scatter(self, value, broadcast: bool = True, hash: bool = False):  # noqa: A002 - a client's word
+        """What the workers share: it travels with each task."""
+        return value
+
+    def submit(self, work, *arguments, pure: bool = False) -> Future:
+        """A task for the next worker that is free."""
+        return self._pool.submit(work, *arguments)
+
+    def cancel(self, futures) -> None:
+        """Drop the tasks that have not begun, and end the workers, also one that is in the middle of a task."""
+        for future in futures:
+            future.cancel()
+        if not all(future.done() for future in futures):
+            for worker in active_children():
+                worker.terminate()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """End this worker with the process that started it, also one that was killed and could not say so."""
+    parent = parent_process()
+    assert parent is not None, "started by a pool"
+
+    def watch() -> None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
