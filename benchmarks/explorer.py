@@ -11,7 +11,7 @@ from scipy import sparse
 
 from cellop_nb.analysis.cellop import CellOp
 from cellop_nb.data.contract import Keys
-from cellop_nb.notebook.explorer_picture import ExplorerPicture
+from cellop_nb.notebook.explorer import ExplorerPicture
 from cellop_nb.notebook.virtual import Question, VirtualCells
 from cellop_nb.training.operators import new_operators
 from cellop_nb.training.vae import new_vae

@@ -19,21 +19,8 @@ _MANY, _LEFT = 6, 'style="text-align:left"'
 def card(title: str, facts: Mapping[str, object], *, note: str = "") -> str:
     """A title, facts as rows, and a note, as HTML; every word is escaped, since labels come from data.
 
-    Colours are those of the page, so that the card is as readable in a dark theme as in a light one.
-
-    Parameters
-    ----------
-    title
-        What the object is.
-    facts
-        Name of a fact to its value; None is left out. A list shows its first six items and how many there are.
-    note
-        A sentence below.
-
-    Returns
-    -------
-    str
-        HTML.
+    A fact that is None is left out; a list shows its first six items and how many there are. Colours are those of the
+    page, so that the card is as readable in a dark theme as in a light one.
     """
     rows = "".join(
         f'<tr><th scope="row" {_LEFT}>{escape(name)}</th><td {_LEFT}>{_said(value)}</td></tr>'
@@ -45,20 +32,7 @@ def card(title: str, facts: Mapping[str, object], *, note: str = "") -> str:
 
 
 def grid(head: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
-    """A table with a head, as HTML; every word is escaped.
-
-    Parameters
-    ----------
-    head
-        Names of the columns.
-    rows
-        Values of each row; numbers are written with four digits.
-
-    Returns
-    -------
-    str
-        HTML.
-    """
+    """A table with a head, as HTML; every word is escaped, numbers are written with four digits."""
     cell = 'style="text-align:left;padding:2px 16px 2px 0;line-height:1.4"'
     names = "".join(f'<th scope="col" {cell}>{escape(str(name))}</th>' for name in head)
     body = "".join(
@@ -102,13 +76,7 @@ class Table(pd.DataFrame):
 
 
 class History(Table):
-    """A training by epochs; shown are the first, the best and the last.
-
-    Attributes
-    ----------
-    monitor
-        Column whose minimum is the best epoch.
-    """
+    """A training by epochs, the best where `monitor` is lowest; shown are the first, the best and the last."""
 
     _OWN = ("epoch",)
 
@@ -131,18 +99,18 @@ class History(Table):
 
     def _facts(self) -> Mapping[str, object]:
         best, last = self._best(), len(self) - 1
-        by_hand = self["by_hand"].dropna() if "by_hand" in self.columns else pd.Series(dtype=object)
-        return {
-            "epochs": len(self),
-            "best epoch": None
-            if best is None
-            else f"{self['epoch'].iloc[best] + 1} ({self.monitor} {self[self.monitor].iloc[best]:.4g})",
-            "epochs since": None if best is None else last - best,
-            "seconds": float(self["seconds"].sum()) if "seconds" in self.columns else None,
-            "cells per second": int(self["cells_per_s"].median()) if "cells_per_s" in self.columns else None,
-            "changed by hand": [f"epoch {self['epoch'][i] + 1}: {said}" for i, said in by_hand.items()]
-            or None,
-        }
+        facts: dict[str, object] = {"epochs": len(self)}
+        if best is not None:
+            value = self[self.monitor].iloc[best]
+            facts["best epoch"] = f"{self['epoch'].iloc[best] + 1} ({self.monitor} {value:.4g})"
+            facts["epochs since"] = last - best
+        if {"seconds", "cells_per_s"} <= {*self.columns}:
+            facts["seconds"] = float(self["seconds"].sum())
+            facts["cells per second"] = int(self["cells_per_s"].median())
+        if "by_hand" in self.columns:
+            changes = self["by_hand"].dropna().items()
+            facts["changed by hand"] = [f"epoch {self['epoch'][i] + 1}: {said}" for i, said in changes]
+        return facts
 
     def _shown(self) -> pd.DataFrame:
         chosen = {"first": 0, "best": self._best(), "last": len(self) - 1}
@@ -160,16 +128,12 @@ class SplitTable(Table):
         return "Split"
 
     def _facts(self) -> Mapping[str, object]:
-        parts, total = (
-            self[["train", "val", "test"]].sum(),
-            int(self[["train", "val", "test"]].to_numpy().sum()),
-        )
+        parts = self[["train", "val", "test"]].sum()
         unseen = self[self["train"] == 0]
         names = [f"{row.context}, {row.perturbation}" for row in unseen.itertuples()]
-        shares = {
-            name: f"{count:,} cells ({100 * count / max(total, 1):.0f} %)" for name, count in parts.items()
-        }
-        return {**shares, "groups": len(self), "held out whole": names or "none"}
+        shares = 100 * parts / max(parts.sum(), 1)
+        facts = {name: f"{parts[name]:,} cells ({shares[name]:.0f} %)" for name in parts.index}
+        return {**facts, "groups": len(self), "held out whole": names or "none"}
 
 
 SHOWN = (
@@ -277,51 +241,14 @@ class Distances(Table):
 
 
 def markdown(text: str):
-    """Markdown for the end of a cell; markup of HTML in it, as a label may hold, shows as text.
-
-    Parameters
-    ----------
-    text
-        Markdown. Names from data may be put into it as they are: ``<`` and ``&`` begin no HTML.
-
-    Returns
-    -------
-    `IPython.display.Markdown`
-    """
+    """Markdown for the end of a cell; names from data may stand in it as they are: ``<`` and ``&`` begin no HTML."""
     from IPython.display import Markdown
 
     return Markdown(text.replace("&", "&amp;").replace("<", "&lt;"))
 
 
-def styled(
-    frame,
-    *,
-    caption: str = "",
-    form: str | dict[str, str] | None = None,
-    precision: int | None = None,
-    missing: str | None = None,
-    index: bool = True,
-):
-    """A table for the end of a cell; markup of HTML in its labels and values shows as text.
-
-    Parameters
-    ----------
-    frame
-        A DataFrame; pandas' own `style` would write its labels into the page as they are.
-    caption
-        Sentence above the table.
-    form, precision
-        How numbers are written: a format such as ``"{:.1%}"``, one for each column, or a number of decimals.
-    missing
-        What stands for a missing value.
-    index
-        Whether to show the row labels.
-
-    Returns
-    -------
-    `pandas.io.formats.style.Styler`
-    """
-    shown = frame.style.format(form, precision=precision, na_rep=missing, escape="html")
+def styled(frame: pd.DataFrame, *, precision: int | None = None, index: bool = True):
+    """A table for the end of a cell, as a Styler of pandas; markup of HTML in its labels and values shows as text."""
+    shown = frame.style.format(precision=precision, escape="html")
     shown = shown.format_index(escape="html").format_index(escape="html", axis="columns")
-    shown = shown if index else shown.hide(axis="index")
-    return shown.set_caption(escape(caption)) if caption else shown
+    return shown if index else shown.hide(axis="index")

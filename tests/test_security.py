@@ -181,7 +181,7 @@ def shown_table():
     from cellop_nb.display import styled
 
     frame = pd.DataFrame({EVIL: [EVIL, "x"], "number": [0.5, 1.0]}, index=[EVIL, "y"])
-    return styled(frame, caption=EVIL, precision=2).to_html()
+    return styled(frame, precision=2).to_html()
 
 
 def shown_setting():

@@ -24,15 +24,7 @@ Box = tuple[int, int, int, int]
 
 
 class Board:
-    """A white figure of `width` x `height` pixels of the page, painted at twice that size.
-
-    Attributes
-    ----------
-    figure
-        The matplotlib figure; saving it draws all of it.
-    views
-        The panels, in the order in which they are drawn.
-    """
+    """A white figure of `width` x `height` pixels of the page, painted at twice that size; its `views` are the panels."""
 
     def __init__(self, width: int, height: int) -> None:
         self.width, self.height = width, height
@@ -56,13 +48,7 @@ class Board:
         self._stale.append(view)
 
     def png(self, *, small: bool = False) -> bytes:
-        """The picture as PNG.
-
-        Parameters
-        ----------
-        small
-            Take longer for fewer bytes: for the picture that stays in the notebook.
-        """
+        """The picture as PNG; `small` takes longer for fewer bytes, for the picture that stays in the notebook."""
         canvas = self.canvas
         if self.ground is None:
             canvas.draw()
@@ -95,16 +81,9 @@ class Board:
 
 
 class View:
-    """A panel of a board: its axes and the artists that move.
+    """A panel of a board: its axes, and the artists that move.
 
-    Parameters
-    ----------
-    board, box
-        Where it stands.
-    title, x
-        Its words.
-    above, below, beside
-        Pixels around the axes that belong to the panel, besides 50 to the left: title, ticks and keys stand there.
+    `above`, `below` and `beside` are pixels around the axes that belong to it, besides 50 to the left.
     """
 
     def __init__(
@@ -124,9 +103,8 @@ class View:
         self.place = (left - 50, top - above, left + width + beside, top + height + below)
         bounds = (left / w, 1 - (top + height) / h, width / w, height / h)
         self.ax: Axes = s.plain_axes(board.figure.add_axes(bounds))
-        self.ax.set_title(
-            title, fontsize=s.TEXT, color=s.INK, loc="left", pad=4, y=1.0, fontfamily=s.families()
-        )
+        style = {"fontsize": s.TEXT, "color": s.INK, "fontfamily": s.families()}
+        self.ax.set_title(title, loc="left", pad=4, y=1.0).update(style)
         self.ax.set_xlabel(x, fontsize=s.SMALL, color=s.INK)
         # fixed positions: to find them, matplotlib would measure every tick
         self.ax.xaxis.set_label_coords(0.5, -20 / height)
@@ -147,8 +125,12 @@ class View:
         self.moving.append(text)
         return text
 
-    def key(self, *handles: Any, **style: Any) -> None:
-        """The legend, which stands still."""
-        for text in s.legend(self.ax, *handles, **style).findobj(Text):
+    def key(self, *handles: Any, columns: int = 1, corner: tuple[float, float] | None = None) -> None:
+        """The legend, which stands still: beside the panel, or upwards from a corner in parts of it."""
+        drawn = s.legend(self.ax, *handles, outside=True, columns=columns, handlelength=1.2)
+        if corner is not None:
+            drawn.set_loc("lower left")
+            drawn.set_bbox_to_anchor(corner, self.ax.transAxes)
+        for text in drawn.get_texts():
             text.set_fontfamily(s.families())
         self.board.stale(self)

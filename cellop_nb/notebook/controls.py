@@ -21,7 +21,7 @@ from cellop_nb.notebook.live import LivePlot, duration
 from cellop_nb.training.callbacks import Callback
 
 if TYPE_CHECKING:
-    from ipywidgets import VBox
+    from ipywidgets import HTML, VBox
 
 log = logging.getLogger("cellop_nb")
 
@@ -33,6 +33,18 @@ class Panel:
 
     about = ""
     panel: VBox
+    status: HTML
+
+    def _say(self, text: str) -> None:
+        """A line that is read aloud."""
+        self.status.value = status_line(text)
+
+    def _safely(self, action: Callable[[], object]) -> None:
+        """Run a widget's action; what is refused is said."""
+        try:
+            action()
+        except (CellopError, ArithmeticError) as problem:
+            self._say(f"refused: {problem}")
 
     def _repr_mimebundle_(self, include=None, exclude=None):
         bundle = self.panel._repr_mimebundle_(include=include, exclude=exclude)
@@ -100,14 +112,6 @@ class RunControls(Panel, Callback):
         """Pause or resume, whichever the button says."""
         (self.pause if self.pause_button.description == "Pause" else self.resume)()
 
-    def set_learning_rate(self, value: float) -> None:
-        """Change the learning rate from the next step on."""
-        self.trainer.change("learning_rate", value)
-
-    def set_weight(self, name: str, value: float) -> None:
-        """Change the weight of a loss term from the next step on."""
-        self.trainer.change(name, value)
-
     def draw_now(self) -> None:
         """Draw the live picture at the end of the current step."""
         if self.live is not None:
@@ -131,8 +135,8 @@ class RunControls(Panel, Callback):
         self._start, self._said = self._clock(), -math.inf
         free_comms([self.panel])
         blocking = threading.current_thread() is threading.main_thread()
-        self._say(self.note, kernel_note(ipykernel_version(), blocking=blocking))
-        self._say(self.status, "training has started")
+        self._write(self.note, kernel_note(ipykernel_version(), blocking=blocking))
+        self._write(self.status, "training has started")
 
     def on_step_end(self, trainer) -> None:
         """Save if asked to; write the status a few times per second."""
@@ -156,9 +160,9 @@ class RunControls(Panel, Callback):
             self._save.clear()
             try:
                 self.trainer.save_checkpoint(self.checkpoint)
-                self._say(self.note, f"saved {self.checkpoint} after step {self.trainer.step:,}")
+                self._write(self.note, f"saved {self.checkpoint} after step {self.trainer.step:,}")
             except CellopError as problem:  # a full disk: the training need not end for it
-                self._say(self.note, f"not saved: {problem}")
+                self._write(self.note, f"not saved: {problem}")
 
     def _write_status(self, trainer) -> None:
         self._said = self._clock()
@@ -172,9 +176,9 @@ class RunControls(Panel, Callback):
             duration(self._clock() - self._start),
             getattr(trainer, "stop_reason", ""),
         ]
-        self._say(self.status, " | ".join(part for part in parts if part))
+        self._write(self.status, " | ".join(part for part in parts if part))
 
-    def _say(self, label, text: str) -> None:
+    def _write(self, label, text: str) -> None:
         """Write to a label that is no control: a control that speaks during the fit would go deaf."""
         try:
             label.value = status_line(text)
@@ -193,20 +197,18 @@ class RunControls(Panel, Callback):
         self.pause_button = button("Pause", "Hold after the current step", self.toggle_pause)
         self.draw_button = button("Draw now", "Draw the live picture at the end of the step", self.draw_now)
         self.save_button = button("Save checkpoint", "Save model and history", self.save_checkpoint)
-        rate = rate_slider(self.trainer.learning_rate)
-        rate.observe(lambda change: self.set_learning_rate(change["new"]), "value")
-        self.rate_slider, self.weight_sliders = rate, {}
-        for name, value in self.trainer.weights.items():
-            slider = weight_slider(readable(name), value)
-            slider.observe(lambda change, name=name: self.set_weight(name, change["new"]), "value")
-            self.weight_sliders[name] = slider
-        for slider in (rate, *self.weight_sliders.values()):
+        self.rate_slider = rate_slider(self.trainer.learning_rate)
+        weights = self.trainer.weights.items()
+        self.weight_sliders = {name: weight_slider(readable(name), value) for name, value in weights}
+        sliders = {"learning_rate": self.rate_slider, **self.weight_sliders}
+        for name, slider in sliders.items():
+            slider.observe(lambda change, name=name: self.trainer.change(name, change["new"]), "value")
             sized(slider, "460px").continuous_update = False
         self.status, self.note = HTML(), HTML()
-        self._say(self.status, "ready")
+        self._say("ready")
         buttons = [self.stop_button, self.pause_button, self.draw_button, self.save_button]
         row = HBox(buttons, layout=Layout(flex_flow="row wrap"))
-        self.panel = panel([row, rate, *self.weight_sliders.values(), self.status, self.note])
+        self.panel = panel([row, *sliders.values(), self.status, self.note])
 
 
 def rate_slider(rate: float):

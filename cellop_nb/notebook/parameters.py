@@ -43,21 +43,9 @@ class ParameterError(CellopError):
 
 @dataclass(frozen=True)
 class Parameter:
-    """One value that a notebook takes.
+    """One value that a notebook takes; a range includes its bounds.
 
-    Parameters
-    ----------
-    name
-        Name of the variable in the notebook.
-    type
-        Annotation: `bool`, `int`, `float`, `str`, `None`, a `list[...]` of the first four, or several joined
-        by `|`.
-    default
-        Value that the committed notebook holds.
-    help
-        What it means, in a few words, with its unit.
-    choices, minimum, maximum
-        Allowed values, or the allowed range (bounds included).
+    The type is `bool`, `int`, `float`, `str`, `None`, a `list[...]` of the first four, or several joined by `|`.
     """
 
     name: str
@@ -95,13 +83,7 @@ class Parameter:
         return f"{self.help} ({self.limits})" if self.limits and self.help else self.help or self.limits
 
     def check(self, value: Any) -> Any:
-        """The value in its declared type.
-
-        Raises
-        ------
-        ParameterError
-            When the type, the choice or the range does not fit.
-        """
+        """The value in its declared type; refused where type, choice or range does not fit."""
         for kind in self.kinds:
             fits, converted = _fit(kind, value)
             if fits:
@@ -110,13 +92,7 @@ class Parameter:
         raise self._refuse(value)
 
     def parse(self, text: str) -> Any:
-        """The value written as text on a command line (`true`, `0.5`, `none`, `8,16,32`).
-
-        Raises
-        ------
-        ParameterError
-            When the text is no such value.
-        """
+        """The value written as text on a command line (`true`, `0.5`, `none`, `8,16,32`)."""
         for kind in sorted(self.kinds, key=_parsing_order):
             value = _read(kind, text.strip())
             if value is not _UNREADABLE:
@@ -179,13 +155,7 @@ def _read(kind: str, text: str) -> Any:
 
 
 def cell_of(path: Path) -> str:
-    """Source of the cell tagged `parameters` in a notebook file.
-
-    Raises
-    ------
-    LabelError
-        When the file is no notebook or has no such cell.
-    """
+    """Source of the cell tagged `parameters` in a notebook file; refused where there is none."""
     try:
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         for cell in cells:
@@ -248,13 +218,7 @@ def names() -> list[str]:
 
 
 def find(notebook: str | Path) -> str:
-    """Full name of a notebook from its name, its number, its path or the words after the number.
-
-    Raises
-    ------
-    LabelError
-        When no notebook bears that name.
-    """
+    """Full name of a notebook from its name, its number, its path or the words after the number."""
     stem = Path(notebook).name.removesuffix(".ipynb")
     for name in names():
         number, _, title = name.partition("_")
@@ -265,13 +229,7 @@ def find(notebook: str | Path) -> str:
 
 
 def for_notebook(notebook: str | Path) -> tuple[Parameter, ...]:
-    """Parameters that a notebook declares: a file, or one of the package's by its name.
-
-    Raises
-    ------
-    LabelError
-        When the name is neither one of ours nor the path of a notebook with a `parameters` cell.
-    """
+    """Parameters that a notebook declares: a file, or one of the package's by its name."""
     path = Path(notebook)
     if path.suffix != ".ipynb" or not path.is_file():
         path = FOLDER / f"{find(notebook)}.ipynb"
@@ -289,13 +247,7 @@ def defaults(notebook: str | Path) -> dict[str, Any]:
 
 
 def parameter(notebook: str | Path, name: str) -> Parameter:
-    """One parameter of a notebook.
-
-    Raises
-    ------
-    LabelError
-        When the notebook has no parameter of that name.
-    """
+    """One parameter of a notebook; an unknown name is refused."""
     by_name = {p.name: p for p in for_notebook(notebook)}
     if name in by_name:
         return by_name[name]
@@ -311,23 +263,8 @@ def validate(notebook: str | Path, values: Mapping[str, Any]) -> dict[str, Any]:
 def assign(notebooks: Iterable[str | Path], name: str, value: Any, *, text: bool = False) -> dict[str, Any]:
     """Value of one parameter for each notebook that has it: `{notebook name: typed value}`.
 
-    Parameters
-    ----------
-    notebooks
-        The notebooks about to run.
-    name
-        A parameter, or `NOTEBOOK.parameter` (`02.max_epochs`) for one notebook alone.
-    value
-        Its value; parsed where it is text and the parameter is not.
-    text
-        The value comes from a command line, where `none` and `8,16` have a meaning.
-
-    Raises
-    ------
-    LabelError
-        When none of the notebooks has such a parameter.
-    ParameterError
-        When the value does not fit.
+    The name may be `NOTEBOOK.parameter` (`02.max_epochs`) for one notebook alone. With `text` the value comes from a
+    command line, where `none` and `8,16` have a meaning; text is parsed too where the parameter is none.
     """
     books = [Path(notebook) for notebook in notebooks]
     where, _, plain = name.rpartition(".")
@@ -338,13 +275,9 @@ def assign(notebooks: Iterable[str | Path], name: str, value: Any, *, text: bool
         named = ", ".join(book.stem for book in books)
         fix = did_you_mean(plain, dict.fromkeys(options))
         raise LabelError(three_beats(f"a parameter of {named}", repr(name), fix))
-    return {stem: _typed(p, value, text) for stem, p in homes.items()}
-
-
-def _typed(parameter: Parameter, value: Any, text: bool) -> Any:
     # YAML reads 1e-3 as text
-    as_text = text or (isinstance(value, str) and "str" not in parameter.kinds)
-    return parameter.parse(value) if as_text else parameter.check(value)
+    parsed = {stem for stem, p in homes.items() if text or (isinstance(value, str) and "str" not in p.kinds)}
+    return {stem: p.parse(value) if stem in parsed else p.check(value) for stem, p in homes.items()}
 
 
 def as_yaml(

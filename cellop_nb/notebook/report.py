@@ -6,6 +6,7 @@ import json
 from base64 import b64encode
 from collections.abc import Sequence
 from html import escape
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:  # the command line fills in the notebooks of a run without to
 __all__ = ["report"]
 
 MOST, N_FIGURES, N_GENES = 12, 3, 5
+_RULES = ("mean shift", "near mean shift", "linear")
 _MARK = '<meta name="generator" content="cellop_nb report">'
 _BEGIN, _END = "<!-- notebooks -->", "<!-- end of notebooks -->"
 _CSS = """
@@ -110,12 +112,6 @@ def _list(sentences: Sequence[str]) -> str:
     return f"<ul>{''.join(f'<li>{escape(sentence)}</li>' for sentence in sentences)}</ul>"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    from ..display import grid
-
-    return f'<div class="wide">{grid(head, rows)}</div>'
-
-
 def _ends(names: Sequence, most: int = MOST) -> list:
     """Of a ranking, strongest first: all, or two thirds of `most` from the top and the rest from the bottom."""
     weak = most // 3
@@ -130,9 +126,7 @@ def _scored(holdout: Holdout | None) -> pd.DataFrame | None:
     if holdout is None or "e_distance" not in set(holdout.scores["metric"]):
         return None
     rows = holdout.scores[holdout.scores["metric"] == "e_distance"]
-    return rows.pivot_table(
-        index=["context", "perturbation"], columns="method", values="value", sort=False, observed=True
-    )
+    return rows.pivot_table("value", ["context", "perturbation"], "method", sort=False, observed=True)
 
 
 def _questions(model: CellOp, scored: pd.DataFrame | None) -> tuple[list[tuple[str, str]], int]:
@@ -141,17 +135,18 @@ def _questions(model: CellOp, scored: pd.DataFrame | None) -> tuple[list[tuple[s
 
     sizes = model.effects.groupby("perturbation", observed=True)["e_distance"].mean()
     measured = set(zip(model.effects["context"], model.effects["perturbation"], strict=True))
-    every = [
-        (context, label) for context in controls_by_context(model.adata, model.keys) for label in sizes.index
-    ]
-    unmeasured = [
-        pair for pair in every if pair not in measured or (scored is not None and pair in scored.index)
-    ]
+    every = list(product(controls_by_context(model.adata, model.keys), sizes.index))
+    held_out = set() if scored is None else set(scored.index)
+    unmeasured = [pair for pair in every if pair not in measured or pair in held_out]
     ranked = sorted(unmeasured or every, key=lambda pair: (-sizes.fillna(0)[pair[1]], pair[0]))
     return _ends(ranked), len(ranked)
 
 
 def _measured(model: CellOp) -> str:
+    import numpy as np
+
+    from ..display import grid
+
     effects, keys = model.effects, model.keys
     different = int(effects["different"].sum())
     facts = (
@@ -166,21 +161,13 @@ def _measured(model: CellOp) -> str:
     )
     ranked = effects.sort_values("e_distance", ascending=False, kind="stable")
     shown = ranked.loc[_ends(list(ranked.index))]
-    rows = [
-        [
-            row.group,
-            int(row.n_perturbed),
-            f"{row.e_distance:.2f}",
-            f"{row.detectable:.2f}",
-            "yes" if row.different else "no",
-        ]
-        for row in shown.itertuples()
-    ]
+    differs = np.where(shown["different"], "yes", "no")
+    distances = (shown[name].map("{:.2f}".format) for name in ("e_distance", "detectable"))
+    rows = zip(shown["group"], shown["n_perturbed"].astype(int), *distances, differs, strict=True)
     more = f"The strongest and the weakest of {len(effects)} groups." if len(shown) < len(effects) else ""
     head = ["group", "cells", "distance to controls", "detectable", "differs"]
-    return _section(
-        "What was measured", _list([facts, test]), f"<p>{more}</p>" * bool(more), _table(head, rows)
-    )
+    table = f'<p>{more}</p><div class="wide">{grid(head, rows)}</div>'
+    return _section("What was measured", _list([facts, test]), table)
 
 
 def _verdicts(model: CellOp, questions, n_questions: int, scored: pd.DataFrame | None) -> str:
@@ -206,7 +193,7 @@ def _checked(scored: pd.DataFrame, context: str, perturbation: str) -> str:
 
     energy = scored.loc[(context, perturbation)]
     start, ours = energy["no change"], energy["CellOp"]
-    rules = energy[[name for name in ("mean shift", "near mean shift", "linear") if name in energy]].dropna()
+    rules = energy[[name for name in _RULES if name in energy]].dropna()
     if not len(rules) or pd.isna(start) or pd.isna(ours):
         return ""
     text = f"Energy distance to the real cells {ours:.2f}, {rules.idxmin()} {rules.min():.2f}, no change {start:.2f}:"
@@ -217,55 +204,42 @@ def _checked(scored: pd.DataFrame, context: str, perturbation: str) -> str:
 
 def _genes(model: CellOp, context: str, perturbation: str) -> str:
     rows = model.intervals(context, perturbation).head(N_GENES).itertuples()
-    named = [
-        f"{r.gene} {r.change:+.2f}" + (f" ({r.low:+.2f} to {r.high:+.2f})" if r.low == r.low else "")
-        for r in rows
-    ]
+    with_interval = "{0.gene} {0.change:+.2f} ({0.low:+.2f} to {0.high:+.2f})"
+    named = [(with_interval if r.low == r.low else "{0.gene} {0.change:+.2f}").format(r) for r in rows]
     return f"Leading genes: {', '.join(named)}"
 
 
 def _figures(model: CellOp, holdout: Holdout | None, questions) -> str:
     import pandas as pd
 
-    from . import pl
+    from . import pl, style
 
-    blocks = []
+    pictures = []
     if holdout is not None:
-        blocks.append(_picture(pl.energy_bars(holdout.scores, methods=_methods(holdout))))
+        methods = [name for name in ("no change", *_RULES, "CellOp") if name in set(holdout.scores["method"])]
+        pictures.append(style.figure_of(pl.energy_bars(holdout.scores, methods=methods)))
     leading = []
     for context, perturbation in questions[:N_FIGURES]:
         genes = model.intervals(context, perturbation).head(N_GENES * 2)
         half = (genes["high"] - genes["low"]) / 2
-        leading.append(
-            genes.assign(axis=f"{perturbation} in {context}", effect=genes["change"], uncertainty=half)
-        )
-    blocks.append(
-        _picture(pl.response_axes(pd.concat(leading), n_top=10, unit="change of mean log expression"))
-    )
-    return _section("In pictures", *blocks)
+        named = genes.assign(axis=f"{perturbation} in {context}", effect=genes["change"], uncertainty=half)
+        leading.append(named)
+    unit = "change of mean log expression"
+    pictures.append(pl.response_axes(pd.concat(leading), n_top=10, unit=unit))
+    return _section("In pictures", *map(_picture, pictures))
 
 
-def _methods(holdout: Holdout) -> list[str]:
-    shown = ("no change", "mean shift", "near mean shift", "linear", "CellOp")
-    return [name for name in shown if name in set(holdout.scores["method"])]
-
-
-def _picture(drawn) -> str:
+def _picture(figure) -> str:
     from . import style
 
-    figure = style.figure_of(drawn) if hasattr(drawn, "get_figure") and hasattr(drawn, "plot") else drawn
     data = b64encode(style.png(figure)).decode("ascii")
     size, alt = round(float(figure.get_figwidth()) * style.DPI), escape(style.described(figure))
     return f'<p><img width="{size}" src="data:image/png;base64,{data}" alt="{alt}"></p>'
 
 
 def _unknown(model: CellOp, questions) -> str:
-    plans = {pair: model.plan(*pair) for pair in questions}
-    doubtful = [
-        model.verdict(*pair)
-        for pair, plan in plans.items()
-        if not plan.measured and not model.explained(*pair).max() > 0
-    ]
+    unmeasured = [pair for pair in questions if not model.plan(*pair).measured]
+    doubtful = [model.verdict(*pair) for pair in unmeasured if not model.explained(*pair).max() > 0]
     own = "If a gene responds only in this context, other contexts cannot tell it, and the intervals do not cover it."
     return _section("What cannot be known, and why", _list([*doubtful, own]))
 
@@ -280,36 +254,23 @@ def _next(model: CellOp, questions, holdout: Holdout | None) -> str:
         advice.append(f"Measure in a second context, so that predictions can be checked: {_some(single)}.")
     weak = effects.loc[~effects["different"].astype(bool), "group"]
     if len(weak):
-        advice.append(
-            f"These groups do not differ from their controls; measure more cells to be sure: {_some(list(weak))}."
-        )
-    supports = {pair: model.support(*pair) for pair in questions}
-    far = {f"{label} in {context}" for (context, label), table in supports.items() if _is_far(table)}
+        text = "These groups do not differ from their controls; measure more cells to be sure"
+        advice.append(f"{text}: {_some(list(weak))}.")
+    supports = {f"{label} in {context}": model.support(context, label) for context, label in questions}
+    far = [name for name, table in supports.items() if len(table) and table["distance"].iloc[0] > 2]
     if far:
-        advice.append(
-            f"Measure a more similar context; the nearest one is unusually far: {_some(sorted(far))}."
-        )
-    larger = [
-        f"{label} in {context}" for (context, label), t in supports.items() if t.attrs.get("extrapolated")
-    ]
+        advice.append(f"Measure a more similar context; the nearest one is unusually far: {_some(far)}.")
+    larger = [name for name, table in supports.items() if table.attrs.get("extrapolated")]
     if larger:
         advice.append(
             f"Check the size with a few cells; it is larger than any measured one: {_some(larger)}."
         )
-    behind = (
-        []
-        if holdout is None
-        else [f"{row.group} ({row.best_baseline})" for row in holdout.behind().itertuples()]
-    )
+    lost = [] if holdout is None else holdout.behind().itertuples()
+    behind = [f"{row.group} ({row.best_baseline})" for row in lost]
     if behind:
         advice.append(f"Use the simpler method where it came nearer to the real cells: {_some(behind)}.")
-    return _section(
-        "What to measure or change next", _list(advice or ["Nothing: no number here asks for a change."])
-    )
-
-
-def _is_far(support: pd.DataFrame) -> bool:
-    return len(support) > 0 and bool(support["distance"].iloc[0] > 2)
+    advice = advice or ["Nothing: no number here asks for a change."]
+    return _section("What to measure or change next", _list(advice))
 
 
 def _some(names: Sequence[str], most: int = 6) -> str:
@@ -321,9 +282,8 @@ def _notebooks(folder: Path) -> str:
     rows = []
     for path in sorted(folder.glob("[0-9][0-9]_*.ipynb")):
         try:
-            answer = json.loads((folder / path.stem / "metrics.json").read_text(encoding="utf-8")).get(
-                "answer", ""
-            )
+            numbers = json.loads((folder / path.stem / "metrics.json").read_text(encoding="utf-8"))
+            answer = numbers.get("answer", "")
         except (OSError, ValueError):
             answer = ""
         text = escape(" ".join(str(answer).replace("**", "").split()))

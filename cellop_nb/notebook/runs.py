@@ -36,22 +36,9 @@ _PATIENCE = 2.0
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one notebook.
+    """What became of one notebook in the `folder` of its run.
 
-    Parameters
-    ----------
-    notebook
-        Name without the suffix.
-    folder
-        Folder of the run.
-    seconds
-        Wall time, the start of the kernel included.
-    error
-        Type and message of the error; empty where the notebook ran to its end.
-    cell
-        Execution count of the failing cell, as in `In [3]`.
-    metrics
-        Content of `metrics.json`.
+    `error` is empty where it ran to its end; `cell` counts as in `In [3]`; `metrics` are the content of `metrics.json`.
     """
 
     notebook: str
@@ -75,32 +62,11 @@ def execute(
     on_cell: Callable[[int, int], None] | None = None,
     timeout: int | None = None,
 ) -> Outcome:
-    """Execute one notebook in a run folder.
+    """Execute one notebook, with `values` that differ from its defaults, in a run folder: its working directory.
 
-    Parameters
-    ----------
-    notebook
-        Path of the notebook.
-    folder
-        Run folder, made when it is not there; the notebook's working directory.
-    values
-        Parameters that differ from the defaults.
-    on_cell
-        Called with the number of the cell that starts (from 1) and the number of cells.
-    timeout
-        Seconds that one cell may take; None: no limit.
-
-    Returns
-    -------
-    Outcome
-        A failing notebook is an outcome with an `error`, not an exception.
-
-    Raises
-    ------
-    LabelError, ParameterError
-        When a parameter is unknown or its value does not fit; nothing has run then.
-    SetupError
-        When this environment has no Python kernel.
+    `on_cell` is called with the number of the cell that starts (from 1) and the number of cells; a cell may take
+    `timeout` seconds. A failing notebook is an outcome with an `error`, not an exception; values that do not fit are
+    refused before anything runs.
     """
     notebook, folder = Path(notebook), Path(folder).resolve()
     values = parameters.validate(notebook, values or {})
@@ -205,11 +171,8 @@ def kernel_settings() -> Iterator[dict]:
     """
     from traitlets.config import Config
 
-    settings: dict[str, Any] = {
-        "kernel_name": "python3",
-        "kernel_manager_class": _patient_manager(),
-        "store_widget_state": False,
-    }
+    settings: dict[str, Any] = {"kernel_name": "python3", "kernel_manager_class": _patient_manager()}
+    settings["store_widget_state"] = False
     with tempfile.TemporaryDirectory(prefix="cellop-") as sockets, surroundings():
         if os.name != "nt":
             connection = {"transport": "ipc", "connection_file": os.path.join(sockets, "kernel.json")}
@@ -270,13 +233,7 @@ def metrics_file(run_dir: str | Path, notebook: str) -> Path:
 
 
 def read_metrics(run_dir: str | Path, notebook: str) -> dict[str, Any]:
-    """Key numbers of a notebook; empty where it wrote none.
-
-    Raises
-    ------
-    DataError
-        If the file is damaged.
-    """
+    """Key numbers of a notebook; empty where it wrote none, refused where the file is damaged."""
     path = metrics_file(run_dir, notebook)
     return read_json(path, "key numbers of a notebook", "run the notebook again") if path.is_file() else {}
 

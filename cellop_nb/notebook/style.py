@@ -90,10 +90,7 @@ def canvas(
 ) -> tuple[NotebookFigure, list[Axes]]:
     """A white figure with `rows * columns` panels, laid out so that no label is clipped, and its panels in order.
 
-    Parameters
-    ----------
-    width, height
-        Inches; 8 inches are 768 pixels of a page. The default height gives panels of 2.5 inches.
+    Width and height are inches, of 96 pixels of a page; panels are 2.5 inches high by default.
     """
     size = (width, height or 2.5 * rows)
     fig = NotebookFigure(figsize=size, dpi=DPI, facecolor="white", edgecolor="white", layout="constrained")
@@ -119,17 +116,6 @@ def plain_axes(ax: Axes) -> Axes:
     ax.tick_params(which="both", colors=QUIET, labelcolor=INK, labelsize=SMALL, width=0.8, length=3)
     ax.tick_params(which="minor", length=1.5, labelsize=SMALL)
     return ax
-
-
-def without_spines(ax: Axes) -> None:
-    """No frame at all: of a heat map, or where bars would hide it."""
-    ax.spines[:].set_visible(False)
-
-
-def hide(axes: Sequence[Axes]) -> None:
-    """Panels of a grid that stay empty."""
-    for ax in axes:
-        ax.set_visible(False)
 
 
 def figure_of(ax: Axes) -> Figure:
@@ -224,10 +210,10 @@ def legend(
     return ax.legend(**style | options)
 
 
-def colour_bar(ax: Axes, image, title: str = "", *, axes: Sequence[Axes] | None = None, **options):
-    """A quiet colour bar of `image` beside `ax` (or beside all of `axes`)."""
-    options = {"fraction": 0.04, "pad": 0.02} | options
-    bar = figure_of(ax).colorbar(image, ax=axes or ax, **options)
+def colour_bar(ax: Axes, image, title: str = "", **options):
+    """A quiet colour bar of `image` beside `ax`."""
+    options = {"fraction": 0.04, "pad": 0.02, "format": FuncFormatter(compact)} | options
+    bar = figure_of(ax).colorbar(image, ax=ax, **options)
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=SMALL, labelcolor=INK, colors=QUIET)
     bar.set_label(title, fontsize=SMALL, color=INK)
@@ -271,10 +257,12 @@ def of_method(names: Sequence[str]) -> dict[str, dict[str, str]]:
 # -- axes
 
 
-def long_names(ax: Axes, names: Sequence[object], axis: str = "x", limit: int = 40) -> None:
-    """Categories as ticks, shortened, and turned when they would overlap."""
+def long_names(
+    ax: Axes, names: Sequence[object], axis: str = "x", limit: int = 40, first: float = 0.0
+) -> None:
+    """Categories as ticks from `first` on, shortened, and turned when they would overlap."""
     shown = [safe(name, limit) for name in names]
-    (ax.set_xticks if axis == "x" else ax.set_yticks)(range(len(shown)), shown)
+    (ax.set_xticks if axis == "x" else ax.set_yticks)(np.arange(len(shown)) + first, shown)
     if axis == "x":
         figure, position = figure_of(ax), ax.get_subplotspec()
         width = (ax.get_position() if position is None else position.get_position(figure)).width
@@ -326,15 +314,20 @@ def decades(low: float, high: float, most: int) -> np.ndarray:
     return steps[:: -(-len(steps) // most)]
 
 
+def rounded(value: float) -> float:
+    """The next of 1, 1.5, 2, 3, 4, 6, 8, 10 in the value's decade."""
+    decade = 10.0 ** np.floor(np.log10(max(value, 1e-3)))
+    return float(next(step * decade for step in (1, 1.5, 2, 3, 4, 6, 8, 10, 15) if step * decade >= value))
+
+
 def linear_threshold(values) -> float:
     """Power of ten below which an energy axis is linear; all negative values lie there."""
-    values = np.asarray(values, dtype=float)
-    values = values[np.isfinite(values)]
-    top = float(np.abs(values).max(initial=0.0)) or 1.0
-    typical = float(np.median(np.abs(values))) if values.size else top
-    least = 10.0 ** np.floor(np.log10(max(typical / 3, top / 1e3)))
-    negative = -float(values.min(initial=0.0))
-    return float(max(least, 10.0 ** np.ceil(np.log10(negative)))) if negative > 0 else float(least)
+    values = np.asarray(values, dtype=float).ravel()
+    values = values[np.isfinite(values) & (values != 0)]
+    if not values.size:
+        return 1.0
+    least = 10.0 ** np.floor(np.log10(max(np.median(np.abs(values)) / 3, np.abs(values).max() / 1e3)))
+    return float(max(least, 10.0 ** np.ceil(np.log10(-values.min()))) if values.min() < 0 else least)
 
 
 def energy_scale(ax: Axes, values, axis: str = "x") -> None:
@@ -355,18 +348,8 @@ def families() -> list[str]:
     return [name for name in _FALLBACKS if name in present] or ["sans-serif"]
 
 
-def finish(drawn: Any, show: bool | None = None, save: str | Path | None = None) -> Any:
-    """What every figure ends with: letters of all scripts, a file, and the picture now where it is asked for.
-
-    Parameters
-    ----------
-    drawn
-        Axes or a figure.
-    show
-        True shows it at once and returns nothing; else it shows itself where it is the last line of a cell.
-    save
-        File to write: vector (``.svg``, ``.pdf``) or ``.png``.
-    """
+def finish(drawn: Any, show: bool = False, save: str | Path | None = None) -> Any:
+    """What every figure ends with: letters of all scripts, a file, and the picture now where it is asked for."""
     for text in drawn.findobj(Text):
         text.set_fontfamily(families())
     figure = drawn if isinstance(drawn, Figure) else figure_of(drawn)
@@ -405,20 +388,15 @@ def small_png(picture: Pixels.Image, colours: int = 256) -> bytes:
     return small.getvalue()
 
 
-def shown(drawn: Axes | Figure, path: str | Path) -> Any:
-    """The figure as an `IPython.display.Image` with its words for the end of a cell, also written to a PNG file."""
-    from IPython.display import Image
-
-    figure = drawn if isinstance(drawn, Figure) else figure_of(drawn)
-    data = png(figure)
-    write_whole(path, lambda part: part.write_bytes(data))
-    return Image(data, format="png", alt=described(figure), width=round(float(figure.get_figwidth()) * DPI))
-
-
 def described(figure: Figure) -> str:
     """What stands in a figure in words: its title, and each panel's title, axes and legend."""
     keys = [", ".join(text.get_text() for text in key.get_texts()) for key in figure.legends]
-    parts = [figure.get_suptitle(), *(_panel(ax) for ax in figure.axes if ax.get_visible()), *keys]
+    edges = [
+        f"{axis}: {text}"
+        for axis, text in (("x", figure.get_supxlabel()), ("y", figure.get_supylabel()))
+        if text
+    ]
+    parts = [figure.get_suptitle(), *(_panel(ax) for ax in figure.axes if ax.get_visible()), *edges, *keys]
     return " | ".join(" ".join(part.split()) for part in parts if part).replace(r"\$", "$")
 
 

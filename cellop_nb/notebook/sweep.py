@@ -52,14 +52,7 @@ MOST_RUNS = 10_000
 class Axis:
     """A parameter and what it takes in a sweep: the listed `values`, or, where there are none, any number of a range.
 
-    Attributes
-    ----------
-    parameter
-        The notebook's parameter.
-    values
-        What is gone through; a `range` is sampled as one.
-    low, high, log
-        Ends of a continuous range; whether it is sampled uniformly in the logarithm.
+    A continuous range may be sampled uniformly in the logarithm (`log`).
     """
 
     parameter: Parameter
@@ -87,16 +80,10 @@ class Axis:
 
 @dataclass(frozen=True)
 class Run:
-    """One execution of the notebook.
+    """One execution of the notebook: all values, and a digest of what the result depends on.
 
-    Attributes
-    ----------
-    values
-        Every parameter of the notebook with its value, the defaults included.
-    key
-        Digest of what the result depends on: values, the notebook's code, the content of the data, our version.
-    trial
-        Its place in a study of Optuna, where it may be ended early (:class:`~cellop_nb.training.callbacks.Pruning`).
+    Where it may be ended early, `trial` is its place in a study of Optuna, as
+    :class:`~cellop_nb.training.callbacks.Pruning` reads it.
     """
 
     values: dict[str, Any]
@@ -109,13 +96,6 @@ def read_axis(notebook: str | Path, text: str) -> Axis:
 
     Values are `8,16,32`, whole numbers `0..4` (both ends included), or, for sampling, `1e-4..1e-2` and
     `log:1e-4..1e-2`. Values that are lists themselves are separated by `;`.
-
-    Raises
-    ------
-    LabelError
-        When the text is no axis, or the notebook has no such parameter.
-    ParameterError
-        When a value does not fit the parameter.
     """
     name, equals, listed = (part.strip() for part in text.partition("="))
     if not equals or not listed:
@@ -148,35 +128,22 @@ def _span(parameter: Parameter, text: str) -> Axis:
 
 
 class Space:
-    """The runs that a sweep may have.
-
-    Parameters
-    ----------
-    notebook
-        Path of the notebook.
-    axes
-        What varies.
-    fixed
-        Values of other parameters that differ from the defaults.
-
-    Raises
-    ------
-    LabelError
-        When there is nothing to vary, or a parameter is named twice.
-    """
+    """The runs that a sweep may have: what varies, and `fixed` values that differ from the notebook's defaults."""
 
     def __init__(self, notebook: str | Path, axes: Sequence[Axis], fixed: Mapping[str, Any] | None = None):
         names = [axis.name for axis in axes]
         twice = [name for name in names if names.count(name) > 1 or name in (fixed or {})]
         if not names or twice:
             received = f"{twice[0]!r} named twice" if twice else "none"
-            raise LabelError(
-                three_beats("parameters to vary, each named once", received, "see `sweep --help`")
-            )
+            fix = "see `sweep --help`"
+            raise LabelError(three_beats("parameters to vary, each named once", received, fix))
         self.notebook, self.axes = Path(notebook), axes
         self._base = parameters.defaults(notebook) | dict(fixed or {})
         self._base.pop(FREE, None)
-        self._code = _code_of(self.notebook)
+        cells = json.loads(self.notebook.read_text(encoding="utf-8"))["cells"]
+        # text, stored outputs and the defaults of parameters change no result
+        code = [cell for cell in cells if cell["cell_type"] == "code"]
+        self._code = [c["source"] for c in code if "parameters" not in c.get("metadata", {}).get("tags", [])]
 
     def run(self, values: Mapping[str, Any]) -> Run:
         """The run with these values of the axes, all of its values checked."""
@@ -198,19 +165,12 @@ class Space:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def check(self, n_random: int | None = None) -> None:
-        """Refuse runs without end, too many of them, and values that do not fit.
-
-        Raises
-        ------
-        LabelError
-            When all combinations are asked of a continuous range, or more than :data:`MOST_RUNS`.
-        """
+        """Refuse runs without end, and more than :data:`MOST_RUNS` of them."""
         endless = [axis.name for axis in self.axes if not axis.values]
         if n_random is None and endless:
             fix = "add --random N to sample it, or list its values"
-            raise LabelError(
-                three_beats("values to go through", f"a continuous range of {endless[0]!r}", fix)
-            )
+            received = f"a continuous range of {endless[0]!r}"
+            raise LabelError(three_beats("values to go through", received, fix))
         if n_random is not None and n_random < 1:
             raise LabelError(three_beats("runs to choose, at least 1", str(n_random), "ask for some runs"))
         n_runs = math.prod(len(axis.values) for axis in self.axes) if n_random is None else n_random
@@ -249,16 +209,6 @@ def _optuna():
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna
-
-
-def _code_of(notebook: Path) -> list[str]:
-    """Source of the code cells; text and stored outputs change no result."""
-    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    return [
-        "".join(cell["source"])
-        for cell in cells
-        if cell["cell_type"] == "code" and "parameters" not in cell.get("metadata", {}).get("tags", [])
-    ]
 
 
 def _data_of(values: Mapping[str, Any]) -> str:
@@ -307,26 +257,17 @@ def empty(folder: Path) -> Path:
 
 @contextmanager
 def locked(parent: Path) -> Iterator[None]:
-    """Only one sweep at a time works in a folder; the lock of a killed one is gone with it.
-
-    Raises
-    ------
-    DataError
-        When another sweep is at work there.
-    """
+    """Only one sweep at a time works in a folder, others are refused; the lock of a killed one is gone with it."""
     from filelock import FileLock, Timeout
 
     parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(parent / ".lock")
     try:
-        lock.acquire(timeout=0)
+        lock = FileLock(parent / ".lock").acquire(timeout=0)
     except Timeout:
         fix = "wait until it has ended, or give this one another --name"
         raise DataError(three_beats(f"one sweep at a time in {parent}", "another at work", fix)) from None
-    try:
+    with lock:
         yield
-    finally:
-        lock.release()
 
 
 # -- executing: at most so many kernels at once, each run whole or not counted
@@ -351,29 +292,9 @@ def execute(
 ) -> Generator[tuple[Run, dict[str, Any]], None, None]:
     """Execute runs, and yield each with its result as it ends; call it while the folder is :func:`locked`.
 
-    Parameters
-    ----------
-    notebook
-        The notebook; a copy of it is taken at the start, so that it may be edited meanwhile.
-    folder
-        Folder of the sweep, with a folder for each run.
-    chosen
-        The runs; each is asked for when a worker is free, so that it may depend on what was yielded before.
-    where
-        As :func:`check_where` takes it.
-    workers
-        Kernels that may run at once.
-    timeout
-        Seconds that one cell may take; None: no limit.
-    job
-        What a job of a batch system gets.
-    tell
-        Told while no worker has started.
-
-    Raises
-    ------
-    DataError
-        When the cluster is lost. What has ended is kept.
+    A copy of the notebook is taken at the start, so that it may be edited meanwhile. Each run is asked for when one of
+    the `workers` is free, so that it may depend on what was yielded before; a cell may take `timeout` seconds. `tell` is
+    told while no worker has started.
     """
     copy = empty(folder / ".notebook") / notebook.name
     shutil.copyfile(notebook, copy)
@@ -392,21 +313,14 @@ def execute(
                     result = future.result()
                 except CancelledError as error:
                     fix = "start the cluster and run the same command again; finished runs are kept"
-                    raise DataError(
-                        three_beats("a Dask cluster until the end", "one that went away", fix)
-                    ) from error
-                except Exception as error:  # no worker could end it
-                    result = _give_up(folder, run, error)
+                    expected, received = "a Dask cluster until the end", "one that went away"
+                    raise DataError(three_beats(expected, received, fix)) from error
+                except (
+                    Exception
+                ) as error:  # no worker could end it; a KilledWorker may have been short of memory
+                    result = _result(run.values, f"{type(error).__name__}: {error}", 0.0, {})
+                    runs.write_json(empty(folder / run.key) / RESULT, result)
                 yield run, result
-
-
-def _give_up(folder: Path, run: Run, error: Exception) -> dict[str, Any]:
-    """Keep a run that no worker could end as a failed one."""
-    killed = type(error).__name__ == "KilledWorker"
-    why = "every worker that ran it died (out of memory?)" if killed else str(error)
-    result = _result(run.values, f"{type(error).__name__}: {why}", 0.0, {})
-    runs.write_json(empty(folder / run.key) / RESULT, result)
-    return result
 
 
 def run_one(
@@ -422,9 +336,8 @@ def run_one(
         runs.write_json(work / "trial.json", run.trial)
     outcome = runs.execute(notebook, work, run.values, timeout=timeout)
     result = _result(run.values, outcome.error, time.monotonic() - start, outcome.metrics)
-    if (
-        outcome.error and stopped is not None and stopped.is_set()
-    ):  # it has neither failed nor come to its end
+    # neither failed nor come to its end
+    if outcome.error and stopped is not None and stopped.is_set():
         shutil.rmtree(work, ignore_errors=True)
     else:
         runs.write_json(work / RESULT, result)
@@ -497,26 +410,22 @@ KERNEL_GB = 1.0
 """Memory that a kernel with torch, scanpy and a small screen takes."""
 
 _SEARCH_SECONDS = 30
-_PLAIN_PATH = r"[\w./+@:=,-]+"
+_WORDS = {
+    "memory": (r"\d+(\.\d+)? ?[kMGT]i?B", "--memory such as 4GB"),
+    "walltime": (r"(\d+-)?\d+:\d\d(:\d\d)?", "--walltime such as 04:00:00 or 1-04:00:00"),
+    "queue": (r"[\w.+@:,-]+", "a name after --queue of letters, digits and . _ + @ : , -"),
+    "account": (r"[\w.+@:,-]+", "a name after --account of letters, digits and . _ + @ : , -"),
+    "logs": (r"[\w./+@:=,-]+", "a folder after --runs without spaces and special characters"),
+}
+"""Form of each word of a job script."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a job of a batch system gets.
+    """What a job of a batch system gets; what would not stay one word of its script is refused.
 
-    Parameters
-    ----------
-    memory, walltime
-        Amount and time as the batch system reads them: ``"4GB"``, ``"04:00:00"``.
-    queue, account
-        Partition or queue, and who pays; the site's own where None.
-    logs
-        Folder for what the jobs print, and for the certificate of their cluster.
-
-    Raises
-    ------
-    DataError
-        For what would not stay one word of a job script.
+    Amounts are as the batch system reads them; queue and account are the site's own where None. The folder `logs` gets
+    what jobs print, and the certificate of their cluster.
     """
 
     memory: str = "4GB"
@@ -526,21 +435,10 @@ class Job:
     logs: Path | None = None
 
     def __post_init__(self) -> None:
-        self._refuse(
-            "memory", r"\d+(\.\d+)? ?[kMGT]i?B", "--memory such as 4GB", "write a number and MB or GB"
-        )
-        fix = "write hours:minutes:seconds, or days-hours:minutes:seconds"
-        self._refuse("walltime", r"(\d+-)?\d+:\d\d(:\d\d)?", "--walltime such as 04:00:00", fix)
-        for name in ("queue", "account"):
-            fix = "use letters, digits and . _ + @ : , -"
-            self._refuse(name, r"[\w.+@:,-]+", f"a name after --{name}", fix)
-        fix = "give --runs a folder without spaces and special characters"
-        self._refuse("logs", _PLAIN_PATH, "a folder that a job script can name", fix)
-
-    def _refuse(self, name: str, pattern: str, expected: str, fix: str) -> None:
-        value = getattr(self, name)
-        if value is not None and not re.fullmatch(pattern, str(value), flags=re.ASCII):
-            raise DataError(three_beats(expected, repr(str(value)), fix))
+        for name, (pattern, expected) in _WORDS.items():
+            value = getattr(self, name)
+            if value is not None and not re.fullmatch(pattern, str(value), flags=re.ASCII):
+                raise DataError(three_beats(expected, repr(str(value)), "write it so"))
 
 
 def check_where(where: str) -> str:
@@ -600,17 +498,10 @@ def _connected(address: str):
         fix = "set distributed.comm.tls.ca-file, .client.cert and .client.key, as the scheduler's owner does"
         raise DataError(three_beats("certificates in Dask's configuration", "none", fix))
     try:
-        client = Client(address, timeout=_SEARCH_SECONDS, security=security, set_as_default=False)
+        return Client(address, timeout=_SEARCH_SECONDS, security=security, set_as_default=False)
     except (OSError, TimeoutError, ValueError) as error:
         fix = "start `dask scheduler` there, check host, port, firewall and certificates"
         raise DataError(three_beats(f"a Dask scheduler at {address}", f"none ({error})", fix)) from error
-    try:
-        client.wait_for_workers(1, timeout=_SEARCH_SECONDS)
-    except TimeoutError as error:
-        client.close()
-        fix = f"start `dask worker {address}` where the kernels shall run"
-        raise DataError(three_beats(f"workers at {address}", "none", fix)) from error
-    return client
 
 
 def queue_cluster(where: str, job: Job):
@@ -640,22 +531,11 @@ def queue_cluster(where: str, job: Job):
 
 
 class Search:
-    """Runs chosen by Optuna, whose study is kept in the journal `study.log` (JSON) of the sweep's folder.
+    """Runs chosen by Optuna, whose study is kept in the journal `study.log` (JSON) of the sweep's :func:`locked` folder.
 
-    A study that was broken off, by ``kill -9`` too, goes on: what was at work is asked for again.
-
-    Parameters
-    ----------
-    space
-        The runs to choose from.
-    folder
-        Folder of the sweep, while it is :func:`locked`.
-    metric, best
-        The number of ``metrics.json`` to bring down or up, as :class:`Sweep` takes them.
-    prune
-        Whether a run whose validation curve is worse than the median of the others' is ended early.
-    seed
-        Of the tree-structured Parzen estimator that chooses.
+    A study that was broken off, by ``kill -9`` too, goes on: what was at work is asked for again. A tree-structured
+    Parzen estimator brings `metric` down or up (`best`); with `prune` a run whose validation curve is worse than the
+    median of the others' is ended early.
 
     References
     ----------
@@ -711,13 +591,7 @@ class Search:
                 self.tell(run, result_of(self._folder / run.key) or {})
 
     def tell(self, run: Run, result: dict[str, Any]) -> None:
-        """What a run came to.
-
-        Raises
-        ------
-        LabelError
-            When it came to its end without the metric.
-        """
+        """What a run came to; at its end it must have the metric."""
         number, metrics = self._numbers[run.key], dict(_numbers(result["metrics"]))
         if result["status"] == "done" and self._metric in metrics:
             self.study.tell(number, metrics[self._metric])
@@ -748,21 +622,9 @@ def _good(metric: str) -> str:
 def collect(folder: Path, planned: Sequence[Run], notebook: str) -> pd.DataFrame:
     """One row per run, in the order of the plan.
 
-    Parameters
-    ----------
-    folder
-        Folder of the sweep.
-    planned
-        The planned runs.
-    notebook
-        Name of the notebook, without suffix.
-
-    Returns
-    -------
-    DataFrame
-        ``run`` (the folder), every parameter, every number of ``metrics.json`` (nested ones as ``a.b``; one named
-        like a parameter as ``metric.a``), ``status`` (done, pruned, failed, missing), ``seconds``, ``error`` and
-        ``notebook`` (the executed one, relative to `folder`).
+    The columns are ``run`` (the folder), every parameter, every number of ``metrics.json`` (nested ones as ``a.b``; one
+    named like a parameter as ``metric.a``), ``status`` (done, pruned, failed, missing), ``seconds``, ``error`` and
+    ``notebook`` (the executed one, relative to `folder`).
     """
     import pandas as pd
 
@@ -798,28 +660,10 @@ def _numbers(metrics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
 
 
 class Sweep:
-    """The runs of a sweep, compared by one number.
+    """The runs of a sweep (:func:`collect`), compared by one number.
 
-    Parameters
-    ----------
-    runs
-        Table of :func:`collect`.
-    parameters
-        Names of the notebook's parameters.
-    metric
-        The number to compare; the first that the notebook wrote where None or empty.
-    best
-        ``"min"`` or ``"max"``: what is good; where None or empty low is, unless the metric is named like a score.
-
-    Attributes
-    ----------
-    varied
-        Parameters that took more than one value, ``seed`` last.
-
-    Raises
-    ------
-    LabelError
-        When no run wrote such a number.
+    Without a `metric` it is the first number that the notebook wrote; without `best` ("min" or "max") low is good, unless
+    the metric is named like a score. `varied` are the parameters that took more than one value, ``seed`` last.
     """
 
     def __init__(
@@ -870,11 +714,19 @@ class Sweep:
         """The runs that are done as a study of Optuna, whose figures show it (``optuna.visualization.matplotlib``)."""
         optuna = _optuna()
         study = optuna.create_study(direction="minimize" if self.best == "min" else "maximize")
-        distributions = {name: _distribution(self.done[name]) for name in self.varied}
+        distributions = {}
+        for name in self.varied:
+            values = self.done[name].unique()
+            if values.dtype.kind == "f" and len(values) > 1:
+                log = bool(values.min() > 0 and values.max() >= 100 * values.min())
+                distributions[name] = optuna.distributions.FloatDistribution(values.min(), values.max(), log)
+            else:
+                distributions[name] = optuna.distributions.CategoricalDistribution(values.tolist())
         for row in self.done.to_dict("records"):
             params = {name: row[name] for name in self.varied}
-            trial = optuna.create_trial(params=params, distributions=distributions, value=row[self.metric])
-            study.add_trial(trial)
+            study.add_trial(
+                optuna.create_trial(params=params, distributions=distributions, value=row[self.metric])
+            )
         return study
 
     def shown(self, frame: pd.DataFrame) -> pd.DataFrame:
@@ -882,31 +734,10 @@ class Sweep:
         return frame[["run", *self.varied, self.metric, "status", "seconds", "error"]]
 
 
-def _distribution(values: pd.Series) -> optuna.distributions.BaseDistribution:
-    from optuna.distributions import CategoricalDistribution, FloatDistribution
-
-    if values.dtype.kind == "f" and values.nunique() > 1:
-        low, high = values.min(), values.max()
-        return FloatDistribution(low, high, log=bool(low > 0 and high >= 100 * low))
-    return CategoricalDistribution(values.unique().tolist())
-
-
 def write_report(
     notebook: Path, folder: Path, planned: Sequence[Run], *, metric: str | None = None, best: str | None = None
 ) -> pd.DataFrame:  # fmt: skip
-    """Write ``runs.csv`` and the executed ``summary.ipynb``.
-
-    Returns
-    -------
-    The table.
-
-    Raises
-    ------
-    LabelError
-        When no run wrote the metric.
-    ReportError
-        When the summary notebook fails.
-    """
+    """Write ``runs.csv`` and the executed ``summary.ipynb``; the table."""
     frame, names = collect(folder, planned, notebook.stem), list(planned[0].values)
     write_whole(folder / "runs.csv", lambda path: frame.to_csv(path, index=False))
     if not (frame["status"] == "done").any():

@@ -21,14 +21,14 @@ from ..data.counts import TOTAL_KEY
 from ..data.genes import select_genes
 from ..data.splits import SPLIT_KEY, split
 from ..display import grid
-from ..errors import CellopError, LabelError, did_you_mean, three_beats
+from ..errors import LabelError, did_you_mean, three_beats
 from ..files import write_whole
 from ..training.loop import Trainer
 from ..training.operators import OperatorTrainer, Penalties, new_operators
 from ..training.vae import VAETrainer, new_vae
 from . import parameters
 from . import style as s
-from .controls import Panel, button, panel, readable, sized, status_line
+from .controls import Panel, button, panel, readable, sized
 from .parameters import Parameter
 
 _FIXED = {*parameters.DATA, "seed", "run_dir", "max_epochs"}
@@ -44,15 +44,9 @@ def vae_trainer(adata, values: Mapping) -> Trainer:
         seed=values["seed"],
     )  # fmt: skip
     return VAETrainer(
-        adata,
-        vae,
-        max_epochs=values["max_epochs"],
-        batch_size=values["batch_size"],
-        lr=values["learning_rate"],
-        kl_weight=values["kl_weight"],
-        seed=values["seed"],
-        progress=False,
-    )
+        adata, vae, max_epochs=values["max_epochs"], batch_size=values["batch_size"], lr=values["learning_rate"],
+        kl_weight=values["kl_weight"], seed=values["seed"], progress=False,
+    )  # fmt: skip
 
 
 def operator_trainer(adata, values: Mapping) -> Trainer:
@@ -60,16 +54,11 @@ def operator_trainer(adata, values: Mapping) -> Trainer:
     penalties = Penalties(
         ridge=values["ridge"], stability_weight=values["stability_weight"], max_norm=values["max_norm"]
     )
+    operators = new_operators(adata, n_axes=values["n_axes"], rank=values["rank"])
     return OperatorTrainer(
-        adata,
-        new_operators(adata, n_axes=values["n_axes"], rank=values["rank"]),
-        max_epochs=values["max_epochs"],
-        cells_per_group=values["cells_per_group"],
-        penalties=penalties,
-        lr=values["learning_rate"],
-        seed=values["seed"],
-        progress=False,
-    )
+        adata, operators, max_epochs=values["max_epochs"], cells_per_group=values["cells_per_group"],
+        penalties=penalties, lr=values["learning_rate"], seed=values["seed"], progress=False,
+    )  # fmt: skip
 
 
 TRAINERS: dict[str, Callable] = {"vae": vae_trainer, "operators": operator_trainer}
@@ -137,13 +126,9 @@ class TuningPanel(Panel):
             fix = did_you_mean(part, NOTEBOOKS)
             raise LabelError(three_beats(f"a part among {list(NOTEBOOKS)}", repr(part), fix))
         self.part, self.notebook, self.folder = part, NOTEBOOKS[part], Path(folder)
-        keys = keys_of(adata)
-        of_the_data = {
-            "layer": keys.layer,
-            "perturbation_key": keys.perturbation_key,
-            "context_key": _column(keys.context_key),
-            "control": keys.control,
-        }
+        of_the_data = {name: value for name, value in vars(keys_of(adata)).items() if name in parameters.DATA}
+        columns = list(of_the_data["context_key"] or [])
+        of_the_data["context_key"] = columns if len(columns) > 1 else columns[0] if columns else None
         self.start_values = parameters.defaults(self.notebook) | of_the_data | dict(start or {})
         self.adata = prepared(adata, self.start_values["n_genes"], self.start_values["seed"])
         every = parameters.for_notebook(self.notebook)
@@ -166,9 +151,7 @@ class TuningPanel(Panel):
         ParameterError
             For a value that does not fit.
         """
-        return {
-            name: read_value(parameter, self.widgets[name]) for name, parameter in self.parameters.items()
-        }
+        return {name: read_value(p, self.widgets[name]) for name, p in self.parameters.items()}
 
     def train(self, **chosen) -> pd.DataFrame:
         """Run a short fit at the chosen values, and add it to the results.
@@ -242,9 +225,8 @@ class TuningPanel(Panel):
         elif 1 <= fit <= len(self.results):
             chosen = {name: self.results[name].tolist()[fit - 1] for name in self.parameters}
         else:
-            raise LabelError(
-                three_beats(f"the number of a fit, 1 to {len(self.results)}", f"{fit}", "train first")
-            )
+            expected = f"the number of a fit, 1 to {len(self.results)}"
+            raise LabelError(three_beats(expected, f"{fit}", "train first"))
         return parameters.as_yaml(self.notebook, {**self.start_values, **chosen}, without=("run_dir",))
 
     def copy(self) -> Path:
@@ -252,9 +234,8 @@ class TuningPanel(Panel):
         text = self.yaml()
         self.text.value = text
         self.text.layout.display = None
-        path = write_whole(
-            self.folder / "parameters.yaml", lambda part: part.write_text(text, encoding="utf-8")
-        )
+        path = self.folder / "parameters.yaml"
+        write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
         self._say(f"saved {path}: python3 -m cellop_nb run --only {self.notebook} -f {path}")
         return path
 
@@ -314,31 +295,17 @@ class TuningPanel(Panel):
         self.compared.value = grid(list(shown.columns), shown.itertuples(index=False, name=None))
         self._say(f"fit {len(self.results)}: best {self.monitor} {row['best']:.4g}")
 
-    def _safely(self, action) -> None:
-        """Run a widget's action; what goes wrong is said below the controls."""
-        try:
-            action()
-        except (CellopError, ArithmeticError) as problem:
-            self._say(f"refused: {problem}")
-
-    def _say(self, text: str) -> None:
-        self.status.value = status_line(text)
-
     def _build(self, epochs: int) -> None:
         import ipywidgets as w
 
-        self.widgets = {
-            name: widget_for(p, self.start_values.get(name)) for name, p in self.parameters.items()
-        }
-        row = w.Layout(flex_flow="row wrap", align_items="center")
-        helps = {name: html.escape(self.parameters[name].comment) for name in self.widgets}
-        rows = [
-            w.HBox([box, w.HTML(f'<div style="line-height:1.4">{helps[name]}</div>')], layout=row)
-            for name, box in self.widgets.items()
-        ]
-        self.epochs = sized(
-            w.BoundedIntText(value=epochs, min=1, max=100, description="epochs of a fit"), "300px"
-        )
+        start = self.start_values
+        self.widgets = {name: widget_for(p, start.get(name)) for name, p in self.parameters.items()}
+        row, rows = w.Layout(flex_flow="row wrap", align_items="center"), []
+        for name, box in self.widgets.items():
+            words = f'<div style="line-height:1.4">{html.escape(self.parameters[name].comment)}</div>'
+            rows.append(w.HBox([box, w.HTML(words)], layout=row))
+        self.epochs = w.BoundedIntText(value=epochs, min=1, max=100, description="epochs of a fit")
+        sized(self.epochs, "300px")
         actions = [
             button("Train", "Run a short fit at these values", self.start),
             button("Stop", "End the running fit; what it has reached is kept", self.stop),
@@ -351,13 +318,6 @@ class TuningPanel(Panel):
         self._say("ready")
         below = [self.status, self.compared, self.curves, self.text]
         self.panel = panel([*rows, self.epochs, w.HBox(actions), *below])
-
-
-def _column(context_key: tuple[str, ...] | None) -> str | list[str] | None:
-    """The column or columns of contexts as a parameter holds them."""
-    if context_key is None:
-        return None
-    return context_key[0] if len(context_key) == 1 else list(context_key)
 
 
 # -- widgets of typed parameters: range, choices and help come from the definition
@@ -381,11 +341,8 @@ def widget_for(parameter: Parameter, value: object = None):
         widget = w.BoundedFloatText(value=value, min=float(low), max=float(high), step=step)
     else:
         widget = w.Text(value=shown_value(parameter, value))
-    widget.description, widget.tooltip, widget.layout.flex = (
-        readable(parameter.name),
-        parameter.comment,
-        "0 0 auto",
-    )
+    widget.description, widget.tooltip = readable(parameter.name), parameter.comment
+    widget.layout.flex = "0 0 auto"
     return sized(widget, "300px")
 
 
@@ -397,12 +354,6 @@ def shown_value(parameter: Parameter, value: object) -> object:
 
 
 def read_value(parameter: Parameter, widget) -> object:
-    """The value that a widget holds, checked.
-
-    Raises
-    ------
-    ParameterError
-        For a value that does not fit.
-    """
+    """The value that a widget holds, checked."""
     as_text = isinstance(widget.value, str) and not parameter.choices
     return parameter.parse(widget.value) if as_text else parameter.check(widget.value)

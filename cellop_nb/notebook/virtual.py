@@ -38,7 +38,6 @@ __all__ = [
     "VirtualCells",
     "dose_response",
     "half_dose_errors",
-    "lent_responses",
     "ways_to_combine",
 ]
 
@@ -143,18 +142,12 @@ class Answer:
         )
 
     def _repr_html_(self) -> str:
-        compared = np.isfinite(self.energy)
-        energy = f"{self.energy:.4f} ({self.n_moved:,} to {self.n_real:,} cells)"
-        facts = {
-            "what is known": self.why,
-            "energy distance": energy if compared else "no real cells",
-            "no change": self.energy_start if compared else None,
-            "noise floor": self.floor if compared else None,
-            "genes that change most": [
-                f"{row.gene} {row.change:+.2f}" for row in self.genes.head(6).itertuples()
-            ],
-            "stability": self.verdict,
-        }
+        facts: dict[str, object] = {"what is known": self.why, "energy distance": "no real cells"}
+        if np.isfinite(self.energy):
+            facts["energy distance"] = f"{self.energy:.4f} ({self.n_moved:,} to {self.n_real:,} cells)"
+            facts |= {"no change": self.energy_start, "noise floor": self.floor}
+        genes = [f"{row.gene} {row.change:+.2f}" for row in self.genes.head(6).itertuples()]
+        facts |= {"genes that change most": genes, "stability": self.verdict}
         note = (
             "Energy distances are Euclidean, U-statistic, in the latent space; genes are changes of mean log1p counts "
             f"per 10,000, {'as planned' if self.planned else 'of the moved cells, without a plan'}."
@@ -245,10 +238,15 @@ class VirtualCells:
         """
         whole = self.operator(question.context, question.perturbation, question.rule)
         moving, (source, target) = self._at(question, whole), self._sides(question)
-        moved = moving(self._latents(source))
+        start, planned, moved = self._start(source), self._plan(question), moving(self._latents(source))
         standing, why = self._standing(question)
         energy, energy_start, floor, n_moved, n_real = self._energies(moved, source, target)
-        drawn = self._drawn(question, whole, moving, source)
+        draw = torch.Generator(device=start.z.device).manual_seed(self.seed)
+        if planned is None:
+            drawn = start.moved(moving, generator=draw)
+        else:
+            growth = question.strength * self.model.means.growth_of(question.context, planned.perturbation)
+            drawn = start.moved(whole, question.strength, planned, growth, draw)
         genes = self._changes(question, whole, moving, drawn)
         gene = str(genes["gene"].iloc[0]) if gene is None else gene
         if gene not in self._column:
@@ -256,7 +254,7 @@ class VirtualCells:
         key = ("health", question.context, question.perturbation, question.rule)
         return Answer(
             question=question, standing=standing, why=why, operator=moving,
-            planned=self._plan(question) is not None,
+            planned=planned is not None,
             start=self._still(source), moved=self._on_map(moved), real=self._still(target),
             energy=energy, energy_start=energy_start, floor=floor, n_moved=n_moved, n_real=n_real,
             genes=genes, gene=gene, counts=self._gene_counts(gene, source, target, drawn),
@@ -297,10 +295,6 @@ class VirtualCells:
     def source(self, question: Question) -> Tensor:
         """Latents (cell, d) of the cells that a question moves, at most as many as an energy distance takes."""
         return self._latents(self._sides(question)[0], "energy")
-
-    def target(self, question: Question) -> Tensor:
-        """Latents (cell, d) of the real cells that the moved ones are compared with."""
-        return self._latents(self._sides(question)[1], "energy")
 
     def recalled(self, question: Question) -> pd.Series:
         """Log2 fold change of each gene between the real cells of both sides as the VAE gives them back.
@@ -346,19 +340,9 @@ class VirtualCells:
             cells = self.model.predict(context=context, perturbation=question.label, operator=moving)
         cells.obs[self.model.keys.perturbation_key] = question.label
         standing, why = self._standing(question)
-        cells.uns["cellop_nb"] = dict(cells.uns.get("cellop_nb", {})) | {
-            "prediction": {
-                "operator": moving.label,
-                "perturbation": question.label,
-                "context": context,
-                "strength": float(question.strength),
-                "rule": question.rule,
-                "reverse": bool(question.reverse),
-                "standing": standing,
-                "why": why,
-                "seed": int(self.seed),
-            }
-        }
+        about = vars(question) | {"perturbation": question.label, "operator": moving.label, "seed": self.seed}
+        about |= {"standing": standing, "why": why}
+        cells.uns["cellop_nb"] = dict(cells.uns.get("cellop_nb", {})) | {"prediction": about}
         return cells
 
     def forget(self) -> None:
@@ -392,31 +376,23 @@ class VirtualCells:
     def _standing(self, question: Question) -> tuple[str, str]:
         perturbation, context = question.perturbation, question.context
         if context not in self.operators.conditions.contexts:
-            return (
-                "prediction",
-                "prediction: the fit had no cells of this context, so it uses the shared response",
-            )
-        if not isinstance(perturbation, str):
-            return "prediction", "prediction: a sequence (real cells, if any, got all at once)"
-        if self.model.means.own(context, self._as_measured(context, perturbation)) is None:
+            why = "the fit had no cells of this context, so it uses the shared response"
+        elif not isinstance(perturbation, str):
+            why = "a sequence (real cells, if any, got all at once)"
+        elif self.model.means.own(context, self._as_measured(context, perturbation)) is None:
             kind = "combination" if len(self.parts(perturbation)) > 1 else "condition"
-            return "prediction", f"prediction: the fit had no cells of this {kind}"
-        if question.strength not in (0.0, 1.0):
+            why = f"the fit had no cells of this {kind}"
+        elif question.strength not in (0.0, 1.0):
             beyond = question.strength > 1
-            part = "beyond the measured strength" if beyond else "between control and measured"
-            return "prediction", f"prediction: {part}"
-        return "fitted", "fitted: training cells of this condition took part"
+            why = "beyond the measured strength" if beyond else "between control and measured"
+        else:
+            return "fitted", "fitted: training cells of this condition took part"
+        return "prediction", f"prediction: {why}"
 
     # -- the cells
 
     def _sides(self, question: Question) -> tuple[np.ndarray, np.ndarray]:
-        """Rows of the cells that are moved, and of the real cells that they should become.
-
-        Raises
-        ------
-        DataError
-            For a reversal where there are no perturbed cells to lead back.
-        """
+        """Rows of the cells that are moved, and of the real cells that they should become."""
         control = self.rows(question.context, self.control)
         # Nobody measures sequences: the nearest that there is are cells that got all of it at once.
         perturbed = self.rows(question.context, "+".join(self.parts(question.perturbation)))
@@ -497,15 +473,6 @@ class VirtualCells:
             ("start", rows.tobytes()), lambda: Start.of(self.screen, self.vae, self._take(rows, "decode"))
         )
 
-    def _drawn(self, question: Question, whole: AffineOperator, moving: AffineOperator, source) -> Drawn:
-        """Some source cells moved, and carried to the plan where there is one."""
-        start, planned = self._start(source), self._plan(question)
-        draw = torch.Generator(device=start.z.device).manual_seed(self.seed)
-        if planned is None:
-            return start.moved(moving, generator=draw)
-        growth = question.strength * self.model.means.growth_of(question.context, planned.perturbation)
-        return start.moved(whole, question.strength, planned, growth, draw)
-
     def _changes(
         self, question: Question, whole: AffineOperator, moving: AffineOperator, drawn: Drawn
     ) -> pd.DataFrame:
@@ -579,13 +546,8 @@ def leading(genes: pd.DataFrame, n: int) -> pd.DataFrame:
 
 ORDERS, AT_ONCE, SHARED = ("in the label's order", "in the other order"), "sum of generators", "shared axes"
 
-NO_CHANGE, SHIFT = "no change", "mean shift of the other contexts"
-LENT, OWN = "operator, lent", "operator, fitted here"
-HALF, HALVED, FULL = (
-    "operator at strength 0.5",
-    "half of the operator's full change",
-    "operator at strength 1",
-)
+HALF, FULL = "operator at strength 0.5", "operator at strength 1"
+HALVED = "half of the operator's full change"
 VAE_ALONE, COUNTED = "no operator: perturbed cells through the VAE", "no model: counts of the perturbed cells"
 
 
@@ -607,7 +569,7 @@ def ways_to_combine(cells: VirtualCells, context: str) -> pd.DataFrame:
         ways |= {AT_ONCE: Question(pair, context, rule="generator"), SHARED: Question(pair, context)}
         answers = {way: cells.ask(question) for way, question in ways.items()}
         floor = answers[SHARED].floor
-        rows.append((pair, NO_CHANGE, answers[SHARED].energy_start, floor))
+        rows.append((pair, "no change", answers[SHARED].energy_start, floor))
         rows += [(pair, way, answer.energy, floor) for way, answer in answers.items()]
     return pd.DataFrame(rows, columns=["group", "method", "energy", "floor"])
 
@@ -682,38 +644,3 @@ def half_dose_errors(cells: VirtualCells, question: Question) -> pd.Series:
         for name, (change, strength) in changes.items()
     }
     return pd.Series(errors)
-
-
-def lent_responses(
-    lent: VirtualCells, own: VirtualCells, training: Groups, context: str, perturbations: Iterable[str]
-) -> pd.DataFrame:
-    """Compare operators fitted without a context, in that context, with mean shift and the operators' own fit.
-
-    Parameters
-    ----------
-    lent, own
-        The same cells with operators that have not and that have seen the context's perturbed cells.
-    training
-        Groups that `lent` was fitted on; their mean shifts are averaged.
-
-    Returns
-    -------
-    DataFrame with a row per perturbation and method: ``group, method, energy, floor``; energy distances are Euclidean,
-    U-statistic, latent, to the same real cells.
-    """
-    rows = []
-    for name in perturbations:
-        question = Question(name, context)
-        far, near = lent.ask(question), own.ask(question)
-        shifts = [
-            g.cells.mean(0) - training.control[g.context].mean(0) for g in training if g.perturbation == name
-        ]
-        shifted = own.source(question) + torch.stack(shifts).mean(0)
-        ways = {
-            NO_CHANGE: far.energy_start,
-            SHIFT: float(energy_distance(shifted, own.target(question))),
-            LENT: far.energy,
-            OWN: near.energy,
-        }
-        rows += [(name, way, energy, far.floor) for way, energy in ways.items()]
-    return pd.DataFrame(rows, columns=["group", "method", "energy", "floor"])

@@ -27,7 +27,7 @@ operators = co.new_operators(adata)"""
 
 VIEWS = {
     "table": "co.setup(adata)",
-    "styled": f"styled(co.setup(adata), caption={EVIL!r}, precision=1)",
+    "styled": "styled(co.setup(adata), precision=1)",
     "groups": "co.Groups(adata, use_rep='X_nbvae')",
     "sentence": f"markdown('**' + {EVIL!r} + '** is at its floor')",
     "model": "operators",

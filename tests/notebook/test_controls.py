@@ -52,7 +52,7 @@ def test_stop_pause_and_resume_a_running_training(fake_trainer):
     time.sleep(0.05)
     assert trainer.step == step, "nothing moves while paused"
     assert "paused" in controls.status.value
-    controls.set_learning_rate(0.25)
+    trainer.change("learning_rate", 0.25)
     wait_until(lambda: "learning rate 0.25" in controls.status.value)
     controls.pause_button.click()
     wait_until(lambda: trainer.step > step)

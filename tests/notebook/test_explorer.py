@@ -10,8 +10,7 @@ import pytest
 
 from cellop_nb.errors import CellopError, DataError, StorageError
 from cellop_nb.notebook import style
-from cellop_nb.notebook.explorer import NOTHING, Explorer
-from cellop_nb.notebook.explorer_picture import N_GENES
+from cellop_nb.notebook.explorer import N_GENES, NOTHING, Explorer
 from cellop_nb.notebook.virtual import Question, VirtualCells, leading
 
 

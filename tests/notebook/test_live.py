@@ -19,10 +19,16 @@ from PIL import Image
 
 import cellop_nb as co
 from cellop_nb.data.synthetic import synthetic
-from cellop_nb.notebook import curves
 from cellop_nb.notebook import live as module
-from cellop_nb.notebook.curves import Columns, Dashboard, Marks, pick_panels
-from cellop_nb.notebook.live import LivePlot, lightning_callback, row_from_metrics
+from cellop_nb.notebook.live import (
+    Columns,
+    Dashboard,
+    LivePlot,
+    Marks,
+    lightning_callback,
+    pick_panels,
+    row_from_metrics,
+)
 from cellop_nb.training.callbacks import Callback
 
 
@@ -221,7 +227,7 @@ def test_a_second_fit_begins_anew(fake_trainer, pictures):
 
 
 def test_pyplot_is_not_imported():
-    modules = "sys, cellop_nb.notebook.live, cellop_nb.notebook.controls, cellop_nb.notebook.pl"
+    modules = "sys, cellop_nb.notebook.live, cellop_nb.notebook.controls"
     code = f"import {modules}; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
@@ -290,7 +296,7 @@ def pixels(picture: bytes) -> np.ndarray:
     [([1.0, 2.0], "linear"), ([0.01, 5.0], "log"), ([-0.01, 5.0], "symlog"), ([0.0, 0.0], "linear")],
 )
 def test_scales_follow_the_values(values, scale):
-    chosen, low, high = curves.scale_for(min(values), max(values), True)
+    chosen, low, high = module.scale_for(min(values), max(values), True)
     assert chosen == scale
     assert low <= min(values) <= max(values) <= high
 
@@ -407,14 +413,14 @@ def test_a_history_tells_its_changes_too():
         {"epoch": 1, "by_hand": "lr 0.01 after step 12; kl_weight 0.5 after step 19"},
         {"epoch": 2},
     ]
-    marks = curves.changes_of_history(rows)
+    marks = module.changes_of_history(rows)
     assert [(change.at, change.text) for change in marks] == [(1.5, "lr 0.01"), (1.5, "kl weight 0.5")]
 
 
 def test_quick_presses_are_one_change():
-    pressed = [curves.Change(at, name, value) for at, name, value in
+    pressed = [module.Change(at, name, value) for at, name, value in
                [(1.0, "lr", 0.1), (1.2, "lr", 0.2), (1.4, "lr", 0.3), (3.0, "lr", 0.4), (3.1, "kl", 1.0)]]  # fmt: skip
-    assert [change.value for change in curves.joined(pressed)] == [0.3, 0.4, 1.0]
+    assert [change.value for change in module.joined(pressed)] == [0.3, 0.4, 1.0]
 
 
 def test_the_axis_counts_epochs_as_the_headline_does(vae_rows, pictures):
