@@ -302,8 +302,8 @@ class TuningPanel(Panel):
         self.widgets = {name: widget_for(p, start.get(name)) for name, p in self.parameters.items()}
         row, rows = w.Layout(flex_flow="row wrap", align_items="center"), []
         for name, box in self.widgets.items():
-            words = f'<div style="line-height:1.4">{html.escape(self.parameters[name].comment)}</div>'
-            rows.append(w.HBox([box, w.HTML(words)], layout=row))
+            help_line = f'<div style="line-height:1.4">{html.escape(self.parameters[name].comment)}</div>'
+            rows.append(w.HBox([box, w.HTML(help_line)], layout=row))
         self.epochs = w.BoundedIntText(value=epochs, min=1, max=100, description="epochs of a fit")
         sized(self.epochs, "300px")
         actions = [

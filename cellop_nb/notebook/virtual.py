@@ -41,6 +41,9 @@ __all__ = [
     "ways_to_combine",
 ]
 
+_SIZES = {"draw": 5000, "energy": 1000, "decode": 300}
+"""Cells at most that are moved and drawn, on each side of an energy distance, and decoded for the genes."""
+
 MIN_REAL = 50
 """Held-out cells below which a moved cloud is compared with all cells of the group."""
 
@@ -170,11 +173,7 @@ class VirtualCells:
     Parameters
     ----------
     model
-        A fitted :class:`cellop_nb.CellOp`; the cells of its data are asked about.
-    max_cells
-        Source cells moved and drawn at most (seeded draw).
-    n_energy, n_decoded
-        Cells a side in the energy distance, and cells decoded for the genes.
+        A fitted :class:`cellop_nb.CellOp`; the cells of its data are asked about, at most 5,000 of a group.
 
     Attributes
     ----------
@@ -191,11 +190,10 @@ class VirtualCells:
         If the data have no control cells.
     """
 
-    def __init__(self, model: CellOp, *, max_cells: int = 5000, n_energy: int = 1000, n_decoded: int = 300):
+    def __init__(self, model: CellOp):
         self.model, self.vae, self.operators, self.seed = model, model.vae, model.operators, model.seed
         self.control = model.keys.control
         self.perturbations = model.perturbations
-        self._sizes = {"draw": max_cells, "energy": n_energy, "decode": n_decoded}
         self._cached: dict[Hashable, Any] = {}
         self.screen = modelled_counts(model.adata, self.vae, model.keys)
         embed(self.screen, self.vae)
@@ -420,7 +418,7 @@ class VirtualCells:
 
     def _take(self, rows: np.ndarray, kind: str = "draw") -> np.ndarray:
         """At most as many of the rows as this kind of work takes, in random order (seeded)."""
-        return np.random.default_rng(self.seed).permutation(rows)[: self._sizes[kind]]
+        return np.random.default_rng(self.seed).permutation(rows)[: _SIZES[kind]]
 
     def _latents(self, rows: np.ndarray, kind: str = "draw") -> Tensor:
         """Latents (cell, d) of the rows that :meth:`_take` draws."""
@@ -432,9 +430,9 @@ class VirtualCells:
 
     def _energies(self, moved: Tensor, source: np.ndarray, target: np.ndarray):
         """Energy distance of moved and of unmoved cells to the real ones, floor, and how many cells a side."""
-        moved = moved[: self._sizes["energy"]]
+        moved = moved[: _SIZES["energy"]]
         if len(target) < 2:
-            return float("nan"), float("nan"), float("nan"), len(moved), len(target)
+            return math.nan, math.nan, math.nan, len(moved), len(target)
         real = self._latents(target, "energy")
 
         def fixed():
