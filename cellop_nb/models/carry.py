@@ -75,23 +75,12 @@ class Observed:
         return torch.where(last > first, observed + last - first, observed * last / first.clamp_min(MIN_MEAN))
 
 
-def carry_counts(mean: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    r"""Whole counts (cell, gene) with the expectations of :meth:`Observed.mean`, by unbiased rounding.
-
-    .. math:: n = \lfloor x' + u \rfloor, \quad u \sim U(0, 1)
-
-    The noise of the observed count stands for that of the moved one: drawing anew would add it twice.
-    """
-    uniform = torch.rand(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
-    return torch.floor(mean + uniform)
-
-
 MOST_LEVEL = math.log1p(COUNTS_PER_CELL) - 0.1
 """Mean level beyond which a gene would take nearly all counts of its cells."""
 
 
 def whole_levels(expected: Tensor, library: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Expected level (cell, gene) of the whole counts that :func:`carry_counts` makes of expected ones, and its slope.
+    r"""Expected level (cell, gene) of the whole counts that are made of expected ones, and its slope.
 
     .. math:: (1 - f)\, y(n) + f\, y(n + 1), \quad n = \lfloor x' \rfloor, \quad f = x' - n,
         \quad y(n) = \log(1 + 10^4 n / l)
@@ -109,11 +98,9 @@ def carry_to_mean(
     library: Tensor,
     target: Tensor,
     *,
-    dispersion: Tensor | None = None,
     others: Tensor | None = None,
     scale_cells: bool = True,
     iterations: int = 8,
-    tolerance: float = 1e-4,
 ) -> Tensor:
     r"""Expected counts (cell, gene) of cells that are carried to a mean level per gene, and stay the cells they are.
 
@@ -123,8 +110,9 @@ def carry_to_mean(
     .. math:: x'' = (1 + t)\, x' \;\text{ if } -1 \le t < 0, \quad
         x' + t\, l\, p\, \frac{r + x'}{r + l\, p} \;\text{ if } t \ge 0
 
-    with the gene's mean share p. The cells are then scaled to their library sizes. t is found by Newton's method, which
-    cannot overshoot here: the mean level is concave and grows with t. A gene whose counts are all 0 can rise, too.
+    with the gene's mean share p, and r by the moments of `expected`. The cells are then scaled to their library sizes. t
+    is found by Newton's method, which cannot overshoot here: the mean level is concave and grows with t. A gene whose
+    counts are all 0 can rise, too.
 
     Planned levels need not add up to the cells' counts. Genes then miss their level in proportion to the counts that it
     takes, which is the smallest miss (least squares over genes): the few loudest genes give or take the difference.
@@ -137,27 +125,27 @@ def carry_to_mean(
         (cell,) counts of each cell over all genes, `others` included.
     target
         (gene,) mean over the cells of the level of the *whole* counts that are made of the result
-        (:func:`carry_counts`, :func:`balanced_counts`); kept between 0 and :data:`MOST_LEVEL`.
-    dispersion
-        (gene,) inverse dispersion r; where None that of the moments of `expected`.
+        (:func:`balanced_counts`); kept between 0 and :data:`MOST_LEVEL`.
     others
         (cell,) counts of the genes that are not among the columns; none where None.
     scale_cells
         Scale cells to their library sizes. Otherwise every gene reaches its level, whatever that adds up to.
-    iterations, tolerance
-        At most so many steps, of which the one that misses the levels least is kept; done where every mean level is
-        this near.
+    iterations
+        At most so many steps, of which the one that misses the levels least is kept; done where every mean level is as
+        near as 1e-4.
 
     Returns
     -------
-    (cell, gene); its rows sum to ``library - others`` to within the tolerance, where cells are scaled.
+    (cell, gene); its rows sum to ``library - others`` to within 1e-4, where cells are scaled.
     """
     x, size = expected.clamp_min(0.0), library.clamp_min(MIN_MEAN).unsqueeze(-1)
     aim = target.to(x).clamp(0.0, MOST_LEVEL)
     room = size if others is None else (size - others.unsqueeze(-1)).clamp_min(MIN_MEAN)
     share = ((x / size).mean(0)).clamp_min(0.1 / (COUNTS_PER_CELL * len(x)))
     mean = size * share
-    added = mean * _own_factor(x, mean, dispersion)
+    excess = ((x - mean).square() - mean).mean(0).clamp_min(1e-8)
+    dispersion = (mean.square().mean(0) / excess).clamp(0.1, 100.0)
+    added = mean * (dispersion + x) / (dispersion + mean)
     t, carried, miss, cost = torch.zeros_like(share), x, share.new_zeros(()), share
     scale, best, least, short = torch.ones_like(size), x, math.inf, 0.0
     for _ in range(iterations + 1):
@@ -176,20 +164,12 @@ def carry_to_mean(
         if missed < least:  # steps of the genes and of what they leave to each other may swing
             best, least = carried, missed
         gap = (aim - miss * cost).clamp(0.0, MOST_LEVEL) - level.mean(0)
-        if gap.abs().max() <= tolerance:
+        if gap.abs().max() <= 1e-4:
             break
         grown = (slope * torch.where(gap + t > 0, added, x) * scale).mean(0)
         t = (t + gap / grown.clamp_min(MIN_MEAN)).clamp_min(-1.0)
         carried = torch.addcmul(x * (1 + t.clamp_max(0.0)), added, t.clamp_min(0.0))
     return best * (room / best.sum(-1, keepdim=True).clamp_min(MIN_MEAN)) if scale_cells else best
-
-
-def _own_factor(x: Tensor, mean: Tensor, dispersion: Tensor | None) -> Tensor:
-    """(cell, gene) each cell's own factor of each gene, by what it holds of it."""
-    if dispersion is None:
-        excess = ((x - mean).square() - mean).mean(0).clamp_min(1e-8)
-        dispersion = (mean.square().mean(0) / excess).clamp(0.1, 100.0)
-    return (dispersion + x) / (dispersion + mean)
 
 
 def balanced_counts(mean: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -199,7 +179,8 @@ def balanced_counts(mean: Tensor, generator: torch.Generator | None = None) -> T
         u \sim U(0, 1)
 
     for each gene, with its cells in random order: systematic sampling. Each count is the floor or the ceiling of its
-    expectation, as of :func:`carry_counts`, but the gene's total is off by less than 1.
+    expectation, and the gene's total is off by less than 1. The noise of the observed count stands for that of the moved
+    one: drawing anew would add it twice.
 
     References
     ----------

@@ -63,7 +63,6 @@ def energy_distance(
     convention: str = "cellop",
     tile: int | None = None,
     y_self: Tensor | float | None = None,
-    validate: bool = True,
 ) -> Tensor:
     r"""Energy distance between two clouds, with the Euclidean norm.
 
@@ -87,8 +86,6 @@ def energy_distance(
         Side of a tile in cells; sized to the cache where None.
     y_self
         0-d, :func:`self_distance` of `y`, where it was computed before; `y` is then a constant.
-    validate
-        Refuse NaN and infinity. Otherwise they end in a non-finite value.
 
     Returns
     -------
@@ -110,19 +107,17 @@ def energy_distance(
     default, power, factor = _convention(convention, y_self)
     estimator = default if estimator is None else estimator
     if power == 2:
-        _check(x, y, ((len(x),), (len(y),)), estimator, None, validate)
+        _check(x, y, ((len(x),), (len(y),)), estimator, None)
         return _squared_energy(x, y, estimator)
     if factor != 1:
-        return factor * energy_distance(
-            x, y, estimator=estimator, tile=tile, y_self=y_self, validate=validate
-        )
+        return factor * energy_distance(x, y, estimator=estimator, tile=tile, y_self=y_self)
     y_self = None if y_self is None else torch.as_tensor(y_self, device=x.device).reshape(1)
     energies = _small_pair(x, y, estimator, y_self) if tile is None else None
     if energies is not None:
         value, *gradients = (None if part is None else part[0] for part in energies)
         return _Energy.apply(value.to(x.dtype), gradients, ((len(x),), (len(y),)), x, y)
     return grouped_energy_distance(
-        x, y, [len(x)], [len(y)], estimator=estimator, y_self=y_self, tile=tile, validate=validate
+        x, y, [len(x)], [len(y)], estimator=estimator, y_self=y_self, tile=tile
     ).squeeze(0)
 
 
@@ -135,7 +130,6 @@ def grouped_energy_distance(
     estimator: str = "U",
     y_self: Tensor | None = None,
     tile: int | None = None,
-    validate: bool = True,
 ) -> Tensor:
     """Energy distance of each of many pairs of clouds of unequal sizes, in one call.
 
@@ -148,7 +142,7 @@ def grouped_energy_distance(
         (cell, d) clouds, the groups one after the other.
     x_sizes, y_sizes
         Cells of each group in `x` and in `y`; they sum to the number of rows.
-    estimator, tile, validate
+    estimator, tile
         As in :func:`energy_distance`.
     y_self
         (group,) result of :func:`self_distance` for `y`, where it was computed before; `y` is then a constant.
@@ -162,7 +156,7 @@ def grouped_energy_distance(
     ModelError
         As :func:`energy_distance`; also where sizes and rows disagree.
     """
-    sizes = _check(x, y, (x_sizes, y_sizes), estimator, y_self, validate)
+    sizes = _check(x, y, (x_sizes, y_sizes), estimator, y_self)
     dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
     x, y = x.to(dtype), y.to(dtype)
     want_x, want_y = (torch.is_grad_enabled() and cloud.requires_grad for cloud in (x, y))
@@ -191,7 +185,6 @@ def moved_energy_distance(
     *,
     estimator: str = "U",
     y_self: Tensor | None = None,
-    validate: bool = True,
 ) -> Tensor:
     r"""Energy distance of each group between cells moved by the group's map and fixed cells: the training path.
 
@@ -199,7 +192,8 @@ def moved_energy_distance(
 
     Value and gradient are those of :func:`grouped_energy_distance` of the moved cells. With :math:`F_i` the gradient
     at moved cell i, :math:`\partial E / \partial A = \sum_i F_i z_i^\top` and :math:`\partial E / \partial b = \sum_i
-    F_i` are summed in the forward pass: nothing per cell is kept.
+    F_i` are summed in the forward pass: nothing per cell is kept. NaN is not refused but ends in a value that is not
+    finite: the training loop says where it came from.
 
     Parameters
     ----------
@@ -209,7 +203,7 @@ def moved_energy_distance(
         Cells of each group.
     matrices, shifts
         A (group, d, d) and b (group, d).
-    estimator, y_self, validate
+    estimator, y_self
         As in :func:`grouped_energy_distance`.
 
     Returns
@@ -221,7 +215,7 @@ def moved_energy_distance(
     ModelError
         As :func:`grouped_energy_distance`.
     """
-    sizes = _check(z, y, (z_sizes, y_sizes), estimator, y_self, validate, name="z")
+    sizes = _check(z, y, (z_sizes, y_sizes), estimator, y_self, finite=False)
     dtype = torch.promote_types(torch.promote_types(z.dtype, matrices.dtype), torch.float32)
     z, y, matrices, shifts = z.to(dtype), y.to(dtype), matrices.to(dtype), shifts.to(dtype)
     value = z.new_empty(len(sizes[0]), dtype=torch.float64)
@@ -263,7 +257,7 @@ def self_distance(
     """
     groups = (len(y),) if sizes is None else _as_integers(sizes)
     _check_estimator(estimator)
-    _check_cloud("y", y, groups, 2 if estimator == "U" else 1, True)
+    _check_cloud("y", y, groups, 2 if estimator == "U" else 1)
     y = y.detach().to(torch.promote_types(y.dtype, torch.float32))
     out = y.new_empty(len(groups))
     with torch.autocast(y.device.type, enabled=False):
@@ -353,10 +347,8 @@ class _Energy(torch.autograd.Function):
 
 def _weighted(grad: Tensor, upstream: Tensor, sizes: tuple[int, ...]) -> Tensor:
     """Rows of each group times the group's number, in new memory."""
-    if len(sizes) == 1:
-        return grad * upstream
     if min(sizes) == max(sizes):
-        return (grad.reshape(len(sizes), -1) * upstream.unsqueeze(1)).view_as(grad)
+        return (grad.reshape(len(sizes), -1) * upstream.reshape(-1, 1)).view_as(grad)
     counts = torch.tensor(sizes, device=grad.device)
     return grad * upstream.repeat_interleave(counts, output_size=len(grad)).unsqueeze(-1)
 
@@ -375,14 +367,14 @@ def _squared_energy(x: Tensor, y: Tensor, estimator: str) -> Tensor:
 
 
 def _check(
-    x: Tensor, y: Tensor, sizes: tuple, estimator: str, y_self: Tensor | None, validate: bool, name: str = "x"
+    x: Tensor, y: Tensor, sizes: tuple, estimator: str, y_self: Tensor | None, finite: bool = True
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Refuse pairs of clouds that have no energy distance; their sizes as plain integers."""
     x_sizes, y_sizes = map(_as_integers, sizes)
     _check_estimator(estimator)
     least = 2 if estimator == "U" else 1
-    _check_cloud(name, x, x_sizes, least, validate)
-    _check_cloud("y", y, y_sizes, least if y_self is None else 1, validate)
+    _check_cloud("x", x, x_sizes, least, finite)
+    _check_cloud("y", y, y_sizes, least if y_self is None else 1, finite)
     if x.shape[1] != y.shape[1]:
         dimensions = f"dimensions {x.shape[1]} and {y.shape[1]}"
         raise ModelError(three_beats("x and y in one space", dimensions, "embed both with one model"))
@@ -418,7 +410,7 @@ def _check_estimator(estimator: str) -> None:
         raise ModelError(three_beats('estimator "U" or "V"', received, 'pass "U" for an unbiased distance'))
 
 
-def _check_cloud(name: str, x: Tensor, sizes: Sequence[int], least: int, validate: bool) -> None:
+def _check_cloud(name: str, x: Tensor, sizes: Sequence[int], least: int, finite: bool = True) -> None:
     """Refuse a cloud (cell, d) that does not fit its sizes, has too few cells, or is not finite."""
     if x.dim() != 2:
         shape = f"shape {tuple(x.shape)}"
@@ -431,7 +423,7 @@ def _check_cloud(name: str, x: Tensor, sizes: Sequence[int], least: int, validat
         received = f"{min(sizes)} in group {sizes.index(min(sizes))} of {name}"
         fix = "leave the group out" + (', or pass estimator="V" for one cell' if least == 2 else "")
         raise ModelError(three_beats(f"at least {least} cell(s) in every group", received, fix))
-    if validate and not math.isfinite(float(x.detach().sum())) and not torch.isfinite(x).all():
+    if finite and not math.isfinite(float(x.detach().sum())) and not torch.isfinite(x).all():
         received = f"NaN or infinity in row {int((~torch.isfinite(x)).any(-1).nonzero()[0])} of {name}"
         fix = "look at the model that produced that cell"
         raise ModelError(three_beats("finite coordinates", received, fix))

@@ -20,11 +20,6 @@ def looks_are_free(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def best() -> str:
-    """Kind of the fastest device here that has float64, which sums and distances need: no MPS, therefore."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 @functools.cache
 def keep_freed_memory() -> None:
     """Make glibc's allocator keep freed blocks up to about 30 MB, instead of returning each to the system.

@@ -122,12 +122,11 @@ class SparseCounts:
         return cls(batch.shape, batch.indptr, batch.columns, batch.values, constant)
 
     @classmethod
-    def from_dense(cls, x: Tensor, *, validate: bool = True) -> SparseCounts:
+    def from_dense(cls, x: Tensor) -> SparseCounts:
         """Non-zeros of the dense counts x (cell, gene). Negative counts are refused."""
         rows, columns = x.nonzero(as_tuple=True)
         values = x[rows, columns]
-        if validate:
-            _refuse_negative(values)
+        _refuse_negative(values)
         ends = torch.bincount(rows, minlength=len(x)).cumsum(0)
         return cls((x.shape[0], x.shape[1]), torch.cat([ends.new_zeros(1), ends]), columns, values)
 
@@ -188,7 +187,7 @@ def _refuse_negative(x: Tensor) -> None:
 # -- the likelihood of means and dispersions ---------------------------------------------------------------------
 
 
-def nb_log_likelihood(x: Tensor, mu: Tensor, r: Tensor, *, validate: bool = True) -> Tensor:
+def nb_log_likelihood(x: Tensor, mu: Tensor, r: Tensor) -> Tensor:
     r"""Log-likelihood of counts under NB(mu, r), summed over genes: accurate at the extremes.
 
     .. math::
@@ -213,8 +212,6 @@ def nb_log_likelihood(x: Tensor, mu: Tensor, r: Tensor, *, validate: bool = True
     r
         (gene,) or (cell, gene) inverse dispersions > 0, variance = mu + mu^2 / r; bounded below by
         :data:`MIN_INVERSE_DISPERSION`. Below the bounds the gradient is the one at the bound, not zero.
-    validate
-        Refuse negative counts and negative parameters (three reductions).
 
     Returns
     -------
@@ -232,14 +229,13 @@ def nb_log_likelihood(x: Tensor, mu: Tensor, r: Tensor, *, validate: bool = True
     Lopez et al. (2018), Nature Methods 15:1053, equation 2 of the supplement; Loader (2000), Fast and accurate
     computation of binomial probabilities (the deviance form).
     """
-    if validate:
-        _refuse_negative(x)
-        if r.numel() and r.amin() <= 0:
-            fix = "pass r = exp(log_r), bounded below"
-            raise ModelError(three_beats("inverse dispersion r > 0", f"a smallest r of {r.amin():g}", fix))
-        if mu.numel() and mu.amin() < 0:
-            fix = "pass library size times softmax proportions"
-            raise ModelError(three_beats("means mu >= 0", f"a smallest mean of {mu.amin():g}", fix))
+    _refuse_negative(x)
+    if r.numel() and r.amin() <= 0:
+        fix = "pass r = exp(log_r), bounded below"
+        raise ModelError(three_beats("inverse dispersion r > 0", f"a smallest r of {r.amin():g}", fix))
+    if mu.numel() and mu.amin() < 0:
+        fix = "pass library size times softmax proportions"
+        raise ModelError(three_beats("means mu >= 0", f"a smallest mean of {mu.amin():g}", fix))
     return _NBLogLikelihood.apply(x.to(mu.dtype), mu, r)
 
 
@@ -329,7 +325,7 @@ class NegativeBinomial:
 
 
 def nb_log_likelihood_logits(
-    counts: Tensor | SparseCounts, logits: Tensor, library: Tensor, r: Tensor, *, validate: bool = True
+    counts: Tensor | SparseCounts, logits: Tensor, library: Tensor, r: Tensor
 ) -> Tensor:
     r"""Log-likelihood of counts under NB(library * softmax(logits), r): the training path.
 
@@ -350,8 +346,6 @@ def nb_log_likelihood_logits(
         (cell,) library sizes > 0.
     r
         (gene,) inverse dispersions > 0.
-    validate
-        Refuse negative counts in a dense `counts`.
 
     Returns
     -------
@@ -362,7 +356,7 @@ def nb_log_likelihood_logits(
     Lopez et al. (2018), Nature Methods 15:1053.
     """
     if isinstance(counts, Tensor):
-        counts = SparseCounts.from_dense(counts, validate=validate)
+        counts = SparseCounts.from_dense(counts)
     dtype = torch.promote_types(torch.promote_types(logits.dtype, library.dtype), torch.float32)
     counts = counts if counts.values.dtype == dtype else counts.to(dtype)
     return _NBFromLogits.apply(counts, logits.to(dtype), library.to(dtype), r.to(dtype))

@@ -683,7 +683,7 @@ def identity_like(matrices: Tensor) -> Tensor:
     return torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
 
 
-def _largest_singular_value(matrices: Tensor, doublings: int = 12) -> Tensor:
+def _largest_singular_value(matrices: Tensor) -> Tensor:
     r"""Spectral norms (condition,) by products alone: a decomposition makes the host wait for its outcome.
 
     .. math:: \|A\|_2 \approx \|A v\| / \|v\|, \qquad v = (A^\top A)^{2^{12}} w
@@ -693,9 +693,9 @@ def _largest_singular_value(matrices: Tensor, doublings: int = 12) -> Tensor:
     """
     with torch.no_grad():
         power = _of_size_one(torch.bmm(matrices.mT, matrices))
-        for doubling in range(1, doublings + 1):
+        for doubling in range(1, 13):
             power = torch.bmm(power, power)
-            if doubling % 3 == 0 or doubling == doublings:  # entries of at most 1 have grown to at most d^7
+            if doubling % 3 == 0:  # entries of at most 1 have grown to at most d^7
                 power = _of_size_one(power)
         largest = power.square().sum(1).argmax(1)
         vector = power.gather(2, largest.view(-1, 1, 1).expand(-1, power.shape[1], 1))

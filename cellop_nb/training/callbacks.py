@@ -64,28 +64,21 @@ class EarlyStopping(Callback):
 
     def __init__(self, patience: int = 20, *, min_delta: float = 0.0):
         self.patience, self.min_delta = patience, min_delta
-        self._best, self._best_epoch = float("inf"), -1
 
     def on_fit_start(self, trainer) -> None:
         trainer.patience = self.patience
-        self._best, self._best_epoch = float("inf"), -1
-        for row in trainer.rows:
-            self._see(row, trainer.monitor)
-        if trainer.rows:  # a run that was killed after its last epoch has no epoch left
-            self._judge(trainer, trainer.rows[-1])
+        self._judge(trainer)  # a run that was killed after its last epoch has no epoch left
 
     def on_epoch_end(self, trainer, row: dict) -> None:
-        self._see(row, trainer.monitor)
-        self._judge(trainer, row)
+        self._judge(trainer)
 
-    def _judge(self, trainer, row: dict) -> None:
-        if row["epoch"] - self._best_epoch >= self.patience:
+    def _judge(self, trainer) -> None:
+        best, waited = float("inf"), 0
+        for row in trainer.rows:
+            value = row.get(trainer.monitor, float("inf"))
+            best, waited = (value, 0) if value < best - self.min_delta else (best, waited + 1)
+        if waited >= self.patience:
             trainer.stop(f"{trainer.monitor} has not improved for {self.patience} epochs")
-
-    def _see(self, row: dict, monitor: str) -> None:
-        value = row.get(monitor, float("inf"))
-        if value < self._best - self.min_delta:
-            self._best, self._best_epoch = value, row["epoch"]
 
 
 class Pruning(Callback):
@@ -184,16 +177,15 @@ class HistoryCSV(Callback):
 
 
 class SaveCheckpoints(Callback):
-    """Save ``last.pt`` every `every` epochs, and ``best.pt`` whenever the monitored value improves."""
+    """Save ``last.pt`` after every epoch, and ``best.pt`` whenever the monitored value improves."""
 
-    def __init__(self, folder: str | Path, *, every: int = 1):
-        self.folder, self.every = Path(folder), every
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
 
     def on_epoch_end(self, trainer, row: dict) -> None:
         if trainer.best_epoch == row["epoch"]:
             trainer.save_checkpoint(self.folder / "best.pt")
-        if row["epoch"] % self.every == 0 or trainer.ending:
-            trainer.save_checkpoint(self.folder / "last.pt")
+        trainer.save_checkpoint(self.folder / "last.pt")
 
 
 # -- where others keep their runs

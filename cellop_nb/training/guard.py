@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from ..data.counts import CountBatch
 from ..data.groups import GroupSample
-from ..errors import CellopError, CheckpointError, LabelError, NonFiniteError, did_you_mean, three_beats
+from ..errors import CheckpointError, LabelError, NonFiniteError, did_you_mean, three_beats
 from ..models.host import looks_are_free
 from .checkpoint import read_state, write_state
 from .locate import Origin, is_finite, nonfinite_state, owner_of_parameter, search
@@ -181,10 +182,11 @@ class NonFiniteGuard:
         """Check loss terms and gradients, these by their norm; the step has not been made yet."""
         # Without their graph: it would stay in memory until the next step.
         self._terms = {name: term.detach() for name, term in terms.items()}
-        finite = torch.isfinite(torch.stack([*self._terms.values(), norm])).all()
-        self.finite = finite if _alone(trainer) else trainer.processes.all(finite)
+        numbers = torch.stack([*self._terms.values(), norm])
         if not self.holds_back:
-            return bool(self.finite) or self._faulty_step(trainer)
+            broken = not all(map(math.isfinite, numbers.tolist()))
+            return not _in_any(trainer, broken) or self._faulty_step(trainer)
+        self.finite = trainer.processes.all(torch.isfinite(numbers).all())
         bad = (~self.finite).to(torch.float32)
         torch.maximum(self._raised, bad, out=self._raised)  # in place: a recorded step knows this tensor
         self._fused.found_inf = self._raised
@@ -216,20 +218,6 @@ class NonFiniteGuard:
             return self._fault("parameter", trainer)
         self.last_finite = TrainingState.of(trainer, self.model, self.optimizer)
         return True
-
-    def restore(self, trainer=None) -> None:
-        """Put the last finite state back into model and optimiser; random states too, given a trainer.
-
-        Raises
-        ------
-        CellopError
-            If there never was a finite state.
-        """
-        if self.last_finite is None:
-            raise CellopError(
-                three_beats("a finite state to go back to", "none since the start", "build a new model")
-            )
-        self.last_finite.restore(self.model, self.optimizer, trainer)
 
     # -- faults ------------------------------------------------------------------------------------
 
@@ -317,14 +305,14 @@ class NonFiniteGuard:
         if not nonfinite_state(self.model, self.optimizer):
             self.last_finite = TrainingState.of(trainer, self.model, self.optimizer)
         elif self.last_finite is not None:
-            self.restore()
+            self.last_finite.restore(self.model, self.optimizer)
         raise error
 
     def _roll_back(self, trainer, error: NonFiniteError) -> bool:
         if self.last_finite is None:  # the model came broken
             raise error
         step, rate = self.last_finite.step, trainer.learning_rate / 2
-        self.restore()
+        self.last_finite.restore(self.model, self.optimizer)
         trainer.learning_rate = rate
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -335,13 +323,9 @@ class NonFiniteGuard:
         return False
 
 
-def _alone(trainer) -> bool:
-    return getattr(trainer, "processes", None) is None or trainer.processes.size == 1
-
-
 def _in_any(trainer, flag: bool) -> bool:
     """Whether it holds in one of the processes at least: all must go back, or stop, together."""
-    return flag if _alone(trainer) else trainer.processes.any(flag)
+    return trainer.processes.any(flag) if hasattr(trainer, "processes") else flag
 
 
 # -- what is told of a fault -----------------------------------------------------------------------------

@@ -37,7 +37,6 @@ from ..errors import (
     did_you_mean,
     three_beats,
 )
-from ..models import host
 from ..models.host import looks_are_free
 from .callbacks import Callback, HistoryCSV, ProgressBar, SaveCheckpoints
 from .checkpoint import plain, read_state, reason, refuse_other_run, write_state
@@ -51,10 +50,10 @@ LAST = "last.pt"
 """Name of the checkpoint that a run goes on from."""
 
 
-def half_cosine(step: int, total: int, *, floor: float = 0.02) -> float:
-    """Learning-rate factor that falls from 1 to `floor` along half a cosine."""
+def half_cosine(step: int, total: int) -> float:
+    """Learning-rate factor that falls from 1 to 0.02 along half a cosine."""
     share = min(step / max(total, 1), 1.0)
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * share))
+    return 0.02 + 0.49 * (1 + math.cos(math.pi * share))
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
@@ -127,7 +126,6 @@ class RemoteControl:
     # what the trainer has
     epoch: int
     step: int
-    max_epochs: int
     fit: Callable[..., pd.DataFrame]
     _call: Callable[..., None]
 
@@ -217,11 +215,6 @@ class RemoteControl:
         """Go on after :meth:`pause`."""
         self._go.set()
 
-    @property
-    def ending(self) -> bool:
-        """Whether the epoch just finished is the last one."""
-        return self._stop.is_set() or self.epoch >= self.max_epochs
-
     def _hold_while_paused(self) -> None:
         if self._go.is_set() or self._stop.is_set():
             return
@@ -298,8 +291,9 @@ class Machine:
             logging.WARNING
         )  # it repeats in each notebook that bfloat16 was asked for, and recommends products
         try:
+            fastest = "cuda" if torch.cuda.is_available() else "cpu"
             fabric = Fabric(
-                accelerator=host.best() if self.accelerator == "auto" else self.accelerator,
+                accelerator=fastest if self.accelerator == "auto" else self.accelerator,
                 devices=self.devices,
                 num_nodes=self.num_nodes,
                 strategy=self.strategy,
@@ -448,9 +442,6 @@ class Trainer(RemoteControl):
         """Names of the cells, genes or groups of a batch, for messages."""
         return {}
 
-    def before_epoch(self) -> None:
-        """Set what changes by epoch (warm-ups)."""
-
     def weights_now(self) -> dict[str, float]:
         """Weights of the loss terms in this step, by name; those that may be changed by hand as they are."""
         return dict(self.weights)
@@ -573,7 +564,6 @@ class Trainer(RemoteControl):
             fix = "check the split, or ask for more steps_per_epoch"
             raise DataError(three_beats("at least one batch in an epoch", "none", fix))
         self.model.train()
-        self.before_epoch()
         sums: dict[str, Any] = {}
         start, cells, steps, norms = time.perf_counter(), 0, 0, []
         for batch in self.batches():

@@ -318,7 +318,7 @@ class OperatorTrainer(Trainer):
         clouds = batch.control, batch.perturbed, batch.control_sizes, batch.perturbed_sizes
         within = self.within.of(batch)
         # NaN must reach the loss: the guard says where it came from, and may roll back.
-        energy = moved_energy_distance(*clouds, matrices, shifts, y_self=within, validate=False)
+        energy = moved_energy_distance(*clouds, matrices, shifts, y_self=within)
         terms = {"energy": energy.mean()} | self._penalties(matrices)
         terms = self.processes.weighted(terms, len(energy), self._at_once)
         if self.model.context_shift.requires_grad:

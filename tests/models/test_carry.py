@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cellop_nb.models.carry import Observed, carry_counts
+from cellop_nb.models.carry import Observed, balanced_counts
 from cellop_nb.models.likelihood import NegativeBinomial, levels
 
 
@@ -39,7 +39,7 @@ def test_no_change_keeps_every_count():
     x, library = cells()
     mean = Observed(x, library, nb(x + 0.5)).mean(nb(x + 0.5))
     assert torch.equal(mean, x)
-    assert torch.equal(carry_counts(mean, generator(3)), x)
+    assert torch.equal(balanced_counts(mean, generator(3)), x)
     for seed in range(20):  # libraries that the sum over genes meets only up to rounding
         more = library * (1 + torch.rand(len(x), generator=generator(seed)))
         observed = Observed(x, more, nb(shares(more, seed)))
@@ -109,14 +109,14 @@ def test_what_the_model_does_not_explain_is_kept():
     library = torch.full((4000,), 1000.0)
     high = torch.where(torch.arange(4000).unsqueeze(1) < 2000, 8.0, 2.0)
     before, after = torch.full_like(high, 4.0), torch.full_like(high, 8.0)
-    moved = carry_counts(Observed(high, library, nb(before)).mean(nb(after)), generator(5))
+    moved = balanced_counts(Observed(high, library, nb(before)).mean(nb(after)), generator(5))
     assert moved[:2000].mean() > 2 * moved[2000:].mean()
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.floats(0.0, 50.0), st.integers(0, 100))
 def test_rounding_is_unbiased_and_to_a_neighbour(mean, seed):
-    drawn = carry_counts(torch.full((20_000,), mean, dtype=torch.float64), generator(seed))
+    drawn = balanced_counts(torch.full((20_000, 1), mean, dtype=torch.float64), generator(seed))
     assert set(drawn.unique().tolist()) <= {np.floor(mean), np.floor(mean) + 1}
     assert float(drawn.mean()) == pytest.approx(mean, abs=0.02)
 

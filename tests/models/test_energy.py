@@ -366,9 +366,9 @@ def test_bad_input_is_refused(case):
         call(torch.randn(6, 3, generator=torch.Generator().manual_seed(0)))
 
 
-def test_non_finite_values_pass_through_where_asked():
-    x = torch.full((4, 2), math.nan, requires_grad=True)
-    assert not torch.isfinite(energy_distance(x, torch.zeros(3, 2), validate=False))
+def test_non_finite_maps_reach_the_value_for_the_guard_to_name():
+    maps = torch.full((1, 2, 2), math.nan), torch.zeros(1, 2)
+    assert not torch.isfinite(moved_energy_distance(torch.ones(4, 2), torch.zeros(3, 2), [4], [3], *maps))
 
 
 # -- clouds moved by one map per group, and the short way of one pair ------------------------------------

@@ -105,7 +105,7 @@ def test_the_last_step_hears_the_loss_terms():
         lambda folder: EarlyStopping(100),
         lambda folder: ProgressBar(),
         lambda folder: HistoryCSV(folder / "deep" / "history.csv"),
-        lambda folder: SaveCheckpoints(folder / "deep", every=2),
+        lambda folder: SaveCheckpoints(folder / "deep"),
     ],
     ids=["Callback", "EarlyStopping", "ProgressBar", "HistoryCSV", "SaveCheckpoints"],
 )

@@ -154,7 +154,6 @@ def test_one_point_and_nan_on_a_device(small, as_on_a_device, monkeypatch):
     value = energy_distance(x, x.detach().clone())
     assert abs(value.item()) < 1e-12 and torch.equal(torch.autograd.grad(value, x)[0], torch.zeros(5, 3))
     broken = torch.cat([x.detach(), torch.full((1, 3), math.nan)])
-    assert energy_distance(broken, x.detach(), validate=False).isnan()
     with pytest.raises(ModelError, match="row 5"):
         energy_distance(broken, x.detach())
 

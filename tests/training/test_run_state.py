@@ -8,7 +8,6 @@ import torch
 from toy import Do, Line, LineTrainer, assert_same_run, comparable, weights_of
 
 from cellop_nb.errors import CheckpointError
-from cellop_nb.training.callbacks import SaveCheckpoints
 from cellop_nb.training.checkpoint import write_state
 
 
@@ -44,11 +43,6 @@ def test_last_and_best_checkpoints_are_kept(tmp_path):
     assert (best["epoch"], last["epoch"]) == (2, 6)
     assert torch.equal(best["model"]["slope"], seen[0]["slope"])
     assert torch.equal(last["best_model"]["slope"], seen[0]["slope"])
-
-
-def test_a_last_checkpoint_is_written_when_the_run_ends_between_two(tmp_path):
-    LineTrainer(max_epochs=4, callbacks=[SaveCheckpoints(tmp_path, every=3)]).fit()
-    assert torch.load(tmp_path / "last.pt", weights_only=True)["epoch"] == 4
 
 
 def test_all_that_a_run_depends_on_is_restored(tmp_path):
