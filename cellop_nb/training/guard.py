@@ -163,7 +163,7 @@ class NonFiniteGuard:
         self._steps: list[_Step] = []  # not yet read
         device = next(model.parameters()).device
         self._raised = torch.zeros((), device=device)  # 1 from the first step on that was not finite
-        self._asked: tuple[int, Tensor, torch.cuda.Event | None] | None = None
+        self._question: tuple[int, Tensor, torch.cuda.Event | None] | None = None
 
     @property
     def holds_back(self) -> bool:
@@ -197,7 +197,7 @@ class NonFiniteGuard:
         if self.holds_back:
             self._steps.append(_Step(trainer.step, trainer.batch, self._random, self.finite))
             if len(self._steps) % self.read_every == 0:
-                if self._asked is not None:
+                if self._question is not None:
                     self._read(trainer)
                 self._ask()
         return self.keep(trainer) if self.on_nonfinite == "rollback" or self._suspect else True
@@ -232,22 +232,22 @@ class NonFiniteGuard:
         event = torch.cuda.Event() if self._raised.is_cuda else None
         if event is not None:
             event.record()
-        self._asked = len(self._steps), flag, event
+        self._question = len(self._steps), flag, event
 
     def _read(self, trainer) -> None:
         """Make the steps from the first that was not finite again, each with its check at once."""
-        assert self._asked is not None
-        (asked, flag, event), self._asked = self._asked, None
+        assert self._question is not None
+        (n_steps, flag, event), self._question = self._question, None
         if event is not None:
             event.synchronize()
         if not bool(flag):
-            del self._steps[:asked]
+            del self._steps[:n_steps]
             return
         self._raised.zero_()
         self._fused.found_inf = None
         steps, self._steps = self._steps, []
         first = torch.stack([step.finite for step in steps]).tolist().index(False)
-        kept = trainer.step, trainer.batch, trainer.recorder, self.read_every
+        before = trainer.step, trainer.batch, trainer.recorder, self.read_every
         now = random_state(trainer)
         trainer.recorder, self.read_every = None, 1  # call by call
         try:
@@ -256,14 +256,13 @@ class NonFiniteGuard:
                 trainer.step = step.number
                 trainer._run_step(step.batch)
         finally:
-            trainer.recorder, self.read_every = kept[2:]
-        trainer.step, trainer.batch = kept[:2]
+            trainer.recorder, self.read_every = before[2:]
+        trainer.step, trainer.batch = before[:2]
         set_random_state(now, trainer)
 
     def _faulty_step(self, trainer) -> bool:
-        if _in_any(
-            trainer, bool(nonfinite_state(self.model))
-        ):  # since the step before; the loss only shows it
+        # Broken since the step before; the loss only shows it.
+        if _in_any(trainer, bool(nonfinite_state(self.model))):
             return self._fault("parameter", trainer, late=1)
         here = not all(map(is_finite, self._terms.values()))
         if _in_any(trainer, here):
@@ -282,9 +281,9 @@ class NonFiniteGuard:
         """Describe a fault, of this process or (`here` False) of another, and go back or raise, all alike."""
         fault = {"stage": stage, "epoch": trainer.epoch, "step": max(trainer.step - late, 0)}
         fault["learning_rate"] = self.optimizer.param_groups[0]["lr"]
-        batch = (
-            trainer.batch.whole() if hasattr(trainer.batch, "whole") else trainer.batch
-        )  # told by its values
+        batch = trainer.batch
+        if hasattr(batch, "whole"):  # one on a device by its rows: its values are told
+            batch = batch.whole()
         random, now = self._random or random_state(trainer), random_state(trainer)
         set_random_state(random, trainer)
         error = _explained(trainer, self.model, batch, fault, self.optimizer, here)
