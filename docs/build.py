@@ -28,6 +28,7 @@ RESULTS = (
     "analysis.baselines.Prediction",
     "analysis.cellop.Choice",
     "analysis.plan.Plan",
+    "analysis.doses.DoseCurve",
     "training.checkpoint.Saved",
     "analysis.scores.METRICS",
 )

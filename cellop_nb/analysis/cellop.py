@@ -49,6 +49,7 @@ from ..training.checkpoint import Saved, read_models, write_models
 from ..training.operators import OperatorTrainer, Penalties, new_operators
 from ..training.vae import VAETrainer, new_vae
 from .distances import etest
+from .doses import DoseCurve, dose_curves
 from .features import described
 from .means import Factors, Means
 from .metrics import EvaluationSpace, e_distance, log1p_cp10k
@@ -99,6 +100,8 @@ class Recipe:
     most_judged, most_cells, most_moved
         Groups that the choice looks at in all, cells of a context that are moved to know a mean response, and moves of
         cells in all to know what operators miss: of many groups there are fewer cells, at least 25.
+    dose_curve
+        Form of the curves of doses: "linear", "log", "saturating", or "chosen" by leaving doses out.
     """
 
     n_hidden: int = 128
@@ -115,6 +118,7 @@ class Recipe:
     most_judged: int = 48
     most_cells: int = 400
     most_moved: int = 100_000
+    dose_curve: str = "chosen"
 
 
 RECIPE = Recipe()
@@ -252,6 +256,7 @@ class CellOp:
         self.means: Means = None  # type: ignore[assignment]  # fit() makes them
         self.others: list[str] = []
         self.other_means: Means | None = None
+        self.curves: dict[str, DoseCurve] = {}
         self._evidence: Evidence | None = None
         self._combination_evidence: Evidence | None = None
         self._described: Described | None = None
@@ -350,12 +355,13 @@ class CellOp:
                 if self.features is not None:
                     check_described(self.features, groups)
                 _check_batches(cells, groups)
-                self.means = Means.of(cells, groups)
-                self.others, self.other_means = self._means_of_others(cells.var_names, groups)
-                self._described = None if self.features is None else Described(self.features, self.means)
                 space = EvaluationSpace.fit(cells, seed=self.seed)
                 points = space.project(log1p_cp10k(space.select(cells)))
                 self.effects = etest(Groups(cells, use_rep=points, min_cells=1), seed=self.seed)
+                groups = self._at_strengths(cells, groups)
+                self.means = Means.of(cells, groups)
+                self.others, self.other_means = self._means_of_others(cells.var_names, groups)
+                self._described = None if self.features is None else Described(self.features, self.means)
             members = [self._fit_member(cells, groups, k, stages, callbacks) for k in range(self.n_members)]
             self._latent_means = self._means_of_latents(cells, groups)
             self._judge(cells, groups, members, space, stages)
@@ -383,6 +389,18 @@ class CellOp:
         if SPLIT_KEY not in adata.obs or not (cells.obs[SPLIT_KEY] == "val").any():
             cells.obs[SPLIT_KEY] = self._split(cells)
         return cells
+
+    def _at_strengths(self, cells: ad.AnnData, groups: Groups) -> Groups:
+        """Find the curve of every perturbation, and write strengths in place of the doses of the training cells."""
+        key = self.keys.dose_key
+        if key is None:
+            return groups
+        self.curves = dose_curves(cells, groups, self.recipe.dose_curve)
+        strengths = np.ones(cells.n_obs)
+        for group in groups:
+            strengths[group.rows] = self.curves[group.perturbation].strength(group.dose)
+        cells.obs[key] = np.maximum(strengths, np.finfo(np.float32).eps)
+        return Groups(cells)
 
     def _means_of_others(self, modelled: Sequence[str], groups: Groups) -> tuple[list[str], Means | None]:
         """Expressed genes that are not modelled, and what was measured of them in the same cells."""
@@ -603,7 +621,7 @@ class CellOp:
                     continue
                 at = measured.contexts.index(context)
                 changes = {name: change[at] for name, change in plans[perturbation].items()}
-                chosen = self._some(cells, groups.rows(context, perturbation))
+                chosen = self._some(cells, groups.strongest(context, perturbation).rows)
                 real = points(cells.X[chosen].toarray(), library[chosen])
                 before = points(start.x, start.library)
                 expected = start.expected(self._operator_of(member, perturbation, None)(start.z))
@@ -820,6 +838,21 @@ class CellOp:
         """The perturbations that a label names: one that the operators know, or those that it combines."""
         return perturbation_parts(perturbation, self.perturbations, self.perturbations)
 
+    def dose_curve(self, perturbation: str) -> DoseCurve:
+        """How strong a perturbation is at a dose: ``predict(..., strength=model.dose_curve(p).strength(dose))``.
+
+        Raises
+        ------
+        LabelError
+            For a perturbation whose doses were not measured, such as a combination.
+        """
+        curves = self._fitted().curves
+        if perturbation not in curves:
+            expected = f"a perturbation whose doses were measured: {list(curves)[:10]}"
+            fix = "name the column of doses, setup(dose_key=...), and ask for one perturbation"
+            raise LabelError(three_beats(expected, repr(perturbation), fix))
+        return curves[perturbation]
+
     def intervals(self, context: Context, perturbation: str) -> pd.DataFrame:
         """Change of every gene with its interval, the largest first.
 
@@ -881,8 +914,14 @@ class CellOp:
             return pd.Series(dtype=float)
         return (1 - above / above[NO_CHANGE]).drop(NO_CHANGE)
 
-    def verdict(self, context: Context, perturbation: str) -> str:
-        """Say in a sentence with numbers how far to trust a prediction."""
+    def verdict(self, context: Context, perturbation: str, dose: float | None = None) -> str:
+        """Say in a sentence with numbers how far to trust a prediction, at a dose where one is given."""
+        if dose is not None and self.dose_curve(perturbation).extrapolates(dose):
+            curve = self.dose_curve(perturbation)
+            return (
+                f"{self.verdict(context, perturbation)} A dose of {dose:g} is extrapolated: {curve.smallest:g} to "
+                f"{curve.largest:g} were measured."
+            )
         context = context_name(context, self.keys)
         said, name = self.plan(context, perturbation), f"{perturbation} in {context}"
         if said.across == "perturbations":
@@ -970,8 +1009,8 @@ class CellOp:
         Parameters
         ----------
         conditions
-            Pairs (context, perturbation), or a DataFrame with these columns, and ``n_cells`` or ``strength`` where they
-            differ; in place of `context` and `perturbation`.
+            Pairs (context, perturbation), or a DataFrame with these columns, and ``n_cells``, ``strength`` or ``dose``
+            where they differ; in place of `context` and `perturbation`.
         context, perturbation
             One question. "A+B" asks for a combination. Where several columns are contexts, a tuple or a dict names their
             levels, ``context={"cell_type": "B", "donor": "d1"}``, and a table may have a column of each.
@@ -1014,6 +1053,9 @@ class CellOp:
             For a strength out of range, or a part strength of an operator without a real logarithm.
         """
         self._fitted()
+        if isinstance(conditions, pd.DataFrame) and "dose" in conditions and "strength" not in conditions:
+            strengths = [self._strength(row) for _, row in conditions.iterrows()]
+            conditions = conditions.drop(columns="dose").assign(strength=strengths)
         asked = question_table(conditions, context, perturbation, strength, n_cells, operator, self.keys)
         if missing_genes not in ("refuse", "zero", "impute"):
             expected = "missing_genes among 'refuse', 'zero', 'impute'"
@@ -1035,6 +1077,14 @@ class CellOp:
         pooled = cells[0] if len(cells) == 1 else ad.concat(cells, merge="same", index_unique=None)
         pooled.uns["cellop_nb"] = about
         return pooled
+
+    def _strength(self, row: pd.Series) -> float:
+        """Strength of a row of conditions with a dose."""
+        dose = pd.to_numeric(row["dose"], errors="coerce")
+        if not dose > 0 or not np.isfinite(dose):
+            fix = "write numbers alone, in the unit of the measured doses; controls need no prediction"
+            raise LabelError(three_beats("a positive number as dose", repr(row["dose"]), fix))
+        return self.dose_curve(str(row.get("perturbation"))).strength(float(dose))
 
     def answer(self, question, operator: AffineOperator | None, seed: int) -> ad.AnnData:
         """Virtual cells of one condition: (context, perturbation, strength, n_cells)."""
@@ -1068,6 +1118,8 @@ class CellOp:
             drawn = start.moved(act, strength, planned, growth, generator, gained)
             parts.append(assemble(self.adata[rows], self.keys, self.genes, drawn, perturbation, others))
             parts[-1].obs_names = [names[k] for k in at]
+            if operator is None and perturbation in self.curves and self.keys.dose_key in parts[-1].obs:
+                parts[-1].obs[self.keys.dose_key] = self.curves[perturbation].dose(strength)
         cells = parts[0] if len(parts) == 1 else ad.concat(parts, merge="same")
         ways = np.where(cells.var_names.isin(self.others) & (operator is None), "planned", "kept")
         cells.var["prediction"] = pd.Categorical(np.where(cells.var["modelled"], "moved", ways))
@@ -1151,6 +1203,10 @@ class CellOp:
             "features": None
             if self._described is None
             else [self._described.names, self._described.columns, self._described.marked],
+            "curves": {
+                name: asdict(replace(curve, table=None)) | {"table": curve.table.to_dict("list")}
+                for name, curve in self.curves.items()
+            },
             "effects": self.effects.to_json(orient="split"),
             "left_out": self.left_out.to_json(orient="split", double_precision=15),
             "history": self.history.to_json(orient="split"),
@@ -1273,6 +1329,10 @@ def _restored(saved: Saved) -> CellOp:
         corrected or moved,
         missed,
     )
+    model.curves = {
+        name: DoseCurve(**fields | {"table": pd.DataFrame(fields["table"])})
+        for name, fields in about.get("curves", {}).items()
+    }
     model.others = about.get("others", [])  # of a file of an earlier version none
     if model.others:
         level, *factors = (arrays[f"others.{name}"] for name in _OTHERS)
@@ -1384,7 +1444,7 @@ def question_table(
     missing = [column for column in columns if column not in table]
     if unknown or missing or not len(table):
         problem = f"columns {list(map(str, table.columns))} of {len(table)} rows"
-        fix = "name the columns context, perturbation, and n_cells or strength where they differ"
+        fix = "name the columns context, perturbation, and n_cells, strength or dose where they differ"
         raise LabelError(three_beats("conditions with columns context and perturbation", problem, fix))
     table = table.astype(dict.fromkeys(columns, str))
     sizes = [np.nan if n is None else n for n in table.get("n_cells", [n_cells] * len(table))]

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from ..data.contract import obs_labels
+from ..data.contract import label_table, obs_labels
 from ..data.counts import require_in_memory
 from ..data.groups import Groups, evenly
 from ..display import Scores
@@ -345,7 +345,7 @@ def _scored(model: CellOp, question: Question, seed: int, shared: dict, methods,
 
     def by_cellop(training: Training, target: Target) -> Prediction:
         pair = target.context, target.perturbation
-        cells[pair] = _defined(source.predict, context=pair[0], perturbation=pair[1], seed=seed)
+        cells[pair] = _defined(source.predict, _asked(fitted, real, *pair, len(target.adata)), seed=seed)
         return Prediction.of_adata(CELLOP, cells[pair], space)
 
     rules: dict[str, Method] = {
@@ -378,10 +378,21 @@ def _scored(model: CellOp, question: Question, seed: int, shared: dict, methods,
     return {"scores": scores, "cells": pooled, "choice": fitted.choice.table, "fit": fit}
 
 
-def _defined(ask, **question):
+def _asked(model: CellOp, real: ad.AnnData, context: str, perturbation: str, n_cells: int) -> pd.DataFrame:
+    """The conditions of a group: one, or one of every dose that its real cells have, with its share of the cells."""
+    asked = pd.DataFrame({"context": [context], "perturbation": [perturbation]})
+    if perturbation not in model.curves:
+        return asked
+    labels = label_table(real, model.keys)
+    own = labels[(labels["context"] == context) & (labels["perturbation"] == perturbation)]
+    sizes = (own["dose"].value_counts(normalize=True).sort_index() * n_cells).round().clip(lower=1)
+    return asked.merge(sizes.astype(int).rename("n_cells").reset_index(), how="cross")
+
+
+def _defined(ask, *args, **question):
     """What a model says; a refusal is a reason in the table."""
     try:
-        return ask(**question)
+        return ask(*args, **question)
     except CellopError as refusal:
         raise Undefined(str(refusal)) from None
 

@@ -78,36 +78,35 @@ class Means:
     def of(cls, cells, groups: Groups) -> Means:
         """From counts of the modelled genes (:func:`~cellop_nb.analysis.predict.modelled_counts`) and their index.
 
-        Doses of one perturbation in one context are pooled, each by its cells.
+        Doses of one perturbation in one context are pooled, by least squares: their column holds strengths
+        (:class:`~cellop_nb.analysis.doses.DoseCurve`), and the change is that of strength 1.
         """
-        total = TOTAL_KEY if TOTAL_KEY in cells.obs else None
-        matrix = count_matrix(cells, total_key=total)  # in memory, as a fit requires
-        library = matrix.library.numpy().astype(np.float64)
-        x = matrix.csr[:, : cells.n_vars]
-        level = log1p_cp10k(x, library)
-        (mean, control), (square, control_square) = groups.means(level), groups.means(level.power(2))
+        library, x = _counts(cells)
+        (mean, control), (variance, control_variance) = level_moments(cells, groups)
         size = np.array([len(group) for group in groups], dtype=float)
-        n_control = np.array([len(rows) for rows in groups.control_rows.values()], dtype=float)
         log_library, log_control = (np.log(part[:, 0]) for part in groups.means(library[:, None]))
         context = {name: k for k, name in enumerate(groups.contexts)}
         rows = defaultdict(list)
         for k, group in enumerate(groups):
             rows[group.context, group.perturbation].append(k)
         pairs = list(rows)
-        share = [size[members] / size[members].sum() for members in rows.values()]
+        strength = np.array([group.dose for group in groups])
+        weight = [
+            size[k] * strength[k] / (size[k] @ np.square(strength[k])) for k in map(np.array, rows.values())
+        ]
         start = np.cumsum([0, *map(len, rows.values())])
-        mixing = sparse.csr_matrix((np.concatenate(share), np.concatenate([*rows.values()]), start))
+        mixing = sparse.csr_matrix((np.concatenate(weight), np.concatenate([*rows.values()]), start))
+        of_control = np.asarray(mixing.sum(1))  # 1 where there is one dose, of strength 1
         at = np.array([context[c] for c, _ in pairs])
-        variance = _variance(mixing @ mean, mixing @ square, mixing @ size)
-        control_variance = _variance(control, control_square, n_control)
         share = groups.means(x)[1] / groups.means(library[:, None])[1]
+        grown = mixing @ log_library - of_control[:, 0] * log_control[at]
         return cls(
             groups.contexts,
             control,
             pairs,
-            mixing @ mean - control[at],
-            variance + control_variance[at],
-            mixing @ log_library - log_control[at] if total else np.zeros(len(pairs)),
+            mixing @ mean - of_control * control[at],
+            mixing.power(2) @ variance + np.square(of_control) * control_variance[at],
+            grown if TOTAL_KEY in cells.obs else np.zeros(len(pairs)),
             share.mean(0),
             n_factors=len(groups.keys.context_key or ("",)),
         )
@@ -234,6 +233,22 @@ class Means:
         return sum(self.growth_of(context, part) for part in parts) if len(parts) > 1 else 0.0
 
 
-def _variance(mean: np.ndarray, square: np.ndarray, size: np.ndarray) -> np.ndarray:
-    """Sampling variance (row, gene) of means over `size` cells (row,)."""
-    return np.maximum(square - mean**2, 0.0) / np.maximum(size - 1, 1)[:, None]
+def _counts(cells) -> tuple[np.ndarray, sparse.csr_matrix]:
+    """Library sizes (cell,) float64, and counts (cell, gene)."""
+    matrix = count_matrix(cells, total_key=TOTAL_KEY if TOTAL_KEY in cells.obs else None)
+    return matrix.library.numpy().astype(np.float64), matrix.csr[
+        :, : cells.n_vars
+    ]  # in memory, as a fit requires
+
+
+def level_moments(cells, groups: Groups):
+    """Mean log1p-CP10k of every group and of every context's controls, (row, gene) each, and their sampling variances."""
+    library, x = _counts(cells)
+    level = log1p_cp10k(x, library)
+    means, squares = groups.means(level), groups.means(level.power(2))
+    sizes = [len(group) for group in groups], [len(rows) for rows in groups.control_rows.values()]
+    variances = [
+        np.maximum(square - mean**2, 0.0) / np.maximum(np.array(size, dtype=float) - 1, 1)[:, None]
+        for mean, square, size in zip(means, squares, sizes, strict=True)
+    ]
+    return means, variances

@@ -111,7 +111,7 @@ def setup(
         Column of cell type, donor or tissue. Several columns are factors, whose effects add up: a pair that was never
         perturbed is told by its margins; its label joins theirs with " | ". None for one context, "all".
     dose_key
-        Column of doses: positive numbers; what it says of control cells does not matter.
+        Column of doses, or of times where these vary: positive numbers; what it says of control cells does not matter.
     time_key, batch_key
         Columns of times, and of batches that the VAE is to be told.
     singles

@@ -210,6 +210,10 @@ class Groups(Sequence[Group]):
         """The group of this name (of its lowest dose), None where it was not measured."""
         return next(iter(self._by_name.get((context, perturbation), ())), None)
 
+    def strongest(self, context: str, perturbation: str) -> Group:
+        """The measured group of this name of its largest dose."""
+        return max(self._by_name[context, perturbation], key=lambda group: group.dose)
+
     def rows(self, context: str, perturbation: str) -> np.ndarray:
         """Rows of a group's cells over all doses, or of a context's controls, (cell,); none where not measured."""
         if perturbation == self.keys.control:
