@@ -182,6 +182,13 @@ _VALUES = {
     # several draws of one call are seeded by numbers made from it
     "seed": _Numbers(0, 2**32 - 1),
     "num_nodes": _Numbers(1),
+    # what is looked at, and how often it is drawn
+    "n_genes": _Numbers(2), "n_members": _Numbers(1), "min_cells": _Numbers(0), "max_cells": _Numbers(2),
+    "min_genes": _Numbers(1), "n_components": _Numbers(1), "n_top": _Numbers(1), "max_pairs": _Numbers(1),
+    "n_permutations": _Numbers(1), "alpha": _Numbers(0, 1, whole=False, above=True),
+    "min_delta": _WEIGHT, "pseudocount": _POSITIVE, "tile": _Numbers(1),
+    # a synthetic screen
+    "library": _POSITIVE, "batch_effect": _WEIGHT, "context_deviation": _WEIGHT,
 }  # fmt: skip
 """What a setting of a name may be, wherever it stands."""
 
@@ -195,20 +202,17 @@ def check_values(settings: dict[str, object]) -> None:
 
 
 def checked(call: Callable[P, R]) -> Callable[P, R]:
-    """Decorator of a public function or ``__init__``: names and values of its keywords are checked before it runs."""
-    keywords = [
-        p.name
-        for p in inspect.signature(call).parameters.values()
-        if p.kind is inspect.Parameter.KEYWORD_ONLY
-    ]
-    named = {*inspect.signature(call).parameters}
+    """Decorator of a public function or ``__init__``: names and values of its settings are checked before it runs."""
+    parameters = inspect.signature(call).parameters
+    keywords = [p.name for p in parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    named = [*parameters]
     owner = call.__qualname__.removesuffix(".__init__")
 
     @functools.wraps(call)
     def wrapper(*args: P.args, **settings: P.kwargs) -> R:
-        for name in settings.keys() - named:
+        for name in settings.keys() - {*named}:
             raise _unknown(name, keywords, owner)
-        check_values(settings)
+        check_values(dict(zip(named, args, strict=False)) | settings)
         return call(*args, **settings)
 
     return wrapper

@@ -64,6 +64,58 @@ def test_a_value_that_cannot_be_is_refused_before_work(screen, call, name, value
         call(screen, **{name: value})
 
 
+def etest(adata, **settings):
+    return co.distances.etest(adata, use_rep="X_nbvae", **settings)
+
+
+def synthetic(_, **settings):
+    return co.datasets.synthetic(**settings)
+
+
+def early_stopping(_, **settings):
+    return co.callbacks.EarlyStopping(**settings)
+
+
+def tiled(adata, **settings):
+    return co.energy_distance(adata.obsm["X_nbvae"], adata.obsm["X_nbvae"], **settings)
+
+
+@pytest.mark.parametrize(
+    ("call", "name", "value"),
+    [
+        (co.CellOp, "seed", -1),
+        (co.CellOp, "n_genes", 2.5),
+        (co.split, "seed", 1.5),
+        (co.select_genes, "n_genes", 2.5),
+        (co.select_genes, "min_cells", -1),
+        (co.Groups, "min_cells", -1),
+        (co.holdout, "seed", 2**70),
+        (co.score, "seed", -1),
+        (etest, "n_permutations", 0),
+        (etest, "alpha", 2.0),
+        (etest, "max_cells", 1),
+        (etest, "seed", -1),
+        (synthetic, "seed", -1),
+        (synthetic, "library", -1.0),
+        (synthetic, "batch_effect", math.nan),
+        (early_stopping, "patience", 0),
+        (early_stopping, "min_delta", math.nan),
+        (tiled, "tile", -1),
+    ],
+)
+def test_sizes_and_seeds_of_every_public_call_are_looked_at(screen, call, name, value):
+    with pytest.raises(ModelError, match=f"Expected {name} to be .*number.*Found {name}=.*To fix it"):
+        call(screen, **{name: value})
+
+
+def test_a_value_is_looked_at_wherever_it_stands(screen):
+    for wrong in (2.5, 0, -1):
+        with pytest.raises(ModelError, match=f"max_epochs={wrong}"):
+            vae_trainer(screen).fit(wrong)
+    with pytest.raises(ModelError, match="n_genes=0"):
+        co.select_genes(screen, 0)
+
+
 @pytest.mark.parametrize("name", ["ridge", "context_ridge", "stability_weight", "max_norm", "weight_decay"])
 def test_a_penalty_below_zero_is_refused(name):
     with pytest.raises(ModelError, match=f"Expected {name} to be a number.*-1"):

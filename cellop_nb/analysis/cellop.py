@@ -38,7 +38,7 @@ from ..data.genes import select_genes
 from ..data.groups import Groups, controls_by_context
 from ..data.splits import SPLIT_KEY, outside_test
 from ..display import card
-from ..errors import CheckpointError, LabelError, ModelError, did_you_mean, three_beats
+from ..errors import CheckpointError, LabelError, ModelError, checked, did_you_mean, three_beats
 from ..models.affine import AffineOperator, check_strength
 from ..models.carry import balanced_counts
 from ..models.energy import noise_floor
@@ -223,6 +223,7 @@ class CellOp:
         For sizes that cannot be, or parts that do not fit the data or each other.
     """
 
+    @checked
     def __init__(
         self,
         adata: ad.AnnData,
@@ -236,14 +237,6 @@ class CellOp:
         seed: int = 0,
     ) -> None:
         self.adata, self.keys = adata, keys_of(adata)
-        for name, value, least in (
-            ("n_latent", n_latent, 2),
-            ("n_members", n_members, 1),
-            ("n_genes", n_genes, 2),
-        ):
-            if value is not None and (not isinstance(value, int | np.integer) or value < least):
-                expected = f"{name} a whole number of at least {least}"
-                raise ModelError(three_beats(expected, repr(value), "pass another number, or leave it out"))
         _check_parts(vae, operators, n_members)
         self.n_latent = n_latent if vae is None else vae.n_latent
         self.n_genes, self.features = n_genes, features

@@ -14,7 +14,7 @@ from anndata import AnnData
 
 from ..data.groups import Group, Groups, evenly
 from ..display import Distances
-from ..errors import LabelError, ModelError, did_you_mean, three_beats
+from ..errors import LabelError, ModelError, checked, did_you_mean, three_beats
 from ..models.affine import AffineOperator, check_strength, commutator, compose, sum_generators
 from ..models.energy import energy_distance, noise_floor, noise_limit, self_distance
 from ..models.operators import Condition, OperatorModel, perturbation_parts
@@ -121,6 +121,7 @@ def sequence(
     return compose(parts)
 
 
+@checked
 def order_effects(
     data: AnnData | Groups,
     operators: OperatorModel,
@@ -214,6 +215,7 @@ def _order(start: torch.Tensor, first: AffineOperator, second: AffineOperator) -
     }
 
 
+@checked
 def reversal(
     adata: AnnData,
     operators: OperatorModel,

@@ -21,7 +21,7 @@ from ..data.contract import keys_of, label_table, library_size, obs_labels
 from ..data.counts import model_counts
 from ..data.groups import representation
 from ..data.splits import rows_of
-from ..errors import LabelError, ModelError, three_beats
+from ..errors import LabelError, ModelError, checked, three_beats
 from ..models.affine import AffineOperator
 from ..models.likelihood import nb_log_likelihood
 from ..models.operators import Condition
@@ -233,6 +233,7 @@ def _in_function() -> bool:
 # -- health of operators ---------------------------------------------------------------------------------------------
 
 
+@checked
 def affine_health(A, b, *, max_norm: float = 3.0) -> dict:
     r"""Numbers that say how far an affine operator :math:`K(z) = A z + b` can be trusted.
 
@@ -288,6 +289,7 @@ def affine_health(A, b, *, max_norm: float = 3.0) -> dict:
 _NUMBERS = ("spectral_norm", "spectral_radius", "condition_number", "growth_10", "drift_10")
 
 
+@checked
 def operator_health(
     operator_model, conditions: Sequence[Condition] | None = None, *, max_norm: float = 3.0
 ) -> pd.DataFrame:
@@ -378,6 +380,7 @@ class PosteriorCheck:
     dimension: float
 
 
+@checked
 @torch.no_grad()
 def posterior_check(
     adata, vae: NBVAE, *, split: str = "test", max_cells: int = 5000, seed: int = 0
@@ -481,6 +484,7 @@ def _gaps_in_zeros(x: Tensor, library: Tensor, train_x: Tensor, train_library: T
     return pd.Series(gaps, name="mean gap in zeros per gene")
 
 
+@checked
 def leaks(
     adata,
     covariate_keys: Sequence[str] = (),

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..data.contract import counts
 from ..data.groups import Groups
 from ..display import Distances
-from ..errors import LabelError, did_you_mean, three_beats
+from ..errors import LabelError, checked, did_you_mean, three_beats
 from ..models.energy import energies_of_sums, energy_distance, noise_floor, noise_limit, self_distance
 from ..models.operators import OperatorModel
 from .metrics import EvaluationSpace, log1p_cp10k
@@ -48,6 +48,7 @@ _TAIL = 250  # largest permuted values that a tail is fitted to, at most an eigh
 _TAIL_PERMUTATIONS = 400
 
 
+@checked
 def group_energies(groups: Groups, *, seed: int = 0) -> pd.DataFrame:
     """Effect of every group: its energy distance to the controls of its context, beside its noise.
 
@@ -69,6 +70,7 @@ def group_energies(groups: Groups, *, seed: int = 0) -> pd.DataFrame:
     )
 
 
+@checked
 @torch.no_grad()
 def transport_scores(
     adata: AnnData, operators: OperatorModel, *, split: str = "test", use_rep: str = "X_nbvae", seed: int = 0
@@ -117,6 +119,7 @@ def transport_scores(
 # -- does a perturbation do anything at all? ------------------------------------------------------------------------
 
 
+@checked
 def etest(
     data: AnnData | Groups,
     *,
@@ -204,6 +207,7 @@ def etest(
     return table
 
 
+@checked
 def screen_effects(
     adata: AnnData, *, use_rep: str | None = None, alpha: float = 0.05, seed: int = 0
 ) -> pd.DataFrame:

@@ -13,7 +13,7 @@ from scipy import sparse
 
 from ..data.contract import counts as raw_counts
 from ..data.contract import keys_of
-from ..errors import DataError, HoldoutError, LabelError, did_you_mean, three_beats
+from ..errors import DataError, HoldoutError, LabelError, checked, did_you_mean, three_beats
 from ..packages import require, same_threads
 from .scores import rows_by_group
 
@@ -43,6 +43,7 @@ class HeldOut(Protocol):
     fits: Any
 
 
+@checked
 def cell_eval_pair(
     result: HeldOut, *, context: str | None = None, seed: int | None = None
 ) -> tuple[ad.AnnData, ad.AnnData]:
@@ -174,6 +175,7 @@ def cell_eval2(
     return pair
 
 
+@checked
 @same_threads()
 def vcc2026(
     predicted: ad.AnnData,

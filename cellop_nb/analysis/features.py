@@ -19,7 +19,7 @@ from ..data.contract import keys_of
 from ..data.counts import require_in_memory
 from ..data.groups import Groups, controls_by_context
 from ..data.splits import outside_test
-from ..errors import DataError, LabelError, ModelError, did_you_mean, three_beats
+from ..errors import DataError, LabelError, ModelError, checked, did_you_mean, three_beats
 from ..models.operators import perturbation_parts
 from ..packages import require
 from .genes import gene_set_members
@@ -45,6 +45,7 @@ MISSING = ("refuse", "drop", "nearest")
 # -- readers ----------------------------------------------------------------------------------------------------------
 
 
+@checked
 def from_expression(
     adata: ad.AnnData, *, n_components: int = 50, symbols: str | None = None, seed: int = 0
 ) -> pd.DataFrame:
@@ -97,6 +98,7 @@ def from_expression(
     return _table(loadings, np.asarray(names, dtype=object)[heard], "expression")
 
 
+@checked
 def from_screen(other: ad.AnnData, *, n_components: int = 20) -> pd.DataFrame:
     """Describe each perturbation by what it did in another screen: principal components of its mean effects.
 
@@ -127,6 +129,7 @@ def from_screen(other: ad.AnnData, *, n_components: int = 20) -> pd.DataFrame:
     return _table(_principal(effects, n_components, "perturbations"), names, "effect")
 
 
+@checked
 def from_gene_sets(
     gene_sets: str | Path | Mapping[str, Sequence[str]], *, n_components: int = 50
 ) -> pd.DataFrame:
@@ -171,6 +174,7 @@ def from_gene_sets(
     return _table(_principal(table.to_numpy(), n_components, "genes"), table.index, "sets")
 
 
+@checked
 def from_network(edges: pd.DataFrame | str | Path, *, n_components: int = 32, seed: int = 0) -> pd.DataFrame:
     """Describe each gene by its place in a network: spectral embedding, in which neighbours are near.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..data.contract import counts, keys_of
 from ..data.counts import CountMatrix, count_matrix, model_counts
 from ..data.groups import Group, Groups, evenly
-from ..errors import DataError, LabelError, did_you_mean, three_beats
+from ..errors import DataError, LabelError, checked, did_you_mean, three_beats
 from ..models.likelihood import COUNTS_PER_CELL
 from ..models.operators import Condition, OperatorModel
 from ..models.vae import NBVAE
@@ -38,6 +38,7 @@ _VALUES = ("effect", "lfc", "predicted", "score")
 # -- genes of responses ---------------------------------------------------------------------------------------------
 
 
+@checked
 @torch.no_grad()
 def response_genes(
     adata: AnnData,
@@ -87,6 +88,7 @@ def response_genes(
     return pd.concat(tables, ignore_index=True)
 
 
+@checked
 def measured_genes(
     adata: AnnData, *, n_top: int | None = None, split: str | None = "test", pseudocount: float = 1.0
 ) -> pd.DataFrame:
@@ -105,6 +107,7 @@ def measured_genes(
     return pd.concat(tables, ignore_index=True)
 
 
+@checked
 def axis_genes(
     adata: AnnData, vae: NBVAE, operators: OperatorModel, *, n_axes: int = 4, use_rep: str = "X_nbvae"
 ) -> pd.DataFrame:
@@ -267,6 +270,7 @@ def response_similarity(
 # -- gene sets ------------------------------------------------------------------------------------------------------
 
 
+@checked
 def enrich(
     changes: pd.DataFrame,
     gene_sets: str | Path | Mapping[str, Sequence[str]],

@@ -16,7 +16,7 @@ from ..data.contract import label_table, obs_labels
 from ..data.counts import require_in_memory
 from ..data.groups import Groups, evenly
 from ..display import Scores
-from ..errors import CellopError, HoldoutError, LabelError, did_you_mean, three_beats
+from ..errors import CellopError, HoldoutError, LabelError, checked, did_you_mean, three_beats
 from ..models.operators import perturbation_parts
 from ..models.vae import NBVAE
 from ..packages import require
@@ -145,6 +145,7 @@ class Holdout:
         return self.summary(self.scores["metric"].iloc[0]).to_html(float_format="%.3f", max_rows=40)
 
 
+@checked
 def holdout(
     adata: ad.AnnData | CellOp,
     over: str = "context",

@@ -19,7 +19,7 @@ from ..data.contract import counts as raw_counts
 from ..data.counts import measured_totals, require_in_memory
 from ..data.splits import SPLIT_KEY, rows_of
 from ..display import Scores
-from ..errors import DataError, HoldoutError, LabelError, did_you_mean, three_beats
+from ..errors import DataError, HoldoutError, LabelError, checked, did_you_mean, three_beats
 from ..models.energy import noise_floor, noise_limit
 from ..packages import same_threads
 from . import metrics as formulas
@@ -408,6 +408,7 @@ LARGEST_LOG = 30.0  # log1p of any count below 10^13
 LEAST_LOG = -1.0  # what a decoder without a lower bound may say of a gene that is off
 
 
+@checked
 def score(
     predictions: AnnData | Mapping[str, AnnData],
     real: AnnData,

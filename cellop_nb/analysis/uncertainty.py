@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from ..data.contract import context_name, keys_of
 from ..data.groups import Groups
-from ..errors import DataError, LabelError, ModelError, three_beats
+from ..errors import DataError, LabelError, ModelError, checked, three_beats
 from ..models.operators import Condition, OperatorModel
 from ..training.loop import Machine
 from ..training.operators import OperatorTrainer, Penalties, new_operators
@@ -41,6 +41,7 @@ __all__ = [
 # -- operators: refits on cells drawn anew ---------------------------------------------------------------------------
 
 
+@checked
 def bootstrap_operators(
     adata: AnnData,
     operators: OperatorModel,
@@ -176,6 +177,7 @@ def _ends(level: float) -> tuple[float, float]:
     return (1 - level) / 2, (1 + level) / 2
 
 
+@checked
 def metric_intervals(
     result: Holdout,
     *,
@@ -320,6 +322,7 @@ def energy_replicates(truth: Truth, fits: Sequence[Prediction], n_replicates: in
 STAGES = ("noise floor", "decoder, control cells", "decoder, true perturbed cells", "CellOp", "no change")
 
 
+@checked
 def error_budget(result: Holdout, *, seed: int = 0) -> pd.DataFrame:
     """Energy distance (Euclidean, U-statistic, evaluation components) of each stage of a prediction, per group.
 

@@ -8,7 +8,7 @@ import numpy as np
 from anndata import AnnData
 from scipy import sparse
 
-from ..errors import DataError, LabelError, did_you_mean
+from ..errors import LabelError, checked, did_you_mean
 from ..packages import same_threads
 from .contract import count_slot, counts, keys_of
 from .on_disk import RowReader, is_on_disk
@@ -20,6 +20,7 @@ MAX_CELLS = 20_000
 TARGET_SUM = 1e4
 
 
+@checked
 @same_threads()
 def select_genes(
     adata: AnnData,
@@ -55,8 +56,8 @@ def select_genes(
 
     Raises
     ------
-    DataError
-        If no gene is asked for.
+    ModelError
+        For a number of genes or cells that cannot be.
     LabelError
         If the data were not set up, the flavor is unknown, or `split` has no cells.
 
@@ -64,8 +65,6 @@ def select_genes(
     ----------
     Lause, Berens & Kobak, Genome Biol. 22:258 (2021); Satija et al., Nat. Biotechnol. 33:495 (2015).
     """
-    if n_genes < 1:
-        raise DataError("at least 1 gene", str(n_genes), "ask for a positive number")
     if flavor not in FLAVORS:
         expected = f"a flavor of {sorted(FLAVORS)}"
         raise LabelError(expected, repr(flavor), did_you_mean(flavor, FLAVORS))

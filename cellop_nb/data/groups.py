@@ -16,7 +16,7 @@ from anndata import AnnData
 from scipy import sparse
 from torch import Tensor
 
-from ..errors import DataError, LabelError, did_you_mean
+from ..errors import DataError, LabelError, checked, did_you_mean
 from ..models.operators import Condition, perturbation_parts
 from .contract import Keys, context_labels, keys_of, label_table, require_control
 from .counts import sent
@@ -97,6 +97,7 @@ class Groups(Sequence[Group]):
         If the representation is missing or not finite, a context has no controls, or no group is left.
     """
 
+    @checked
     def __init__(
         self,
         adata: AnnData,

@@ -11,7 +11,7 @@ import pandas as pd
 from anndata import AnnData
 
 from ..display import SplitTable
-from ..errors import HoldoutError, LabelError, did_you_mean
+from ..errors import HoldoutError, LabelError, checked, did_you_mean
 from .contract import keys_of, label_table, obs_labels, require_control
 
 SPLITS = ("train", "val", "test")
@@ -19,6 +19,7 @@ SPLIT_KEY = "split"
 """Column of ``obs`` that :func:`split` writes and all else reads."""
 
 
+@checked
 def split(
     adata: AnnData,
     *,

@@ -13,7 +13,7 @@ from anndata import AnnData
 from scipy import sparse
 from scipy.linalg import expm
 
-from ..errors import DataError, LabelError, did_you_mean
+from ..errors import DataError, LabelError, checked, did_you_mean
 from ..models.operators import perturbation_parts
 from .contract import Keys
 
@@ -22,6 +22,7 @@ EXAMPLE: dict[str, Any] = {"combinations": 2, "n_genes": 500, "n_cells": 160, "n
 CONTROL = "control"
 
 
+@checked
 def synthetic(
     *,
     n_contexts: int = 4,

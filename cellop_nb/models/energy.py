@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import ModelError, did_you_mean, three_beats
+from ..errors import ModelError, check_values, did_you_mean, three_beats
 from . import host
 
 ESTIMATORS = ("U", "V")
@@ -104,6 +104,7 @@ def energy_distance(
     Statistical Planning and Inference 143:1249. Peidli et al. (2024), scPerturb, Nature Methods 21:531.
     """
     x, y = (torch.from_numpy(cloud) if isinstance(cloud, np.ndarray) else cloud for cloud in (x, y))
+    check_values({"tile": tile})
     default, power, factor = _convention(convention, y_self)
     estimator = default if estimator is None else estimator
     if power == 2:

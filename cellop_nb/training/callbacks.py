@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 from tqdm.auto import tqdm
 
+from ..errors import checked
 from ..files import write_whole
 from ..packages import require
 
@@ -62,6 +63,7 @@ class EarlyStopping(Callback):
         Smallest decrease of the monitored value that counts as an improvement.
     """
 
+    @checked
     def __init__(self, patience: int = 20, *, min_delta: float = 0.0):
         self.patience, self.min_delta = patience, min_delta
 

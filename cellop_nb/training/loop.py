@@ -489,6 +489,7 @@ class Trainer(RemoteControl):
         title = f"{type(self).__name__} for {type(self.model).__name__}"
         return card(title, facts, note="history: trainer.history")
 
+    @checked
     def fit(self, max_epochs: int | None = None, *, resume: bool = False) -> pd.DataFrame:
         """Train up to `max_epochs` (in total), and leave the model in its best state.
 

@@ -98,10 +98,10 @@ def controls(adata, context):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"n_latent": 1}, "n_latent a whole number of at least 2.*Found 1"),
-        ({"n_latent": 4.5}, "n_latent a whole number.*4.5"),
-        ({"n_members": 0}, "n_members a whole number of at least 1.*0"),
-        ({"n_genes": 1}, "n_genes a whole number of at least 2.*1"),
+        ({"n_latent": 1}, "n_latent to be a whole number of at least 2.*Found n_latent=1"),
+        ({"n_latent": 4.5}, "n_latent to be a whole number.*4.5"),
+        ({"n_members": 0}, "n_members to be a whole number of at least 1.*0"),
+        ({"n_genes": 1}, "n_genes to be a whole number of at least 2.*1"),
         ({"operators": co.OperatorModel(4, ["ifn"], ["B"])}, "a VAE beside the operators"),
         ({"vae": co.NBVAE(["g0", "g1"], n_latent=4), "n_members": 2}, "n_members=1 with trained parts.*2"),
         (

@@ -10,7 +10,7 @@ import scanpy as sc
 from cellop_nb import datasets, select_genes
 from cellop_nb.data.contract import Keys
 from cellop_nb.data.genes import FLAVORS
-from cellop_nb.errors import DataError, LabelError
+from cellop_nb.errors import LabelError, ModelError
 
 every_flavor = pytest.mark.parametrize("flavor", FLAVORS)
 
@@ -57,10 +57,10 @@ def test_the_counts_are_left_alone(screen, flavor):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "message"), [({"n_genes": 0}, "at least 1"), ({"flavor": "Seurat"}, "'seurat'")]
+    ("wrong", "message"), [({"n_genes": 0}, "at least 2"), ({"flavor": "Seurat"}, "'seurat'")]
 )
 def test_what_cannot_be_chosen_by_is_refused(screen, wrong, message):
-    with pytest.raises((DataError, LabelError), match=message):
+    with pytest.raises((ModelError, LabelError), match=message):
         select_genes(screen, **wrong)
 
 
