@@ -164,7 +164,10 @@ def peers(table: pd.DataFrame) -> Figure:
     fig, (ax,) = canvas(height=4.2, width=7.0)
     for index, (name, (seconds, energy)) in enumerate(points.iterrows()):
         ax.plot(seconds, energy, linestyle="none", markersize=8, **mark(index))
-        note(ax, seconds * 1.2, energy, safe(name), transform=ax.transData, va="center")
+        distance = np.abs(np.log(points.iloc[:index] / points.loc[name])).max(axis=1).min()
+        below = distance < 0.2  # another name stands there
+        align = {"va": "top" if below else "bottom", "transform": ax.transData}
+        note(ax, seconds * 1.15, energy * (0.97 if below else 1), safe(name), **align)
     front = points[points["energy"] == points["energy"].cummin()]
     ax.plot(front["seconds"], front["energy"], color=QUIET, linestyle=":", drawstyle="steps-post")
     ax.set(xscale="log", yscale="log", xlim=(points["seconds"].min() / 2, points["seconds"].max() * 8))

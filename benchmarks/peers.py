@@ -259,23 +259,27 @@ def interpreter(name: str | None) -> Path:
     if not record.exists() or record.read_text() != contents:
         say(f"making the environment {name} in {folder}")
         pip = [str(python), "-m", "pip", "install", "--quiet", "--no-compile"]
-        called([sys.executable, "-m", "venv", str(folder)])
-        called([*pip, *chosen.requirements])
-        if chosen.alone:
-            called([*pip, "--no-deps", "--ignore-requires-python", *chosen.alone])
+        try:
+            called([sys.executable, "-m", "venv", str(folder)])
+            called([*pip, *chosen.requirements])
+            if chosen.alone:
+                called([*pip, "--no-deps", *chosen.alone])
+        except PeerError as failure:
+            version = ".".join(map(str, sys.version_info[:2]))
+            raise PeerError(f"not installed with Python {version}: {failure}") from None
         record.write_text(contents)
     return python
 
 
 def called(command: list[str], **options) -> None:
-    """Run a command; where it fails, pip's errors or the last line are the reason."""
+    """Run a command; where it fails, its last line is the reason."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST, **options)
     except subprocess.TimeoutExpired:
         raise PeerError(f"not ready after {LONGEST} s") from None
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise PeerError("; ".join([line for line in lines if line.startswith("ERROR:")] or lines[-1:])[:300])
+        raise PeerError(lines[-1][:300])
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
@@ -298,18 +302,27 @@ def shared_types(table: pd.DataFrame) -> list[str]:
 
 
 def page(table: pd.DataFrame) -> str:
-    """The README's table, as Markdown: the best on the types that all methods answered first."""
+    """The README's table, as Markdown: the best on the types that all methods answered first; a dash: it did not run."""
     shared = shared_types(table)
     title = shared[0] if len(shared) == 1 else f"{len(shared)} types"
-    head = ["method", title, "types", "mean", "worst", "Pearson", "CPU seconds", "peak, MB"]
+    head = ["method", "version", title, "types", "mean", "worst", "Pearson", "CPU seconds", "peak, MB"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name, row in summary(table).iterrows():
-        cells = [str(name), "did not run", *[""] * 6]
+        cells = [str(name)] + ["–"] * (len(head) - 1)
         if row["types"] > 0:
             seconds = f"{row['cpu_seconds']:.0f}" if row["cpu_seconds"] >= 1 else "< 1"
-            peak = "" if np.isnan(row["peak_mb"]) else f"{row['peak_mb']:.0f}"
+            peak = "–" if np.isnan(row["peak_mb"]) else f"{row['peak_mb']:.0f}"
             numbers = [f"{row[key]:.2f}" for key in ("energy", "worst", "pearson")]
-            cells = [str(name), f"{row['shared']:.2f}", f"{row['types']:.0f}", *numbers, seconds, peak]
+            version = "–" if name in RULES else row["version"]
+            cells = [
+                str(name),
+                version,
+                f"{row['shared']:.2f}",
+                f"{row['types']:.0f}",
+                *numbers,
+                seconds,
+                peak,
+            ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
