@@ -244,9 +244,7 @@ def linear_features(training: Training, target: Target, *, features: pd.DataFram
     return _shifted("linear features", target, shift)
 
 
-def linear_map(
-    y: np.ndarray, p: np.ndarray, new: np.ndarray, *, n_components: int = 10, ridge: float = 0.1
-) -> np.ndarray:
+def linear_map(y: np.ndarray, p: np.ndarray, new: np.ndarray) -> np.ndarray:
     r"""Shift (gene,) of a perturbation with the descriptor `new` (k,).
 
     .. math:: \hat d = G W f + b, \quad
@@ -259,7 +257,7 @@ def linear_map(
     ----------
     Ahlmann-Eltze, Huber, Anders 2025, Nat Methods 22:1657 (ten components, a ridge of 0.1).
     """
-    b = y.mean(1, keepdims=True)
+    b, n_components, ridge = y.mean(1, keepdims=True), 10, 0.1
     u, s, _ = np.linalg.svd(y - b, full_matrices=False)
     g = u[:, :n_components] * s[:n_components]
     left = np.linalg.solve(g.T @ g + ridge * np.eye(g.shape[1]), g.T @ (y - b) @ p)

@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
+from torch.distributions import Normal, kl_divergence
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..data.contract import keys_of, label_table, library_size, obs_labels
@@ -440,8 +441,7 @@ def posterior_check(
         "profile of the group": float(own.mean()),
         "VAE (bound)": bound,
     }
-    variance = posterior.scale.square()
-    kl = 0.5 * (posterior.loc.square() + variance - 1 - variance.log()).mean(0)
+    kl = kl_divergence(posterior, Normal(0.0, 1.0)).mean(0)
     spread = np.linalg.eigvalsh(np.cov(posterior.loc.numpy().T))
     return PosteriorCheck(
         observed=x.numpy(),

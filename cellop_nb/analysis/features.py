@@ -518,12 +518,12 @@ def _table(values: np.ndarray, names, prefix: str) -> pd.DataFrame:
 
 def _principal(matrix: np.ndarray, n_components: int, rows: str) -> np.ndarray:
     """Scores (row, component) of the centred matrix on its main directions, signs fixed."""
+    from sklearn.decomposition import PCA
+
     if len(matrix) < 3:
         raise DataError(three_beats(f"3 {rows} or more", f"{len(matrix)}", "describe more of them"))
-    scores, sizes, axes = np.linalg.svd(matrix - matrix.mean(0), full_matrices=False)
-    k = min(n_components, len(matrix) - 1, len(sizes))
-    largest = np.abs(axes[:k]).argmax(1)
-    return scores[:, :k] * sizes[:k] * np.sign(axes[np.arange(k), largest])
+    k = min(n_components, len(matrix) - 1, matrix.shape[1])
+    return PCA(k, svd_solver="full").fit_transform(matrix)
 
 
 def _read(path: Path) -> pd.DataFrame:

@@ -164,9 +164,7 @@ def _ranked(lfc: np.ndarray, significant: np.ndarray) -> np.ndarray:
     return chosen[np.argsort(-np.abs(lfc[chosen]), kind="stable")]
 
 
-def precision_at_k(
-    predicted_lfc, predicted_significant, real_lfc, real_significant, k: int | None = 50
-) -> float:
+def precision_at_k(predicted_lfc, predicted_significant, real_lfc, real_significant, k: int = 50) -> float:
     r"""Share of the top predicted genes that are among the top real ones.
 
     .. math:: |P_{k'} \cap R_{k'}| / k', \quad k' = \min(k, |P|)
@@ -181,7 +179,7 @@ def precision_at_k(
     if not real_significant.any():
         raise Undefined("no gene is differential in the real cells")
     top, truth = _ranked(predicted_lfc, predicted_significant), _ranked(real_lfc, real_significant)
-    k = len(top) if k is None else min(k, len(top))
+    k = min(k, len(top))
     return float(len(np.intersect1d(top[:k], truth[:k])) / k) if k else 0.0
 
 

@@ -76,7 +76,7 @@ def test_gene_sets_by_hand():
     guess = np.array([1.0, -9.0, 0.1, 8.0, 7.0, 0.0])
     guess_mask = np.array([1, 1, 0, 1, 1, 0], dtype=bool)  # by size: 1, 3, 4, 0
     assert formulas.precision_at_k(guess, guess_mask, real, real_mask, k=2) == 0.5  # {1, 3} and {0, 1}
-    assert formulas.precision_at_k(guess, guess_mask, real, real_mask, k=None) == 0.5  # {1, 3, 4, 0}
+    assert formulas.precision_at_k(guess, guess_mask, real, real_mask, k=9) == 0.5  # {1, 3, 4, 0}
     assert formulas.de_score(guess, guess_mask, real, real_mask) == pytest.approx(1 / 3)  # {1, 3, 4}
     nothing = np.zeros(6, dtype=bool)
     assert formulas.precision_at_k(guess, nothing, real, real_mask) == 0.0
