@@ -79,19 +79,16 @@ def cell_eval_pair(
     keys, space = keys_of(fit.real), fit.space
     mine = (result.predictions.obs["question"] == question) & (result.predictions.obs["seed"] == fit.seed)
 
-    def side(adata: ad.AnnData, slot: str | None) -> ad.AnnData:
-        parts = [(fit.control, None), (adata, slot)]
-        rows = [
-            np.concatenate([r for pair, r in rows_by_group(a, keys).items() if pair[0] == context])
-            for a, _ in parts
-        ]
-        here = [(a[np.sort(chosen)], slot) for (a, slot), chosen in zip(parts, rows, strict=True)]
-        cells = [space.transform(space.select(a, slot)) for a, slot in here]
-        obs = pd.concat([a.obs[[keys.perturbation_key]].astype(str) for a, _ in here])
-        genes = pd.DataFrame(index=[str(gene) for gene in space.genes])
-        return ad.AnnData(np.concatenate(cells), obs=obs, var=genes)
+    def here(adata: ad.AnnData, slot: str | None) -> ad.AnnData:
+        rows = [rows for pair, rows in rows_by_group(adata, keys).items() if pair[0] == context]
+        some = adata[np.sort(np.concatenate(rows))]
+        obs, genes = some.obs[[keys.perturbation_key]].astype(str), pd.Index(space.genes).astype(str)
+        return ad.AnnData(space.transform(space.select(some, slot)), obs=obs, var=pd.DataFrame(index=genes))
 
-    return side(result.predictions[mine.to_numpy()], "X"), side(fit.real, None)
+    sides = here(result.predictions[mine.to_numpy()], "X"), here(fit.real, None)
+    control = here(fit.control, None)
+    predicted, real = (ad.concat([control, side]) for side in sides)
+    return predicted, real
 
 
 def _one_context(context: str | None, contexts: list[str], kind: str) -> str:
