@@ -12,7 +12,7 @@ from scipy.linalg import expm, logm
 from torch import Tensor
 
 from ..display import card
-from ..errors import ModelError, three_beats
+from ..errors import ModelError
 
 MAX_STRENGTH = 1.5
 """Largest strength given out: nothing was measured beyond it, and a generator extrapolates exponentially."""
@@ -42,7 +42,7 @@ class AffineOperator:
         """Move latents (cell, d); the result lies on their device."""
         if z.shape[-1] != len(self.shift):
             fix = "use the representation that the operators were fitted in (use_rep=...)"
-            raise ModelError(three_beats(f"latents with {len(self.shift)} columns", str(z.shape[-1]), fix))
+            raise ModelError(f"latents with {len(self.shift)} columns", str(z.shape[-1]), fix)
         return z @ self.matrix.to(z.device).T + self.shift.to(z.device)
 
     def __matmul__(self, first: AffineOperator) -> AffineOperator:
@@ -92,7 +92,7 @@ class AffineOperator:
             expected = f"an invertible operator for the reversal of {self.label!r}"
             received = f"a condition number of {condition:.1e}, above {largest:.1e} for {precision}"
             fix = "fit with a larger ridge, which pulls the operator towards the identity"
-            raise ModelError(three_beats(expected, received, fix))
+            raise ModelError(expected, received, fix)
         return self._like(np.linalg.inv(self.homogeneous), f"inverse of {self.label}")
 
     @cached_property
@@ -114,11 +114,9 @@ class AffineOperator:
         on_negative_axis = (values.real <= rounding) & (np.abs(values.imag) <= rounding)
         if on_negative_axis.any():
             raise ModelError(
-                three_beats(
-                    f"an operator with a real logarithm for a fractional strength of {self.label!r}",
-                    f"the eigenvalue {values[on_negative_axis][0].real:.3g} on the negative real axis",
-                    "use strengths 0 and 1 only, or fit with a larger ridge",
-                )
+                f"an operator with a real logarithm for a fractional strength of {self.label!r}",
+                f"the eigenvalue {values[on_negative_axis][0].real:.3g} on the negative real axis",
+                "use strengths 0 and 1 only, or fit with a larger ridge",
             )
         return logm(self.homogeneous).real
 
@@ -135,7 +133,7 @@ def check_strength(strength: float) -> float:
     """The strength itself, where it lies between 0 and :data:`MAX_STRENGTH`; refused elsewhere."""
     if not 0 <= strength <= MAX_STRENGTH:
         fix = "stay near what was measured; the way back is operator.inverse()"
-        raise ModelError(three_beats(f"a strength between 0 and {MAX_STRENGTH:g}", f"{strength:g}", fix))
+        raise ModelError(f"a strength between 0 and {MAX_STRENGTH:g}", f"{strength:g}", fix)
     return float(strength)
 
 
@@ -197,8 +195,8 @@ def commutator(first: AffineOperator, second: AffineOperator) -> Commutator:
 
 def _some(parts: Sequence[AffineOperator]) -> None:
     if not parts:
-        raise ModelError(three_beats("at least one operator", "none", "name the perturbations"))
+        raise ModelError("at least one operator", "none", "name the perturbations")
     sizes = {len(part.shift) for part in parts}
     if len(sizes) > 1:
         fix = "take operators of one fit"
-        raise ModelError(three_beats("operators of one latent space", f"dimensions {sorted(sizes)}", fix))
+        raise ModelError("operators of one latent space", f"dimensions {sorted(sizes)}", fix)

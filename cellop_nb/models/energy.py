@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import ModelError, check_values, did_you_mean, three_beats
+from ..errors import ModelError, check_values, did_you_mean
 from . import host
 
 ESTIMATORS = ("U", "V")
@@ -378,16 +378,16 @@ def _check(
     _check_cloud("y", y, y_sizes, least if y_self is None else 1, finite)
     if x.shape[1] != y.shape[1]:
         dimensions = f"dimensions {x.shape[1]} and {y.shape[1]}"
-        raise ModelError(three_beats("x and y in one space", dimensions, "embed both with one model"))
+        raise ModelError("x and y in one space", dimensions, "embed both with one model")
     if len(x_sizes) != len(y_sizes):
         received = f"{len(x_sizes)} and {len(y_sizes)} groups"
-        raise ModelError(three_beats("a group of y for each group of x", received, "match the groups first"))
+        raise ModelError("a group of y for each group of x", received, "match the groups first")
     if y_self is not None and y.requires_grad:
         fix = "drop y_self, or detach y"
-        raise ModelError(three_beats("a constant y with y_self", "a y that requires a gradient", fix))
+        raise ModelError("a constant y with y_self", "a y that requires a gradient", fix)
     if y_self is not None and tuple(y_self.shape) != (len(y_sizes),):
         expected, received = f"y_self of shape ({len(y_sizes)},)", f"shape {tuple(y_self.shape)}"
-        raise ModelError(three_beats(expected, received, "pass self_distance(y, y_sizes)"))
+        raise ModelError(expected, received, "pass self_distance(y, y_sizes)")
     return x_sizes, y_sizes
 
 
@@ -398,36 +398,34 @@ def _as_integers(sizes: Sequence[int] | Tensor) -> tuple[int, ...]:
 def _convention(name: str, y_self) -> tuple[str, int, float]:
     if name not in CONVENTIONS:
         received = f"{name!r} ({did_you_mean(name, CONVENTIONS)})"
-        raise ModelError(three_beats(f"a convention of {[*CONVENTIONS]}", received, 'pass "cellop" for ours'))
+        raise ModelError(f"a convention of {[*CONVENTIONS]}", received, 'pass "cellop" for ours')
     if y_self is not None and CONVENTIONS[name][1] != 1:
-        fix = "drop y_self"
-        raise ModelError(three_beats("no y_self with the squared norm", "y_self", fix))
+        raise ModelError("no y_self with the squared norm", "y_self", "drop y_self")
     return CONVENTIONS[name]
 
 
 def _check_estimator(estimator: str) -> None:
     if estimator not in ESTIMATORS:
         received = f"{estimator!r} ({did_you_mean(estimator, ESTIMATORS)})"
-        raise ModelError(three_beats('estimator "U" or "V"', received, 'pass "U" for an unbiased distance'))
+        raise ModelError('estimator "U" or "V"', received, 'pass "U" for an unbiased distance')
 
 
 def _check_cloud(name: str, x: Tensor, sizes: Sequence[int], least: int, finite: bool = True) -> None:
     """Refuse a cloud (cell, d) that does not fit its sizes, has too few cells, or is not finite."""
     if x.dim() != 2:
         shape = f"shape {tuple(x.shape)}"
-        raise ModelError(three_beats(f"{name} of shape (cell, d)", shape, "pass one row per cell"))
+        raise ModelError(f"{name} of shape (cell, d)", shape, "pass one row per cell")
     if sum(sizes) != len(x) or not sizes:
         expected = f"as many rows in {name} as its groups have cells"
         received = f"{len(x)} rows and sizes that sum to {sum(sizes)} over {len(sizes)} groups"
-        raise ModelError(three_beats(expected, received, "pass matching sizes"))
+        raise ModelError(expected, received, "pass matching sizes")
     if min(sizes) < least:
         received = f"{min(sizes)} in group {sizes.index(min(sizes))} of {name}"
         fix = "leave the group out" + (', or pass estimator="V" for one cell' if least == 2 else "")
-        raise ModelError(three_beats(f"at least {least} cell(s) in every group", received, fix))
+        raise ModelError(f"at least {least} cell(s) in every group", received, fix)
     if finite and not math.isfinite(float(x.detach().sum())) and not torch.isfinite(x).all():
         received = f"NaN or infinity in row {int((~torch.isfinite(x)).any(-1).nonzero()[0])} of {name}"
-        fix = "look at the model that produced that cell"
-        raise ModelError(three_beats("finite coordinates", received, fix))
+        raise ModelError("finite coordinates", received, "look at the model that produced that cell")
 
 
 # -- ragged groups as batches of padded ones -----------------------------------------------------------------

@@ -6,7 +6,7 @@ import functools
 
 import torch
 
-from ..errors import ModelError, three_beats
+from ..errors import ModelError
 
 _LARGEST = 30 << 20
 
@@ -40,7 +40,7 @@ def differentiable_once(what: str):
             if torch.is_grad_enabled():  # as autograd does where a graph is to be made
                 received = "create_graph=True, as second derivatives and gradient penalties ask for"
                 fix = "take first derivatives only, or finite differences of the gradient"
-                raise ModelError(three_beats(f"one differentiation of {what}", received, fix))
+                raise ModelError(f"one differentiation of {what}", received, fix)
             return backward(ctx, upstream)
 
         return once

@@ -11,7 +11,7 @@ from scipy import sparse
 from torch import Tensor, nn
 from torch.nn.functional import embedding_bag
 
-from ..errors import ModelError, three_beats
+from ..errors import ModelError
 from . import host
 
 COUNTS_PER_CELL = 1e4
@@ -180,8 +180,7 @@ def _refuse_negative(x: Tensor) -> None:
     if x.numel() and x.amin() < 0:
         cell = tuple(int(i) for i in (x == x.amin()).nonzero()[0])
         received = f"{x.amin():g} at index {cell}"
-        fix = "pass raw counts, not log-normalised or scaled values"
-        raise ModelError(three_beats("counts x >= 0", received, fix))
+        raise ModelError("counts x >= 0", received, "pass raw counts, not log-normalised or scaled values")
 
 
 # -- the likelihood of means and dispersions ---------------------------------------------------------------------
@@ -232,10 +231,10 @@ def nb_log_likelihood(x: Tensor, mu: Tensor, r: Tensor) -> Tensor:
     _refuse_negative(x)
     if r.numel() and r.amin() <= 0:
         fix = "pass r = exp(log_r), bounded below"
-        raise ModelError(three_beats("inverse dispersion r > 0", f"a smallest r of {r.amin():g}", fix))
+        raise ModelError("inverse dispersion r > 0", f"a smallest r of {r.amin():g}", fix)
     if mu.numel() and mu.amin() < 0:
         fix = "pass library size times softmax proportions"
-        raise ModelError(three_beats("means mu >= 0", f"a smallest mean of {mu.amin():g}", fix))
+        raise ModelError("means mu >= 0", f"a smallest mean of {mu.amin():g}", fix)
     return _NBLogLikelihood.apply(x.to(mu.dtype), mu, r)
 
 

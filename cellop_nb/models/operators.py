@@ -16,35 +16,21 @@ from scipy.special import chdtri
 from torch import Tensor, nn
 
 from ..display import card
-from ..errors import LabelError, ModelError, did_you_mean, three_beats
+from ..errors import LabelError, ModelError, did_you_mean
 from . import host
 from .affine import AffineOperator
 
 
-def perturbation_parts(
-    label: str, labels: Iterable[str] | None = None, singles: Sequence[str] = ()
-) -> tuple[str, ...]:
+def perturbation_parts(label: str, labels: Iterable[str], singles: Sequence[str] = ()) -> tuple[str, ...]:
     """The parts of a combination: "A+B" gives ("A", "B") where both are among `labels`, any other label itself.
 
-    So "(+)-JQ1" or "anti-CD3+CD28" is one perturbation, and "(+)-JQ1+A" two; what stands in `singles` is one. With
-    ``labels=None`` every "+" separates parts.
-
-    Raises
-    ------
-    LabelError
-        If `labels` is None and a part is empty, repeated, or surrounded by blanks.
+    So "(+)-JQ1" or "anti-CD3+CD28" is one perturbation, and "(+)-JQ1+A" two; what stands in `singles` is one.
     """
     pieces = tuple(str(label).split("+"))
-    if labels is not None:
-        if len(pieces) == 1 or label in singles:
-            return (str(label),)
-        parts = _joined(pieces, {str(one) for one in labels} - {label})
-        return (str(label),) if not parts or len(set(parts)) < len(parts) else parts
-    clean = tuple(piece.strip() for piece in pieces)
-    if pieces != clean or "" in pieces or len(set(clean)) < len(clean):
-        fix = f"write {'+'.join(dict.fromkeys(piece for piece in clean if piece))!r}"
-        raise LabelError(three_beats("a perturbation, or a combination written 'A+B'", f"{label!r}", fix))
-    return pieces
+    if len(pieces) == 1 or label in singles:
+        return (str(label),)
+    parts = _joined(pieces, {str(one) for one in labels} - {label})
+    return (str(label),) if not parts or len(set(parts)) < len(parts) else parts
 
 
 def _joined(pieces: tuple[str, ...], labels: set[str]) -> tuple[str, ...] | None:
@@ -92,27 +78,14 @@ class Condition:
         if len(self.doses) != len(self.perturbations):
             expected = f"one dose for each of {len(self.perturbations)} perturbations"
             fix = "give the doses in the order of the perturbations"
-            raise ModelError(three_beats(expected, f"{len(self.doses)} doses", fix))
+            raise ModelError(expected, f"{len(self.doses)} doses", fix)
 
     @classmethod
     def parse(
-        cls,
-        label: str,
-        context: str | None = None,
-        *,
-        control: str = "control",
-        dose: float = 1.0,
-        perturbations: Sequence[str] | None = None,
+        cls, label: str, context: str | None = None, *, dose: float = 1.0, perturbations: Sequence[str] = ()
     ) -> Condition:
-        """Read ``"A"``, ``"A+B"`` or the control label.
-
-        Parameters
-        ----------
-        perturbations
-            Names that are one perturbation: "A+B" is a combination where "A" and "B" are among them and it is not. Where
-            None, every "+" separates parts.
-        """
-        parts = () if label == control else perturbation_parts(label, perturbations, perturbations or ())
+        """Read ``"A"``, ``"control"``, or ``"A+B"``: a combination where both parts are among `perturbations`."""
+        parts = () if label == "control" else perturbation_parts(label, perturbations, perturbations)
         return cls(parts, context, (float(dose),) * len(parts))
 
     @property
@@ -286,7 +259,7 @@ class ConditionEncoder(nn.Module):
     def _index(self, name: str, kind: str) -> int:
         if name not in self._rows[kind]:
             fix = f"{did_you_mean(name, self._rows[kind])} (a {kind} that was not trained on has no operator of its own)"
-            raise LabelError(three_beats(f"a {kind} the model was fitted with", repr(name), fix))
+            raise LabelError(f"a {kind} the model was fitted with", repr(name), fix)
         return self._rows[kind][name]
 
     def extra_repr(self) -> str:
@@ -475,8 +448,7 @@ class OperatorModel(nn.Module):
     ):
         super().__init__()
         if not perturbations:
-            fix = "check perturbation_key and control"
-            raise ModelError(three_beats("at least one perturbation", "none", fix))
+            raise ModelError("at least one perturbation", "none", "check perturbation_key and control")
         n_axes = min(len(perturbations), 8) if n_axes is None else n_axes
         rank = n_latent if rank is None else min(rank, n_latent)
         self.config: dict[str, Any] = {

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 
 from ..display import card
-from ..errors import LabelError, three_beats
+from ..errors import LabelError
 from .likelihood import (
     GeneLinear,
     LogNormalised,
@@ -340,7 +340,7 @@ class NBVAE(nn.Module):
         if missing:
             expected = f"the covariates {sorted(self.covariates)}"
             fix = f"pass integer codes of {missing} too, one per cell"
-            raise LabelError(three_beats(expected, f"{sorted(covariates)}", fix))
+            raise LabelError(expected, f"{sorted(covariates)}", fix)
         one_hot, labels = nn.functional.one_hot, self.covariates.items()
         columns = [one_hot(covariates[name], len(categories)) for name, categories in labels]
         return torch.cat(columns, -1).to(self.decoder.linear.weight.dtype)

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import CheckpointError, three_beats
+from ..errors import CheckpointError
 from ..files import write_whole
 from ..models.operators import OperatorModel
 from ..models.vae import NBVAE
@@ -97,7 +97,7 @@ def write_models(
     }
     if not models:
         fix = "pass vae=..., operators=... or both"
-        raise CheckpointError(three_beats("a model to save", "neither a VAE nor operators", fix))
+        raise CheckpointError("a model to save", "neither a VAE nor operators", fix)
     for k, pair in enumerate(members, 1):
         models |= {f"vae_{k}": pair[0], f"operators_{k}": pair[1]}
     about = {
@@ -119,7 +119,7 @@ def write_models(
             "text, numbers, lists and dictionaries",
             "convert them with float(), str() or .to_dict()",
         )
-        raise CheckpointError(three_beats(expected, str(error), fix)) from error
+        raise CheckpointError(expected, str(error), fix) from error
     metadata[_DIGEST] = _digest_of(metadata[_ENTRY], tensors)
     return write_whole(path, lambda part: save_file(tensors, part, metadata))
 
@@ -149,16 +149,16 @@ def read_models(path: str | Path, *, form: type[OperatorModel] = OperatorModel) 
     if about["schema"] > SCHEMA:
         writer = f"schema {about['schema']}, written by cellop_nb {about['versions'].get('cellop_nb')}"
         raise CheckpointError(
-            three_beats(f"schema {SCHEMA} or lower in {path}", writer, "install that version of cellop_nb")
+            f"schema {SCHEMA} or lower in {path}", writer, "install that version of cellop_nb"
         )
     saved = about.get("form", OperatorModel.__name__)
     if "operators" in about["config"] and saved != form.__name__:
         fix = f"pass form={saved}, the class that the operators were made with"
-        raise CheckpointError(three_beats(f"operators of the form {form.__name__} in {path}", saved, fix))
+        raise CheckpointError(f"operators of the form {form.__name__} in {path}", saved, fix)
     broken = [name for name, tensor in tensors.items() if not is_finite(tensor)]
     if broken:
         expected, fix = f"finite weights in {path}", "save the models of a training that stayed finite"
-        raise CheckpointError(three_beats(expected, f"NaN or infinity in {broken[:3]}", fix))
+        raise CheckpointError(expected, f"NaN or infinity in {broken[:3]}", fix)
     makers = {name: form if name.startswith("operators") else NBVAE for name in about["config"]}
     models = {name: _rebuild(name, maker, about, tensors, path) for name, maker in makers.items()}
     others = [(models[name], models[f"operators{name[3:]}"]) for name in models if name.startswith("vae_")]
@@ -197,12 +197,10 @@ def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
             raise ValueError("a description of something else")
     except KeyError:
         fix = "give the path that was saved to"
-        raise CheckpointError(three_beats(expected, "tensors of another program", fix)) from None
+        raise CheckpointError(expected, "tensors of another program", fix) from None
     except (OSError, SafetensorError, ValueError, AttributeError, RecursionError) as error:
         problem = "no such file" if not path.is_file() else f"a damaged or foreign file ({error})"
-        raise CheckpointError(
-            three_beats(expected, problem, "save the models again, or check the path")
-        ) from error
+        raise CheckpointError(expected, problem, "save the models again, or check the path") from error
     return about, tensors
 
 
@@ -220,11 +218,11 @@ def _refuse_oversized(maker: Callable, config: dict, path: Path) -> None:
     expected, fix = f"sizes that fit a file of {length:,} bytes", "save the models again; the file is damaged"
     largest = max(_whole_numbers(config), default=0)
     if largest > length:
-        raise CheckpointError(three_beats(expected, f"{largest:,} in {path}", fix))
+        raise CheckpointError(expected, f"{largest:,} in {path}", fix)
     with torch.device("meta"):
         elements = sum(tensor.numel() for tensor in maker(**config).state_dict().values())
     if elements > length:
-        raise CheckpointError(three_beats(expected, f"{elements:,} numbers in {path}", fix))
+        raise CheckpointError(expected, f"{elements:,} numbers in {path}", fix)
 
 
 def _whole_numbers(value: object) -> Iterator[int]:
@@ -249,7 +247,7 @@ def _rebuild(name: str, maker: type, about: dict, tensors: dict[str, Tensor], pa
     except Exception as error:  # whatever a damaged description makes the model's maker say
         fix = "save the models again with this version"
         raise CheckpointError(
-            three_beats(f"the tensors of the {name} in {path}", f"{type(error).__name__}: {error}", fix)
+            f"the tensors of the {name} in {path}", f"{type(error).__name__}: {error}", fix
         ) from error
     model.trained = about.get("trained", {}).get(name, {})
     return model.eval()
@@ -297,7 +295,7 @@ def read_state(path: str | Path, device: torch.device | str, expected: str) -> d
         return torch.load(io.BytesIO(content), map_location=device, weights_only=True)
     except Exception as error:
         fix = "give the path that was written, or start the run anew"
-        raise CheckpointError(three_beats(expected, f"{path}, {reason(error)}", fix)) from error
+        raise CheckpointError(expected, f"{path}, {reason(error)}", fix) from error
 
 
 def reason(error: Exception) -> str:
@@ -340,7 +338,7 @@ def refuse_other_run(then: dict, now: dict, path: str = "") -> None:
         elif not _equal(old, new):
             fix = "build model and trainer as for that run, or start anew in another folder"
             problem = f"{here} {_short(new)}, not {_short(old)}"
-            raise CheckpointError(three_beats("the run that the checkpoint is of", problem, fix))
+            raise CheckpointError("the run that the checkpoint is of", problem, fix)
 
 
 def _short(value: object) -> str:

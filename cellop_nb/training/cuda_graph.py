@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ModelError, three_beats
+from ..errors import ModelError
 
 RATE = "learning rate"
 _COMPILERS = ("g++", "clang++", "c++")
@@ -109,9 +109,7 @@ class Recorder:
                 )
         except RuntimeError as error:
             fix = "pass cuda_graphs=False, or let loss_terms call the device alone and look at no value"
-            raise ModelError(
-                three_beats("a step that can be recorded as a CUDA graph", str(error), fix)
-            ) from error
+            raise ModelError("a step that can be recorded as a CUDA graph", str(error), fix) from error
         finally:
             self.numbers = {}
         return _Recording(inputs, numbers, told, made, trainer.guard.finite, replay)
@@ -175,7 +173,7 @@ def recorder_of(trainer, wanted: bool | None) -> Recorder | None:
     obstacle = next((reason for reason, holds in obstacles.items() if holds), "")
     if wanted and obstacle:
         fix = "leave cuda_graphs out, or make it so"
-        raise ModelError(three_beats("steps that can be recorded, for cuda_graphs=True", obstacle, fix))
+        raise ModelError("steps that can be recorded, for cuda_graphs=True", obstacle, fix)
     return None if wanted is False or obstacle else Recorder(trainer)
 
 
@@ -191,12 +189,10 @@ def check_compiler(device: torch.device) -> None:
         compilers = (os.environ["CXX"],) if os.environ.get("CXX") else _COMPILERS
         if not any(map(shutil.which, compilers)):
             fix = "install g++ or clang++ (conda install cxx-compiler), or leave compile=True out"
-            raise ModelError(
-                three_beats("a C++ compiler for compile=True", f"none of {list(compilers)}", fix)
-            )
+            raise ModelError("a C++ compiler for compile=True", f"none of {list(compilers)}", fix)
     elif importlib.util.find_spec("triton") is None:
         fix = "install triton, or leave compile=True out"
-        raise ModelError(three_beats("Triton for compile=True on a GPU", "no such package", fix))
+        raise ModelError("Triton for compile=True on a GPU", "no such package", fix)
 
 
 @contextlib.contextmanager

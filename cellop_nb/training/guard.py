@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..data.counts import CountBatch
 from ..data.groups import GroupSample
-from ..errors import CheckpointError, LabelError, NonFiniteError, did_you_mean, three_beats
+from ..errors import CheckpointError, LabelError, NonFiniteError, did_you_mean
 from ..models.host import looks_are_free
 from .checkpoint import read_state, write_state
 from .locate import Origin, is_finite, nonfinite_state, owner_of_parameter, search
@@ -146,7 +146,7 @@ class NonFiniteGuard:
     ) -> None:
         if on_nonfinite not in _POLICIES:
             expected, fix = "on_nonfinite 'stop' or 'rollback'", did_you_mean(on_nonfinite, _POLICIES)
-            raise LabelError(three_beats(expected, repr(on_nonfinite), fix))
+            raise LabelError(expected, repr(on_nonfinite), fix)
         self.model, self.optimizer = model, optimizer
         self.folder = None if folder is None else Path(folder)
         self.on_nonfinite = on_nonfinite
@@ -344,9 +344,7 @@ def _explained(
     about = "".join(f"; {kind} {_short(some)}" for kind, some in people.items() if some)
     advice = _ADVICE[origin.kind if origin else None]
     error = NonFiniteError(
-        three_beats(
-            "finite numbers throughout training", f"NaN or infinity in {what} {when}{why}{about}", advice
-        )
+        "finite numbers throughout training", f"NaN or infinity in {what} {when}{why}{about}", advice
     )
     error.stage, error.epoch, error.step = fault["stage"], fault["epoch"], fault["step"]
     error.tensor, error.origin = tensor, origin
@@ -407,7 +405,7 @@ def replay(path: str | Path, trainer) -> NonFiniteError | None:
         model.load_state_dict(content["model"])
     except RuntimeError as error:
         fix = "build the model with the sizes and names of the run that failed"
-        raise CheckpointError(three_beats("the model of the reproducer", str(error), fix)) from error
+        raise CheckpointError("the model of the reproducer", str(error), fix) from error
     model.train()
     set_random_state(content["random"], trainer)
     again = _explained(trainer, model, content["batch"], content["fault"])

@@ -210,27 +210,17 @@ class RunningModules:
         self._running.pop()
 
     def _note(self, results: object) -> None:
-        for tensor in tensors_in(results):
-            for node in graph_nodes(tensor.grad_fn, new=lambda node: "module" not in _notes(node)):
+        queue = [tensor.grad_fn for tensor in tensors_in(results)]
+        while queue:
+            node = queue.pop()
+            if node is not None and "module" not in _notes(node):
                 _notes(node)["module"] = self.current
+                queue += [below for below, _ in node.next_functions]
 
     @property
     def current(self) -> str | None:
         """Name of the innermost module that is running, None outside of all modules."""
         return self._running[-1] if self._running else None
-
-
-def graph_nodes(root: Node | None, new: Callable[[Node], bool] = lambda node: True) -> Iterator[Node]:
-    """Every node of the autograd graph below `root`, nearest first, without what lies behind one that is not new."""
-    queue, seen = [root], {root, None}
-    while queue:
-        node = queue.pop(0)
-        if node is None or not new(node):
-            continue
-        yield node
-        below = dict.fromkeys(node for node, _ in node.next_functions if node not in seen)
-        seen |= below.keys()
-        queue += below
 
 
 def _notes(node: Node) -> dict:

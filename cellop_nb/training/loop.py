@@ -35,7 +35,6 @@ from ..errors import (
     check_values,
     checked,
     did_you_mean,
-    three_beats,
 )
 from ..models.host import looks_are_free
 from .callbacks import Callback, HistoryCSV, ProgressBar, SaveCheckpoints
@@ -147,9 +146,7 @@ class RemoteControl:
     @learning_rate.setter
     def learning_rate(self, value: float) -> None:
         if not (value > 0 and math.isfinite(value)):
-            raise ModelError(
-                three_beats("a positive learning rate", f"{value}", "give a number such as 1e-3")
-            )
+            raise ModelError("a positive learning rate", f"{value}", "give a number such as 1e-3")
         self._base_lr = float(value)
 
     def change(self, name: str, value: float) -> None:
@@ -171,11 +168,11 @@ class RemoteControl:
         """
         names = ["learning_rate", *self.weights]
         if name not in names:
-            raise LabelError(three_beats("a setting of this training", repr(name), did_you_mean(name, names)))
+            raise LabelError("a setting of this training", repr(name), did_you_mean(name, names))
         value = float(value)
         if not math.isfinite(value) or value < 0 or (value == 0 and name == "learning_rate"):
             fix = "give a finite number above 0 (a weight may be 0)"
-            raise ModelError(three_beats(f"a value for {name}", f"{value:g}", fix))
+            raise ModelError(f"a value for {name}", f"{value:g}", fix)
         self._asked.put((name, value))
         if self.status not in ("running", "paused"):
             self._obey()
@@ -278,9 +275,7 @@ class Machine:
     def __post_init__(self) -> None:
         if self.precision.startswith("16"):
             fix = "pass precision='bf16-mixed', which has the range of single precision"
-            raise ModelError(
-                three_beats("a precision whose gradients stay finite", repr(self.precision), fix)
-            )
+            raise ModelError("a precision whose gradients stay finite", repr(self.precision), fix)
         check_values({"num_nodes": self.num_nodes})
 
     def launch(self) -> Fabric:
@@ -515,7 +510,7 @@ class Trainer(RemoteControl):
         if resume:
             if self.folder is None:
                 fix = "give the trainer folder=..."
-                raise CheckpointError(three_beats("a folder with checkpoints", "a trainer without one", fix))
+                raise CheckpointError("a folder with checkpoints", "a trainer without one", fix)
             if (self.folder / LAST).exists():
                 self.load_checkpoint(self.folder / LAST)
         self.max_epochs = self.max_epochs if max_epochs is None else max_epochs
@@ -563,7 +558,7 @@ class Trainer(RemoteControl):
     def _run_epoch(self) -> None:
         if self.steps_per_epoch() < 1:
             fix = "check the split, or ask for more steps_per_epoch"
-            raise DataError(three_beats("at least one batch in an epoch", "none", fix))
+            raise DataError("at least one batch in an epoch", "none", fix)
         self.model.train()
         sums: dict[str, Any] = {}
         start, cells, steps, norms = time.perf_counter(), 0, 0, []
@@ -754,4 +749,4 @@ class Trainer(RemoteControl):
             raise
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             fix = "build the model with the names and sizes of the run that was saved"
-            raise CheckpointError(three_beats(expected, f"{path}, {reason(error)}", fix)) from error
+            raise CheckpointError(expected, f"{path}, {reason(error)}", fix) from error

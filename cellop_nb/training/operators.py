@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..data.groups import Groups, GroupSample, evenly
-from ..errors import ModelError, check_values, checked, three_beats
+from ..errors import ModelError, check_values, checked
 from ..models.energy import grouped_energy_distance, moved_energy_distance, noise_floor, self_distance
 from ..models.operators import ConditionEncoder, Design, OperatorModel, shared_effects, spectral_excess
 from .callbacks import Callback
@@ -237,7 +237,7 @@ class OperatorTrainer(Trainer):
         self.groups = Groups(adata, use_rep=use_rep, split="train").to(device)
         if len(self.groups) < self.processes.size:
             problem = f"{len(self.groups)} groups for {self.processes.size} processes"
-            raise ModelError(three_beats("a condition for every process", problem, "start fewer processes"))
+            raise ModelError("a condition for every process", problem, "start fewer processes")
         self.held_out = Groups(adata, use_rep=use_rep, split="val", control_split="train").to(device)
         self.weights = {
             "ridge": penalties.ridge,

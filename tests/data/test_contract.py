@@ -125,19 +125,6 @@ def test_context_labels(screen):
     assert set(context_labels(screen, Keys(context_key=None))) == {"all"}
 
 
-@pytest.mark.parametrize(
-    ("label", "parts"), [("A", ("A",)), ("A+B", ("A", "B")), ("drug 1+B+c", ("drug 1", "B", "c"))]
-)
-def test_perturbation_parts(label, parts):
-    assert perturbation_parts(label) == parts
-
-
-@pytest.mark.parametrize("label", ["A++B", "+A", "A+", "A + B", "A+A", "", " A"])
-def test_malformed_perturbations(label):
-    with pytest.raises(LabelError, match="To fix it: write"):
-        perturbation_parts(label)
-
-
 def set_at(row, column, value):
     """Spoil one value of the matrix."""
 

@@ -107,7 +107,7 @@ def test_files_of_every_earlier_layout_give_the_numbers_they_gave(name):
     """Written by the versions of their time, never again; the numbers beside them are what those computed."""
     saved, told = read_models(SAVED / f"{name}.safetensors"), json.loads((SAVED / f"{name}.json").read_text())
     x, codes = torch.tensor(told["counts"]), {"batch": torch.tensor(told["batch"])}
-    condition = Condition.parse("IFNb+IL6", "B")
+    condition = Condition(("IFNb", "IL6"), "B")
     with torch.no_grad():
         posterior = saved.vae.encode(x, x.sum(1), codes)
         found = {
