@@ -173,9 +173,8 @@ class Change:
     @property
     def text(self) -> str:
         """The change as it is written beside its mark."""
-        return (
-            self.value if isinstance(self.value, str) else f"{self.name.replace('_', ' ')} {self.value:.3g}"
-        )
+        is_text = isinstance(self.value, str)
+        return str(self.value) if is_text else f"{self.name.replace('_', ' ')} {self.value:.3g}"
 
 
 def changes_of_trainer(trainer: object) -> list[Change]:
@@ -288,9 +287,8 @@ class _View(View):
     """A panel over epochs, and the limits it has now."""
 
     def __init__(self, board: Board, box: Box, title: str, *, epochs: bool, beside: int = 14) -> None:
-        super().__init__(
-            board, box, title, "epoch" if epochs else "", below=34 if epochs else 10, beside=beside
-        )
+        x, below = ("epoch", 34) if epochs else ("", 10)
+        super().__init__(board, box, title, x, below=below, beside=beside)
         self.ax.xaxis.set_major_locator(MaxNLocator(3, integer=True))
         self.ax.tick_params(axis="x", labelbottom=epochs)
         self._limits: tuple = ()
@@ -301,10 +299,8 @@ class _View(View):
         low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 1.0)
         scale, low, high = scale_for(low, high, energy)
         threshold = s.linear_threshold(values) if scale == "symlog" else 0.0
-        first, last = (
-            (float(epochs[0]), s.rounded(max(float(epochs[-1]), 10.0))) if epochs.size else (0.0, 10.0)
-        )
-        limits = (scale, threshold, low, high, min(first, 1.0), last)
+        first, last = (float(epochs[0]), float(epochs[-1])) if epochs.size else (0.0, 10.0)
+        limits = (scale, threshold, low, high, min(first, 1.0), s.rounded(max(last, 10.0)))
         if limits == self._limits:
             return
         self._limits = limits
@@ -385,11 +381,11 @@ class _Groups(_View):
         count = len(self.names) if self.few else 1 + _WORST
         self.bands = []
         for alpha in () if self.few else (0.10, 0.18):
-            band = ax.fill_between(
-                [], [], [], color=s.line(0)["color"], alpha=alpha, linewidth=0, animated=True
+            colour = s.line(0)["color"]
+            self.bands.append(
+                ax.fill_between([], [], [], color=colour, alpha=alpha, linewidth=0, animated=True)
             )
-            self.bands.append(band)
-            self.moving.append(band)
+        self.moving += self.bands
         dotted = {"linestyle": (0, (1, 2)), "linewidth": 1.0, "transform": ax.get_yaxis_transform()}
         self.floors = [self.line(dotted, color=s.line(i)["color"]) for i in range(count)]
         self.lines = [self.line(_curve(s.line(i))) for i in range(count)]
@@ -411,10 +407,7 @@ class _Groups(_View):
         """Median over groups, and the groups that ended furthest above their floor."""
         ranked, n = np.sort(values, axis=0), len(values) - 1  # a NaN sorts to the top and leaves a gap
         for band, cut in zip(self.bands, (0.0, 0.1), strict=True):
-            low, high = ranked[round(cut * n)], ranked[round((1 - cut) * n)]
-            whole = np.isfinite(low) & np.isfinite(high)
-            ends = np.append(low[whole], high[whole][::-1])
-            band.set_verts([np.column_stack([np.append(epochs[whole], epochs[whole][::-1]), ends])])
+            band.set_data(epochs, ranked[round(cut * n)], ranked[round((1 - cut) * n)])
         excess = values[:, last] - np.nan_to_num(floors)
         worst = np.argsort(-np.nan_to_num(excess, nan=-np.inf), kind="stable")[:_WORST]
         typical = np.median(floors[np.isfinite(floors)]) if np.isfinite(floors).any() else np.nan
@@ -448,12 +441,10 @@ def scale_for(low: float, high: float, energy: bool) -> tuple[str, float, float]
     if energy and high > 0 and low < 0.05 * high:
         bottom = -float(10 ** np.ceil(np.log10(-low))) if low < 0 else 0.0
         return "symlog", bottom, float(10 ** (np.ceil(np.log10(high) * 4) / 4))
-    if low == high == 0:
-        return "linear", -0.05, 1.0
-    span = (high - low) or abs(high)
-    decade = 10 ** np.floor(np.log10(span))
-    step = decade * (0.25 if span < 4 * decade else 0.5)
-    return "linear", float(np.floor(low / step - 0.2) * step), float(np.ceil(high / step + 0.2) * step)
+    if low == high:
+        low, high = low - 0.5 * (abs(low) or 1.0), high + 0.5 * (abs(high) or 1.0)
+    ticks = MaxNLocator(4).tick_values(low, high)
+    return "linear", float(ticks[0]), float(ticks[-1])
 
 
 # -- the callback

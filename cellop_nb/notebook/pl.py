@@ -1070,6 +1070,7 @@ def training_curves(
     title = f"{len(rows)} epochs{ending}"
     board = Dashboard(pick_panels(columns.names(), columns.constant()), monitor=monitor)
     board.update(columns, Marks(title, monitor, best, patience, floors or {}, changes_of_history(rows)))
+    board.headline.set_animated(False)  # a figure that is saved leaves out what moves
     return s.finish(board.figure, show, save)
 
 
