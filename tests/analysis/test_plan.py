@@ -315,6 +315,31 @@ def test_intervals_cover_what_they_say(noise):
     assert 0.92 <= np.mean(inside) <= 0.98
 
 
+def test_the_quantile_of_an_interval_is_that_of_contexts_left_out(monkeypatch):
+    """Split conformal prediction: as large a share of the errors of contexts, each scaled by what the others say, is
+    below the quantile as the level says; nothing else says it, and the context itself does not."""
+    data, _, _, _ = screen(n=6, noise=0.3)
+    residuals = np.random.default_rng(1).normal(size=data.change.shape)
+    heard = []
+
+    def errors(squares, noise, predicted, planned, settings):
+        heard.append((squares, planned))
+        return np.full(GENES, 2.0)
+
+    monkeypatch.setattr(planning, "_gene_errors", errors)
+    error, quantile = planning.errors_of_genes(data, data.change[0], residuals, planning.PlanSettings())
+    ratios = np.sort((np.abs(residuals) / np.sqrt(2.0 + 0.3**2)).ravel())
+    below = (ratios <= quantile).sum()
+    assert below - 1 <= planning.PlanSettings().level * (ratios.size - 1) <= below
+    np.testing.assert_array_equal(error, np.full(GENES, 2.0**0.5))
+    assert len(heard) == 7
+    for c, (others, planned) in enumerate(heard[:6]):
+        np.testing.assert_array_equal(others, np.delete(residuals**2, c, axis=0))
+        np.testing.assert_array_equal(planned, np.square(data.change[c] - residuals[c]))
+    np.testing.assert_array_equal(heard[6][0], residuals**2)
+    np.testing.assert_array_equal(heard[6][1], np.square(data.change[0]))
+
+
 def test_genes_without_a_count_have_no_change_and_no_error():
     data, target, _, moved = screen(noise=0.1, moved_error=0.1)
     for array in (data.control, data.change, data.noise, data.moved):

@@ -388,6 +388,37 @@ def test_a_finished_sweep_starts_nothing(working, no_cluster, capsys):
     assert main(command_of(working)) == 0
 
 
+def test_what_failed_is_run_again_where_it_is_asked_for_alone(working, no_cluster, capsys):
+    command, folder = command_of(working), working.parent / "90_mine"
+    planned = s.Space(
+        working, axes(working, "width=3,5", "seed=0,1"), {"wait": 0.0, "log": str(working.parent / "log")}
+    ).grid()
+    for run in planned:
+        finished(folder, run.key, run.values, "failed" if run is planned[1] else "done", loss=1.0)
+    assert s.missing(folder, planned) == []
+    assert s.missing(folder, planned, retry_failed=True) == [planned[1]]
+    assert main([*command, "--dry-run"]) == 0
+    assert "4 finished, 0 to do" in capsys.readouterr().out
+    assert main([*command, "--dry-run", "--retry-failed"]) == 0
+    told = capsys.readouterr().out
+    assert "3 finished, 1 to do" in told
+    assert [line.split()[0] for line in told.splitlines()[1:] if line.endswith("to do")] == [planned[1].key]
+
+
+def test_a_search_runs_again_what_failed_where_it_is_asked_to(working, no_cluster):
+    folder = working.parent / "found"
+    folder.mkdir()
+    space = s.Space(working, axes(working, "width=0..40"))
+    search = s.Search(space, folder, "loss")
+    chosen = []
+    for run in search.choose(3):
+        finished(folder, run.key, run.values, "failed" if len(chosen) == 1 else "done", loss=1.0)
+        search.tell(run, s.result_of(folder / run.key))
+        chosen.append(run.key)
+    assert list(s.Search(space, folder, "loss").choose(3)) == []
+    assert [run.key for run in s.Search(space, folder, "loss").choose(3, retry_failed=True)] == chosen[1:2]
+
+
 def test_one_sweep_at_a_time(working, no_cluster, capsys):
     with s.locked(working.parent / "90_mine"):
         assert main(command_of(working)) == 2

@@ -180,3 +180,29 @@ def test_a_trainer_is_made_without_a_word(caplog):
     finally:
         log.removeHandler(caplog.handler)
     assert caplog.messages == [] and log.level == before
+
+
+def test_dropout_is_another_in_each_epoch_and_process():
+    def drawn(epoch, rank, seed=1):
+        trainer = LineTrainer(seed=seed)
+        trainer.epoch, trainer.processes.rank = epoch, rank
+        with trainer._own_randomness():
+            return torch.rand(4)
+
+    assert torch.equal(drawn(0, 0), drawn(0, 0))
+    draws = [drawn(0, 0), drawn(1, 0), drawn(2, 0), drawn(0, 1), drawn(1, 1), drawn(0, 0, seed=2)]
+    assert len({tuple(draw.tolist()) for draw in draws}) == len(draws)
+
+
+def test_processes_draw_noise_of_their_own_and_cells_in_one_order(monkeypatch):
+    first = LineTrainer(seed=1)
+
+    class Second(loop.Processes):
+        def __init__(self, fabric):
+            super().__init__(fabric)
+            self.rank = 1
+
+    monkeypatch.setattr(loop, "Processes", Second)
+    second = LineTrainer(seed=1)
+    assert not torch.equal(first.generator.get_state(), second.generator.get_state())
+    assert torch.equal(first.cpu_generator.get_state(), second.cpu_generator.get_state())
