@@ -142,15 +142,16 @@ class RowReader:
     def runs(self, firsts: np.ndarray, lasts: np.ndarray) -> sparse.csr_matrix:
         """Runs of neighbouring rows (cell, gene), of the stored type; `lasts` (run,) are not among them."""
         with readable(_place(self.slot)):  # a damaged part may be seen only now
-            parts = [self._run(a, b) for a, b in zip(firsts, lasts, strict=True)]
-        return parts[0] if len(parts) == 1 else sparse.vstack(parts, "csr")
-
-    def _run(self, first: int, last: int) -> sparse.csr_matrix:
-        if self._starts is None:
-            return sparse.csr_matrix(self.slot[first:last])
-        begin, end = self._starts[first], self._starts[last]
-        parts = self._values[begin:end], self._genes[begin:end], self._starts[first : last + 1] - begin
-        return sparse.csr_matrix(parts, (last - first, self.slot.shape[1]))
+            if self._starts is None:
+                blocks = [sparse.csr_matrix(self.slot[a:b]) for a, b in zip(firsts, lasts, strict=True)]
+                return blocks[0] if len(blocks) == 1 else sparse.vstack(blocks, "csr")
+            ends = list(zip(self._starts[firsts], self._starts[lasts], strict=True))
+            values, genes = (
+                np.concatenate([stored[a:b] for a, b in ends]) for stored in (self._values, self._genes)
+            )
+            sizes = [np.diff(self._starts[a : b + 1]) for a, b in zip(firsts, lasts, strict=True)]
+            indptr = np.concatenate([[0], np.cumsum(np.concatenate(sizes))])
+            return sparse.csr_matrix((values, genes, indptr), (len(indptr) - 1, self.slot.shape[1]))
 
 
 def stored_format(slot) -> str:
