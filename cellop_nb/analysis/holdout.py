@@ -346,7 +346,9 @@ def _scored(model: CellOp, question: Question, seed: int, shared: dict, methods,
 
     def by_cellop(training: Training, target: Target) -> Prediction:
         pair = target.context, target.perturbation
-        cells[pair] = _defined(source.predict, _asked(fitted, real, *pair, len(target.adata)), seed=seed)
+        cells[pair] = _defined(
+            source.predict, _asked(fitted, real, *pair, len(source.control_rows(pair[0]))), seed=seed
+        )
         return Prediction.of_adata(CELLOP, cells[pair], space)
 
     rules: dict[str, Method] = {

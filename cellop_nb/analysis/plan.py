@@ -105,8 +105,10 @@ class Measured:
         keep = np.array([name != context for name in self.contexts])
         names = tuple(np.asarray(self.contexts, dtype=object)[keep])
         levels = None if self.levels is None else tuple(np.array(self.levels, dtype=object)[keep].tolist())
-        arrays = (self.control, self.change, self.noise, self.moved, self.corrected)
-        return Measured(names, *(None if rows is None else rows[keep] for rows in arrays), levels)
+        moved, corrected = (None if rows is None else rows[keep] for rows in (self.moved, self.corrected))
+        return Measured(
+            names, self.control[keep], self.change[keep], self.noise[keep], moved, corrected, levels
+        )
 
     def near(self, target: np.ndarray) -> pd.DataFrame:
         """A row per context: ``context, distance, response``.
@@ -336,12 +338,12 @@ def estimates(
         n = len(measured.levels[0])
         of_target = levels if levels is not None and len(levels) == n else ("",) * n
         result[FACTORS] = factors(measured.levels, change, of_target, measured.noise.sum(1))
-    for name, of_target, left_out in (
+    for name, said, left_out in (
         (MOVED, moved, measured.moved),
         (CORRECTED, corrected, measured.corrected),
     ):
-        if of_target is not None:
-            result[name] = Estimate(of_target, change[:0] if left_out is None else left_out, everyone)
+        if said is not None:
+            result[name] = Estimate(said, change[:0] if left_out is None else left_out, everyone)
     return result, ridge
 
 
