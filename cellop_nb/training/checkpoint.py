@@ -110,8 +110,11 @@ def write_models(
         "predictor": dict(predictor or {}),
     }
     states = [(f"{name}.{key}", t) for name, model in models.items() for key, t in model.state_dict().items()]
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in states}
-    tensors |= {f"{_ARRAYS}.{key}": torch.tensor(np.asarray(value)) for key, value in (arrays or {}).items()}
+    whole = torch.contiguous_format  # also of one element, whose strides may be anything
+    tensors = {name: tensor.detach().cpu().clone(memory_format=whole) for name, tensor in states}
+    tensors |= {
+        f"{_ARRAYS}.{key}": torch.tensor(np.array(value, order="C")) for key, value in (arrays or {}).items()
+    }
     try:
         metadata = {_ENTRY: json.dumps(about, allow_nan=True)}
     except TypeError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -255,3 +256,12 @@ def test_a_damaged_description_is_refused_in_three_beats(path, text):
     save_file(load_file(path), path, {"cellop_nb": text})
     with pytest.raises(CheckpointError, match="(?s)Expected .*Found .*To fix it"):
         read_models(path)
+
+
+def test_arrays_of_any_strides_are_saved(vae, tmp_path):
+    """One context and one perturbation leave arrays of one element, which stride anyhow."""
+    arrays = {"one": np.broadcast_to(np.float32(2.0), (1, 1)), "turned": np.arange(6.0).reshape(2, 3).T}
+    vae.decoder.linear.bias.data = torch.as_strided(vae.decoder.linear.bias.data, (3,), (0,))
+    saved = read_models(write_models(tmp_path / "model.safetensors", vae, arrays=arrays))
+    assert torch.equal(saved.vae.decoder.linear.bias, vae.decoder.linear.bias)
+    assert all(np.array_equal(saved.arrays[name], value) for name, value in arrays.items())

@@ -282,6 +282,20 @@ def test_test_cells_are_never_read(small):
     assert_same_run(one, two)
 
 
+def test_validation_cells_never_train_and_controls_among_them_are_not_moved(small):
+    ruined, perturbed = small.copy(), (small.obs["perturbation"] != "control").to_numpy()
+    validation = (small.obs["split"] == "val").to_numpy()
+    ruined.obsm["X_truth"][validation & ~perturbed] += 1e3
+    one, two = small_trainer(small), small_trainer(ruined)
+    one.fit()
+    two.fit()
+    assert_same_run(one, two)
+    ruined.obsm["X_truth"][validation] += 1e3
+    other = small_trainer(ruined).fit()
+    assert one.history["train_loss"].equals(other["train_loss"])
+    assert (other["val_loss"] > one.history["val_loss"] + 100).all()
+
+
 def test_equal_seeds_give_bit_equal_runs(small):
     one, two, other = (small_trainer(small, seed=seed) for seed in (1, 1, 2))
     for trainer in (one, two, other):

@@ -79,6 +79,17 @@ def test_test_cells_are_never_read(screen):
     assert_same_run(one, two)
 
 
+def test_validation_cells_never_train(screen):
+    """Other counts in them change the validation, and no step."""
+    other = screen.copy()
+    dense = other.X.toarray()
+    dense[(other.obs["split"] == "val").to_numpy()] += 3
+    other.X = dense
+    one, two = trainer_of(screen).fit(), trainer_of(other).fit()
+    assert one["train_loss"].equals(two["train_loss"])
+    assert not np.allclose(one["val_loss"], two["val_loss"])
+
+
 def test_the_divergence_warms_up_but_is_validated_in_full(screen):
     trainer = trainer_of(screen, warmup_epochs=4, kl_weight=0.5)
     weights = []
