@@ -11,7 +11,7 @@ from html import escape
 import numpy as np
 import pandas as pd
 
-from .errors import LabelError, did_you_mean, three_beats
+from .errors import LabelError, did_you_mean
 
 _MANY, _LEFT = 6, 'style="text-align:left"'
 
@@ -173,7 +173,7 @@ class Scores(Table):
         rows = pd.DataFrame(self[self["metric"] == metric])
         if not len(rows):
             fix = did_you_mean(metric, self["metric"].unique())
-            raise LabelError(three_beats("a metric of the table", repr(metric), fix))
+            raise LabelError("a metric of the table", repr(metric), fix)
         order = list(dict.fromkeys(rows["method"]))
         wide = rows.pivot_table(index="group", columns="method", values="value", sort=False)
         wide = wide[[method for method in order if method in wide]]

@@ -17,7 +17,7 @@ from anndata import AnnData
 
 from ..data.counts import measured_totals
 from ..data.groups import Groups
-from ..errors import DataError, ModelError, three_beats
+from ..errors import DataError, ModelError
 from .metrics import EvaluationSpace, Undefined
 from .plan import Measured, linear, near_mean_shift, near_power
 
@@ -48,7 +48,7 @@ class Prediction:
             if value is not None and not np.isfinite(value).all():
                 problem = f"{int((~np.isfinite(value)).sum())} NaN or infinite values"
                 fix = "find out where the model breaks; they are not replaced"
-                raise DataError(three_beats(f"a finite {name} predicted by {self.method!r}", problem, fix))
+                raise DataError(f"a finite {name} predicted by {self.method!r}", problem, fix)
 
     @classmethod
     def of_cells(cls, method: str, cells: np.ndarray, counts=None, library=None) -> Prediction:
@@ -321,11 +321,11 @@ def run(method: str, rule: Method, training: Training, target: Target) -> Predic
         return Prediction(method, reason=str(refusal))
     if not isinstance(prediction, Prediction):
         fix = "return Prediction.of_cells(name, cells) or Prediction.of_counts(name, counts, target.space)"
-        raise ModelError(three_beats(f"a Prediction from {method!r}", type(prediction).__name__, fix))
+        raise ModelError(f"a Prediction from {method!r}", type(prediction).__name__, fix)
     n_genes = target.control.shape[1]
     for value in (prediction.mean, prediction.cells, prediction.counts):
         if value is not None and value.shape[-1] != n_genes:
             fix = "predict all genes of target.space.genes, in this order"
             problem = str(value.shape[-1])
-            raise ModelError(three_beats(f"{n_genes} genes predicted by {method!r}", problem, fix))
+            raise ModelError(f"{n_genes} genes predicted by {method!r}", problem, fix)
     return replace(prediction, method=method)

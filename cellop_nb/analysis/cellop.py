@@ -38,7 +38,7 @@ from ..data.genes import select_genes
 from ..data.groups import Groups, controls_by_context
 from ..data.splits import SPLIT_KEY, outside_test
 from ..display import card
-from ..errors import CheckpointError, LabelError, ModelError, checked, did_you_mean, three_beats
+from ..errors import CheckpointError, LabelError, ModelError, checked, did_you_mean
 from ..models.affine import AffineOperator, check_strength
 from ..models.carry import balanced_counts
 from ..models.energy import noise_floor
@@ -312,9 +312,7 @@ class CellOp:
 
     def _fitted(self) -> CellOp:
         if not self.members:
-            raise ModelError(
-                three_beats("a fitted CellOp", "one that was not fitted", "call model.fit() first")
-            )
+            raise ModelError("a fitted CellOp", "one that was not fitted", "call model.fit() first")
         return self
 
     # -- fitting --------------------------------------------------------------------------------------------------
@@ -818,14 +816,14 @@ class CellOp:
         """
         if not len(self.control_rows(context)):
             fix = did_you_mean(context, self._index or ())
-            raise LabelError(three_beats("a context with control cells in the data", repr(context), fix))
+            raise LabelError("a context with control cells in the data", repr(context), fix)
         labels = self.perturbations
         pieces = perturbation.split("+")
         if not set(self._parts(perturbation)) <= set(labels):
             unknown = [piece for piece in pieces if piece not in labels]
             unknown = unknown if len(unknown) < len(pieces) else [perturbation]
             fix = f"{did_you_mean(unknown[0], labels)}, or describe perturbations with features=..."
-            raise LabelError(three_beats("a perturbation that was measured", repr(unknown[0]), fix))
+            raise LabelError("a perturbation that was measured", repr(unknown[0]), fix)
 
     def _parts(self, perturbation: str) -> tuple[str, ...]:
         """The perturbations that a label names: one that the operators know, or those that it combines."""
@@ -843,7 +841,7 @@ class CellOp:
         if perturbation not in curves:
             expected = f"a perturbation whose doses were measured: {list(curves)[:10]}"
             fix = "name the column of doses, setup(dose_key=...), and ask for one perturbation"
-            raise LabelError(three_beats(expected, repr(perturbation), fix))
+            raise LabelError(expected, repr(perturbation), fix)
         return curves[perturbation]
 
     def intervals(self, context: Context, perturbation: str) -> pd.DataFrame:
@@ -1052,7 +1050,7 @@ class CellOp:
         asked = question_table(conditions, context, perturbation, strength, n_cells, operator, self.keys)
         if missing_genes not in ("refuse", "zero", "impute"):
             expected = "missing_genes among 'refuse', 'zero', 'impute'"
-            raise LabelError(three_beats(expected, repr(missing_genes), "name one of them"))
+            raise LabelError(expected, repr(missing_genes), "name one of them")
         for one in asked.itertuples():
             self.check_question(
                 one.context, self.perturbations[0] if operator is not None else one.perturbation
@@ -1076,7 +1074,7 @@ class CellOp:
         dose = pd.to_numeric(row["dose"], errors="coerce")
         if not dose > 0 or not np.isfinite(dose):
             fix = "write numbers alone, in the unit of the measured doses; controls need no prediction"
-            raise LabelError(three_beats("a positive number as dose", repr(row["dose"]), fix))
+            raise LabelError("a positive number as dose", repr(row["dose"]), fix)
         return self.dose_curve(str(row.get("perturbation"))).strength(float(dose))
 
     def answer(self, question, operator: AffineOperator | None, seed: int) -> ad.AnnData:
@@ -1279,7 +1277,7 @@ def load(path: str | Path, adata: ad.AnnData | None = None) -> CellOp | Saved:
     except (KeyError, TypeError, ValueError) as error:
         problem = f"a damaged description ({type(error).__name__}: {error})"
         expected = f"the predictor in {path}"
-        raise CheckpointError(three_beats(expected, problem, "save the model again")) from error
+        raise CheckpointError(expected, problem, "save the model again") from error
     return model if adata is None else model.on(adata)
 
 
@@ -1368,7 +1366,7 @@ def _check_batches(cells, groups: Groups) -> None:
     if lacking:
         problem = f"none in {len(lacking)} of them, such as {lacking[0]!r}"
         fix = "leave these cells out, or call setup without batch_key"
-        raise LabelError(three_beats("control cells in every batch", problem, fix))
+        raise LabelError("control cells in every batch", problem, fix)
 
 
 def _chunks(rows: np.ndarray) -> list[np.ndarray]:
@@ -1379,14 +1377,12 @@ def _chunks(rows: np.ndarray) -> list[np.ndarray]:
 def _check_parts(vae, operators, n_members: int) -> None:
     if operators is not None and vae is None:
         fix = "pass vae=... too: operators act in the latent space of the VAE they were fitted with"
-        raise ModelError(three_beats("a VAE beside the operators", "operators alone", fix))
+        raise ModelError("a VAE beside the operators", "operators alone", fix)
     if vae is not None and n_members > 1:
-        raise ModelError(three_beats("n_members=1 with trained parts", str(n_members), "leave n_members out"))
+        raise ModelError("n_members=1 with trained parts", str(n_members), "leave n_members out")
     if operators is not None and operators.config["n_latent"] != vae.n_latent:
         problem = f"operators of {operators.config['n_latent']} and a VAE of {vae.n_latent} dimensions"
-        raise ModelError(
-            three_beats("parts of one latent space", problem, "pass parts that were fitted together")
-        )
+        raise ModelError("parts of one latent space", problem, "pass parts that were fitted together")
 
 
 def question_table(
@@ -1410,13 +1406,11 @@ def question_table(
     if conditions is None:
         if context is None or (perturbation is None and operator is None):
             fix = "pass context=... and perturbation=..., or a table of conditions"
-            raise LabelError(
-                three_beats("a context and a perturbation", f"{context!r} and {perturbation!r}", fix)
-            )
+            raise LabelError("a context and a perturbation", f"{context!r} and {perturbation!r}", fix)
         conditions = [(context, operator.label if perturbation is None else perturbation)]
     elif context is not None or perturbation is not None:
         fix = "pass conditions, or context and perturbation"
-        raise LabelError(three_beats("one way of asking", "both a table and a single question", fix))
+        raise LabelError("one way of asking", "both a table and a single question", fix)
     columns = ["context", "perturbation"]
     try:
         table = (
@@ -1426,7 +1420,7 @@ def question_table(
         )
     except (TypeError, ValueError) as error:
         fix = "pass a list of pairs, [(context, perturbation), ...]"
-        raise LabelError(three_beats("conditions that are pairs", f"{conditions!r:.80}", fix)) from error
+        raise LabelError("conditions that are pairs", f"{conditions!r:.80}", fix) from error
     keys = keys or Keys()
     factors = list(keys.context_key or ())
     if "context" not in table and len(factors) > 1 and set(factors) <= set(table):
@@ -1438,16 +1432,14 @@ def question_table(
     if unknown or missing or not len(table):
         problem = f"columns {list(map(str, table.columns))} of {len(table)} rows"
         fix = "name the columns context, perturbation, and n_cells, strength or dose where they differ"
-        raise LabelError(three_beats("conditions with columns context and perturbation", problem, fix))
+        raise LabelError("conditions with columns context and perturbation", problem, fix)
     table = table.astype(dict.fromkeys(columns, str))
     sizes = [np.nan if n is None else n for n in table.get("n_cells", [n_cells] * len(table))]
     wrong = [
         n for n in sizes if n == n and not (isinstance(n, Real) and float(n).is_integer() and float(n) > 0)
     ]
     if wrong:
-        raise LabelError(
-            three_beats("n_cells a whole number above 0", repr(wrong[0]), "ask for at least one cell")
-        )
+        raise LabelError("n_cells a whole number above 0", repr(wrong[0]), "ask for at least one cell")
     strengths = table["strength"] if "strength" in table else pd.Series(strength, table.index)
     strengths = pd.to_numeric(strengths, errors="coerce").astype(float)
     table = table.assign(strength=strengths, n_cells=np.array(sizes, dtype=float))
@@ -1457,7 +1449,7 @@ def question_table(
     if len(twice):
         problem = f"{twice['perturbation'].iloc[0]!r} in {twice['context'].iloc[0]!r} twice"
         fix = "ask once, for the cells of both: n_cells=..."
-        raise LabelError(three_beats("conditions that differ: draws follow their names", problem, fix))
+        raise LabelError("conditions that differ: draws follow their names", problem, fix)
     return table[[*columns, "strength", "n_cells"]]
 
 

@@ -14,7 +14,7 @@ from anndata import AnnData
 
 from ..data.groups import Group, Groups, evenly
 from ..display import Distances
-from ..errors import LabelError, ModelError, checked, did_you_mean, three_beats
+from ..errors import LabelError, ModelError, checked, did_you_mean
 from ..models.affine import AffineOperator, check_strength, commutator, compose, sum_generators
 from ..models.energy import energy_distance, noise_floor, noise_limit, self_distance
 from ..models.operators import Condition, OperatorModel, perturbation_parts
@@ -71,7 +71,7 @@ def combine(
     Higham (2008), Functions of Matrices, section 10.1 (exponential of a sum against the product).
     """
     if rule not in RULES:
-        raise LabelError(three_beats(f"a rule among {list(RULES)}", repr(rule), did_you_mean(rule, RULES)))
+        raise LabelError(f"a rule among {list(RULES)}", repr(rule), did_you_mean(rule, RULES))
     if rule == "axes":
         return _operator(operators, perturbation, context)
     names = perturbation_parts(perturbation, operators.conditions.perturbations)

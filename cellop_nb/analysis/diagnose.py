@@ -22,7 +22,7 @@ from ..data.contract import keys_of, label_table, library_size, obs_labels
 from ..data.counts import model_counts
 from ..data.groups import representation
 from ..data.splits import rows_of
-from ..errors import LabelError, ModelError, checked, three_beats
+from ..errors import LabelError, ModelError, checked
 from ..models.affine import AffineOperator
 from ..models.likelihood import nb_log_likelihood
 from ..models.operators import Condition
@@ -103,7 +103,7 @@ def gradient_audit(model: nn.Module, loss: Callable) -> pd.DataFrame:
     """
     if not callable(loss):
         fix = "pass lambda: ... around what computes it: only what is watched can be explained"
-        raise ModelError(three_beats("a function that computes the loss", type(loss).__name__, fix))
+        raise ModelError("a function that computes the loss", type(loss).__name__, fix)
     flow = _Flow(model)
     with unchanged_buffers(model):  # until after the backward pass, which may need them as they became
         with torch.random.fork_rng(devices=[]), flow.scopes, flow:
@@ -111,7 +111,7 @@ def gradient_audit(model: nn.Module, loss: Callable) -> pd.DataFrame:
             value = reduce(add, value.values()) if isinstance(value, dict) else value
         if not isinstance(value, Tensor) or value.numel() != 1:
             problem = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-            raise ModelError(three_beats("a scalar loss", problem, "take the mean or sum of it"))
+            raise ModelError("a scalar loss", problem, "take the mean or sum of it")
         gradients = _gradients(model, value)
     rows = [_row(name, p, gradients.get(name), flow) for name, p in model.named_parameters()]
     return pd.DataFrame(rows)
@@ -522,7 +522,7 @@ def leaks(
     absent = [key for key in covariate_keys if key not in adata.obs]
     if absent:
         fix = "name the columns of donors and batches, or none"
-        raise LabelError(three_beats("columns of adata.obs", repr(absent[0]), fix))
+        raise LabelError("columns of adata.obs", repr(absent[0]), fix)
     some = np.sort(rng.permutation(adata.n_obs)[:max_cells])
     labels = label_table(adata, keys).iloc[some]
     groups = (labels["context"] + "\0" + labels["perturbation"]).to_numpy()

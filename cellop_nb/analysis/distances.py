@@ -18,7 +18,7 @@ from torch import Tensor
 from ..data.contract import counts
 from ..data.groups import Groups
 from ..display import Distances
-from ..errors import LabelError, checked, did_you_mean, three_beats
+from ..errors import LabelError, checked, did_you_mean
 from ..models.energy import energies_of_sums, energy_distance, noise_floor, noise_limit, self_distance
 from ..models.operators import OperatorModel
 from .metrics import EvaluationSpace, log1p_cp10k
@@ -173,7 +173,7 @@ def etest(
     """
     if correction not in (None, *CORRECTIONS):
         hint = did_you_mean(correction, CORRECTIONS)
-        raise LabelError(three_beats("correction 'holm' or 'bh'", repr(correction), hint))
+        raise LabelError("correction 'holm' or 'bh'", repr(correction), hint)
     groups = data if isinstance(data, Groups) else _groups_in(data, use_rep, seed)
     order = sorted(range(len(groups)), key=lambda k: (groups[k].context, len(groups[k])))
     rows: list[dict] = [{}] * len(groups)

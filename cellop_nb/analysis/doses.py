@@ -11,7 +11,7 @@ import pandas as pd
 from scipy.optimize import brentq
 
 from ..data.groups import Groups
-from ..errors import ModelError, three_beats
+from ..errors import ModelError
 from .means import level_moments
 
 FORMS = ("linear", "log", "saturating")
@@ -86,9 +86,7 @@ def dose_curves(cells, groups: Groups, form: str = "chosen") -> dict[str, DoseCu
     """
     if form not in (*FORMS, "chosen"):
         fix = "set model.recipe.dose_curve to one of these"
-        raise ModelError(
-            three_beats(f"one of {(*FORMS, 'chosen')} as the form of dose curves", repr(form), fix)
-        )
+        raise ModelError(f"one of {(*FORMS, 'chosen')} as the form of dose curves", repr(form), fix)
     (mean, control), (variance, control_variance) = level_moments(cells, groups)
     context = {name: k for k, name in enumerate(groups.contexts)}
     by_perturbation: dict[str, list[int]] = defaultdict(list)

@@ -13,7 +13,7 @@ from scipy import sparse
 
 from ..data.contract import counts as raw_counts
 from ..data.contract import keys_of
-from ..errors import DataError, HoldoutError, LabelError, checked, did_you_mean, three_beats
+from ..errors import DataError, HoldoutError, LabelError, checked, did_you_mean
 from ..packages import require, same_threads
 from .scores import rows_by_group
 
@@ -96,7 +96,7 @@ def _one_context(context: str | None, contexts: list[str], kind: str) -> str:
     chosen = contexts[0] if context is None and len(contexts) == 1 else context
     if chosen not in contexts:
         fix = did_you_mean(chosen, contexts) if chosen else "pass context=..."
-        raise LabelError(three_beats(f"one of the {kind} contexts {contexts[:5]}", repr(chosen), fix))
+        raise LabelError(f"one of the {kind} contexts {contexts[:5]}", repr(chosen), fix)
     return chosen
 
 
@@ -143,18 +143,16 @@ def cell_eval2(
     if not shared or control is None:
         problem = f"{len(shared)} groups on both sides and {'no controls' if control is None else 'controls'}"
         fix = "give real cells and controls of the predicted groups"
-        raise HoldoutError(three_beats(f"groups and controls of {context!r}", problem, fix))
+        raise HoldoutError(f"groups and controls of {context!r}", problem, fix)
     column = predicted.var_names.get_indexer(real.var_names)
     if (column < 0).any():
         lost = real.var_names[column < 0]
         fix = f"predict all genes of the screen ({did_you_mean(lost[0], predicted.var_names)})"
-        raise LabelError(
-            three_beats("all genes of the screen", f"{len(lost)} missing, first {lost[0]!r}", fix)
-        )
+        raise LabelError("all genes of the screen", f"{len(lost)} missing, first {lost[0]!r}", fix)
     guess = sparse.csr_matrix(raw_counts(predicted)[:, column])
     if (guess.data < 0).any() or (guess.data != np.rint(guess.data)).any():
         fix = "draw counts; logarithms and expected counts are refused by cell-eval2, too"
-        raise DataError(three_beats("whole counts predicted in X", "other numbers", fix))
+        raise DataError("whole counts predicted in X", "other numbers", fix)
     truth = sparse.csr_matrix(raw_counts(real, keys.layer))
 
     def side(values: sparse.csr_matrix, by_group: dict) -> ad.AnnData:

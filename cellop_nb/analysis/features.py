@@ -93,7 +93,7 @@ def from_expression(
     loadings = space.varm["PCs"] * np.sqrt(space.uns["pca"]["variance"])
     if symbols is not None and symbols not in adata.var:
         fix = did_you_mean(symbols, adata.var.columns)
-        raise LabelError(three_beats(f"a column {symbols!r} in var", "no such column", fix))
+        raise LabelError(f"a column {symbols!r} in var", "no such column", fix)
     names = adata.var_names if symbols is None else adata.var[symbols].astype(str)
     return _table(loadings, np.asarray(names, dtype=object)[heard], "expression")
 
@@ -166,7 +166,7 @@ def from_gene_sets(
     if not len(some):
         problem = f"{members['source'].nunique()} sets of {n_genes} genes"
         fix = "give sets of which some, not all, genes are members"
-        raise DataError(three_beats("sets that two genes or more share", problem, fix))
+        raise DataError("sets that two genes or more share", problem, fix)
     table = some.pivot(index="target", columns="source", values="weight").fillna(0.0)
     table = table.rename_axis(index=None, columns=None)
     if table.shape[1] <= n_components:
@@ -206,14 +206,14 @@ def from_network(edges: pd.DataFrame | str | Path, *, n_components: int = 32, se
     table = edges if isinstance(edges, pd.DataFrame) else _read(Path(edges))
     if table.shape[1] < 2 or table.iloc[:, :2].isna().any(axis=None):
         fix = "give two columns of names, and a third of weights if there are any"
-        raise DataError(three_beats("edges between two named genes", f"columns {list(table)}", fix))
+        raise DataError("edges between two named genes", f"columns {list(table)}", fix)
     weight = np.ones(len(table))
     if table.shape[1] > 2:
         weight = pd.to_numeric(table.iloc[:, 2], errors="coerce").to_numpy(dtype=float)
     bad = ~(np.isfinite(weight) & (weight > 0))
     if bad.any():
         problem = f"{table.iloc[np.flatnonzero(bad)[:1], 2].tolist()}"
-        raise DataError(three_beats("positive weights of edges", problem, "drop these edges"))
+        raise DataError("positive weights of edges", problem, "drop these edges")
     codes, names = pd.factorize(np.concatenate([table.iloc[:, 0], table.iloc[:, 1]]).astype(str), sort=True)
     ends = codes.reshape(2, -1)
     graph = sparse.csr_matrix((weight, (ends[0], ends[1])), (len(names), len(names)))
@@ -222,9 +222,7 @@ def from_network(edges: pd.DataFrame | str | Path, *, n_components: int = 32, se
     part = sparse.csgraph.connected_components(graph)[1]
     inside = part == np.bincount(part).argmax()
     if inside.sum() < 4:
-        raise DataError(
-            three_beats("4 connected genes or more", f"{int(inside.sum())}", "give a denser network")
-        )
+        raise DataError("4 connected genes or more", f"{int(inside.sum())}", "give a denser network")
     k = min(n_components, int(inside.sum()) - 2)
     coordinates = spectral_embedding(graph[inside][:, inside], n_components=k, random_state=seed)
     result = _table(coordinates, names[inside], "network")
@@ -268,7 +266,7 @@ def from_smiles(smiles: pd.Series | Mapping[str, str]) -> pd.DataFrame:
             molecule = Chem.MolFromSmiles(text) if isinstance(text, str) and text.strip() else None
             if molecule is None:
                 problem = f"{text!r} of {name!r}"
-                raise DataError(three_beats("SMILES", problem, "repair it, or leave this drug out"))
+                raise DataError("SMILES", problem, "repair it, or leave this drug out")
             rows.append(generator.GetCountFingerprintAsNumPy(molecule))
     counts = np.log1p(np.stack(rows).astype(float))
     table = _table(counts, series.index, "bit")
@@ -308,10 +306,10 @@ def from_table(file: str | Path, *, scale: bool = True) -> pd.DataFrame:
         row, column = np.argwhere(bad)[0] if bad.any() else (0, 0)
         problem = f"{table.iloc[row, column]!r} for {table.index[row]!r}" if bad.any() else "no column"
         fix = "drop these rows or columns; a first column names the perturbations"
-        raise DataError(three_beats(f"finite numbers in {path.name}", problem, fix))
+        raise DataError(f"finite numbers in {path.name}", problem, fix)
     if not table.index.is_unique:
         problem = f"{table.index[table.index.duplicated()][0]!r} twice"
-        raise DataError(three_beats("one row per perturbation", problem, "keep one of them"))
+        raise DataError("one row per perturbation", problem, "keep one of them")
     if not scale:
         return numbers
     spread = numbers.std(ddof=0)
@@ -349,7 +347,7 @@ def join(*tables: pd.DataFrame, missing: str = "refuse") -> pd.DataFrame:
     shared = [name for name in names if all(name in table.index for table in tables)]
     if not shared:
         problem = f"{len(tables)} tables of {[len(table) for table in tables]} perturbations"
-        raise DataError(three_beats("tables with perturbations in common", problem, "name them alike"))
+        raise DataError("tables with perturbations in common", problem, "name them alike")
     lacking = [name for name in names if name not in set(shared)]
     if lacking and missing == "refuse":
         raise LabelError(_not_described(lacking, "pass missing='drop' or missing='nearest'"))
@@ -447,7 +445,7 @@ def cover(
     shared = [name for name in features.index if name in by.index]
     if not shared:
         fix = "pass by=... that names perturbations as `features` does"
-        raise LabelError(three_beats("descriptors of the described perturbations in `by`", "none", fix))
+        raise LabelError("descriptors of the described perturbations in `by`", "none", fix)
     return _filled(features, {name: _nearest(name, [by], shared) for name in lacking})
 
 
@@ -458,20 +456,18 @@ def described(features: pd.DataFrame) -> list[str]:
         values = features.to_numpy(dtype=float)
     except (TypeError, ValueError) as error:
         fix = "name the perturbations in the index, features.set_index(...), and drop columns of words"
-        raise ModelError(three_beats("columns of numbers in features", str(error), fix)) from error
+        raise ModelError("columns of numbers in features", str(error), fix) from error
     marked = np.isnan(values).all(1)
     broken = (~np.isfinite(values).all(1) & ~marked) | names.duplicated()
     if broken.any() or not features.shape[1]:
         problem = f"{list(names[broken][:5])} with NaN, infinity or several rows"
-        raise ModelError(
-            three_beats("one row of finite features per perturbation", problem, "repair the table")
-        )
+        raise ModelError("one row of finite features per perturbation", problem, "repair the table")
     return list(names[~marked])
 
 
 def _check_missing(missing: str) -> None:
     if missing not in MISSING:
-        raise LabelError(three_beats(f"missing among {MISSING}", repr(missing), "name one of them"))
+        raise LabelError(f"missing among {MISSING}", repr(missing), "name one of them")
 
 
 def _not_described(lacking: Sequence[str], fix: str) -> str:
@@ -521,7 +517,7 @@ def _principal(matrix: np.ndarray, n_components: int, rows: str) -> np.ndarray:
     from sklearn.decomposition import PCA
 
     if len(matrix) < 3:
-        raise DataError(three_beats(f"3 {rows} or more", f"{len(matrix)}", "describe more of them"))
+        raise DataError(f"3 {rows} or more", f"{len(matrix)}", "describe more of them")
     k = min(n_components, len(matrix) - 1, matrix.shape[1])
     return PCA(k, svd_solver="full").fit_transform(matrix)
 
@@ -530,7 +526,7 @@ def _read(path: Path) -> pd.DataFrame:
     """A table as it is stored; that of an .npz with the names of perturbations as index."""
     if not path.is_file():
         fix = "give the path of a .csv, .tsv, .parquet or .npz"
-        raise DataError(three_beats("a table", f"no file {path}", fix))
+        raise DataError("a table", f"no file {path}", fix)
     if path.suffix == ".parquet":
         require("pyarrow", "notebook", of="parquet files")
         return pd.read_parquet(path)
@@ -538,18 +534,18 @@ def _read(path: Path) -> pd.DataFrame:
         return pd.read_csv(path, sep="," if path.suffix == ".csv" else "\t")
     if path.suffix != ".npz":
         fix = "write it as .csv, .tsv, .parquet or .npz (a pickle could run any code)"
-        raise DataError(three_beats("a table of text, parquet or npz", path.name, fix))
+        raise DataError("a table of text, parquet or npz", path.name, fix)
     expected = "an array per perturbation, or names (perturbation,) and values (perturbation, descriptor)"
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
     except ValueError as error:
-        raise DataError(three_beats(expected, f"objects in {path.name}", "save plain arrays")) from error
+        raise DataError(expected, f"objects in {path.name}", "save plain arrays") from error
     names = [array for array in arrays.values() if array.dtype.kind in "US"]
     values = [array for array in arrays.values() if array.ndim == 2]
     if len(arrays) == 2 and len(names) == len(values) == 1 and len(names[0]) == len(values[0]):
         return pd.DataFrame(values[0], index=names[0].astype(str))
     shapes = {array.shape for array in arrays.values()}
     if len(shapes) != 1 or len(next(iter(shapes))) != 1 or names:
-        raise DataError(three_beats(expected, f"arrays of shapes {sorted(shapes)[:4]}", "save one of these"))
+        raise DataError(expected, f"arrays of shapes {sorted(shapes)[:4]}", "save one of these")
     return pd.DataFrame(np.stack(list(arrays.values())), index=list(arrays))

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..data.contract import counts, keys_of
 from ..data.counts import CountMatrix, count_matrix, model_counts
 from ..data.groups import Group, Groups, evenly
-from ..errors import DataError, LabelError, checked, did_you_mean, three_beats
+from ..errors import DataError, LabelError, checked, did_you_mean
 from ..models.likelihood import COUNTS_PER_CELL
 from ..models.operators import Condition, OperatorModel
 from ..models.vae import NBVAE
@@ -321,7 +321,7 @@ def enrich(
         if column not in changes:
             hint = did_you_mean(column, changes.columns)
             fix = f"rename or add it ({hint}), or pass value=..."
-            raise LabelError(three_beats(f"a column {column!r}", f"{list(changes.columns)}", fix))
+            raise LabelError(f"a column {column!r}", f"{list(changes.columns)}", fix)
     sets = gene_set_members(gene_sets)
     by = [name for name in ("axis", "group", "context", "perturbation", "dose") if name in changes]
     if not by:
@@ -333,7 +333,7 @@ def enrich(
         n_sets = sets["source"].nunique()
         problem = f"at most {np.nan_to_num(largest):g} in any of {n_sets} sets, among {wide.shape[1]} genes"
         fix = "use the same gene names (symbols or Ensembl), keep more genes, or lower min_genes"
-        raise DataError(three_beats(f"a set that shares {min_genes} genes with the table", problem, fix))
+        raise DataError(f"a set that shares {min_genes} genes with the table", problem, fix)
     names, wide.index = wide.index.to_frame(index=False), [str(k) for k in range(len(wide))]
     require("decoupler", "enrichment", of="enrichment")
     import decoupler
@@ -365,18 +365,18 @@ def gene_set_members(gene_sets) -> pd.DataFrame:
     else:
         path = Path(gene_sets)
         if not path.is_file():
-            raise DataError(three_beats("a GMT file", f"no file {path}", "give the path of a .gmt file"))
+            raise DataError("a GMT file", f"no file {path}", "give the path of a .gmt file")
         try:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
-            raise DataError(three_beats("a GMT file", f"{path}: {error}", "save it as UTF-8 text")) from error
+            raise DataError("a GMT file", f"{path}: {error}", "save it as UTF-8 text") from error
         rows = []
         for number, line in enumerate(text.splitlines(), 1):
             fields = line.rstrip().split("\t")
             if line.strip() and len(fields) < 3:
                 problem = f"line {number} of {path} with {len(fields)} fields"
                 fix = "write name, description and genes separated by tabs"
-                raise DataError(three_beats("lines of a GMT file", problem, fix))
+                raise DataError("lines of a GMT file", problem, fix)
             rows += [(fields[0], gene) for gene in fields[2:] if gene]
     return pd.DataFrame(rows, columns=["source", "target"]).drop_duplicates(ignore_index=True)
 
@@ -417,7 +417,7 @@ def predicted_expression(predicted: AnnData, control: AnnData) -> AnnData:
     if not genes or min(sizes) < 2:
         problem = f"{len(genes)} shared genes, {sizes[0]} predicted and {sizes[1]} control cells"
         fix = "give cells over the same genes, at least two on each side"
-        raise DataError(three_beats("predicted and control cells to compare", problem, fix))
+        raise DataError("predicted and control cells to compare", problem, fix)
     slots = ((predicted, None), (control, keys_of(control).layer))
     both = concat([AnnData(counts(side[:, genes], slot)) for side, slot in slots], index_unique="-")
     side = pd.Categorical(np.repeat(["predicted", "control"], sizes))

@@ -16,7 +16,7 @@ from ..data.contract import label_table, obs_labels
 from ..data.counts import require_in_memory
 from ..data.groups import Groups, evenly
 from ..display import Scores
-from ..errors import CellopError, HoldoutError, LabelError, checked, did_you_mean, three_beats
+from ..errors import CellopError, HoldoutError, LabelError, checked, did_you_mean
 from ..models.operators import perturbation_parts
 from ..models.vae import NBVAE
 from ..packages import require
@@ -207,23 +207,23 @@ def holdout(
     check_names(methods or {}, (*BASELINES, LATENT_SHIFT, AFFINE, LINEAR_FEATURES, CELLOP))
     if suite is not None:
         if suite not in SUITES:
-            raise LabelError(three_beats(f"a suite of {[*SUITES]}", repr(suite), did_you_mean(suite, SUITES)))
+            raise LabelError(f"a suite of {[*SUITES]}", repr(suite), did_you_mean(suite, SUITES))
         require("cell_eval2", "evaluation", of=f"suite={suite!r}")
     if n_seeds < 1:
-        raise HoldoutError(three_beats("n_seeds of at least 1", str(n_seeds), "pass a positive number"))
+        raise HoldoutError("n_seeds of at least 1", str(n_seeds), "pass a positive number")
     questions, refused = questions_of(adata, over, described=model.features is not None)
     if only is not None:
         names = [*(question.name for question in questions), *(row["question"] for row in refused)]
         unknown = [name for name in only if name not in names]
         if unknown:
             fix = did_you_mean(unknown[0], names)
-            raise LabelError(three_beats(f"questions over {over!r}", repr(unknown[0]), fix))
+            raise LabelError(f"questions over {over!r}", repr(unknown[0]), fix)
         questions = [question for question in questions if question.name in only]
         refused = [row for row in refused if row["question"] in only] or refused
     if not questions:
         problem = "; ".join(f"{row['question']}: {row['reason']}" for row in refused) or "none"
         fix = "hold out something else (over=...)"
-        raise HoldoutError(three_beats(f"something to hold out over {over!r}", problem, fix))
+        raise HoldoutError(f"something to hold out over {over!r}", problem, fix)
     tasks = [(_some_groups(question), seed + k) for question in questions for k in range(n_seeds)]
     work = partial(_answer, methods=methods or {}, metrics=metrics, suite=suite)
     results = _shared_out(client, work, model, tasks)
@@ -251,17 +251,13 @@ def questions_of(
     is_key = {"perturbation": keys.perturbation_key == over, "context": keys.context_key == (over,)}
     if over in adata.obs and over in WAYS and not is_key.get(over, False):
         fix = f"rename the column: adata.obs.rename(columns={{{over!r}: ...}})"
-        raise LabelError(
-            three_beats(f"no column of obs named {WAYS}, which are ways to hold out", repr(over), fix)
-        )
+        raise LabelError(f"no column of obs named {WAYS}, which are ways to hold out", repr(over), fix)
     if over == "perturbation" and not described:
         fix = "pass holdout(CellOp(adata, features=...), over='perturbation')"
-        raise HoldoutError(
-            three_beats("descriptors of perturbations that were never measured", "no features", fix)
-        )
+        raise HoldoutError("descriptors of perturbations that were never measured", "no features", fix)
     if over not in WAYS and over not in adata.obs:
         fix = did_you_mean(over, [*WAYS, *map(str, adata.obs.columns)])
-        raise LabelError(three_beats(f"a way to hold out, {WAYS}, or a column of obs", repr(over), fix))
+        raise LabelError(f"a way to hold out, {WAYS}, or a column of obs", repr(over), fix)
     questions, refused = [], []
     for question in _every_question(adata, groups, over):
         if reason := _refusal(groups, question):
@@ -456,7 +452,7 @@ def _pooled(results: list[dict], refused: list[dict]) -> Holdout:
     results = [result for result in results if "scores" in result]
     if not results:
         problem = "; ".join(f"{row['question']}: {row['reason']}" for row in refused)
-        raise HoldoutError(three_beats("a hold-out that the data allow", problem, "change the hold-out"))
+        raise HoldoutError("a hold-out that the data allow", problem, "change the hold-out")
     tables: dict[str, list] = {"scores": [], "choice": []}
     cells, several = [], len({result["seed"] for result in results}) > 1
     for result in results:

@@ -14,7 +14,7 @@ from ..data.contract import counts as raw_counts
 from ..data.contract import keys_of, library_size
 from ..data.counts import measured_totals
 from ..data.genes import TARGET_SUM
-from ..errors import CellopError, DataError, LabelError, did_you_mean, three_beats
+from ..errors import CellopError, DataError, LabelError, did_you_mean
 from ..models.energy import energy_distance
 
 __all__ = [
@@ -373,7 +373,7 @@ class EvaluationSpace:
         names = np.asarray(training.var_names if genes is None else list(genes), dtype=object)
         if training.n_obs < 3:
             problem = f"{training.n_obs}"
-            raise DataError(three_beats("at least 3 training cells", problem, "loosen the hold-out"))
+            raise DataError("at least 3 training cells", problem, "loosen the hold-out")
         if training.n_obs > MOST_CELLS:
             rows = np.random.default_rng([seed, 4]).permutation(training.n_obs)[:MOST_CELLS]
             training = training[np.sort(rows)]
@@ -402,9 +402,7 @@ class EvaluationSpace:
         """Raw counts (cell, gene) over the genes of this space to log1p-CP10k, float32; `library` (cell,) their sum."""
         if counts.shape[1] != len(self.genes):
             problem = f"{counts.shape[1]} columns"
-            raise DataError(
-                three_beats(f"counts of {len(self.genes)} genes", problem, "use space.select(adata)")
-            )
+            raise DataError(f"counts of {len(self.genes)} genes", problem, "use space.select(adata)")
         return _dense(log1p_cp10k(counts, library))
 
     def project(self, cells: np.ndarray) -> np.ndarray:
@@ -420,9 +418,7 @@ def _select(adata: AnnData, genes: np.ndarray, slot: str | None = None):
         missing = [str(gene) for gene in genes[column < 0]]
         hint = did_you_mean(missing[0], adata.var_names)
         problem = f"{len(missing)} missing, first {missing[:5]} ({hint})"
-        raise LabelError(
-            three_beats(f"the {len(genes)} genes of the evaluation", problem, "give data with these genes")
-        )
+        raise LabelError(f"the {len(genes)} genes of the evaluation", problem, "give data with these genes")
     counts = raw_counts(adata, None if slot == "X" else keys_of(adata).layer)
     return counts[:, column]
 

@@ -17,7 +17,7 @@ from scipy.stats import t as student
 
 from ..data.contract import JOINER
 from ..display import card
-from ..errors import ModelError, three_beats
+from ..errors import ModelError
 
 NO_CHANGE, MEAN_SHIFT, NEAR, LINEAR = "no change", "mean shift", "near mean shift", "linear"
 MOVED, CORRECTED = "moved cells", "moved cells, corrected"
@@ -89,13 +89,11 @@ class Measured:
         shapes = {name: np.shape(rows) for name in names if (rows := getattr(self, name)) is not None}
         if any(shape != (len(self.contexts), *shape[1:]) or len(shape) != 2 for shape in shapes.values()):
             expected = f"arrays ({len(self.contexts)} contexts, gene)"
-            raise ModelError(three_beats(expected, f"{shapes}", "give a row per measured context"))
+            raise ModelError(expected, f"{shapes}", "give a row per measured context")
         for name in shapes:
             if not np.isfinite(getattr(self, name)).all():
                 problem = f"values that are not finite in {name!r}"
-                raise ModelError(
-                    three_beats("finite means and variances", problem, "leave such a context out")
-                )
+                raise ModelError("finite means and variances", problem, "leave such a context out")
 
     def __len__(self) -> int:
         return len(self.contexts)
@@ -368,7 +366,7 @@ class Evidence:
 
     def __add__(self, other: Evidence) -> Evidence:
         if self.names != other.names:
-            raise ModelError(three_beats(f"evidence on {self.names}", f"{other.names}", "add alike evidence"))
+            raise ModelError(f"evidence on {self.names}", f"{other.names}", "add alike evidence")
         return Evidence(self.names, self.products + other.products, self.n_contexts + other.n_contexts)
 
     def without(self, part: Evidence) -> Evidence | None:
@@ -780,7 +778,7 @@ def _check(measured, target, moved, names, context, perturbation) -> None:
     if not len(measured) and moved is None:
         expected = f"{perturbation!r} measured in another context than {context!r}, or moved cells"
         fix = "measure it in one context, or give descriptors of perturbations so that operators can be asked for it"
-        raise ModelError(three_beats(expected, "neither", fix))
+        raise ModelError(expected, "neither", fix)
     shapes = {
         len(names),
         len(target),
@@ -788,9 +786,7 @@ def _check(measured, target, moved, names, context, perturbation) -> None:
         len(target) if moved is None else len(moved),
     }
     if len(shapes) > 1:
-        raise ModelError(
-            three_beats(f"{len(target)} genes everywhere", f"{sorted(shapes)}", "use one list of genes")
-        )
+        raise ModelError(f"{len(target)} genes everywhere", f"{sorted(shapes)}", "use one list of genes")
 
 
 def _weights(by_name, parts, also, settings, without: int | None = None) -> dict[str, float]:

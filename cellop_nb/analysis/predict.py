@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from ..data.contract import Keys, counts
 from ..data.counts import TOTAL_KEY, CountLoader, has_other_genes, measured_totals, model_counts
-from ..errors import DataError, did_you_mean, three_beats
+from ..errors import DataError, did_you_mean
 from ..files import require_room, write_whole
 from ..models.affine import AffineOperator
 from ..models.carry import Observed, balanced_counts, carry_to_mean, levels, whole_levels
@@ -66,7 +66,7 @@ def embed(adata, vae: NBVAE, *, key_added: str = REP, batch_size: int = 2048) ->
     broken = ~np.isfinite(latents).all(1)
     if broken.any():
         problem = f"{int(broken.sum())} cells with NaN or infinity, such as {adata.obs_names[broken][0]!r}"
-        raise DataError(three_beats("finite latents", problem, "use a model whose weights are finite"))
+        raise DataError("finite latents", problem, "use a model whose weights are finite")
     adata.obsm[key_added] = latents
 
 
@@ -202,7 +202,7 @@ def modelled_counts(
         problem = f"{len(names)} of {len(genes)} missing, such as {list(names[:3])}"
         likely = did_you_mean(names[0], adata.var_names)
         fix = f"use data with these genes ({likely}), or missing_genes='zero' or 'impute'"
-        raise DataError(three_beats("all genes of the model in var_names", problem, fix))
+        raise DataError("all genes of the model in var_names", problem, fix)
     x = sparse.csr_matrix(counts(adata, keys.layer), dtype=np.float32)
     there = sparse.csr_matrix(
         (np.ones((~lacking).sum(), np.float32), (column[~lacking], np.flatnonzero(~lacking))),
@@ -301,7 +301,7 @@ def write_parts(path: str | Path, parts: Iterable[ad.AnnData], about: dict, *, t
         For a path that is no .h5ad.
     """
     if Path(path).suffix != ".h5ad":
-        raise DataError(three_beats("the path of an .h5ad file", repr(str(path)), "end it in .h5ad"))
+        raise DataError("the path of an .h5ad file", repr(str(path)), "end it in .h5ad")
     bar = tqdm(parts, "predicting", total=total, disable=total < 20)
     return write_whole(path, lambda part: _write(part, bar, about))
 

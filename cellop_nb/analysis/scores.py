@@ -19,7 +19,7 @@ from ..data.contract import counts as raw_counts
 from ..data.counts import measured_totals, require_in_memory
 from ..data.splits import SPLIT_KEY, rows_of
 from ..display import Scores
-from ..errors import DataError, HoldoutError, LabelError, checked, did_you_mean, three_beats
+from ..errors import DataError, HoldoutError, LabelError, checked, did_you_mean
 from ..models.energy import noise_floor, noise_limit
 from ..packages import same_threads
 from . import metrics as formulas
@@ -225,7 +225,7 @@ def known_metrics(metrics: Iterable[str] | None) -> list[str]:
     names = every if metrics is None else [metrics] if isinstance(metrics, str) else list(metrics)
     for name in names:
         if name not in every:
-            raise LabelError(three_beats("names of metrics", repr(name), did_you_mean(name, every)))
+            raise LabelError("names of metrics", repr(name), did_you_mean(name, every))
     return names
 
 
@@ -359,7 +359,7 @@ def score_rules(
             guesses[name][pair] = run(name, rule, training, target)
     if not truths:
         problem = "; ".join(f"{', '.join(pair)}: {reason}" for pair, reason in unscored.items()) or "no group"
-        raise HoldoutError(three_beats("held-out cells and controls to start from", problem, "hold out more"))
+        raise HoldoutError("held-out cells and controls to start from", problem, "hold out more")
     return _table(truths, guesses, known_metrics(metrics), unscored), list(truths)
 
 
@@ -392,7 +392,7 @@ def check_names(names: Iterable[str], others: Iterable[str]) -> None:
     shared = [name for name in names if name in {*others, FLOOR, CEILING}]
     if shared:
         fix = "give it another name"
-        raise LabelError(three_beats("a name that no other method of the table has", repr(shared[0]), fix))
+        raise LabelError("a name that no other method of the table has", repr(shared[0]), fix)
 
 
 def rows_by_group(adata: AnnData, keys: Keys) -> dict[tuple[str, str], np.ndarray]:
@@ -498,13 +498,13 @@ def _shared_genes(
     for name, adata in [("real", real), *predictions.items()]:
         if not adata.var_names.is_unique:
             fix = "run var_names_make_unique() on it"
-            raise LabelError(three_beats(f"genes of {name!r} named once", "repeated names", fix))
+            raise LabelError(f"genes of {name!r} named once", "repeated names", fix)
         inside = shared.isin(adata.var_names)
         if not (inside.any() if genes is None else inside.all()):
             lost = shared[~inside][0]
             problem = f"{lost!r} of the screen, not in {list(adata.var_names[:3])}"
             fix = f"use the gene names of the screen ({did_you_mean(lost, adata.var_names)})"
-            raise LabelError(three_beats(f"genes that {name!r} and the screen share", problem, fix))
+            raise LabelError(f"genes that {name!r} and the screen share", problem, fix)
         shared = shared[inside]
     return [str(gene) for gene in shared]
 
@@ -529,7 +529,7 @@ def _left_out(real: AnnData, keys: Keys, predicted: set[tuple[str, str]]) -> np.
         fix = "write the labels of obs as the screen does"
         if predicted & set(by_group):
             fix = "predict the test cells of the split, or drop obs['split']"
-        raise HoldoutError(three_beats("at least one group both predicted and real", problem, fix))
+        raise HoldoutError("at least one group both predicted and real", problem, fix)
     return mask
 
 
@@ -600,18 +600,18 @@ def _from_logarithms(values, share: float) -> tuple[Any, float]:
 def _check(name: str, numbers: np.ndarray, space: str | None) -> None:
     if space not in (None, *SPACES):
         problem = f"{space!r} ({did_you_mean(str(space), SPACES)})"
-        raise LabelError(three_beats(f"space to be one of {SPACES}, or None", problem, "name what X holds"))
+        raise LabelError(f"space to be one of {SPACES}, or None", problem, "name what X holds")
     if not np.isfinite(numbers).all():
         fix = "find out where the model breaks; they are not replaced"
-        raise DataError(three_beats(f"finite values in X of {name!r}", "NaN or infinite values", fix))
+        raise DataError(f"finite values in X of {name!r}", "NaN or infinite values", fix)
     least, most = numbers.min(initial=0), numbers.max(initial=0)
     if least < LEAST_LOG:
         problem = f"values down to {least:.3g}: scaled or centred data"
         fix = "pass counts, or log1p of expression"
-        raise DataError(three_beats(f"counts or logarithms in X of {name!r}", problem, fix))
+        raise DataError(f"counts or logarithms in X of {name!r}", problem, fix)
     if space == "log1p" and most > LARGEST_LOG:
         problem = f"values up to {most:.4g}"
-        raise DataError(three_beats(f"log1p of expression in X of {name!r}", problem, "pass space='counts'"))
+        raise DataError(f"log1p of expression in X of {name!r}", problem, "pass space='counts'")
 
 
 def _nearest_level(levels: Mapping, real: AnnData, genes: list[str], share: float, reading: str) -> str:

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from ..data.contract import context_name, keys_of
 from ..data.groups import Groups
-from ..errors import DataError, LabelError, ModelError, checked, three_beats
+from ..errors import DataError, LabelError, ModelError, checked
 from ..models.operators import Condition, OperatorModel
 from ..training.loop import Machine
 from ..training.operators import OperatorTrainer, Penalties, new_operators
@@ -79,7 +79,7 @@ def bootstrap_operators(
         For fewer than two refits.
     """
     if n_replicates < 2:
-        raise ModelError(three_beats("two refits or more", str(n_replicates), "raise n_replicates"))
+        raise ModelError("two refits or more", str(n_replicates), "raise n_replicates")
     config = operators.config
     groups = Groups(adata, use_rep=use_rep, split=("train", "val") if config["rank"] else "train")
     members = []
@@ -173,7 +173,7 @@ def _quantities(member: OperatorModel, conditions: Sequence[Condition], start: T
 def _ends(level: float) -> tuple[float, float]:
     """The quantiles at the two ends of an interval."""
     if not 0 < level < 1:
-        raise DataError(three_beats("a level between 0 and 1", f"{level}", "pass level=0.95"))
+        raise DataError("a level between 0 and 1", f"{level}", "pass level=0.95")
     return (1 - level) / 2, (1 + level) / 2
 
 
@@ -448,12 +448,10 @@ def next_experiments(
     """
     if model.features is None or not model.members:
         fix = "fit CellOp(adata, features=...)"
-        raise ModelError(three_beats("a fitted model that knows descriptors of perturbations", "none", fix))
+        raise ModelError("a fitted model that knows descriptors of perturbations", "none", fix)
     pairs = [(context_name(context, model.keys), perturbation) for context, perturbation in candidates]
     if not pairs:
-        raise LabelError(
-            three_beats("candidates to choose from", "none", "name pairs (context, perturbation)")
-        )
+        raise LabelError("candidates to choose from", "none", "name pairs (context, perturbation)")
     targets = pairs if wanted is None else [(context_name(c, model.keys), p) for c, p in wanted]
     means, rows = model.means, model.features.dropna(how="all")
     rows = rows.set_axis(rows.index.map(str), axis=0)
@@ -461,9 +459,7 @@ def next_experiments(
         if perturbation not in rows.index or context not in means.contexts:
             problem = f"{perturbation!r} in {context!r}"
             fix = "leave it out, or describe it and measure the context's controls"
-            raise LabelError(
-                three_beats("a described perturbation and a context with controls", problem, fix)
-            )
+            raise LabelError("a described perturbation and a context with controls", problem, fix)
     measured = [pair for pair in means.pairs if pair[1] in rows.index]
     change = means.change[[means.pairs.index(pair) for pair in measured]]
     noise = means.noise[[means.pairs.index(pair) for pair in measured]].sum(1)

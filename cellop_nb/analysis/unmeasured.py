@@ -15,7 +15,7 @@ import torch
 from scipy.spatial.distance import cdist
 
 from ..data.groups import Groups
-from ..errors import LabelError, ModelError, did_you_mean, three_beats
+from ..errors import LabelError, ModelError, did_you_mean
 from ..models.affine import AffineOperator
 from ..models.operators import Condition, OperatorModel
 from .features import described
@@ -69,7 +69,7 @@ class Described:
             if len(self._measured) < FEWEST:
                 expected = f"{FEWEST} measured perturbations with descriptors"
                 fix = "describe more of the measured perturbations, or measure more"
-                raise ModelError(three_beats(expected, f"{len(self._measured)}", fix))
+                raise ModelError(expected, f"{len(self._measured)}", fix)
             rows = [self._means.near(context, name) for name in self._measured]
             change, noise = (np.stack(part) for part in zip(*rows, strict=True))
             descriptors = np.stack([self._row[name] for name in self._measured])
@@ -97,9 +97,7 @@ def check_described(features: pd.DataFrame, groups: Groups) -> None:
     lacking = [part for part in parts if part not in rows and not set(part.split("+")) <= rows]
     if lacking:
         fix = f"see co.features.cover(features, adata, missing=...) ({did_you_mean(lacking[0], rows)})"
-        raise LabelError(
-            three_beats("features of every perturbation in training", f"none of {lacking[:5]}", fix)
-        )
+        raise LabelError("features of every perturbation in training", f"none of {lacking[:5]}", fix)
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from matplotlib.patches import Rectangle
 
 from ..analysis.cellop import CellOp
 from ..analysis.combinations import RULES
-from ..errors import CellopError, LabelError, StorageError, did_you_mean, three_beats
+from ..errors import CellopError, LabelError, StorageError, did_you_mean
 from ..files import require_room, unused, write_whole
 from . import style as s
 from .board import Board, Box, View
@@ -143,9 +143,7 @@ class Explorer(Panel):
         """
         path = unused(self.folder / "virtual_cells.h5ad") if path is None else Path(path)
         if path.exists():
-            raise StorageError(
-                three_beats("a new file for the cells", f"{path} is there", "name another file")
-            )
+            raise StorageError("a new file for the cells", f"{path} is there", "name another file")
         cells = self.cells.to_adata(self.question)
 
         def write(part: Path) -> None:
@@ -270,7 +268,7 @@ def combined(first: str, second: str, together: str) -> tuple[str | tuple[str, s
     """Perturbation and rule of a question about one perturbation or two; an empty rule where none applies."""
     if together not in TOGETHER:
         fix = did_you_mean(together, TOGETHER)
-        raise LabelError(three_beats(f"one of {list(TOGETHER)}", repr(together), fix))
+        raise LabelError(f"one of {list(TOGETHER)}", repr(together), fix)
     if second in (NOTHING, first):
         return first, ""
     rule = TOGETHER[together]

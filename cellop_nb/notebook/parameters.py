@@ -19,7 +19,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from ..errors import CellopError, LabelError, did_you_mean, three_beats
+from ..errors import CellopError, LabelError, did_you_mean
 
 _SWITCH = {"true": True, "yes": True, "on": True, "1": True}
 _SWITCH |= {"false": False, "no": False, "off": False, "0": False}
@@ -113,7 +113,7 @@ class Parameter:
         limits = f" ({self.limits})" if self.limits else ""
         expected = f"{self.type}{limits} for the parameter {self.name!r}"
         received = f"{type(value).__name__} {value!r}"
-        return ParameterError(three_beats(expected, received, f"give a value such as {self.default!r}"))
+        return ParameterError(expected, received, f"give a value such as {self.default!r}")
 
 
 _UNREADABLE = object()
@@ -163,9 +163,9 @@ def cell_of(path: Path) -> str:
                 return "".join(cell["source"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         expected = "a Jupyter notebook (nbformat 4)"
-        raise LabelError(three_beats(expected, f"{path} that is not one", "name an .ipynb file")) from error
+        raise LabelError(expected, f"{path} that is not one", "name an .ipynb file") from error
     expected = f"a cell tagged 'parameters' in {path}"
-    raise LabelError(three_beats(expected, "none", "tag the cell of typed assignments 'parameters'"))
+    raise LabelError(expected, "none", "tag the cell of typed assignments 'parameters'")
 
 
 def read_cell(text: str) -> tuple[Parameter, ...]:
@@ -225,7 +225,7 @@ def find(notebook: str | Path) -> str:
         if stem in (name, title) or stem.zfill(2) == number:
             return name
     fix = f"{did_you_mean(stem, names())} (`python3 -m cellop_nb params` lists them)"
-    raise LabelError(three_beats("the name or number of a notebook", repr(str(notebook)), fix))
+    raise LabelError("the name or number of a notebook", repr(str(notebook)), fix)
 
 
 def for_notebook(notebook: str | Path) -> tuple[Parameter, ...]:
@@ -252,7 +252,7 @@ def parameter(notebook: str | Path, name: str) -> Parameter:
     if name in by_name:
         return by_name[name]
     fix = did_you_mean(name, by_name)
-    raise LabelError(three_beats(f"a parameter of {Path(notebook).stem}", repr(name), fix))
+    raise LabelError(f"a parameter of {Path(notebook).stem}", repr(name), fix)
 
 
 def validate(notebook: str | Path, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -274,7 +274,7 @@ def assign(notebooks: Iterable[str | Path], name: str, value: Any, *, text: bool
         options = [p.name for book in chosen or books for p in for_notebook(book)]
         named = ", ".join(book.stem for book in books)
         fix = did_you_mean(plain, dict.fromkeys(options))
-        raise LabelError(three_beats(f"a parameter of {named}", repr(name), fix))
+        raise LabelError(f"a parameter of {named}", repr(name), fix)
     # YAML reads 1e-3 as text
     parsed = {stem for stem, p in homes.items() if text or (isinstance(value, str) and "str" not in p.kinds)}
     return {stem: p.parse(value) if stem in parsed else p.check(value) for stem, p in homes.items()}

@@ -24,7 +24,7 @@ from scipy import sparse
 from scipy.cluster.hierarchy import dendrogram, linkage
 from scipy.spatial.distance import squareform
 
-from ..errors import LabelError, did_you_mean, three_beats
+from ..errors import LabelError, did_you_mean
 from . import style as s
 from .live import Columns, Dashboard, Marks, changes_of_history, pick_panels
 
@@ -81,9 +81,7 @@ def _need(table: pd.DataFrame, *columns: str) -> None:
         if column not in table:
             expected = f"a table with the columns {', '.join(columns)}"
             problem = f"no column {column!r} among {list(map(str, table.columns))}"
-            raise LabelError(
-                three_beats(expected, problem, f"rename or add it; {did_you_mean(column, table.columns)}")
-            )
+            raise LabelError(expected, problem, f"rename or add it; {did_you_mean(column, table.columns)}")
 
 
 def _group_labels(table: pd.DataFrame) -> pd.Series:
@@ -998,7 +996,7 @@ def condition_similarity(
     """
     if list(table.index) != list(table.columns):
         fix = "pass the square table of response_similarity"
-        raise LabelError(three_beats("the same conditions as rows and columns", f"shape {table.shape}", fix))
+        raise LabelError("the same conditions as rows and columns", f"shape {table.shape}", fix)
     kept = table.index.isin(table.abs().mean().fillna(0).nlargest(max_conditions).index)
     shown = table.loc[kept, kept]
     size, silent = len(shown), np.isnan(np.diag(shown))

@@ -10,7 +10,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import ModelError, StorageError, three_beats
+from ..errors import ModelError, StorageError
 from ..files import write_whole
 
 if TYPE_CHECKING:  # the command line fills in the notebooks of a run without torch and matplotlib
@@ -69,10 +69,10 @@ def report(model: CellOp, holdout: Holdout | None = None, *, out: str | Path | N
         Where `out` is a file that is no report, or the disk refuses.
     """
     if not model.members:
-        raise ModelError(three_beats("a fitted CellOp", "one that was not fitted", "call model.fit() first"))
+        raise ModelError("a fitted CellOp", "one that was not fitted", "call model.fit() first")
     path = Path("report.html" if out is None else out)
     if path.exists() and _MARK not in path.read_text(encoding="utf-8", errors="replace")[:500]:
-        raise StorageError(three_beats("a new file, or an earlier report", f"{path}", "name another file"))
+        raise StorageError("a new file, or an earlier report", f"{path}", "name another file")
     scored = _scored(holdout)
     questions, n_questions = _questions(model, scored)
     sections = [

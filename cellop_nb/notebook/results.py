@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..display import markdown
-from ..errors import CellopError, three_beats
+from ..errors import CellopError
 from ..files import inside, storing
 from . import runs
 
@@ -131,5 +131,5 @@ def check(
     if not at_least <= value <= at_most:
         bounds = f"{name} between {at_least:.4g} and {at_most:.4g}"
         fix = "find out what changed since this was written"
-        raise CheckFailed(three_beats(bounds, f"{value:.4g}", fix))
+        raise CheckFailed(bounds, f"{value:.4g}", fix)
     return f"as expected: {name}"

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
-from ..errors import DataError, SetupError, StorageError, three_beats
+from ..errors import DataError, SetupError, StorageError
 from ..files import read_json, storing, write_whole
 from ..packages import require
 from . import parameters
@@ -112,7 +112,7 @@ def _papermill(
             return _ANSI.sub("", f"{problem.ename}: {problem.evalue}"), problem.exec_count
         except NoSuchKernel as problem:
             fix = "run `pip install ipykernel` in this environment"
-            raise SetupError(three_beats("a Python kernel", str(problem), fix)) from problem
+            raise SetupError("a Python kernel", str(problem), fix) from problem
         except (CellTimeoutError, DeadKernelError) as problem:
             return f"{type(problem).__name__}: {str(problem).strip().splitlines()[0]}", None
     return "", None

@@ -100,10 +100,10 @@ def read_axis(notebook: str | Path, text: str) -> Axis:
     name, equals, listed = (part.strip() for part in text.partition("="))
     if not equals or not listed:
         fix = "write -g latent_dim=8,16,32 or -g seed=0..4"
-        raise LabelError(three_beats("NAME=VALUES after -g", repr(text), fix))
+        raise LabelError("NAME=VALUES after -g", repr(text), fix)
     if name == FREE:
         fix = "leave it out: every run has a folder of its own"
-        raise LabelError(three_beats("a parameter that is free", f"{FREE!r}, set by the sweep", fix))
+        raise LabelError("a parameter that is free", f"{FREE!r}, set by the sweep", fix)
     parameter = parameters.parameter(notebook, name)
     if ".." in listed and "str" not in parameter.kinds:
         return _span(parameter, listed)
@@ -111,7 +111,7 @@ def read_axis(notebook: str | Path, text: str) -> Axis:
     values = tuple(parameter.parse(value) for value in listed.split(separator))
     if len({json.dumps(value) for value in values}) < len(values):
         fix = "name each value once"
-        raise LabelError(three_beats(f"different values of {name!r}", repr(list(values)), fix))
+        raise LabelError(f"different values of {name!r}", repr(list(values)), fix)
     return Axis(parameter, values)
 
 
@@ -136,7 +136,7 @@ class Space:
         if not names or twice:
             received = f"{twice[0]!r} named twice" if twice else "none"
             fix = "see `sweep --help`"
-            raise LabelError(three_beats("parameters to vary, each named once", received, fix))
+            raise LabelError("parameters to vary, each named once", received, fix)
         self.notebook, self.axes = Path(notebook), axes
         self._base = parameters.defaults(notebook) | dict(fixed or {})
         self._base.pop(FREE, None)
@@ -170,13 +170,13 @@ class Space:
         if n_random is None and endless:
             fix = "add --random N to sample it, or list its values"
             received = f"a continuous range of {endless[0]!r}"
-            raise LabelError(three_beats("values to go through", received, fix))
+            raise LabelError("values to go through", received, fix)
         if n_random is not None and n_random < 1:
-            raise LabelError(three_beats("runs to choose, at least 1", str(n_random), "ask for some runs"))
+            raise LabelError("runs to choose, at least 1", str(n_random), "ask for some runs")
         n_runs = math.prod(len(axis.values) for axis in self.axes) if n_random is None else n_random
         if n_runs > MOST_RUNS:
             fix = "name fewer values, or add --random N to sample them"
-            raise LabelError(three_beats(f"at most {MOST_RUNS:,} runs", f"{n_runs:,}", fix))
+            raise LabelError(f"at most {MOST_RUNS:,} runs", f"{n_runs:,}", fix)
 
     def grid(self) -> list[Run]:
         """A run for every combination of the axes' values, the last axis changing fastest."""
@@ -265,7 +265,7 @@ def locked(parent: Path) -> Iterator[None]:
         lock = FileLock(parent / ".lock").acquire(timeout=0)
     except Timeout:
         fix = "wait until it has ended, or give this one another --name"
-        raise DataError(three_beats(f"one sweep at a time in {parent}", "another at work", fix)) from None
+        raise DataError(f"one sweep at a time in {parent}", "another at work", fix) from None
     with lock:
         yield
 
@@ -314,7 +314,7 @@ def execute(
                 except CancelledError as error:
                     fix = "start the cluster and run the same command again; finished runs are kept"
                     expected, received = "a Dask cluster until the end", "one that went away"
-                    raise DataError(three_beats(expected, received, fix)) from error
+                    raise DataError(expected, received, fix) from error
                 except (
                     Exception
                 ) as error:  # no worker could end it; a KilledWorker may have been short of memory
@@ -438,7 +438,7 @@ class Job:
         for name, (pattern, expected) in _WORDS.items():
             value = getattr(self, name)
             if value is not None and not re.fullmatch(pattern, str(value), flags=re.ASCII):
-                raise DataError(three_beats(expected, repr(str(value)), "write it so"))
+                raise DataError(expected, repr(str(value)), "write it so")
 
 
 def check_where(where: str) -> str:
@@ -450,9 +450,9 @@ def check_where(where: str) -> str:
             "start it with --tls-ca-file, --tls-cert and --tls-key, and name the same in Dask's configuration"
         )
         received = f"{where}, where whoever reaches the port can run code as you"
-        raise LabelError(three_beats("a scheduler that checks who connects, tls://HOST:PORT", received, fix))
+        raise LabelError("a scheduler that checks who connects, tls://HOST:PORT", received, fix)
     fix = did_you_mean(where, ["local", *QUEUES])
-    raise LabelError(three_beats("--cluster local, slurm, pbs, sge or tls://HOST:PORT", repr(where), fix))
+    raise LabelError("--cluster local, slurm, pbs, sge or tls://HOST:PORT", repr(where), fix)
 
 
 def check_queue(where: str) -> None:
@@ -462,7 +462,7 @@ def check_queue(where: str) -> None:
     if shutil.which(_SUBMIT[where]) is None:
         fix = "run this where jobs are submitted (a login node), or leave --cluster out to run here"
         received = f"no command {_SUBMIT[where]} on this machine"
-        raise DataError(three_beats(f"a machine that hands jobs to {where}", received, fix))
+        raise DataError(f"a machine that hands jobs to {where}", received, fix)
     for module in ("dask_jobqueue", "cryptography"):
         require(module, "cluster", of=f"--cluster {where}")
 
@@ -496,12 +496,12 @@ def _connected(address: str):
     tls = security.get_tls_config_for_role("client")
     if not (tls["ca_file"] and tls["cert"]):
         fix = "set distributed.comm.tls.ca-file, .client.cert and .client.key, as the scheduler's owner does"
-        raise DataError(three_beats("certificates in Dask's configuration", "none", fix))
+        raise DataError("certificates in Dask's configuration", "none", fix)
     try:
         return Client(address, timeout=_SEARCH_SECONDS, security=security, set_as_default=False)
     except (OSError, TimeoutError, ValueError) as error:
         fix = "start `dask scheduler` there, check host, port, firewall and certificates"
-        raise DataError(three_beats(f"a Dask scheduler at {address}", f"none ({error})", fix)) from error
+        raise DataError(f"a Dask scheduler at {address}", f"none ({error})", fix) from error
 
 
 def queue_cluster(where: str, job: Job):
@@ -600,7 +600,7 @@ class Search:
         self.study.tell(number, state=self._states.PRUNED if pruned else self._states.FAIL)
         if result["status"] == "done":
             fix = f"name one with --metric ({did_you_mean(self._metric, metrics)})"
-            raise LabelError(three_beats("a number in the runs' metrics.json", repr(self._metric), fix))
+            raise LabelError("a number in the runs' metrics.json", repr(self._metric), fix)
 
 
 # -- what came out: one row per run, and the report
@@ -675,7 +675,7 @@ class Sweep:
         numbers = [name for name in runs.columns if name not in (*HEAD, *parameters, *TAIL)]
         if not numbers or (metric and metric not in numbers):
             fix = f"name one with --metric ({did_you_mean(metric or '', numbers)})"
-            raise LabelError(three_beats("a number in the runs' metrics.json", repr(metric or "none"), fix))
+            raise LabelError("a number in the runs' metrics.json", repr(metric or "none"), fix)
         self.metric = metric or numbers[0]
         self.best = best or _good(self.metric)
 

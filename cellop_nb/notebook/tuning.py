@@ -21,7 +21,7 @@ from ..data.counts import TOTAL_KEY
 from ..data.genes import select_genes
 from ..data.splits import SPLIT_KEY, split
 from ..display import grid
-from ..errors import LabelError, did_you_mean, three_beats
+from ..errors import LabelError, did_you_mean
 from ..files import write_whole
 from ..training.loop import Trainer
 from ..training.operators import OperatorTrainer, Penalties, new_operators
@@ -124,7 +124,7 @@ class TuningPanel(Panel):
     ):
         if part not in NOTEBOOKS:
             fix = did_you_mean(part, NOTEBOOKS)
-            raise LabelError(three_beats(f"a part among {list(NOTEBOOKS)}", repr(part), fix))
+            raise LabelError(f"a part among {list(NOTEBOOKS)}", repr(part), fix)
         self.part, self.notebook, self.folder = part, NOTEBOOKS[part], Path(folder)
         of_the_data = {name: value for name, value in vars(keys_of(adata)).items() if name in parameters.DATA}
         columns = list(of_the_data["context_key"] or [])
@@ -185,7 +185,7 @@ class TuningPanel(Panel):
         """Set widgets by name, all of them or none."""
         for name in set(chosen) - set(self.parameters):
             fix = did_you_mean(name, self.parameters)
-            raise LabelError(three_beats("a hyper-parameter of the notebook", repr(name), fix))
+            raise LabelError("a hyper-parameter of the notebook", repr(name), fix)
         checked = {name: self.parameters[name].check(value) for name, value in chosen.items()}
         for name, value in checked.items():
             self.widgets[name].value = shown_value(self.parameters[name], value)
@@ -226,7 +226,7 @@ class TuningPanel(Panel):
             chosen = {name: self.results[name].tolist()[fit - 1] for name in self.parameters}
         else:
             expected = f"the number of a fit, 1 to {len(self.results)}"
-            raise LabelError(three_beats(expected, f"{fit}", "train first"))
+            raise LabelError(expected, f"{fit}", "train first")
         return parameters.as_yaml(self.notebook, {**self.start_values, **chosen}, without=("run_dir",))
 
     def copy(self) -> Path:

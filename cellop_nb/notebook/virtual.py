@@ -27,7 +27,7 @@ from ..data.groups import Groups, controls_by_context
 from ..data.splits import SPLIT_KEY, rows_of
 from ..data.synthetic import planted_operator, planted_proportions
 from ..display import card
-from ..errors import DataError, LabelError, did_you_mean, three_beats
+from ..errors import DataError, LabelError, did_you_mean
 from ..models.affine import AffineOperator, check_strength
 from ..models.energy import energy_distance, noise_floor, self_distance
 from ..models.likelihood import COUNTS_PER_CELL
@@ -202,7 +202,7 @@ class VirtualCells:
         self.contexts = sorted(self._controls)
         if not self.contexts:
             fix = f"give cells with obs[{model.keys.perturbation_key!r}] == {self.control!r}"
-            raise DataError(three_beats("control cells to start from", "none", fix))
+            raise DataError("control cells to start from", "none", fix)
         alone = sum(map(len, self._controls.values())) == self.screen.n_obs
         self.groups = None if alone else Groups(self.screen, min_cells=1)
         self._test = np.zeros(self.screen.n_obs, dtype=bool)
@@ -248,7 +248,7 @@ class VirtualCells:
         genes = self._changes(question, whole, moving, drawn)
         gene = str(genes["gene"].iloc[0]) if gene is None else gene
         if gene not in self._column:
-            raise LabelError(three_beats("a gene of the model", repr(gene), did_you_mean(gene, self._column)))
+            raise LabelError("a gene of the model", repr(gene), did_you_mean(gene, self._column))
         key = ("health", question.context, question.perturbation, question.rule)
         return Answer(
             question=question, standing=standing, why=why, operator=moving,
@@ -272,11 +272,11 @@ class VirtualCells:
         """The operator of a perturbation, a combination or a sequence in a context; unknown names are refused."""
         if context not in self.contexts:
             fix = did_you_mean(context, self.contexts)
-            raise LabelError(three_beats("a context with control cells", repr(context), fix))
+            raise LabelError("a context with control cells", repr(context), fix)
         for name in self.parts(perturbation):
             if name not in self.perturbations:
                 fix = f"{did_you_mean(name, self.perturbations)}; no operator is guessed"
-                raise LabelError(three_beats("a perturbation that the operators know", repr(name), fix))
+                raise LabelError("a perturbation that the operators know", repr(name), fix)
         if not isinstance(perturbation, str):
             return sequence(self.operators, [(step, strength) for step in perturbation], context)
         whole = self._keep(
@@ -397,7 +397,7 @@ class VirtualCells:
         if question.reverse and not len(perturbed):
             received = f"none of {question.perturbation!r} in {question.context!r}"
             fix = "ask for a measured condition"
-            raise DataError(three_beats("perturbed cells to lead back", received, fix))
+            raise DataError("perturbed cells to lead back", received, fix)
         return (perturbed, control) if question.reverse else (control, perturbed)
 
     def rows(self, context: str, perturbation: str) -> np.ndarray:
