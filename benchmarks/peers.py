@@ -288,11 +288,14 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     scores = scores.assign(cpu_seconds=scores["fit_cpu_seconds"] + scores["predict_cpu_seconds"])
     columns = ["energy", "pearson", "cpu_seconds", "peak_mb"]
     types = scores.groupby(["method", "context"])[columns].mean().groupby("method")
-    shared = scores[scores["context"].isin(shared_types(table))].groupby("method")["energy"].mean()
-    rows = types.mean().assign(worst=types["energy"].max(), types=types.size(), shared=shared)
+    shared = (
+        scores[scores["context"].isin(shared_types(table))].groupby("method")[["energy", "pearson"]].mean()
+    )
+    rows = types.mean().assign(worst=types["energy"].max(), types=types.size())
+    rows = rows.join(shared.add_prefix("shared_"))
     rows["version"] = scores.groupby("method")["version"].last()
     silent = [name for name in table["method"].unique() if name not in rows.index]
-    return rows.reindex([*rows.sort_values("shared").index, *silent])
+    return rows.reindex([*rows.sort_values("shared_energy").index, *silent])
 
 
 def shared_types(table: pd.DataFrame) -> list[str]:
@@ -305,24 +308,21 @@ def page(table: pd.DataFrame) -> str:
     """The README's table, as Markdown: the best on the types that all methods answered first; a dash: it did not run."""
     shared = shared_types(table)
     title = shared[0] if len(shared) == 1 else f"{len(shared)} types"
-    head = ["method", "version", title, "types", "mean", "worst", "Pearson", "CPU seconds", "peak, MB"]
+    head = ["method", "version", title, "Pearson", "types", "mean", "worst", "CPU seconds", "peak, MB"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for name, row in summary(table).iterrows():
+    methods = summary(table)
+    for name, row in methods.iterrows():
         cells = [str(name)] + ["–"] * (len(head) - 1)
         if row["types"] > 0:
             seconds = f"{row['cpu_seconds']:.0f}" if row["cpu_seconds"] >= 1 else "< 1"
             peak = "–" if np.isnan(row["peak_mb"]) else f"{row['peak_mb']:.0f}"
-            numbers = [f"{row[key]:.2f}" for key in ("energy", "worst", "pearson")]
             version = "–" if name in RULES else row["version"]
-            cells = [
-                str(name),
-                version,
-                f"{row['shared']:.2f}",
-                f"{row['types']:.0f}",
-                *numbers,
-                seconds,
-                peak,
-            ]
+            on_shared = [f"{row[key]:.2f}" for key in ("shared_energy", "shared_pearson")]
+            whole = (
+                row["types"] == methods["types"].max()
+            )  # a mean over fewer types would be of other questions
+            over_all = [f"{row[key]:.2f}" if whole else "–" for key in ("energy", "worst")]
+            cells = [str(name), version, *on_shared, f"{row['types']:.0f}", *over_all, seconds, peak]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

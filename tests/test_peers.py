@@ -81,7 +81,7 @@ def test_a_peer_that_does_not_run_is_a_row_that_says_why_until_it_runs(question,
     assert [*repaired["method"]] == [*table["method"]] and repaired["energy"].notna().all()
     assert "| broken | – |" in peers.page(table)
     summary = peers.summary(table)
-    assert [*summary.index[-1:]] == ["broken"] and summary["shared"].iloc[:-1].is_monotonic_increasing
+    assert [*summary.index[-1:]] == ["broken"] and summary["shared_energy"].iloc[:-1].is_monotonic_increasing
 
 
 def test_means_are_over_types_and_the_order_is_that_of_the_types_that_all_answered():
@@ -92,8 +92,8 @@ def test_means_are_over_types_and_the_order_is_that_of_the_types_that_all_answer
     table = pd.DataFrame([row("a", "B", 1.0), row("a", "NK", 5.0), row("b", "B", 2.0)])
     assert peers.shared_types(table) == ["B"]
     assert peers.page(table).splitlines()[2:] == [
-        "| a | 1 | 1.00 | 2 | 3.00 | 5.00 | 0.50 | 3 | 9 |",
-        "| b | 1 | 2.00 | 1 | 2.00 | 2.00 | 0.50 | 3 | 9 |",
+        "| a | 1 | 1.00 | 0.50 | 2 | 3.00 | 5.00 | 3 | 9 |",
+        "| b | 1 | 2.00 | 0.50 | 1 | – | – | 3 | 9 |",
     ]
     points = {line.get_xydata()[0][1] for line in figures.peers(table).axes[0].lines}
     assert {3.0, 2.0} <= points

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 
 import cellop_nb
+from benchmarks import peers
 from cellop_nb.__main__ import build_parser
 from cellop_nb.analysis import cellop
 
@@ -154,3 +155,11 @@ def test_the_table_of_held_out_types_is_that_of_its_file(page, root):
         assert f"| {' | '.join([context, *cells])} |" in text
     means = [*(f"{energy[name].mean():.2f}" for name in methods), f"{pearson.mean():.2f}"]
     assert f"| {' | '.join(means)} |" in text
+
+
+@BOTH
+def test_the_table_of_peers_is_that_of_its_file(page):
+    table = pd.read_csv(peers.TABLE)
+    text = page.read_text(encoding="utf-8")
+    assert "\n".join(peers.page(table).splitlines()[1:]) in text, "all but the headings, which are translated"
+    assert table["date"].max() in text and "docs/images/peers.png" in text
