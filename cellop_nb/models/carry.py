@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..errors import ModelError
 from .likelihood import COUNTS_PER_CELL, MIN_MEAN, NegativeBinomial, levels
 
 
@@ -182,10 +183,21 @@ def balanced_counts(mean: Tensor, generator: torch.Generator | None = None) -> T
     expectation, and the gene's total is off by less than 1. The noise of the observed count stands for that of the moved
     one: drawing anew would add it twice.
 
+    Raises
+    ------
+    ModelError
+        Where an expectation is not finite, as of a model whose weights are not.
+
     References
     ----------
     Madow and Madow (1944), Annals of Mathematical Statistics 15:1.
     """
+    broken = ~mean.isfinite().all(1)
+    if broken.any():  # rounding would make counts of them
+        problem = f"NaN or infinity in {int(broken.sum())} of {len(mean)} cells"
+        raise ModelError(
+            "finite expected counts of virtual cells", problem, "use a model whose weights are finite"
+        )
     whole = mean.floor()
     order = torch.rand(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device).argsort(0)
     offset = torch.rand(mean.shape[1], generator=generator, dtype=mean.dtype, device=mean.device)

@@ -90,7 +90,7 @@ def write_models(
     Raises
     ------
     CheckpointError
-        If there is nothing to save, or `keys` or `predictor` hold what JSON cannot.
+        If there is nothing to save, a weight is not finite, or `keys` or `predictor` hold what JSON cannot.
     """
     models = {
         name: model for name, model in {"vae": vae, "operators": operators}.items() if model is not None
@@ -123,6 +123,7 @@ def write_models(
             "convert them with float(), str() or .to_dict()",
         )
         raise CheckpointError(expected, str(error), fix) from error
+    _refuse_broken(tensors, path)
     metadata[_DIGEST] = _digest_of(metadata[_ENTRY], tensors)
     return write_whole(path, lambda part: save_file(tensors, part, metadata))
 
@@ -158,16 +159,21 @@ def read_models(path: str | Path, *, form: type[OperatorModel] = OperatorModel) 
     if "operators" in about["config"] and saved != form.__name__:
         fix = f"pass form={saved}, the class that the operators were made with"
         raise CheckpointError(f"operators of the form {form.__name__} in {path}", saved, fix)
-    broken = [name for name, tensor in tensors.items() if not is_finite(tensor)]
-    if broken:
-        expected, fix = f"finite weights in {path}", "save the models of a training that stayed finite"
-        raise CheckpointError(expected, f"NaN or infinity in {broken[:3]}", fix)
+    _refuse_broken(tensors, path)
     makers = {name: form if name.startswith("operators") else NBVAE for name in about["config"]}
     models = {name: _rebuild(name, maker, about, tensors, path) for name, maker in makers.items()}
     others = [(models[name], models[f"operators{name[3:]}"]) for name in models if name.startswith("vae_")]
     arrays = {name: tensor.numpy() for name, tensor in _part(tensors, _ARRAYS).items()}
     keys, trained, predictor = (about.get(name, {}) for name in ("keys", "trained", "predictor"))
     return Saved(models.get("vae"), models.get("operators"), keys, trained, others, arrays, predictor)
+
+
+def _refuse_broken(tensors: dict[str, Tensor], path: str | Path) -> None:
+    """A file of NaN is neither written nor read."""
+    broken = [name for name, tensor in tensors.items() if not is_finite(tensor)]
+    if broken:
+        expected, fix = f"finite weights in {path}", "save the models of a training that stayed finite"
+        raise CheckpointError(expected, f"NaN or infinity in {broken[:3]}", fix)
 
 
 def _part(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cellop_nb.errors import ModelError
 from cellop_nb.models.carry import Observed, balanced_counts
 from cellop_nb.models.likelihood import NegativeBinomial, levels
 
@@ -126,3 +127,13 @@ def test_expectations_that_underflowed_to_zero_give_counts_not_nan():
     nothing, some = nb(torch.zeros(1, 2)), nb(torch.ones(1, 2))
     for before, after in [(nothing, nothing), (nothing, some), (some, nothing)]:
         assert Observed(x, library, before).mean(after).isfinite().all()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_expectations_that_are_not_finite_make_no_counts(value):
+    mean = torch.ones(3, 4)
+    mean[1, 2] = value
+    with pytest.raises(
+        ModelError, match="finite expected counts.*NaN or infinity in 1 of 3 cells.*To fix it"
+    ):
+        balanced_counts(mean)

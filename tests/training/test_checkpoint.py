@@ -228,6 +228,14 @@ def test_weights_that_are_not_finite_are_refused(path, value):
         read_models(path)
 
 
+def test_weights_that_are_not_finite_are_not_written(path, vae):
+    vae.encoder.mean.weight.data[0, 0] = np.nan
+    before = path.read_bytes()
+    with pytest.raises(CheckpointError, match="finite weights.*encoder.mean.weight.*stayed finite"):
+        write_models(path, vae)
+    assert path.read_bytes() == before
+
+
 @pytest.mark.parametrize(
     "sizes", [{"n_hidden": 10**6}, {"n_layers": 10**9}, {"n_latent": 10**12}, {"n_hidden": 3000}]
 )
