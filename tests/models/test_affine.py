@@ -233,6 +233,9 @@ def test_commutator_is_the_gap_between_the_orders(seed):
     found = commutator(first, second)
     np.testing.assert_allclose(found.displacement(z.numpy()), gap.numpy(), atol=1e-10)
     assert 0 < found.relative <= 1
+    ways = [whole.homogeneous - np.eye(D + 1) for whole in (first, second)]
+    most = 2 * np.prod([np.linalg.norm(way) for way in ways])
+    assert found.relative == pytest.approx(np.linalg.norm(ways[1] @ ways[0] - ways[0] @ ways[1]) / most)
 
 
 def test_pure_shifts_commute():

@@ -45,6 +45,12 @@ def test_last_and_best_checkpoints_are_kept(tmp_path):
     assert torch.equal(last["best_model"]["slope"], seen[0]["slope"])
 
 
+def test_of_equal_epochs_the_first_is_the_best():
+    trainer = LineTrainer(scripted=[3.0, 1.0, 1.0, 2.0, 1.0, 1.0])
+    trainer.fit()
+    assert (trainer.best_epoch, trainer.best_value) == (1, 1.0)
+
+
 def test_all_that_a_run_depends_on_is_restored(tmp_path):
     """Weights and rate that were changed by hand, seed, best epoch and both generators: none as in a new trainer."""
     first = LineTrainer(seed=3, scripted=[3.0, 1.0, 2.0, 2.0])
