@@ -392,3 +392,17 @@ def test_known_scores_of_held_out_cell_types(kang_file):
     assert rows(table, "e_distance", "no change")["value"].mean() == pytest.approx(10.6, abs=0.1)
     assert rows(table, "e_distance", "mean shift")["value"].mean() == pytest.approx(3.65, abs=0.04)
     assert rows(table, "pearson_delta", "mean shift")["value"].mean() == pytest.approx(0.803, abs=0.002)
+
+
+def test_of_many_cells_a_seeded_sample_stands_for_all(monkeypatch):
+    from types import SimpleNamespace
+
+    from cellop_nb.analysis import scores
+
+    monkeypatch.setattr(scores, "MAX_CELLS", 10)
+    cells, space = np.arange(40.0)[:, None], SimpleNamespace(project=lambda chosen: chosen)
+    truth = scores.Truth(cells, cells, space, seed=3)
+    points = truth.points(cells)
+    assert len(points) == 10 and (np.diff(points[:, 0]) > 0).all() and points.max() > 20
+    assert np.array_equal(points, truth.points(cells)) and not np.array_equal(points, truth.real_points)
+    assert np.array_equal(truth.points(cells[:7]), cells[:7])

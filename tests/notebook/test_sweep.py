@@ -419,6 +419,19 @@ def test_a_search_runs_again_what_failed_where_it_is_asked_to(working, no_cluste
     assert [run.key for run in s.Search(space, folder, "loss").choose(3, retry_failed=True)] == chosen[1:2]
 
 
+@pytest.mark.parametrize("flag", [[], ["--retry-failed"]])
+def test_the_command_passes_on_whether_failed_runs_are_chosen_again(working, monkeypatch, flag):
+    asked = []
+    monkeypatch.setattr(
+        s.Search, "choose", lambda self, n_runs, *, retry_failed=False: iter(asked.append(retry_failed) or ())
+    )
+    monkeypatch.setattr(s, "execute", lambda notebook, folder, chosen, **settings: chosen)
+    monkeypatch.setattr("cellop_nb.commands.sweep._report", lambda *arguments: 0)
+    command = ["sweep", str(working), "-g", "width=0..9", "--runs", str(working.parent)]
+    assert main([*command, "--tpe", "2", "--metric", "loss", *flag]) == 0
+    assert asked == [bool(flag)]
+
+
 def test_one_sweep_at_a_time(working, no_cluster, capsys):
     with s.locked(working.parent / "90_mine"):
         assert main(command_of(working)) == 2

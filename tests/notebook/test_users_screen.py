@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import pytest
 
 from cellop_nb import datasets
+from cellop_nb.analysis import cellop
 from cellop_nb.notebook import parameters, runs
 
 KEYS = {"perturbation_key": "condition", "context_key": "celltype", "control": "ctrl"}
@@ -63,6 +67,58 @@ def test_a_notebook_ends_where_no_two_contexts_share_a_perturbation(name, tmp_pa
     outcome = runs.execute(root / "notebooks" / f"{name}.ipynb", tmp_path / "run", values, timeout=120)
     assert outcome.error == "", f"cell {outcome.cell}"
     assert "nothing can be left out" in said(outcome) or "No prediction can be" in said(outcome)
+
+
+@pytest.fixture
+def shell(monkeypatch):
+    """IPython in this process, as a kernel has it; a CellOp that trains for a moment."""
+    import matplotlib.pyplot as plt
+    from IPython.core.interactiveshell import InteractiveShell
+    from traitlets.config import Config
+
+    brief = {"n_hidden": 8, "vae_epochs": 1, "finish_epochs": 1, "operator_epochs": 1, "n_folds": 2}
+    monkeypatch.setattr(cellop, "RECIPE", replace(cellop.RECIPE, **brief))
+    InteractiveShell.clear_instance()
+    yield InteractiveShell.instance(config=Config({"HistoryManager": {"enabled": False}}))
+    InteractiveShell.clear_instance()
+    plt.close("all")
+
+
+ALONE = {
+    "one context": ({"n_contexts": 1, "n_perturbations": 2}, "No other context was measured"),
+    "one context, one perturbation": ({"n_contexts": 1, "n_perturbations": 1}, "it is the only perturbation"),
+    "each perturbation in another context": (
+        {"n_contexts": 2, "n_perturbations": 2},
+        "No context could be held out",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ALONE)
+def test_every_notebook_says_what_cannot_be_asked_and_goes_on(
+    kind, shell, tmp_path, monkeypatch, root, capsys
+):
+    sizes, sentence = ALONE[kind]
+    screen = datasets.synthetic(**sizes, n_cells=30, n_genes=40, n_latent=4, library=200.0)
+    places = screen.obs["cell_type"].astype(str).map({"type A": "drug 1", "type B": "drug 2"})
+    own = (screen.obs["perturbation"].astype(str) == places) | (sizes["n_contexts"] == 1)
+    screen.obs = screen.obs[["perturbation", "cell_type"]]
+    screen[own | (screen.obs["perturbation"] == "control")].write_h5ad(tmp_path / "screen.h5ad")
+    monkeypatch.chdir(tmp_path)
+    for name in BOOKS:
+        names = {parameter.name for parameter in parameters.for_notebook(name)}
+        values = {key: value for key, value in SMALL.items() if key in names}
+        values |= {"data": "screen.h5ad", "run_dir": "."}
+        shell.reset(new_session=True)
+        for cell in json.loads((root / "notebooks" / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]:
+            if cell["cell_type"] == "code":
+                shell.run_cell("".join(cell["source"])).raise_error()
+                if "parameters" in cell["metadata"].get("tags", []):
+                    shell.push(values)
+    printed = capsys.readouterr().out
+    for words in (sentence, "nothing can be left out", "No prediction can be compared with real cells"):
+        assert words in printed
 
 
 def said(outcome) -> str:
