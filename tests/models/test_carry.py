@@ -137,3 +137,8 @@ def test_expectations_that_are_not_finite_make_no_counts(value):
         ModelError, match="finite expected counts.*NaN or infinity in 1 of 3 cells.*To fix it"
     ):
         balanced_counts(mean)
+
+
+def test_one_cell_of_many_genes_is_rounded_without_bias():
+    drawn = balanced_counts(torch.full((1, 20_000), 0.3, dtype=torch.float64), generator())
+    assert float(drawn.mean()) == pytest.approx(0.3, abs=0.02)

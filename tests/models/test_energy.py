@@ -278,8 +278,15 @@ def test_tight_clusters_inside_a_wide_cloud():
     exact = value_and_gradient(x.double().requires_grad_(), y.double().requires_grad_())
     found = value_and_gradient(x.requires_grad_(), y.requires_grad_())
     assert abs(float(found[0] - exact[0])) < 1e-5 * float(self_distance(x))
-    for gradient, expected in zip(found[1:], exact[1:], strict=True):
+    wide = [cloud.detach().double().requires_grad_() for cloud in (x, y)]
+    between, *within = (
+        torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").sum()
+        for a, b in ((wide[0], wide[1]), (wide[0], wide[0]), (wide[1], wide[1]))
+    )
+    naive = torch.autograd.grad(2 * between / 60**2 - sum(within) / (60 * 59), wide)
+    for gradient, expected, plain in zip(found[1:], exact[1:], naive, strict=True):
         torch.testing.assert_close(gradient.double(), expected, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(expected, plain, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("tile", [None, 64])

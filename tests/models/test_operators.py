@@ -406,6 +406,8 @@ def test_design_is_doses_contexts_pairs_and_strength(encoder):
     assert design.contexts.tolist() == [[0, 1], [0, 0], [1, 0]]
     assert (design.pairs.tolist(), design.products.tolist()) == ([[0], [0], [0]], [[1], [0], [0]])
     assert design.strength.tolist() == [2, 1, 0]
+    shared = Condition(("IL6",), like=(("T", 0.25), ("B", 0.75)))
+    assert encoder.design([shared]).contexts.tolist() == [[0.75, 0.25]]
 
 
 @pytest.mark.parametrize(
