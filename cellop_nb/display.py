@@ -11,7 +11,7 @@ from html import escape
 import numpy as np
 import pandas as pd
 
-from .errors import LabelError, did_you_mean
+from .errors import LabelError, counted, did_you_mean
 
 _MANY, _LEFT = 6, 'style="text-align:left"'
 
@@ -132,7 +132,7 @@ class SplitTable(Table):
         unseen = self[self["train"] == 0]
         names = [f"{row.context}, {row.perturbation}" for row in unseen.itertuples()]
         shares = 100 * parts / max(parts.sum(), 1)
-        facts = {name: f"{parts[name]:,} cells ({shares[name]:.0f} %)" for name in parts.index}
+        facts = {name: f"{counted(parts[name], 'cell')} ({shares[name]:.0f} %)" for name in parts.index}
         return {**facts, "groups": len(self), "held out whole": names or "none"}
 
 

@@ -193,6 +193,11 @@ _VALUES = {
 """What a setting of a name may be, wherever it stands."""
 
 
+def counted(number: int, thing: str) -> str:
+    """A number and what it counts: ``1 cell``, ``2,000 cells``."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
 def check_values(settings: dict[str, object]) -> None:
     """Refuse the first setting whose value cannot be; None, where a default is chosen, and other names pass."""
     for name, value in settings.items():

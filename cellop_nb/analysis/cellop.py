@@ -38,7 +38,7 @@ from ..data.genes import select_genes
 from ..data.groups import Groups, controls_by_context
 from ..data.splits import SPLIT_KEY, outside_test
 from ..display import card
-from ..errors import CheckpointError, LabelError, ModelError, checked, did_you_mean
+from ..errors import CheckpointError, LabelError, ModelError, checked, counted, did_you_mean
 from ..models.affine import AffineOperator, check_strength
 from ..models.carry import balanced_counts
 from ..models.energy import noise_floor
@@ -944,7 +944,7 @@ class CellOp:
             )
         explained = self.explained(context, perturbation)
         if explained.empty:
-            return f"{name}: cannot be checked; no held-out group of it tells anything."
+            return f"{name}: cannot be checked; no measured group of it could be held out and compared."
         rules = explained.drop("CellOp")
         if explained.max() <= 0:
             return (
@@ -954,7 +954,7 @@ class CellOp:
         rows = self.left_out.query("perturbation == @perturbation and context != @context")
         n_contexts = rows["context"].nunique()
         return (
-            f"{name}: in {n_contexts} held-out context{'s' * (n_contexts != 1)} such predictions explained "
+            f"{name}: in {counted(n_contexts, 'held-out context')} such predictions explained "
             f"{100 * explained['CellOp']:.0f} % of the change; the best simple rule, {rules.idxmax()}, explained "
             f"{100 * rules.max():.0f} % (energy distance above the noise floor, compared with no change).{doubt}"
         )

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from ..data.contract import Keys, counts
 from ..data.counts import TOTAL_KEY, CountLoader, has_other_genes, measured_totals, model_counts
-from ..errors import DataError, did_you_mean
+from ..errors import DataError, counted, did_you_mean
 from ..files import require_room, write_whole
 from ..models.affine import AffineOperator
 from ..models.carry import Observed, balanced_counts, carry_to_mean, levels, whole_levels
@@ -65,7 +65,9 @@ def embed(adata, vae: NBVAE, *, key_added: str = REP, batch_size: int = 2048) ->
         latents[start : (start := start + len(z))] = z.float().cpu().numpy()
     broken = ~np.isfinite(latents).all(1)
     if broken.any():
-        problem = f"{int(broken.sum())} cells with NaN or infinity, such as {adata.obs_names[broken][0]!r}"
+        problem = (
+            f"{counted(broken.sum(), 'cell')} with NaN or infinity, such as {adata.obs_names[broken][0]!r}"
+        )
         raise DataError("finite latents", problem, "use a model whose weights are finite")
     adata.obsm[key_added] = latents
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from cellop_nb.commands import KEYS, add, add_data, environment, keys_told
 from cellop_nb.commands.terminal import Status, Stopped, clock, complain, say, table
-from cellop_nb.errors import DataError, LabelError, StorageError, did_you_mean
+from cellop_nb.errors import DataError, LabelError, StorageError, counted, did_you_mean
 from cellop_nb.files import storing, sweep, write_whole
 from cellop_nb.notebook import parameters, runs
 from cellop_nb.notebook.report import link_notebooks
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     values = settings(args, selected, with_file=True)
     check_data(values)
     target = claim(args)
-    books = f"{len(selected)} notebook{'s' * (len(selected) != 1)} of {selected[0].parent}"
+    books = f"{counted(len(selected), 'notebook')} of {selected[0].parent}"
     say(f"Running {books} into {target}")
     start = time.monotonic()
     outcomes: list[runs.Outcome] = []

@@ -11,7 +11,7 @@ from pathlib import Path
 from cellop_nb.commands import add, add_data, check_least, environment
 from cellop_nb.commands import run as single
 from cellop_nb.commands.terminal import Stopped, clock, complain, say, table
-from cellop_nb.errors import LabelError
+from cellop_nb.errors import LabelError, counted
 from cellop_nb.notebook import sweep
 
 
@@ -142,7 +142,7 @@ def job(args: argparse.Namespace, notebook: Path) -> sweep.Job:
 
 
 def _runs(number: int) -> str:
-    return f"{number} run{'s' * (number != 1)}"
+    return counted(number, "run")
 
 
 def _list(runs: list[sweep.Run], todo: list[sweep.Run]) -> None:
@@ -186,7 +186,7 @@ def _report(args, notebook: Path, folder: Path, runs: list[sweep.Run]) -> int:
     failed = frame[frame["status"] == "failed"]
     say(f"Table: {folder / 'runs.csv'}. Report: {folder / 'summary.ipynb'}")
     if len(failed):
-        complain(f"{len(failed)} of {len(frame)} runs failed; --retry-failed runs them again. First error:")
+        complain(f"{len(failed)} of {_runs(len(frame))} failed; --retry-failed runs them again. First error:")
         complain(f"{failed['error'].iloc[0]}\nSee {folder / failed['run'].iloc[0]}")
     seconds = frame["seconds"].sum()
     say(f"{_runs(len(frame) - len(failed))} done, {clock(seconds)} of notebooks in all.")

@@ -14,7 +14,7 @@ import pandas as pd
 from anndata import AnnData
 from scipy import sparse
 
-from ..errors import DataError, LabelError, did_you_mean
+from ..errors import DataError, LabelError, counted, did_you_mean
 from .on_disk import RowReader, blocks_by_genes, part, stored_format
 
 JOINER = " | "
@@ -224,7 +224,7 @@ def obs_labels(adata: AnnData, key: str) -> pd.Series:
     missing = column.isna()
     if missing.any():
         first = list(adata.obs_names[missing][:3])
-        problem = f"{int(missing.sum())} cells without one, such as {first}"
+        problem = f"{counted(missing.sum(), 'cell')} without one, such as {first}"
         raise LabelError(f"a label in obs[{key!r}] for every cell", problem, "label or drop these cells")
     if not isinstance(column.dtype, pd.CategoricalDtype):
         return column.astype(str)
@@ -302,7 +302,7 @@ def _doses(adata: AnnData, key: str | None, perturbed: np.ndarray) -> np.ndarray
             else "write numbers alone, in one unit"
         )
         expected = f"positive numbers as doses of perturbed cells in obs[{key!r}]"
-        raise LabelError(expected, f"{int(wrong.sum())} others, such as {seen}", fix)
+        raise LabelError(expected, f"{counted(wrong.sum(), 'other value')}, such as {seen}", fix)
     doses[perturbed] = numbers
     return doses
 
@@ -375,7 +375,7 @@ def check_names(adata: AnnData) -> None:
         fix = "read the file first, with anndata.read_h5ad or cellop_nb.datasets.load"
         raise DataError("an AnnData object", f"a {type(adata).__name__}", fix)
     if not adata.n_obs or not adata.n_vars:
-        problem = f"{adata.n_obs} cells and {adata.n_vars} genes"
+        problem = f"{counted(adata.n_obs, 'cell')} and {counted(adata.n_vars, 'gene')}"
         raise DataError("cells and genes", problem, "check the filter that made this object")
     for what, names in {"obs": adata.obs_names, "var": adata.var_names}.items():
         if not names.is_unique:
@@ -391,7 +391,9 @@ def _check_features(adata: AnnData) -> None:
     genes = adata.var["feature_types"].astype(str).str.strip().str.lower().isin(_GENES).to_numpy()
     if genes.any() and not genes.all():
         types = ", ".join(map(str, pd.unique(adata.var["feature_types"][~genes])))
-        problem = f"{int((~genes).sum())} other features ({types}), such as {adata.var_names[~genes][0]!r}"
+        problem = (
+            f"{counted((~genes).sum(), 'other feature')} ({types}), such as {adata.var_names[~genes][0]!r}"
+        )
         fix = "leave them out: adata = adata[:, adata.var['feature_types'] == 'Gene Expression'].copy()"
         raise DataError("genes alone in var", problem, fix)
 
@@ -559,7 +561,7 @@ def _describe(adata: AnnData, block, rows: np.ndarray, first_gene: int, bad: Cal
     first = int(np.flatnonzero(mask)[0])
     row, column, value = entries.row[first], entries.col[first], entries.data[first]
     cell, gene = adata.obs_names[rows[row]], adata.var_names[first_gene + column]
-    return f"{value:g} in cell {cell!r}, gene {gene!r} ({int(mask.sum())} such values)"
+    return f"{value:g} in cell {cell!r}, gene {gene!r} ({counted(mask.sum(), 'such value')})"
 
 
 def _guess(block, values: np.ndarray) -> tuple[str, str]:

@@ -16,7 +16,7 @@ from anndata import AnnData
 from scipy import sparse
 from torch import Tensor
 
-from ..errors import DataError, LabelError, checked, did_you_mean
+from ..errors import DataError, LabelError, checked, counted, did_you_mean
 from ..models.operators import Condition, perturbation_parts
 from .contract import Keys, context_labels, keys_of, label_table, require_control
 from .counts import sent
@@ -134,10 +134,13 @@ class Groups(Sequence[Group]):
         small = [(*key[:2], len(rows)) for key, rows in members.items() if key not in kept]
         if small:
             logger.warning(
-                "%d groups have fewer than %d cells and are left out: %s", len(small), min_cells, small[:5]
+                "left out, as they have fewer than %d cells: %s, such as %s",
+                min_cells,
+                counted(len(small), "group"),
+                small[:5],
             )
         if not kept and min_cells:
-            problem = f"{len(members)} groups, none with {min_cells} cells"
+            problem = f"{counted(len(members), 'group')}, none with {min_cells} cells"
             fix = "check the split and the control label, or lower min_cells"
             raise DataError("at least one perturbed group", problem, fix)
         return pd.DataFrame(small, columns=["context", "perturbation", "cells"])
@@ -172,7 +175,8 @@ class Groups(Sequence[Group]):
 
     def __repr__(self) -> str:
         cells = sum(map(len, self.items))
-        return f"Groups({len(self)} groups of {cells} cells, {len(self.control)} contexts, d={self.dim})"
+        size = f"{counted(len(self), 'group')}, {counted(cells, 'cell')}, {counted(len(self.control), 'context')}"
+        return f"Groups({size}, d={self.dim})"
 
     def _repr_html_(self) -> str:
         return self.table().to_html(index=False, max_rows=40)
@@ -380,7 +384,9 @@ def representation(adata: AnnData, use_rep: str | np.ndarray | None) -> Tensor:
         raise DataError(f"a representation of shape ({adata.n_obs}, d)", f"shape {z.shape}", fix)
     broken = ~np.isfinite(z).all(axis=1)
     if broken.any():
-        problem = f"{int(broken.sum())} cells with NaN or infinity, such as {adata.obs_names[broken][0]!r}"
+        problem = (
+            f"{counted(broken.sum(), 'cell')} with NaN or infinity, such as {adata.obs_names[broken][0]!r}"
+        )
         raise DataError("finite latents", problem, "embed the cells again with a model that is finite")
     return torch.from_numpy(z)
 

@@ -11,7 +11,7 @@ import pandas as pd
 from anndata import AnnData
 
 from ..display import SplitTable
-from ..errors import HoldoutError, LabelError, checked, did_you_mean
+from ..errors import HoldoutError, LabelError, checked, counted, did_you_mean
 from .contract import keys_of, label_table, obs_labels, require_control
 
 SPLITS = ("train", "val", "test")
@@ -107,7 +107,7 @@ def _read(adata: AnnData, file: str | Path) -> np.ndarray:
     names = pd.Index(adata.obs_names)
     missing = names[~names.isin(table.index)]
     if len(missing):
-        problem = f"{len(missing)} cells without one, such as {missing[0]!r}"
+        problem = f"{counted(len(missing), 'cell')} without one, such as {missing[0]!r}"
         fix = f"use the cell names of the file, such as {str(table.index[0])!r}, or drop these cells"
         raise HoldoutError(f"a split of every cell in {str(file)!r}", problem, fix)
     assigned = table[column].reindex(names).to_numpy(dtype=str)
@@ -237,5 +237,5 @@ def _refuse_repeated_cells(adata: AnnData, test: np.ndarray) -> None:
     names = pd.Index(adata.obs_names)
     leaked = names[test].intersection(names[~test])
     if len(leaked):
-        problem = f"{len(leaked)} cell names on both sides, such as {leaked[0]!r}"
+        problem = f"{counted(len(leaked), 'cell name')} on both sides, such as {leaked[0]!r}"
         raise HoldoutError("no leak", problem, "run adata.obs_names_make_unique() or drop repeats")

@@ -16,7 +16,7 @@ from scipy.special import chdtri
 from torch import Tensor, nn
 
 from ..display import card
-from ..errors import LabelError, ModelError, did_you_mean
+from ..errors import LabelError, ModelError, counted, did_you_mean
 from . import host
 from .affine import AffineOperator
 
@@ -264,8 +264,8 @@ class ConditionEncoder(nn.Module):
 
     def extra_repr(self) -> str:
         return (
-            f"{len(self.perturbations)} perturbations, {len(self.contexts)} contexts, {len(self.pairs)} measured "
-            f"pairs -> {self.embedding.shape[1]} axes"
+            f"{counted(len(self.perturbations), 'perturbation')}, {counted(len(self.contexts), 'context')}, "
+            f"{counted(len(self.pairs), 'measured pair')} -> {self.embedding.shape[1]} axes"
         )
 
 

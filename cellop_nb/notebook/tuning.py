@@ -21,7 +21,7 @@ from ..data.counts import TOTAL_KEY
 from ..data.genes import select_genes
 from ..data.splits import SPLIT_KEY, split
 from ..display import grid
-from ..errors import LabelError, did_you_mean
+from ..errors import LabelError, counted, did_you_mean
 from ..files import write_whole
 from ..training.loop import Trainer
 from ..training.operators import OperatorTrainer, Penalties, new_operators
@@ -196,7 +196,7 @@ class TuningPanel(Panel):
             if self._worker is not None and self._worker.is_alive():
                 self._say("a fit is running: wait for it, or stop it")
                 return
-            self._say(f"training {int(self.epochs.value)} epochs")
+            self._say(f"training {counted(int(self.epochs.value), 'epoch')}")
             # with the click's context: without it ipykernel 7.0 publishes nothing from a thread
             fit = partial(contextvars.copy_context().run, self._safely, self.train)
             self._worker = threading.Thread(target=fit, daemon=True)

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 from tqdm.auto import tqdm
 
-from ..errors import checked
+from ..errors import checked, counted
 from ..files import write_whole
 from ..packages import require
 
@@ -80,7 +80,7 @@ class EarlyStopping(Callback):
             value = row.get(trainer.monitor, float("inf"))
             best, waited = (value, 0) if value < best - self.min_delta else (best, waited + 1)
         if waited >= self.patience:
-            trainer.stop(f"{trainer.monitor} has not improved for {self.patience} epochs")
+            trainer.stop(f"{trainer.monitor} has not improved for {counted(self.patience, 'epoch')}")
 
 
 class Pruning(Callback):

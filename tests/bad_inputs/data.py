@@ -18,7 +18,7 @@ from .cases import COMMANDS, COUNTS, FILES, LABELS, SPLIT, case, command
 @case(
     COUNTS,
     "log-normalised values where counts are due; the counts are in a layer",
-    found="0.693147 in cell 'cell_00000', gene 'GENE0000' (4840 such values); it looks log-normalised",
+    found="0.693147 in cell 'cell_00000', gene 'GENE0000' (4,840 such values); it looks log-normalised",
 )
 def _(place):
     place.adata.layers["counts"] = place.adata.X.copy()
@@ -29,7 +29,7 @@ def _(place):
 @case(
     COUNTS,
     "log-normalised values; the counts are in raw",
-    found="0.693147 in cell 'cell_00000', gene 'GENE0000' (4840 such values); it looks log-normalised",
+    found="0.693147 in cell 'cell_00000', gene 'GENE0000' (4,840 such values); it looks log-normalised",
 )
 def _(place):
     place.adata.raw = place.adata.copy()
@@ -40,7 +40,7 @@ def _(place):
 @case(
     COUNTS,
     "values normalised to the same total",
-    found="49.505 in cell 'cell_00000', gene 'GENE0000' (4702 such values); it looks normalised to 1e+04 per cell",
+    found="49.505 in cell 'cell_00000', gene 'GENE0000' (4,702 such values); it looks normalised to 1e+04 per cell",
 )
 def _(place):
     dense = place.adata.X.toarray()
@@ -51,14 +51,14 @@ def _(place):
 @case(
     COUNTS,
     "scaled values, some negative",
-    found="negative values: -1 in cell 'cell_00000', gene 'GENE0002' (4760 such values); scaled or corrected data",
+    found="negative values: -1 in cell 'cell_00000', gene 'GENE0002' (4,760 such values); scaled or corrected data",
 )
 def _(place):
     place.adata.X = place.adata.X.toarray() - 1.0
     co.setup(place.adata)
 
 
-@case(COUNTS, "NaN among the counts", found="nan in cell 'cell_00003', gene 'GENE0005' (1 such values)")
+@case(COUNTS, "NaN among the counts", found="nan in cell 'cell_00003', gene 'GENE0005' (1 such value)")
 def _(place):
     place.adata.X = place.adata.X.toarray()
     place.adata.X[3, 5] = np.nan
@@ -114,7 +114,7 @@ def _(place):
 @case(
     COUNTS,
     "log-normalised values into the trainer",
-    found="0.693147 in cell 'cell_00000', gene 'GENE0000' (4840 such values); it looks log-normalised",
+    found="0.693147 in cell 'cell_00000', gene 'GENE0000' (4,840 such values); it looks log-normalised",
 )
 def _(place):
     vae = place.vae
@@ -137,24 +137,24 @@ MATRICES = {
     "truth values where counts are due": (lambda x: x > 0, "values of type bool"),
     "objects where counts are due": (lambda x: x.astype(object), "values of type object"),
     "complex numbers where counts are due": (lambda x: x.astype(complex), "values of type complex128"),
-    "a count that no tool counts": (at(0, 0, 3e38), f"3e+38 {FIRST} (1 such values)"),
-    "an infinite count": (at(2, 1, np.inf), "inf in cell 'cell_00002', gene 'GENE0001' (1 such values)"),
+    "a count that no tool counts": (at(0, 0, 3e38), f"3e+38 {FIRST} (1 such value)"),
+    "an infinite count": (at(2, 1, np.inf), "inf in cell 'cell_00002', gene 'GENE0001' (1 such value)"),
     "one negative count": (
         at(0, 0, -1),
-        f"negative values: -1 {FIRST} (1 such values); scaled or corrected data",
+        f"negative values: -1 {FIRST} (1 such value); scaled or corrected data",
     ),
     "counts computed back from logarithms": (
         lambda x: x + 1e-5 * (x > 0),
-        "1.00001 in cell 'cell_00000', gene 'GENE0000' (4840 such values); they are whole but for rounding, as after "
+        "1.00001 in cell 'cell_00000', gene 'GENE0000' (4,840 such values); they are whole but for rounding, as after "
         "undoing a logarithm",
     ),
     "counts over size factors": (
         lambda x: x / np.linspace(0.5, 2, len(x))[:, None] / 1.3,
-        "1.53846 in cell 'cell_00000', gene 'GENE0000' (4839 such values); it looks normalised by a factor per cell",
+        "1.53846 in cell 'cell_00000', gene 'GENE0000' (4,839 such values); it looks normalised by a factor per cell",
     ),
     "log2 of normalised counts": (
         lambda x: np.log2(1 + x / x.sum(1, keepdims=True) * 1e4),
-        "5.65835 in cell 'cell_00000', gene 'GENE0000' (4840 such values); it looks log2-normalised",
+        "5.65835 in cell 'cell_00000', gene 'GENE0000' (4,840 such values); it looks log2-normalised",
     ),
     "counts shared out between genes, as alevin writes": (
         lambda x: x * np.where(np.arange(40) % 7, 1, 0.37),
@@ -163,7 +163,7 @@ MATRICES = {
     ),
     "counts less the ambient ones, as SoupX writes": (
         lambda x: x * np.linspace(0.81, 0.97, 40),
-        "0.81 in cell 'cell_00000', gene 'GENE0000' (4839 such values); it looks corrected or averaged (0% are whole): "
+        "0.81 in cell 'cell_00000', gene 'GENE0000' (4,839 such values); it looks corrected or averaged (0% are whole): "
         "alevin, SoupX and CellBender do that",
     ),
 }
@@ -368,10 +368,10 @@ for title, (settings, found) in SETTINGS.items():
 
 
 DOSES = {
-    "doses with their unit": ("10 uM", "160 others, such as '10 uM'"),
-    "doses as logarithms": (-2.0, "160 others, such as -2.0"),
-    "doses with a decimal comma": ("0,5", "160 others, such as '0,5'"),
-    "dates for doses": (pd.Timestamp("2026-01-31"), "160 others, such as 2026-01-31T00:00:00"),
+    "doses with their unit": ("10 uM", "160 other values, such as '10 uM'"),
+    "doses as logarithms": (-2.0, "160 other values, such as -2.0"),
+    "doses with a decimal comma": ("0,5", "160 other values, such as '0,5'"),
+    "dates for doses": (pd.Timestamp("2026-01-31"), "160 other values, such as 2026-01-31T00:00:00"),
 }
 
 

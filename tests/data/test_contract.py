@@ -293,7 +293,9 @@ def test_doses_of_controls_do_not_matter_and_zero_is_none(screen):
     screen.obs["amount"] = np.where(treated, 1.0, np.nan)
     setup(screen, dose_key="amount")
     screen.obs.loc[screen.obs_names[np.flatnonzero(treated)[3]], "amount"] = 0.0
-    with pytest.raises(LabelError, match=r"positive numbers as doses.*obs\['amount'\].*others, such as 0.0"):
+    with pytest.raises(
+        LabelError, match=r"positive numbers as doses.*obs\['amount'\].*other values?, such as 0.0"
+    ):
         setup(screen, dose_key="amount")
 
 

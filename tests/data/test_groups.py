@@ -178,7 +178,7 @@ def broken_latents(adata):
 BAD = [
     (lambda a: {"use_rep": "X_nbvea"}, DataError, "did you mean 'X_nbvae'"),
     (lambda a: {"use_rep": np.ones((3, 2))}, DataError, r"shape \(6, d\).*shape \(3, 2\)"),
-    (broken_latents, DataError, "finite latents.*1 cells.*'c3'"),
+    (broken_latents, DataError, "finite latents.*Found 1 cell with.*'c3'"),
     (lambda a: {"control": "ctrl"}, LabelError, "control cells 'ctrl'.*did you mean 'control'"),
     (lambda a: {"split": "train"}, LabelError, "a column 'split' in obs"),
     (lambda a: {"context_key": ("celltype",)}, LabelError, "did you mean 'cell_type'"),

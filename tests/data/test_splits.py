@@ -158,7 +158,7 @@ BAD = [
         r"no control.*\['B'\]",
     ),
     (reordered, HoldoutError, r"'q\+p', the same combination, in training"),
-    (repeated_name, HoldoutError, "1 cell names on both sides, such as 'c0'"),
+    (repeated_name, HoldoutError, "1 cell name on both sides, such as 'c0'"),
     (lambda a: Keys(control="Control").write(a) or {}, LabelError, "did you mean 'control'"),
     (lambda a: a.uns.clear() or {}, LabelError, "a screen that was set up"),
     (lambda a: {"val_fraction": 1.0}, HoldoutError, "val_fraction in"),

@@ -465,4 +465,4 @@ def test_a_pair_of_an_unknown_perturbation_is_refused():
 
 
 def test_repr_counts_what_is_known(encoder):
-    assert "3 perturbations, 2 contexts, 1 measured pairs -> 2 axes" in repr(encoder)
+    assert "3 perturbations, 2 contexts, 1 measured pair -> 2 axes" in repr(encoder)
