@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -91,6 +92,19 @@ def test_nothing_that_looks_like_a_perturbation_is_said(mine, started, capsys, t
     adata.write_h5ad(tmp_path / "odd é (2).h5ad")
     assert main(["lab", "--data", "odd é (2).h5ad"]) == 2
     assert "name it with --perturbation-key" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "addresses"),
+    [
+        ([], ["--ServerApp.ip=127.0.0.1"]),
+        (["--ip=0.0.0.0"], ["--ip=0.0.0.0"]),
+        (["--ServerApp.ip=::1"], ["--ServerApp.ip=::1"]),
+    ],
+)
+def test_it_is_reached_from_this_machine_unless_another_address_is_told(words, addresses, started):
+    assert main(["lab", "--", *words]) == 0
+    assert [word for word in started[1] if re.match(r"--(ServerApp\.)?ip", word)] == addresses
 
 
 @pytest.mark.parametrize("words", [["--control", "DMSO"], ["--data", "absent.h5ad"]])

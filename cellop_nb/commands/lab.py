@@ -56,8 +56,9 @@ def lab(args: argparse.Namespace) -> int:
         "jupyterlab",
         f"--ServerApp.root_dir={root if folder.is_relative_to(root) else folder.parent}",
         f"--LabApp.default_url={start}",
-        "--ServerApp.ip=127.0.0.1",  # reached from this machine alone, and with the token that it prints
     ]
+    if not any(re.match(r"--(ServerApp\.)?ip\b", word) for word in args.jupyter):
+        command.append("--ServerApp.ip=127.0.0.1")  # reached from this machine alone, and with a token
     return environment.become([*command, *args.jupyter], env={"JUPYTER_PREFER_ENV_PATH": "1"})
 
 

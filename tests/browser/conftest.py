@@ -14,8 +14,8 @@ SECONDS = 280
 
 
 @pytest.fixture
-def desk(tmp_path):
-    """A running :class:`Lab` and a headless browser, ended with the test, or after `SECONDS`.
+def browser(tmp_path):
+    """A headless browser, ended with the test and all that the test started, or after `SECONDS`.
 
     Where `CELLOP_REQUIRE_BROWSER` is 1, not having a Chromium is a failure.
     """
@@ -27,5 +27,12 @@ def desk(tmp_path):
         pytest.skip(reason)
     from playwright.sync_api import sync_playwright
 
-    with family(SECONDS), Lab(tmp_path / "lab") as lab, sync_playwright() as playwright:
-        yield lab, launch(playwright, path, tmp_path / "home")
+    with family(SECONDS), sync_playwright() as playwright:
+        yield launch(playwright, path, tmp_path / "home")
+
+
+@pytest.fixture
+def desk(browser, tmp_path):
+    """A running :class:`Lab`, and the browser."""
+    with Lab(tmp_path / "lab") as lab:
+        yield lab, browser

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import nbformat
 
+_HOME = Path(__file__).resolve().parents[2]
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 _FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -59,10 +60,10 @@ class Lab:
     def __init__(self, folder: Path, *, theme: str = "JupyterLab Light"):
         self.root = folder / "notebooks"
         self._folder = folder
+        self._command = ["jupyterlab", f"--ServerApp.root_dir={self.root}", *_LAB]
         self.root.mkdir(parents=True)
         for name, values in {**_SETTINGS, "apputils-extension/themes": {"theme": theme}}.items():
             self._write_settings(name, values)
-        home = str(Path(__file__).resolve().parents[2])
         places = {"CONFIG_DIR": "config", "DATA_DIR": "data", "RUNTIME_DIR": "runtime"}
         self._env = {
             **os.environ,
@@ -70,7 +71,7 @@ class Lab:
             "JUPYTERLAB_SETTINGS_DIR": str(folder / "settings"),
             "JUPYTERLAB_WORKSPACES_DIR": str(folder / "workspaces"),
             "JUPYTER_PREFER_ENV_PATH": "1",
-            "PYTHONPATH": os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")])),
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(_HOME), os.environ.get("PYTHONPATH")])),
             "OMP_NUM_THREADS": "1",
         }
 
@@ -92,10 +93,10 @@ class Lab:
 
     def __enter__(self) -> Lab:
         self._log = (self._folder / "lab.log").open("w")
-        command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={self.root}", *_LAB]
         self._process = subprocess.Popen(
-            command, env=self._env, stdin=subprocess.DEVNULL, stdout=self._log, stderr=subprocess.STDOUT
-        )
+            [sys.executable, "-m", *self._command],
+            cwd=self.root, env=self._env, stdin=subprocess.DEVNULL, stdout=self._log, stderr=subprocess.STDOUT,
+        )  # fmt: skip
         try:
             self._server = wait_for(self._running_server, 90, "JupyterLab to start")
         except BaseException:
@@ -128,6 +129,32 @@ class Lab:
         return f"{self._server['url']}lab/workspaces/{Path(notebook).stem}/tree/{notebook}?token={self._server['token']}"
 
 
+class ProjectLab(Lab):
+    """JupyterLab as our own command opens it, in a copy of the project that nobody has opened before.
+
+    Parameters
+    ----------
+    folder
+        Empty folder; the copy goes to `folder/notebooks`, and is `root`.
+    *options
+        Words after ``python3 -m cellop_nb lab``.
+    """
+
+    def __init__(self, folder: Path, *options: str):
+        super().__init__(folder)
+        self._command = ["cellop_nb", "lab", *options, "--", *_LAB]
+        self._env["PYTHONPATH"] = str(self.root)
+        for name in ("cellop_nb", "notebooks", "data"):
+            shutil.copytree(_HOME / name, self.root / name, ignore=shutil.ignore_patterns("__pycache__"))
+        for name in ("pyproject.toml", "constraints.txt"):
+            shutil.copy(_HOME / name, self.root)
+
+    @property
+    def first_page(self) -> str:
+        """Address that a person's browser opens."""
+        return f"{self._server['url']}?token={self._server['token']}"
+
+
 def wait_for(condition: Callable, seconds: float, what: str):
     """The first true value of `condition`, asked ten times a second."""
     end = time.monotonic() + seconds
@@ -139,7 +166,7 @@ def wait_for(condition: Callable, seconds: float, what: str):
 
 
 class NotebookPage:
-    """One notebook in one browser page.
+    """One notebook in one browser page; its kernel is waited for, unless it is `running` a cell.
 
     Attributes
     ----------
@@ -149,14 +176,15 @@ class NotebookPage:
 
     _IDLE = "window.jupyterapp?.shell?.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
 
-    def __init__(self, browser, url: str, *, width: int = 1280, height: int = 1000):
-        self.page = browser.new_page(viewport={"width": width, "height": height})
+    def __init__(self, browser, url: str, *, running: bool = False):
+        self.page = browser.new_page(viewport={"width": 1280, "height": 1000})
         self.problems: list[str] = []
         self.page.on("console", self._hear)
         self.page.on("pageerror", lambda error: self.problems.append(str(error)))
         self.page.set_default_timeout(60_000)
         self.page.goto(url, timeout=120_000, wait_until="domcontentloaded")
-        self.wait_until_idle(120)
+        if not running:
+            self.wait_until_idle(120)
 
     def __enter__(self) -> NotebookPage:
         return self
@@ -260,6 +288,13 @@ class NotebookPage:
     def explorer_picture(self) -> str:
         """Address of the explorer's picture, another one for each picture."""
         return self.page.locator("img.widget-image").first.get_attribute("src")
+
+    def run_next(self) -> None:
+        """Run the selected cell to its end, and select the next."""
+        self.page.evaluate("() => window.jupyterapp.commands.execute('notebook:run-cell-and-select-next')")
+
+    def save(self) -> None:
+        self.page.evaluate("() => window.jupyterapp.commands.execute('docmanager:save')")
 
     def errors_in_cells(self) -> list[str]:
         """Tracebacks and text on stderr in the outputs."""

@@ -55,7 +55,7 @@ def test_watch_steer_pause_resume_and_stop_a_training(desk, root):
         notebook.wait_until_run(120)
         assert notebook.errors_in_cells() == []
         assert notebook.problems == []
-        notebook.page.evaluate("window.jupyterapp.commands.execute('docmanager:save')")
+        notebook.save()
     with NotebookPage(browser, lab.url(name)) as again:  # the kernel lives: so do the controls
         again.said(r"^stopped .* stopped by hand", 60)
     made = json.loads((lab.root / "runs" / "02_train_vae" / "metrics.json").read_text())["changed_by_hand"]
