@@ -441,7 +441,9 @@ def scale_for(low: float, high: float, energy: bool) -> tuple[str, float, float]
     if energy and high > 0 and low < 0.05 * high:
         bottom = -float(10 ** np.ceil(np.log10(-low))) if low < 0 else 0.0
         return "symlog", bottom, float(10 ** (np.ceil(np.log10(high) * 4) / 4))
-    if low == high:
+    if high - low <= 2e-3 * max(
+        -low, high
+    ):  # constant, or so nearly that ticks of four digits would read alike
         low, high = low - 0.5 * (abs(low) or 1.0), high + 0.5 * (abs(high) or 1.0)
     ticks = MaxNLocator(4).tick_values(low, high)
     return "linear", float(ticks[0]), float(ticks[-1])

@@ -24,7 +24,7 @@ from scipy import sparse
 from scipy.cluster.hierarchy import dendrogram, linkage
 from scipy.spatial.distance import squareform
 
-from ..errors import LabelError, did_you_mean
+from ..errors import LabelError, counted, did_you_mean
 from . import style as s
 from .live import Columns, Dashboard, Marks, changes_of_history, pick_panels
 
@@ -57,6 +57,10 @@ _SHARED = {
     "save": "File to write: vector (``.svg``, ``.pdf``) or ``.png``.",
 }
 """Parameters that mean the same in every figure."""
+_RESULTS = {
+    "Axes": "The panel, in its figure.",
+    "Figure": "A new one of several panels, which are its ``axes``; so it takes no `ax`.",
+}
 
 Draws = TypeVar("Draws", bound=Callable)
 
@@ -67,7 +71,9 @@ def _figure(draw: Draws) -> Draws:
     names = [name for name in _SHARED if name in signature.parameters and f"\n{name}\n" not in doc]
     shared = "".join(f"{name}\n    {_SHARED[name]}\n" for name in names)
     parameters, raises, more = doc.partition("\n\nRaises\n")
-    returns = f"\nReturns\n-------\n{signature.return_annotation}"
+    returns = (
+        f"\nReturns\n-------\n{signature.return_annotation}\n    {_RESULTS[signature.return_annotation]}"
+    )
     draw.__doc__ = f"{parameters}\n{shared}{returns}{raises}{more}"
     return draw
 
@@ -753,7 +759,7 @@ def _changes(ax: Axes, rows: pd.DataFrame, n_names: int) -> None:
     _names_beside(ax, top, high + 0.1 * span)
     s.few_ticks(ax, n=4)
     if len(rows) > 2:
-        text = f"r = {np.corrcoef(both.T)[0, 1]:.2f}, {len(rows):,} genes"
+        text = f"r = {np.corrcoef(both.T)[0, 1]:.2f}, {counted(len(rows), 'gene')}"
         s.note(ax, 0.03, 0.98, text + (f"\n{marked.sum():,} differential" if marked.any() else ""))
 
 
@@ -1065,7 +1071,7 @@ def training_curves(
     monitor = monitor or columns.default_monitor()
     best = columns.best_epoch(monitor)
     ending = f", best epoch {best + 1:g} ({monitor})" if best is not None else ""
-    title = f"{len(rows)} epochs{ending}"
+    title = f"{counted(len(rows), 'epoch')}{ending}"
     board = Dashboard(pick_panels(columns.names(), columns.constant()), monitor=monitor)
     board.update(columns, Marks(title, monitor, best, patience, floors or {}, changes_of_history(rows)))
     board.headline.set_animated(False)  # a figure that is saved leaves out what moves

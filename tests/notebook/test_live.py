@@ -301,6 +301,15 @@ def test_scales_follow_the_values(values, scale):
     assert low <= min(values) <= max(values) <= high
 
 
+def test_ticks_of_a_nearly_constant_setting_read_differently():
+    rows = [{"epoch": i, "train_loss": 2.0, "learning_rate": 2e-3 - 1e-9 * i} for i in range(4)]
+    figure = co.pl.training_curves(pd.DataFrame(rows))
+    panel = next(ax for ax in figure.axes if ax.get_title(loc="left") == "learning rate")
+    figure.canvas.draw()
+    ticks = [text.get_text() for text in panel.get_yticklabels()]
+    assert len(ticks) > 1 and len(set(ticks)) == len(ticks)
+
+
 def test_a_history_is_drawn_as_one_figure(operator_rows, tmp_path):
     history = pd.DataFrame(operator_rows(12, ["B, IFNb", "$T$"]))
     figure = co.pl.training_curves(history, floors={"$T$": 0.1}, patience=3, save=tmp_path / "curves.svg")

@@ -206,6 +206,19 @@ def test_it_draws_into_the_users_axes_and_returns_them(name):
     assert mine.get_title(loc="left")
 
 
+@pytest.mark.parametrize("name", co.pl.__all__)
+def test_arguments_and_result_are_those_of_the_family(name):
+    """`show` and `save` everywhere; one panel takes `ax` and is Axes, several are a Figure, and the help says so."""
+    signature = inspect.signature(getattr(co.pl, name))
+    assert sum(p.kind is not p.KEYWORD_ONLY for p in signature.parameters.values()) <= 3
+    assert list(signature.parameters)[-2:] == ["show", "save"]
+    returns = {True: "Axes", False: "Figure"}["ax" in signature.parameters]
+    assert signature.return_annotation == returns
+    text = inspect.getdoc(getattr(co.pl, name))
+    assert text.count("Returns\n-------\n") == 1
+    assert ("of several panels" in text) == (returns == "Figure")
+
+
 def test_a_figure_is_saved_as_vectors_or_pixels(tmp_path):
     table = by_group(GROUPS, "method", METHODS)
     for suffix, start in (("svg", b"<?xml"), ("pdf", b"%PDF"), ("png", b"\x89PNG")):
