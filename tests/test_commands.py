@@ -185,7 +185,11 @@ def test_run_leaves_notebooks_metrics_and_a_closing_table(run, tmp_path):
     assert record["versions"]["torch"]
     assert str(folder) in out
     assert "latent_dim 8, max_epochs 5, seed 0" in out
+    assert len(out.splitlines()) == 2 + len(BOOKS), "ten lines with our eight notebooks"
 
+    (folder / "report.html").write_text(
+        "<!-- notebooks --><!-- end of notebooks -->"
+    )  # 06_predict writes one
     # a chosen notebook is run again in the same folder; the data set's keys reach it
     words = (
         "--context-key",
@@ -199,6 +203,8 @@ def test_run_leaves_notebooks_metrics_and_a_closing_table(run, tmp_path):
     )
     code, out, err = run("run", "--name", "first", "--only", "01", *words)
     assert code == 0, err
+    assert f"Report: {folder / 'report.html'}" in out
+    assert '<a href="01_data.ipynb">' in (folder / "report.html").read_text()
     metrics = runs.read_metrics(folder, "01_data")
     assert metrics["context_key"] == ["cell_type", "donor"]
     assert (metrics["layer"], metrics["control"], metrics["data"]) == (None, "DMSO", "some_screen")

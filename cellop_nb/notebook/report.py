@@ -10,7 +10,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import ModelError, StorageError
+from ..errors import ModelError, StorageError, counted
 from ..files import write_whole
 
 if TYPE_CHECKING:  # the command line fills in the notebooks of a run without torch and matplotlib
@@ -104,10 +104,6 @@ def _section(title: str, *blocks: str) -> str:
     return f"<section><h2>{title}</h2>{''.join(blocks)}</section>"
 
 
-def _number(n: int, thing: str) -> str:
-    return f"{n:,} {thing}{'s' * (n != 1)}"
-
-
 def _list(sentences: Sequence[str]) -> str:
     return f"<ul>{''.join(f'<li>{escape(sentence)}</li>' for sentence in sentences)}</ul>"
 
@@ -150,13 +146,13 @@ def _measured(model: CellOp) -> str:
     effects, keys = model.effects, model.keys
     different = int(effects["different"].sum())
     facts = (
-        f"{effects['n_perturbed'].sum():,.0f} perturbed cells in {_number(len(effects), 'group')}: "
-        f"{_number(effects['perturbation'].nunique(), 'perturbation')} in "
-        f"{_number(effects['context'].nunique(), 'context')}; "
-        f"{len(model.genes):,} genes are modelled. Controls: {keys.control}."
+        f"{effects['n_perturbed'].sum():,.0f} perturbed cells in {counted(len(effects), 'group')}: "
+        f"{counted(effects['perturbation'].nunique(), 'perturbation')} in "
+        f"{counted(effects['context'].nunique(), 'context')}; "
+        f"{len(model.genes):,} genes are modelled. Controls are the cells labelled {keys.control!r}."
     )
     test = (
-        f"{different} of {_number(len(effects), 'group')} differ from their controls (permutation test of the energy "
+        f"{different} of {counted(len(effects), 'group')} differ from their controls (permutation test of the energy "
         f"distance, adjusted p below 0.05)."
     )
     ranked = effects.sort_values("e_distance", ascending=False, kind="stable")
@@ -165,7 +161,7 @@ def _measured(model: CellOp) -> str:
     distances = (shown[name].map("{:.2f}".format) for name in ("e_distance", "detectable"))
     rows = zip(shown["group"], shown["n_perturbed"].astype(int), *distances, differs, strict=True)
     more = f"The strongest and the weakest of {len(effects)} groups." if len(shown) < len(effects) else ""
-    head = ["group", "cells", "distance to controls", "detectable", "differs"]
+    head = ["group", "cells", "distance to controls", "smallest to be seen", "differs"]
     table = f'<p>{more}</p><div class="wide">{grid(head, rows)}</div>'
     return _section("What was measured", _list([facts, test]), table)
 
@@ -173,7 +169,7 @@ def _measured(model: CellOp) -> str:
 def _verdicts(model: CellOp, questions, n_questions: int, scored: pd.DataFrame | None) -> str:
     acts = model.effects.groupby("perturbation", observed=True)["different"].any()
     inert = set(acts.index[~acts.astype(bool)])
-    blocks = [f"<p>{escape(str(model.choice))}</p>"]
+    blocks = []
     if len(questions) < n_questions:
         rest = "model.verdict(context, perturbation) has the others."
         blocks.append(f"<p>The strongest and the weakest of {n_questions} questions; {rest}</p>")
@@ -182,6 +178,7 @@ def _verdicts(model: CellOp, questions, n_questions: int, scored: pd.DataFrame |
         text = f"{escape(model.verdict(context, perturbation))} <strong>{escape(checked)}</strong>"
         genes = "" if perturbation in inert else _genes(model, context, perturbation)
         blocks.append(f'<p>{text}</p><p class="quiet genes">{escape(genes)}</p>')
+    blocks.append(f'<p class="quiet">{escape(str(model.choice))}</p>')
     return _section("What is predicted, and how far to trust it", *blocks)
 
 
@@ -196,17 +193,17 @@ def _checked(scored: pd.DataFrame, context: str, perturbation: str) -> str:
     rules = energy[[name for name in _RULES if name in energy]].dropna()
     if not len(rules) or pd.isna(start) or pd.isna(ours):
         return ""
-    text = f"Energy distance to the real cells {ours:.2f}, {rules.idxmin()} {rules.min():.2f}, no change {start:.2f}:"
-    if ours >= start:
-        return f"{text} the prediction is no nearer than untreated cells."
-    return f"{text} the prediction explains {100 * (1 - ours / start):.0f} % of the change."
+    explains = f"explains {100 * (1 - ours / start):.0f} % of the change"
+    explains = "is no nearer than untreated cells" if ours >= start else explains
+    numbers = f"energy distance {ours:.2f}; {rules.idxmin()} {rules.min():.2f}, no change {start:.2f}"
+    return f"Checked against the real cells, which no fit had seen, it {explains} ({numbers})."
 
 
 def _genes(model: CellOp, context: str, perturbation: str) -> str:
     rows = model.intervals(context, perturbation).head(N_GENES).itertuples()
     with_interval = "{0.gene} {0.change:+.2f} ({0.low:+.2f} to {0.high:+.2f})"
     named = [(with_interval if r.low == r.low else "{0.gene} {0.change:+.2f}").format(r) for r in rows]
-    return f"Leading genes: {', '.join(named)}"
+    return f"Leading genes, with the change of mean log expression (95 % interval): {', '.join(named)}"
 
 
 def _figures(model: CellOp, holdout: Holdout | None, questions) -> str:
@@ -240,7 +237,7 @@ def _picture(figure) -> str:
 def _unknown(model: CellOp, questions) -> str:
     unmeasured = [pair for pair in questions if not model.plan(*pair).measured]
     doubtful = [model.verdict(*pair) for pair in unmeasured if not model.explained(*pair).max() > 0]
-    own = "If a gene responds only in this context, other contexts cannot tell it, and the intervals do not cover it."
+    own = "The response of a gene in one context alone cannot be told from the others, and no interval covers it."
     return _section("What cannot be known, and why", _list([*doubtful, own]))
 
 

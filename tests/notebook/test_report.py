@@ -42,7 +42,7 @@ def test_it_says_what_model_and_holdout_say(fitted, text):
         leading = model.intervals("M", perturbation).iloc[0]
         assert f"{leading.gene} {leading.change:+.2f} ({leading.low:+.2f} to {leading.high:+.2f})" in said
     energy = holdout.summary().loc["M, ifn"]
-    assert f"Energy distance to the real cells {energy['CellOp']:.2f}" in said
+    assert f"(energy distance {energy['CellOp']:.2f}; " in said
     assert str(model.choice) in said
 
 

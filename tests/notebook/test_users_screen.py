@@ -48,6 +48,8 @@ def test_a_notebook_ends_on_a_users_screen(name, folder, root):
     outcome = runs.execute(root / "notebooks" / f"{name}.ipynb", folder / "run", values, timeout=120)
     assert outcome.error == "", f"cell {outcome.cell}"
     assert outcome.metrics
+    if name == "06_predict":
+        assert "What cannot be known, and why" in (folder / "run" / "report.html").read_text()
 
 
 @pytest.mark.slow
