@@ -20,7 +20,7 @@ from ..display import card
 from ..errors import ModelError
 
 NO_CHANGE, MEAN_SHIFT, NEAR, LINEAR = "no change", "mean shift", "near mean shift", "linear"
-MOVED, CORRECTED = "moved cells", "moved cells, corrected"
+MOVED, CORRECTED = "moved cells", "moved cells (corrected)"
 ADDITIVE = "additive"
 FACTORS = "factors"
 ESTIMATORS = (NO_CHANGE, MEAN_SHIFT, NEAR, LINEAR, MOVED, CORRECTED)

@@ -300,8 +300,8 @@ def test_what_a_model_misses_of_every_context_is_mended(model):
 
 def test_a_plan_weighs_moved_cells_corrected_and_not(model):
     planned = model.plan("M", "ifn")
-    assert {"moved cells", "moved cells, corrected"} <= set(planned.estimates)
-    moved, corrected = planned.estimates["moved cells"], planned.estimates["moved cells, corrected"]
+    assert {"moved cells", "moved cells (corrected)"} <= set(planned.estimates)
+    moved, corrected = planned.estimates["moved cells"], planned.estimates["moved cells (corrected)"]
     told = [context for context, perturbation in model.means.missed if perturbation == "ifn"]
     assert set(told) == {"B", "NK", "T"} and not np.allclose(moved, corrected)
     seen = model.means.of_perturbation("ifn")
