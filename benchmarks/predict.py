@@ -15,7 +15,6 @@ from cellop_nb.data.contract import keys_of, setup
 from cellop_nb.data.datasets import load
 from cellop_nb.data.genes import select_genes
 from cellop_nb.data.splits import split
-from cellop_nb.models.operators import Condition
 from cellop_nb.training.callbacks import EarlyStopping
 from cellop_nb.training.operators import OperatorTrainer, new_operators
 from cellop_nb.training.vae import VAETrainer, new_vae
@@ -125,5 +124,6 @@ def predict_all(adata: AnnData, vae, operators, trainer: OperatorTrainer) -> Non
     for group in trainer.groups.items:
         rows = trainer.groups.controls(group.context)
         start = Start.of(modelled_counts(adata[rows], vae, keys), vae)
-        drawn = start.moved(operators.operator(Condition.parse(group.perturbation, group.context)))
+        condition = group.condition(operators.conditions.perturbations)
+        drawn = start.moved(operators.operator(condition))
         assemble(adata[rows], keys, vae.genes, drawn, group.perturbation)

@@ -186,7 +186,7 @@ _VALUES = {
     "n_genes": _Numbers(2), "n_members": _Numbers(1), "min_cells": _Numbers(0), "max_cells": _Numbers(2),
     "min_genes": _Numbers(1), "n_components": _Numbers(1), "n_top": _Numbers(1), "max_pairs": _Numbers(1),
     "n_permutations": _Numbers(1), "alpha": _Numbers(0, 1, whole=False, above=True),
-    "min_delta": _WEIGHT, "pseudocount": _POSITIVE, "tile": _Numbers(1),
+    "min_delta": _WEIGHT, "pseudocount": _WEIGHT, "tile": _Numbers(1),
     # a synthetic screen
     "library": _POSITIVE, "batch_effect": _WEIGHT, "context_deviation": _WEIGHT,
 }  # fmt: skip

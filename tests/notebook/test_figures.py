@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 
+import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
@@ -80,6 +81,17 @@ FIGURES = {
                 "bytes_per_cell": 300.0,
             }
         ]
+    ),
+    "peers": lambda: speed.peers(
+        pd.DataFrame(
+            {
+                "context": "$held",
+                "method": ["$peer", "ours", "no change"],
+                "energy": [1.0, 0.5, 8.0],
+                "fit_cpu_seconds": [80.0, 30.0, 0.1],
+                "predict_cpu_seconds": [1.0, 0.2, 0.0],
+            }
+        )
     ),
     "stage_times": lambda: speed.stage_times(
         [{"what": "VAE", "stage_seconds": 20.0, "data": "$kang"}, {"what": "predict", "stage_seconds": 1.5}]
