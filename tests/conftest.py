@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import cellop_nb
+
 from . import families
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,6 +31,21 @@ def _nothing_outlives_the_tests():
 def call():
     """`call(command, seconds=300, **surroundings)`: a command run to its end, or ended with all it started."""
     return families.call
+
+
+@pytest.fixture
+def renamed_screen(tmp_path) -> Path:
+    """A small screen as others write one: columns and labels of their own, counts in a layer, logarithms in ``X``."""
+    adata = cellop_nb.datasets.synthetic(
+        n_contexts=3, n_perturbations=2, n_cells=40, n_genes=60, library=200.0
+    )
+    adata.obs = adata.obs.rename(columns={"perturbation": "Treatment", "cell_type": "CellType"})
+    adata.obs["Treatment"] = adata.obs["Treatment"].astype(str).replace("control", "DMSO")
+    adata.layers["counts"] = adata.X.copy()
+    adata.X = adata.X.log1p()
+    adata.uns.clear()
+    adata.write_h5ad(tmp_path / "my screen.h5ad")
+    return tmp_path / "my screen.h5ad"
 
 
 @pytest.fixture(scope="session")

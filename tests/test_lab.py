@@ -25,39 +25,28 @@ def started(monkeypatch, tmp_path):
     return commands
 
 
-@pytest.fixture
-def mine(tmp_path):
-    """A screen whose columns and labels are named as others name them."""
-    adata = datasets.synthetic(n_cells=20, n_genes=20, n_latent=4, library=50.0)
-    adata.obs = adata.obs.rename(columns={"perturbation": "Treatment", "cell_type": "CellType"})
-    adata.obs["Treatment"] = adata.obs["Treatment"].astype(str).replace("control", "DMSO")
-    adata.layers["counts"] = adata.X.copy()
-    adata.X = adata.X.log1p()
-    adata.uns.clear()
-    adata.write_h5ad(tmp_path / "mine.h5ad")
-    return tmp_path / "mine.h5ad"
-
-
 def values(path) -> dict:
     return {p.name: p.default for p in parameters.read_cell(parameters.cell_of(path))}
 
 
-def test_keys_are_guessed_shown_and_written_into_every_notebook(mine, started, tmp_path, capsys):
-    assert main(["lab", "--data", "mine.h5ad"]) == 0
+def test_keys_are_guessed_shown_and_written_into_every_notebook(renamed_screen, started, tmp_path, capsys):
+    assert main(["lab", "--data", "my screen.h5ad"]) == 0
     out = capsys.readouterr().out
     keys = {"perturbation_key": "Treatment", "context_key": "CellType", "control": "DMSO", "layer": "counts"}
     for name, value in keys.items():
         (line,) = [line for line in out.splitlines() if line.startswith(name)]
         assert value in line and "guessed" in line
-    folder = tmp_path / "runs" / "mine" / "notebooks"
+    folder = tmp_path / "runs" / "my_screen" / "notebooks"
     assert sorted(path.stem for path in folder.iterdir()) == parameters.names()
     for path in folder.iterdir():
         there = values(path)
-        assert {name: there[name] for name in keys} == keys and there["data"] == str(mine)
+        assert {name: there[name] for name in keys} == keys and there["data"] == str(renamed_screen)
         book = json.loads(path.read_text())
         assert not any(cell.get("outputs") for cell in book["cells"]), "outputs of other data"
     assert started[0] == folder, "what is opened is signed"
-    assert f"--LabApp.default_url=/lab/tree/runs/mine/notebooks/{parameters.names()[0]}.ipynb" in started[1]
+    assert (
+        f"--LabApp.default_url=/lab/tree/runs/my_screen/notebooks/{parameters.names()[0]}.ipynb" in started[1]
+    )
 
 
 @pytest.mark.parametrize(
@@ -68,26 +57,28 @@ def test_keys_are_guessed_shown_and_written_into_every_notebook(mine, started, t
         ("--layer", "count", "counts"),
     ],
 )
-def test_a_key_that_does_not_fit_is_refused(mine, started, tmp_path, capsys, option, value, complaint):
-    assert main(["lab", "--data", "mine.h5ad", option, value]) == 2
+def test_a_key_that_does_not_fit_is_refused(
+    renamed_screen, started, tmp_path, capsys, option, value, complaint
+):
+    assert main(["lab", "--data", "my screen.h5ad", option, value]) == 2
     assert complaint in capsys.readouterr().err
     assert not started and not (tmp_path / "runs").exists()
 
 
-def test_someones_work_is_opened_again_and_never_replaced(mine, started, tmp_path, capsys):
-    assert main(["lab", "--data", "mine.h5ad"]) == 0
-    path = tmp_path / "runs" / "mine" / "notebooks" / "01_data.ipynb"
+def test_someones_work_is_opened_again_and_never_replaced(renamed_screen, started, tmp_path, capsys):
+    assert main(["lab", "--data", "my screen.h5ad"]) == 0
+    path = tmp_path / "runs" / "my_screen" / "notebooks" / "01_data.ipynb"
     path.write_text(path.read_text().replace("Is there an effect", "My own words"))
-    assert main(["lab", "--data", "mine.h5ad"]) == 0
+    assert main(["lab", "--data", "my screen.h5ad"]) == 0
     assert "My own words" in path.read_text()
-    assert main(["lab", "--data", "mine.h5ad", "--context-key", "donor"]) == 2
+    assert main(["lab", "--data", "my screen.h5ad", "--context-key", "donor"]) == 2
     assert "choose another folder with --name" in capsys.readouterr().err
-    assert main(["lab", "--data", "mine.h5ad", "--context-key", "donor", "--name", "by_donor"]) == 0
+    assert main(["lab", "--data", "my screen.h5ad", "--context-key", "donor", "--name", "by_donor"]) == 0
     assert values(tmp_path / "runs" / "by_donor" / "notebooks" / "06_predict.ipynb")["context_key"] == "donor"
 
 
-def test_nothing_that_looks_like_a_perturbation_is_said(mine, started, capsys, tmp_path):
-    adata = datasets.load(str(mine))
+def test_nothing_that_looks_like_a_perturbation_is_said(renamed_screen, started, capsys, tmp_path):
+    adata = datasets.load(str(renamed_screen))
     adata.obs = adata.obs.rename(columns={"Treatment": "xyz"})
     adata.write_h5ad(tmp_path / "odd é (2).h5ad")
     assert main(["lab", "--data", "odd é (2).h5ad"]) == 2

@@ -75,6 +75,22 @@ def test_a_table_of_questions_writes_all_cells(run, screen):
     }  # fmt: skip
 
 
+def test_a_table_asks_for_doses_of_a_screen_that_has_them(run, screen):
+    adata = co.datasets.synthetic(
+        n_contexts=2, n_perturbations=1, doses=(0.5, 1.0, 2.0), n_cells=30, n_genes=40, library=500.0, seed=2
+    )
+    adata.write_h5ad("dosed.h5ad")
+    table = pd.DataFrame({"context": "type A", "perturbation": "drug 1", "dose": [0.7, 2.2], "n_cells": 4})
+    table.to_csv("ask.csv", index=False)
+    code, out, err = run("ask.csv", "--out", "cells.h5ad", "--genes", "0", data="dosed.h5ad", keys=())
+    assert code == 0, err
+    assert out.count("is extrapolated: 0.5 to 2 were measured") == 1
+    cells = anndata.read_h5ad(screen / "cells.h5ad")
+    assert cells.obs["dose"].to_numpy() == pytest.approx([0.7] * 4 + [2.2] * 4, rel=1e-3)
+    code, out, err = run("ask.csv", "--out", "again.h5ad")
+    assert code == 2 and "no column of doses" in err and "fitted in" not in out
+
+
 def test_a_table_names_contexts_by_their_factors_and_labels_as_they_are_written(run, screen):
     adata = anndata.read_h5ad(screen / "screen.h5ad")
     adata.obs["donor"] = ["01" if k % 2 else "NA" for k in range(adata.n_obs)]

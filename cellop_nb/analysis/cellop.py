@@ -338,7 +338,7 @@ class CellOp:
             If the counts lie on disk, or no perturbed group is left for training.
         """
         require_in_memory(self.adata)
-        stages = _Stages(1 + 2 * self.n_members + self.recipe.n_folds, progress)
+        stages = _Stages(2 + 2 * self.n_members + self.recipe.n_folds, progress)
         with stages:
             with stages("data"):
                 cells = self._training_cells()
@@ -493,7 +493,8 @@ class CellOp:
     def _judge(self, cells, groups: Groups, members, space: EvaluationSpace, stages: _Stages) -> None:
         """Predict measured contexts by models that have not seen their perturbed cells, and weigh the estimators."""
         shared = [pair for pair in groups.pairs if len(groups.contexts_of(pair[1])) > 1]
-        self.means.missed.update(self._missed(cells, groups, members, shared))
+        with stages("choice"):
+            self.means.missed.update(self._missed(cells, groups, members, shared))
         contexts = sorted({context for context, _ in shared})
         chance = np.random.default_rng([self.seed, 3])
         if len(shared) > self.recipe.most_judged:
@@ -563,10 +564,9 @@ class CellOp:
         for start, context, perturbation in self._moved_apart(cells, groups, member, judged):
             moved = start.change(self._operator_of(member, perturbation, None))
             level = self.means.control[self.means.contexts.index(context)]
-            self.means.moved[context, perturbation] = moved
-            self.means.corrected[context, perturbation] = self.means.correct(
-                moved, perturbation, level, missed
-            )
+            pair = context, perturbation
+            self.means.moved[pair] = moved
+            self.means.corrected[pair] = self.means.correct(moved, *pair, level, missed)
         return [(member, judged)]
 
     def _missed(self, cells, groups: Groups, members: Sequence[Member], pairs) -> dict:
@@ -723,7 +723,7 @@ class CellOp:
             each = [self.plan(context, part) for part in parts]
             return plan_combination(each, moved, self._combination_evidence, perturbation=perturbation)
         own, pair = self.means.own(context, perturbation), (context, perturbation)
-        corrected = self.means.correct(moved, perturbation, starts[0].mean_level, self.means.missed)
+        corrected = self.means.correct(moved, *pair, starts[0].mean_level, self.means.missed)
         if own is not None:  # what a model that has not seen it says, where there is one
             moved, corrected = self.means.moved.get(pair, moved), self.means.corrected.get(pair, corrected)
         return plan(
@@ -1044,10 +1044,11 @@ class CellOp:
             For a strength out of range, or a part strength of an operator without a real logarithm.
         """
         self._fitted()
-        if isinstance(conditions, pd.DataFrame) and "dose" in conditions and "strength" not in conditions:
-            strengths = [self._strength(row) for _, row in conditions.iterrows()]
-            conditions = conditions.drop(columns="dose").assign(strength=strengths)
         asked = question_table(conditions, context, perturbation, strength, n_cells, operator, self.keys)
+        if "dose" in asked:
+            named = zip(asked["perturbation"], asked["dose"], strict=True)
+            asked["dose"] = [check_strength(self.dose_curve(name).strength(dose)) for name, dose in named]
+            asked = asked.rename(columns={"dose": "strength"})
         if missing_genes not in ("refuse", "zero", "impute"):
             expected = "missing_genes among 'refuse', 'zero', 'impute'"
             raise LabelError(expected, repr(missing_genes), "name one of them")
@@ -1068,14 +1069,6 @@ class CellOp:
         pooled = cells[0] if len(cells) == 1 else ad.concat(cells, merge="same", index_unique=None)
         pooled.uns["cellop_nb"] = about
         return pooled
-
-    def _strength(self, row: pd.Series) -> float:
-        """Strength of a row of conditions with a dose."""
-        dose = pd.to_numeric(row["dose"], errors="coerce")
-        if not dose > 0 or not np.isfinite(dose):
-            fix = "write numbers alone, in the unit of the measured doses; controls need no prediction"
-            raise LabelError("a positive number as dose", repr(row["dose"]), fix)
-        return self.dose_curve(str(row.get("perturbation"))).strength(float(dose))
 
     def answer(self, question, operator: AffineOperator | None, seed: int) -> ad.AnnData:
         """Virtual cells of one condition: (context, perturbation, strength, n_cells)."""
@@ -1301,8 +1294,8 @@ def _restored(saved: Saved) -> CellOp:
     model.recipe = Recipe(**about["recipe"])
     model.members = [Member(saved.vae, saved.operators), *(Member(*pair) for pair in saved.members)]
     pairs = [tuple(pair) for pair in about["pairs"]]
-    moved, corrected, missed = (  # a file of an earlier version holds the first alone
-        dict(zip([tuple(pair) for pair in about.get(pairs, ())], arrays.get(name, ()), strict=False))
+    moved, corrected, missed = (
+        dict(zip([tuple(pair) for pair in about[pairs]], arrays[name], strict=True))
         for pairs, name in (("judged", "moved"), ("judged", "corrected"), ("missed", "missed"))
     )
     control, change, noise, growth, shares = (arrays[name] for name in _MEANS)
@@ -1317,7 +1310,7 @@ def _restored(saved: Saved) -> CellOp:
         shares,
         moved,
         n_factors,
-        corrected or moved,
+        corrected,
         missed,
     )
     model.curves = {
@@ -1394,12 +1387,12 @@ def question_table(
     operator=None,
     keys: Keys | None = None,
 ) -> pd.DataFrame:
-    """A row per condition: context, perturbation, strength, n_cells (NaN for every control cell once).
+    """A row per condition: context, perturbation, strength (or dose), n_cells (NaN for every control cell once).
 
     Raises
     ------
     LabelError
-        For columns that are unknown or missing, no row, or no whole number of cells.
+        For columns that are unknown or missing, no row, no whole number of cells, or a dose that is no positive number.
     ModelError
         For a strength that is no number, or out of range.
     """
@@ -1427,11 +1420,12 @@ def question_table(
         table = table.assign(context=[tuple(row) for row in table[factors].to_numpy()]).drop(columns=factors)
     if "context" in table:
         table = table.assign(context=[context_name(label, keys) for label in table["context"]])
-    unknown = [str(c) for c in table.columns if c not in (*columns, "n_cells", "strength")]
+    amount = "dose" if "dose" in table and "strength" not in table else "strength"
+    unknown = [str(c) for c in table.columns if c not in (*columns, "n_cells", amount)]
     missing = [column for column in columns if column not in table]
     if unknown or missing or not len(table):
         problem = f"columns {list(map(str, table.columns))} of {len(table)} rows"
-        fix = "name the columns context, perturbation, and n_cells, strength or dose where they differ"
+        fix = "name the columns context, perturbation, and n_cells and strength or dose where they differ"
         raise LabelError("conditions with columns context and perturbation", problem, fix)
     table = table.astype(dict.fromkeys(columns, str))
     sizes = [np.nan if n is None else n for n in table.get("n_cells", [n_cells] * len(table))]
@@ -1440,17 +1434,20 @@ def question_table(
     ]
     if wrong:
         raise LabelError("n_cells a whole number above 0", repr(wrong[0]), "ask for at least one cell")
-    strengths = table["strength"] if "strength" in table else pd.Series(strength, table.index)
-    strengths = pd.to_numeric(strengths, errors="coerce").astype(float)
-    table = table.assign(strength=strengths, n_cells=np.array(sizes, dtype=float))
-    for value in table["strength"].unique():
+    told = table[amount] if amount in table else pd.Series(strength, table.index)
+    numbers = pd.to_numeric(told, errors="coerce").astype(float)
+    table = table.assign(n_cells=np.array(sizes, dtype=float), **{amount: numbers})
+    for value in numbers.unique() if amount == "strength" else ():
         check_strength(value)
-    twice = table[table.duplicated([*columns, "strength"])]
+    if amount == "dose" and not (positive := (numbers > 0) & np.isfinite(numbers)).all():
+        fix = "write numbers alone, in the unit of the measured doses; controls need no prediction"
+        raise LabelError("positive numbers as doses", repr(told[~positive].iloc[0]), fix)
+    twice = table[table.duplicated([*columns, amount])]
     if len(twice):
         problem = f"{twice['perturbation'].iloc[0]!r} in {twice['context'].iloc[0]!r} twice"
         fix = "ask once, for the cells of both: n_cells=..."
         raise LabelError("conditions that differ: draws follow their names", problem, fix)
-    return table[[*columns, "strength", "n_cells"]]
+    return table[[*columns, amount, "n_cells"]]
 
 
 def _shared_out(client, model: CellOp, asked: pd.DataFrame, operator, seed: int) -> Iterator:

@@ -187,6 +187,7 @@ class Means:
     def correct(
         self,
         moved: np.ndarray,
+        context: str,
         perturbation: str,
         target: np.ndarray,
         missed: Mapping[tuple[str, str], np.ndarray],
@@ -203,13 +204,15 @@ class Means:
         moved, target
             (gene,) change of the target's moved cells, and its mean control cell.
         missed
-            Measured less moved change, by (context, perturbation). The change stays where none is of this perturbation.
+            Measured less moved change, by (context, perturbation). What the `context` itself tells takes no part, and the
+            change stays where no other one tells this perturbation.
         """
-        pairs = [(context, p) for context, p in missed if p == perturbation]
-        if not pairs:
+        told = [other for other in self.contexts if other != context and (other, perturbation) in missed]
+        if not told:
             return moved
-        control = self.control[[self._context[context] for context, _ in pairs]]
-        return moved + near_mean_shift(control, np.stack([missed[pair] for pair in pairs]), target).change
+        control = self.control[[self._context[other] for other in told]]
+        rows = np.stack([missed[other, perturbation] for other in told])
+        return moved + near_mean_shift(control, rows, target).change
 
     def near(self, context: str, perturbation: str) -> tuple[np.ndarray, np.ndarray]:
         """Change of a measured perturbation and its noise, (gene,) each, in a context, else the mean over those where it
@@ -234,11 +237,10 @@ class Means:
 
 
 def _counts(cells) -> tuple[np.ndarray, sparse.csr_matrix]:
-    """Library sizes (cell,) float64, and counts (cell, gene)."""
+    """Library sizes (cell,) float64, and counts (cell, gene), in memory as a fit requires."""
     matrix = count_matrix(cells, total_key=TOTAL_KEY if TOTAL_KEY in cells.obs else None)
-    return matrix.library.numpy().astype(np.float64), matrix.csr[
-        :, : cells.n_vars
-    ]  # in memory, as a fit requires
+    x = matrix.csr[:, : cells.n_vars]
+    return matrix.library.numpy().astype(np.float64), x
 
 
 def level_moments(cells, groups: Groups):

@@ -27,7 +27,7 @@ def add_commands(commands) -> None:
     """`predict` and `holdout` on the command line."""
     summary = "ask what a perturbation would do to the cells of a context, measured or not"
     parser = add(commands, "predict", predict, summary, check=check_predict)
-    columns = "context (or one of each factor), perturbation, and n_cells or strength"
+    columns = "context (or one of each factor), perturbation, and n_cells and strength or dose"
     parser.add_argument(
         "conditions",
         nargs="?",
@@ -119,17 +119,21 @@ def predict(args: argparse.Namespace) -> int:
     questions = read_questions(args, model.keys)
     for one in questions.itertuples():
         model.check_question(one.context, one.perturbation)
+    if "dose" in questions and model.keys.dose_key is None and not model.members:
+        fix = "name their column once, co.setup(adata, dose_key=...), and write the file; or leave the column out"
+        raise LabelError("doses in the screen, as the table asks for some", "no column of doses", fix)
     if not model.members:
         started = time.monotonic()
         model.fit()
         say(f"fitted in {clock(time.monotonic() - started)}")
         if args.save_model is not None:
             say(f"model: {model.save(args.save_model)}")
-    pairs = list(dict.fromkeys(zip(questions["context"], questions["perturbation"], strict=True)))
-    if len(pairs) == 1:
-        _show_one(model, *pairs[0])
+    named = [column for column in ("context", "perturbation", "dose") if column in questions]
+    asked = list(dict.fromkeys(questions[named].itertuples(index=False, name=None)))
+    if len(asked) == 1:
+        _show_one(model, *asked[0])
     else:
-        _show_many(model, pairs)
+        _show_many(model, asked)
     if args.out is not None:
         say(f"cells: {model.predict(questions, out=args.out, seed=args.seed)}")
     return 0
@@ -157,8 +161,8 @@ def read_questions(args: argparse.Namespace, keys: Keys):
         raise DataError("a table of questions as CSV", problem, fix) from error
 
 
-def _show_one(model, context: str, perturbation: str) -> None:
-    say(f"\n{model.verdict(context, perturbation)}\n")
+def _show_one(model, context: str, perturbation: str, *dose: float) -> None:
+    say(f"\n{model.verdict(context, perturbation, *dose)}\n")
     leading = model.intervals(context, perturbation).head(N_GENES)
     intervals = [
         "unknown" if low != low else f"{low:+.2f} to {high:+.2f}"
@@ -170,13 +174,13 @@ def _show_one(model, context: str, perturbation: str) -> None:
     say("change of mean log1p counts per 10,000")
 
 
-def _show_many(model, pairs: list[tuple[str, str]]) -> None:
-    for pair in pairs[:N_SHOWN]:
-        leading = model.intervals(*pair).head(N_LEADING)
+def _show_many(model, asked: list[tuple]) -> None:
+    for question in asked[:N_SHOWN]:
+        leading = model.intervals(*question[:2]).head(N_LEADING)
         genes = ", ".join(f"{row.gene} {row.change:+.2f}" for row in leading.itertuples())
-        say(f"{model.verdict(*pair)}\n  leading genes: {genes}")
-    if len(pairs) > N_SHOWN:
-        say(f"and {len(pairs) - N_SHOWN} more questions; a shorter table shows them")
+        say(f"{model.verdict(*question)}\n  leading genes: {genes}")
+    if len(asked) > N_SHOWN:
+        say(f"and {len(asked) - N_SHOWN} more questions; a shorter table shows them")
 
 
 # -- holdout

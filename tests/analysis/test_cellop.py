@@ -293,9 +293,12 @@ def test_what_a_model_misses_of_every_context_is_mended(model):
     missed = {(near, "ifn"): np.eye(len(model.genes))[0] + np.eye(len(model.genes))[1]}
     missed |= {(context, "ifn"): np.eye(len(model.genes))[0] for context in far}
     target = means.control[0] + 1e-3
-    mended = means.correct(np.zeros(len(model.genes)), "ifn", target, missed)
+    nothing = np.zeros(len(model.genes))
+    mended = means.correct(nothing, "M", "ifn", target, missed)
     assert mended[0] == pytest.approx(1) and 0.9 < mended[1] <= 1 and not mended[2:].any()
-    assert not means.correct(np.zeros(3), "never measured", target, missed).any()
+    itself = means.correct(nothing, near, "ifn", target, missed)
+    assert itself[0] == pytest.approx(1) and not itself[1:].any(), "a context does not correct itself"
+    assert not means.correct(nothing, "M", "never measured", target, missed).any()
 
 
 def test_a_plan_weighs_moved_cells_corrected_and_not(model):

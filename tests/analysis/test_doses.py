@@ -114,7 +114,7 @@ def test_a_saved_model_keeps_its_curves(model, tmp_path):
 @pytest.mark.parametrize("dose", ["10 uM", -1.0, 0.0, np.nan])
 def test_what_is_no_dose_is_refused(model, dose):
     table = pd.DataFrame({"context": ["type A"], "perturbation": ["drug 1"], "dose": [dose]})
-    with pytest.raises(LabelError, match="positive number as dose"):
+    with pytest.raises(LabelError, match="positive numbers as doses"):
         model.predict(table)
 
 

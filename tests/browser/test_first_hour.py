@@ -17,26 +17,13 @@ pytestmark = [pytest.mark.browser, pytest.mark.timeout(360, method="thread")]
 KEYS = {"perturbation_key": "Treatment", "context_key": "CellType", "control": "DMSO", "layer": "counts"}
 
 
-@pytest.fixture
-def mine(tmp_path):
-    """A screen whose columns, labels and counts are where others have them."""
-    adata = co.datasets.synthetic(n_contexts=3, n_perturbations=2, n_cells=40, n_genes=60, library=200.0)
-    adata.obs = adata.obs.rename(columns={"perturbation": "Treatment", "cell_type": "CellType"})
-    adata.obs["Treatment"] = adata.obs["Treatment"].astype(str).replace("control", "DMSO")
-    adata.layers["counts"] = adata.X.copy()
-    adata.X = adata.X.log1p()
-    adata.uns.clear()
-    adata.write_h5ad(tmp_path / "my screen.h5ad")
-    return tmp_path / "my screen.h5ad"
-
-
-def test_own_data_opens_with_its_keys_and_runs(browser, mine, tmp_path):
-    lab = ProjectLab(tmp_path / "lab", "--data", str(mine))
+def test_own_data_opens_with_its_keys_and_runs(browser, renamed_screen, tmp_path):
+    lab = ProjectLab(tmp_path / "lab", "--data", str(renamed_screen))
     with lab, NotebookPage(browser, lab.first_page) as notebook:
         opened = notebook.page.evaluate("() => window.jupyterapp.shell.currentWidget.context.path")
         assert opened == "runs/my_screen/notebooks/00_quickstart.ipynb"
         shown = notebook.page.locator(".jp-CodeCell .cm-content").first.inner_text()
-        for name, value in {**KEYS, "data": str(mine)}.items():
+        for name, value in {**KEYS, "data": str(renamed_screen)}.items():
             assert f'{name}: str = "{value}"' in shown
         for _ in ("title", "parameters", "installation", "heading", "set up and fit", "predict"):
             notebook.run_next()
