@@ -13,7 +13,7 @@ import torch
 from anndata import AnnData
 
 from cellop_nb.analysis.predict import embed
-from cellop_nb.errors import ModelError, three_beats
+from cellop_nb.errors import ModelError
 from cellop_nb.models.energy import energy_distance, grouped_energy_distance
 from cellop_nb.training.callbacks import EarlyStopping
 from cellop_nb.training.loop import Machine, Trainer
@@ -44,7 +44,7 @@ class Card:
         self.device, self.is_gpu = torch.device(device), device.startswith("cuda")
         if self.is_gpu and not torch.cuda.is_available():
             fix = "run this section where torch.cuda.is_available()"
-            raise ModelError(three_beats("a CUDA device", "none on this machine", fix))
+            raise ModelError("a CUDA device", "none on this machine", fix)
 
     @property
     def name(self) -> str:

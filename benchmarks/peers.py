@@ -30,7 +30,7 @@ from cellop_nb.analysis.metrics import EvaluationSpace, log1p_cp10k
 from cellop_nb.analysis.scores import score_rules
 from cellop_nb.commands.terminal import say
 from cellop_nb.data.datasets import cache_folder
-from cellop_nb.errors import DataError, LabelError, did_you_mean, three_beats
+from cellop_nb.errors import DataError, LabelError, did_you_mean
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = Path(__file__).with_name("peer_models.py")
@@ -137,10 +137,10 @@ def run(
     for name in names:
         if name not in PEERS:
             fix = did_you_mean(name, PEERS)
-            raise LabelError(three_beats(f"peers among {list(PEERS)}", repr(name), fix))
+            raise LabelError(f"peers among {list(PEERS)}", repr(name), fix)
     if data is None or not data.is_file():
         fix = "give the screen of Kang et al. with --data FILE.h5ad"
-        raise DataError(three_beats("a screen in a file", "none" if data is None else str(data), fix))
+        raise DataError("a screen in a file", "none" if data is None else str(data), fix)
     screen = read(data)
     sizes = screen.obs.groupby(["context", "perturbation"], observed=True).size().unstack(fill_value=0)
     table = (

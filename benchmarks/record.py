@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cellop_nb.commands.terminal import Status, say, table
-from cellop_nb.errors import DataError, three_beats
+from cellop_nb.errors import DataError
 from cellop_nb.files import write_whole
 
 SHIPPED = Path(__file__).with_name("record.json")
@@ -137,9 +137,9 @@ def read(path: str | Path) -> dict:
     try:
         made = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(three_beats("a record of a benchmark", f"{path}: {error}", fix)) from error
+        raise DataError("a record of a benchmark", f"{path}: {error}", fix) from error
     if not isinstance(made, dict) or not {"results", "machine", "limits"} <= set(made):
-        raise DataError(three_beats("a record of a benchmark", f"{path} without results or limits", fix))
+        raise DataError("a record of a benchmark", f"{path} without results or limits", fix)
     return made
 
 

@@ -211,10 +211,6 @@ class Groups(Sequence[Group]):
         """The measured (context, perturbation), in order of first appearance."""
         return list(self._by_name)
 
-    def group(self, context: str, perturbation: str) -> Group | None:
-        """The group of this name (of its lowest dose), None where it was not measured."""
-        return next(iter(self._by_name.get((context, perturbation), ())), None)
-
     def strongest(self, context: str, perturbation: str) -> Group:
         """The measured group of this name of its largest dose."""
         return max(self._by_name[context, perturbation], key=lambda group: group.dose)

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 import cellop_nb
 
-from ..errors import CellopError, DataError, LabelError, did_you_mean, three_beats
+from ..errors import CellopError, DataError, LabelError, did_you_mean
 from ..files import write_whole
 from ..packages import require
 from . import parameters, runs
@@ -121,7 +121,7 @@ def _span(parameter: Parameter, text: str) -> Axis:
     low, high = parameter.parse(first), parameter.parse(last)
     if not low < high or (log and low <= 0):
         fix = "write LOW..HIGH with LOW below HIGH, and above 0 after log:"
-        raise ParameterError(three_beats(f"a range for the parameter {parameter.name!r}", repr(text), fix))
+        raise ParameterError(f"a range for the parameter {parameter.name!r}", repr(text), fix)
     if isinstance(low, int) and isinstance(high, int):
         return Axis(parameter, range(low, high + 1))
     return Axis(parameter, low=float(low), high=float(high), log=log)
@@ -747,5 +747,5 @@ def write_report(
     outcome = runs.execute(TEMPLATE, folder, about)
     if outcome.error:
         fix = f"open {folder / TEMPLATE.name}; the table is complete in {folder / 'runs.csv'}"
-        raise ReportError(three_beats("the report to run to its end", outcome.error, fix))
+        raise ReportError("the report to run to its end", outcome.error, fix)
     return frame
