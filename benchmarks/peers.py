@@ -258,7 +258,7 @@ def interpreter(name: str | None) -> Path:
     contents = json.dumps([chosen.requirements, chosen.alone])
     if not record.exists() or record.read_text() != contents:
         say(f"making the environment {name} in {folder}")
-        pip = [str(python), "-m", "pip", "install", "--quiet", "--no-compile"]
+        pip = [str(python), "-m", "pip", "install", "--quiet", "--no-compile", "--disable-pip-version-check"]
         try:
             called([sys.executable, "-m", "venv", str(folder)])
             called([*pip, *chosen.requirements])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import threading
 import uuid
@@ -84,3 +85,8 @@ def call(command: list, *, seconds: float = 300, **surroundings) -> subprocess.C
             timeout=seconds + 10,
             **surroundings,
         )
+
+
+def hangs_up() -> None:
+    """In a child, before it starts: what a terminal sends when it closes counts, also where `nohup` ran us."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)

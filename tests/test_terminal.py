@@ -18,6 +18,8 @@ import pytest
 from cellop_nb.commands.terminal import Status, clock, table
 from cellop_nb.errors import DataError
 
+from .families import hangs_up
+
 posix = pytest.mark.skipif(os.name == "nt", reason="signals and pipes of POSIX")
 
 
@@ -64,7 +66,7 @@ def start(*words: object, folder: Path, **more) -> subprocess.Popen:
         "encoding": "utf-8",
         "errors": "replace",
     }
-    return subprocess.Popen(command, env=surroundings, cwd=folder, **(pipes | more))
+    return subprocess.Popen(command, env=surroundings, cwd=folder, preexec_fn=hangs_up, **(pipes | more))
 
 
 def is_alive(process: int) -> bool:

@@ -244,6 +244,8 @@ class LocalWorkers:
 
 def _end_with_parent() -> None:
     """End this worker with the process that started it, also one that was killed and could not say so."""
+    from tqdm import tqdm
+
     parent = parent_process()
     assert parent is not None, "started by a pool"
 
@@ -252,3 +254,4 @@ def _end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+    tqdm.set_lock(threading.RLock())  # a worker that is ended would leave the lock of all processes behind

@@ -23,6 +23,8 @@ from cellop_nb.notebook import runs
 from cellop_nb.notebook import sweep as s
 from cellop_nb.notebook.parameters import ParameterError
 
+from ..families import hangs_up
+
 # -- which runs
 
 TYPED = """width: int = 2  # how many
@@ -460,7 +462,12 @@ def start(working, *arguments, **variables):
     command = [sys.executable, "-m", "cellop_nb", *arguments]
     with open(working.parent / "client.log", "w") as out:
         return subprocess.Popen(
-            command, cwd=working.parent, stdout=out, stderr=out, env={**os.environ, **variables}
+            command,
+            cwd=working.parent,
+            stdout=out,
+            stderr=out,
+            env={**os.environ, **variables},
+            preexec_fn=hangs_up,
         )
 
 
