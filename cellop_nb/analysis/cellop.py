@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import resource
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy, deepcopy
 from dataclasses import asdict, dataclass, fields, replace
+from hashlib import blake2b
 from io import StringIO
 from numbers import Real
 from operator import attrgetter
@@ -258,6 +259,7 @@ class CellOp:
         self._labels: list[str] | None = None
         self._missing_genes = "refuse"
         self._shared: dict = {}
+        self._unfinished: dict = {}
 
     def unfitted(self, adata: ad.AnnData, seed: int | None = None) -> CellOp:
         """The same settings on other data, not fitted."""
@@ -320,6 +322,8 @@ class CellOp:
     def fit(self, callbacks: Sequence[Callback] = (), *, progress: bool = True) -> CellOp:
         """Train VAE and operators, and learn from held-out contexts how to plan a mean response.
 
+        A fit that was interrupted goes on when it is called again: trainings that had ended are kept.
+
         Parameters
         ----------
         callbacks
@@ -336,6 +340,8 @@ class CellOp:
         ------
         DataError
             If the counts lie on disk, or no perturbed group is left for training.
+        KeyboardInterrupt
+            When it is interrupted; the model is then as it was before.
         """
         require_in_memory(self.adata)
         stages = _Stages(2 + 2 * self.n_members + self.recipe.n_folds, progress)
@@ -357,7 +363,7 @@ class CellOp:
             self._latent_means = self._means_of_latents(cells, groups)
             self._judge(cells, groups, members, space, stages)
             self._judge_combinations(cells, groups, members[0], stages)
-        self.members, self._plans = members, {}
+        self.members, self._plans, self._unfinished = members, {}, {}
         self.choice = Choice.of(self._evidence)
         self.history, self.costs = stages.history(), stages.costs()
         return self
@@ -436,27 +442,25 @@ class CellOp:
 
     def _control_vae(self, cells, groups, seed: int, stages: _Stages, callbacks=()) -> NBVAE:
         """A VAE of the controls of all contexts; folds and questions that share these cells share it."""
-        controls = np.sort(np.concatenate(list(groups.control_rows.values())))
-        names = "\0".join(
-            [*cells.obs_names[controls], *cells.var_names, str((self.n_latent, seed, self.recipe))]
-        )
-        key = crc32(names.encode()), len(names)
-        if key not in self._shared:
-            visible = cells[controls].copy()
+        visible = cells[np.sort(np.concatenate(list(groups.control_rows.values())))].copy()
+
+        def train():
             vae = new_vae(visible, n_latent=self.n_latent, n_hidden=self.recipe.n_hidden, seed=seed)
-            self._shared[key] = self._train_vae(
-                visible, vae, self.recipe.vae_epochs, seed, "controls", stages, callbacks
-            )
-        return self._shared[key]
+            return self._vae_trainer(visible, vae, self.recipe.vae_epochs, seed, callbacks)
+
+        return self._trained("VAE, controls", visible, seed, train, stages, self._shared)
 
     def _finish(self, cells, start: NBVAE, seed: int, stages: _Stages, callbacks=()) -> NBVAE:
         """The VAE `start` after some epochs more, with all cells that are not "test"."""
-        epochs = self.recipe.finish_epochs
-        return self._train_vae(cells, deepcopy(start), epochs, seed, "all cells", stages, callbacks)
 
-    def _train_vae(self, cells, vae, epochs: int, seed: int, name: str, stages: _Stages, callbacks) -> NBVAE:
+        def train():
+            return self._vae_trainer(cells, deepcopy(start), self.recipe.finish_epochs, seed, callbacks)
+
+        return self._trained("VAE, all cells", cells, seed, train, stages, self._unfinished)
+
+    def _vae_trainer(self, cells, vae, epochs: int, seed: int, callbacks) -> VAETrainer:
         r = self.recipe
-        trainer = VAETrainer(
+        return VAETrainer(
             cells,
             vae,
             batch_size=r.batch_size,
@@ -467,26 +471,35 @@ class CellOp:
             progress=False,
             seed=seed,
         )
-        trainer.fit()
-        stages.record(f"VAE, {name}", trainer)
-        return vae.cpu().eval()
 
     def _train_operators(self, cells, seed: int, stages: _Stages, callbacks=()) -> OperatorModel:
         r = self.recipe
-        operators = new_operators(cells, context_rank=None)
-        trainer = OperatorTrainer(
-            cells,
-            operators,
-            penalties=Penalties(ridge=r.ridge),
-            max_epochs=r.operator_epochs,
-            lr=r.operator_lr,
-            callbacks=callbacks,
-            progress=False,
-            seed=seed,
-        )
-        trainer.fit()
-        stages.record("operators", trainer)
-        return operators.cpu().eval()
+
+        def train():
+            return OperatorTrainer(
+                cells,
+                new_operators(cells, context_rank=None),
+                penalties=Penalties(ridge=r.ridge),
+                max_epochs=r.operator_epochs,
+                lr=r.operator_lr,
+                callbacks=callbacks,
+                progress=False,
+                seed=seed,
+            )
+
+        return self._trained("operators", cells, seed, train, stages, self._unfinished)
+
+    def _trained(self, stage: str, cells, seed: int, trainer_of: Callable, stages: _Stages, kept: dict):
+        """A model after its training; the one `kept` of the same training, so that a fit that was stopped goes on."""
+        key = stage, seed, self.n_latent, self.recipe, _digest(cells)
+        if key not in kept:
+            trainer = trainer_of()
+            trainer.fit()
+            if trainer.stop_reason == "interrupted":  # a half-trained part is no part
+                raise KeyboardInterrupt
+            kept[key] = trainer.model.cpu().eval(), pd.DataFrame(trainer.rows).assign(stage=stage)
+        model, stages.histories[key] = kept[key]
+        return model
 
     # -- the choice -----------------------------------------------------------------------------------------------
 
@@ -1464,13 +1477,25 @@ def _shared_out(client, model: CellOp, asked: pd.DataFrame, operator, seed: int)
         client.cancel(futures)
 
 
+def _digest(cells) -> str:
+    """Of the counts, labels and latents that a training reads."""
+    x, keys = sparse.csr_matrix(cells.X), keys_of(cells)
+    names = {*vars(keys).values(), *(keys.context_key or ()), SPLIT_KEY, TOTAL_KEY}
+    labels = cells.obs[[name for name in cells.obs if name in names]].astype(str)
+    digest = blake2b("\0".join(cells.var_names).encode(), digest_size=16)
+    digest.update(pd.util.hash_pandas_object(labels).to_numpy())
+    for part in (x.data, x.indices, x.indptr, cells.obsm.get(REP, x.indptr)):
+        digest.update(np.ascontiguousarray(part))
+    return digest.hexdigest()
+
+
 class _Stages:
     """What each stage of a fit costs, and a bar that says how long the rest will take."""
 
     def __init__(self, total: int, progress: bool) -> None:
         self._bar = tqdm(total=total, desc="fitting", disable=not progress)
         self._costs: list[dict] = []
-        self._histories: list[pd.DataFrame] = []
+        self.histories: dict[tuple, pd.DataFrame] = {}
 
     def __enter__(self) -> _Stages:
         return self
@@ -1488,14 +1513,9 @@ class _Stages:
         self._costs.append({"stage": stage, **spent, "peak_mb": peak})
         self._bar.update()
 
-    def record(self, stage: str, trainer) -> None:
-        """Keep the history of a training."""
-        self._histories.append(pd.DataFrame(trainer.rows).assign(stage=stage))
-
     def history(self) -> pd.DataFrame:
-        table = (
-            pd.concat(self._histories, ignore_index=True) if self._histories else pd.DataFrame({"stage": []})
-        )
+        """The histories of all trainings."""
+        table = pd.concat([pd.DataFrame({"stage": []}), *self.histories.values()], ignore_index=True)
         return table[["stage", *(column for column in table if column != "stage")]]
 
     def costs(self) -> pd.DataFrame:

@@ -768,6 +768,42 @@ def test_callbacks_see_the_trainings_of_the_model_itself(screen):
     assert seen.n == fitted.recipe.vae_epochs + fitted.recipe.finish_epochs + fitted.recipe.operator_epochs
 
 
+class Interrupts(Epochs):
+    """Press stop at the end of an epoch."""
+
+    def __init__(self, at):
+        super().__init__()
+        self.at = at
+
+    def on_epoch_end(self, trainer, row):
+        super().on_epoch_end(trainer, row)
+        if self.n == self.at:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_fit_goes_on_where_it_was(screen, model):
+    fitted, recipe = tiny(screen, n_genes=30), model.recipe
+    before = recipe.vae_epochs + recipe.finish_epochs
+    with pytest.raises(KeyboardInterrupt):
+        fitted.fit(callbacks=[Interrupts(before + 1)], progress=False)
+    with pytest.raises(ModelError, match="a fitted CellOp"):
+        fitted.predict(context="M", perturbation="ifn")
+    rest = Epochs()
+    fitted.fit(callbacks=[rest], progress=False)
+    assert rest.n == recipe.operator_epochs  # the VAE was not trained again
+    question = {"context": "M", "perturbation": "ifn"}
+    assert same(fitted.predict(**question), model.predict(**question))
+    assert fitted.history[["stage", "epoch"]].equals(model.history[["stage", "epoch"]])
+
+
+def test_a_fit_on_other_counts_takes_nothing_over(screen):
+    fitted, seen = tiny(screen.copy(), n_genes=30), Epochs()
+    fitted.fit(progress=False)
+    fitted.adata.X.data *= 2
+    fitted.fit(callbacks=[seen], progress=False)
+    assert seen.n == fitted.recipe.vae_epochs + fitted.recipe.finish_epochs + fitted.recipe.operator_epochs
+
+
 def test_contexts_of_several_columns_are_asked_for_by_their_levels(screen):
     both = screen[rows_of(screen, perturbation="ifn") | rows_of(screen, perturbation="control")].copy()
     both.obs["donor"] = np.where(np.arange(both.n_obs) % 2, "d1", "d2")
