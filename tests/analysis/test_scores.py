@@ -72,6 +72,38 @@ def test_the_share_of_a_replicate_is_0_at_the_best_baseline_and_1_at_the_floor(t
     assert "mean only" in rows(table, "replicate_share", "control mean")["reason"].item()
 
 
+def test_the_share_of_a_replicate_is_counted_from_the_simple_rules_alone():
+    data = screen()
+    left_out = rows_of(data, **IFN_IN_T)
+    real = data[left_out].copy()
+    rules = {**BASELINES, "oracle": lambda _, target: Prediction.of_adata("oracle", real, target.space)}
+    table = scored(data, left_out, rules, metrics=["replicate_share"])
+    share = table.set_index("method")["value"]
+    assert share[list(BASELINES)].max() == pytest.approx(0)
+    assert share["oracle"] > 0.9
+
+
+def test_the_reference_of_systema_is_the_mean_change_of_the_training_groups():
+    data = screen(perturbations=("ifn", "tnf"))
+    level = log1p_cp10k(data.X.toarray()).astype(np.float64)
+    change = {
+        (c, p): np.subtract(
+            *(level[rows_of(data, cell_type=c, perturbation=one)].mean(0) for one in (p, "control"))
+        )
+        for c in ("B", "NK", "T")
+        for p in ("ifn", "tnf")
+    }
+    real = change.pop(("T", "ifn"))
+    predicted, shared = (change["B", "ifn"] + change["NK", "ifn"]) / 2, np.mean([*change.values()], axis=0)
+    table = scored(data, rows_of(data, **IFN_IN_T), metrics=["pearson_systema", "pearson_delta"])
+    value = table.set_index(["metric", "method"])["value"].unstack("metric").loc["mean shift"]
+    assert value["pearson_delta"] == pytest.approx(np.corrcoef(predicted, real)[0, 1], rel=1e-5)
+    assert value["pearson_systema"] == pytest.approx(
+        np.corrcoef(predicted - shared, real - shared)[0, 1], rel=1e-5
+    )
+    assert abs(value["pearson_systema"] - value["pearson_delta"]) > 0.01, "the two are told apart"
+
+
 @given(st.lists(st.sampled_from([*METRICS, *BESIDE]), min_size=1, max_size=4, unique=True))
 @settings(max_examples=12, deadline=None)
 def test_a_score_does_not_depend_on_which_others_are_asked_for(names):
@@ -346,6 +378,20 @@ def test_floor_of_errors_is_what_a_prediction_of_the_true_mean_scores():
     assert floor["rmse"] == pytest.approx(1 / np.sqrt(100), rel=0.1)
     assert floor["rmse"] == pytest.approx(formulas.rmse(np.zeros(300), real.mean(axis=0)), rel=0.15)
     assert floor["l2_top1000"] == pytest.approx(floor["rmse"] * np.sqrt(300))
+
+
+def test_halves_are_compared_over_the_genes_that_lead_in_the_whole():
+    rng = np.random.default_rng(0)
+    control, real = rng.normal(size=(2, 40, 60))
+    real[:, :25] += 0.5
+    space = EvaluationSpace(np.arange(60).astype(str), np.zeros(60), np.eye(60)[:5], 40)
+    truth, orders = Truth(real, control, space), np.random.default_rng([0, 2])
+    leading = np.argsort(-truth.de["score"].abs().to_numpy(), kind="stable")[:20]
+    changes = real[:, leading] - control[:, leading].mean(0)
+    halves = [np.array_split(changes[orders.permutation(40)], 2) for _ in range(10)]
+    half = np.mean([np.corrcoef(*(part.mean(0) for part in pair))[0, 1] for pair in halves])
+    (row,) = noise(truth, ["pearson_delta_de20"])
+    assert row["value"] == pytest.approx(2 * half / (1 + half))
 
 
 def test_method_that_fails_is_not_hidden():

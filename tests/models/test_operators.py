@@ -15,6 +15,7 @@ from cellop_nb.models.operators import (
     Condition,
     ConditionEncoder,
     OperatorModel,
+    _largest_of_noise,
     gaussian_map,
     norm_bound,
     spectral_excess,
@@ -308,6 +309,13 @@ def test_spectral_excess_is_that_of_a_plain_svd(seed, size, max_norm):
     norms = np.linalg.svd(matrices, compute_uv=False)[:, 0]
     expected = np.mean(np.maximum(norms - max_norm, 0) ** 2)
     assert spectral_excess(torch.as_tensor(matrices), max_norm).item() == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(("n", "d"), [(300, 8), (60, 32), (20, 40)])
+def test_noise_reaches_its_largest_eigenvalue_once_in_twenty(n, d):
+    rng = np.random.default_rng(0)
+    largest = [np.linalg.norm(rng.normal(size=(n, d)), 2) ** 2 for _ in range(400)]
+    assert _largest_of_noise(n, d) == pytest.approx(np.quantile(largest, 0.95), rel=0.05)
 
 
 @some
