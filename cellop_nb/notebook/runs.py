@@ -30,8 +30,9 @@ from ..packages import require
 from . import parameters
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
-_PATIENCE = 2.0
-"""Seconds that a kernel is given to end by itself; an idle one takes a fraction of a second."""
+_PATIENCE = 15.0
+"""Seconds that a kernel is given to end by itself. An idle one takes a fraction of a second, or several where the machine
+is busy: interrupted meanwhile, it writes the traceback of its own callbacks to the terminal."""
 
 
 @dataclass(frozen=True)

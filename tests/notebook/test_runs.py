@@ -61,7 +61,8 @@ def test_a_failing_notebook_is_kept_and_tells_its_cell(tmp_path, write_notebook)
     assert outcome.metrics == {}, "the metrics of an earlier run must not stand for this one"
 
 
-def test_a_dead_kernel_and_a_slow_cell_are_outcomes(tmp_path, write_notebook):
+def test_a_dead_kernel_and_a_slow_cell_are_outcomes(tmp_path, write_notebook, monkeypatch):
+    monkeypatch.setattr(runs, "_PATIENCE", 1.0)
     dying = write_notebook(
         tmp_path / "91_dying.ipynb", "n = 1", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
     )
@@ -76,7 +77,7 @@ answer = handlers["kernel_info_request"]
 async def lingers(*request):
     reply = answer(*request)
     if inspect.isawaitable(reply): await reply
-    time.sleep(0.7)
+    time.sleep(3)
 handlers["kernel_info_request"] = lingers"""
 
 
@@ -90,7 +91,10 @@ def test_a_kernel_is_not_interrupted_while_it_ends_its_last_answer(
     assert capfd.readouterr().err == ""
 
 
-def test_a_kernel_that_was_given_up_ends_with_what_its_cell_does_when_interrupted(tmp_path, write_notebook):
+def test_a_kernel_that_was_given_up_ends_with_what_its_cell_does_when_interrupted(
+    tmp_path, write_notebook, monkeypatch
+):
+    monkeypatch.setattr(runs, "_PATIENCE", 1.0)
     cell = """import pathlib, time
 try:
     time.sleep(60)
