@@ -387,16 +387,20 @@ def _sentence(row: pd.Series) -> str:
         return "There is hardly an effect to predict: no change comes about as near as the noise floor."
     if whole <= max(2 * floor, 0.1):
         return "The prediction comes about as near as the noise floor: nothing to improve."
+    explained = 1 - (whole - floor) / (row["no change"] - floor)
+    said = f"The prediction takes off {max(explained, 0.0):.0%} of the distance. "
     if decoder > 0.5 * whole:
-        share = f"{decoder / whole:.0%} of the error remains when the true latents are decoded"
+        share = f"{decoder / whole:.0%} of what is left remains when the true latents are decoded"
         if decoder > whole:  # they are decoded afresh, while a prediction keeps the cells' own counts
             share = (
                 f"Decoding the true latents comes no nearer ({decoder:.2f}) than the prediction ({whole:.2f})"
             )
-        return f"{share}: improve the VAE (longer training, more latent dimensions, a larger hidden layer)."
+        return (
+            f"{said}{share}: if that is too much, improve the VAE (longer training, more latent dimensions)."
+        )
     return (
-        f"{1 - max(decoder, 0.0) / whole:.0%} of the error comes from the operators and the plan: measure a nearer "
-        "context, or more cells, and compare with the nearest context in the table."
+        f"{said}{1 - max(decoder, 0.0) / whole:.0%} of what is left comes from the operators and the plan: measure a "
+        "nearer context, or more cells, and compare with the nearest context in the table."
     )
 
 
