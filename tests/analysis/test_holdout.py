@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
-from cellop_nb import datasets, holdout, score, select_genes
+from cellop_nb import CellOp, datasets, holdout, score, select_genes, setup
 from cellop_nb.analysis import holdout as room
 from cellop_nb.analysis.baselines import BASELINES, Prediction
 from cellop_nb.analysis.holdout import (
@@ -504,3 +504,37 @@ def test_the_budget_names_the_stages(result):
 def test_advice_says_what_the_numbers_say(energies, sentence):
     budget = pd.DataFrame({"group": "g", "stage": STAGES, "energy": energies})
     assert sentence in error_advice(budget)["advice"].iloc[0]
+
+
+def donors_of_mixed_types(n_donors=4, n=60, seed=0):
+    """Donors whose types nobody labels: each of three has genes of its own, and others that its cells answer with."""
+    rng, counts, obs = np.random.default_rng(seed), [], []
+    rate = rng.gamma(2.0, 1.0, size=60)
+    for donor in range(n_donors):
+        own = rate * rng.uniform(0.8, 1.25, size=60)
+        for kind in range(3):
+            of_type = own * np.where(np.arange(60) // 10 == kind, 5.0, 1.0)
+            for name in ("control", "ifn"):
+                answers = (np.arange(60) // 10 == 3 + kind) & (name == "ifn")
+                depth = rng.lognormal(0.0, 0.3, size=(n, 1))
+                counts.append(rng.poisson(depth * of_type * np.where(answers, 5.0, 1.0)))
+                obs += [(f"donor {donor}", name)] * n
+    table = pd.DataFrame(obs, columns=["donor", "perturbation"], index=[f"c{k}" for k in range(len(obs))])
+    adata = ad.AnnData(sparse.csr_matrix(np.concatenate(counts).astype(np.float32)), obs=table)
+    setup(adata, context_key="donor")
+    return adata
+
+
+def test_cells_of_a_new_donor_answer_each_in_its_own_way():
+    """No shift, not even the right one, gives a mixed donor its shape: moved cells do, though no type was named."""
+    result = holdout(
+        CellOp(donors_of_mixed_types(), n_genes=None, n_latent=8),
+        only=["donor 0"],
+        metrics=["e_distance", "e_distance_centred"],
+        progress=False,
+    )
+    shape = result.table.set_index("method")["e_distance_centred"]
+    distance = result.table.set_index("method")["e_distance"]
+    assert shape["mean shift"] == pytest.approx(shape["no change"])  # a shift has no shape
+    assert shape[CELLOP] < 0.2 * shape["mean shift"]
+    assert distance[CELLOP] < 0.2 * distance[["mean shift", "near mean shift", "linear"]].min()
