@@ -184,6 +184,7 @@ _VALUES = {
     "num_nodes": _Numbers(1),
     # what is looked at, and how often it is drawn
     "n_genes": _Numbers(2), "n_members": _Numbers(1), "min_cells": _Numbers(0), "max_cells": _Numbers(2),
+    "n_seeds": _Numbers(1),
     "min_genes": _Numbers(1), "n_components": _Numbers(1), "n_top": _Numbers(1), "max_pairs": _Numbers(1),
     "n_permutations": _Numbers(1), "alpha": _Numbers(0, 1, whole=False, above=True),
     "min_delta": _WEIGHT, "pseudocount": _WEIGHT, "tile": _Numbers(1),
@@ -209,6 +210,9 @@ def check_values(settings: dict[str, object]) -> None:
 def checked(call: Callable[P, R]) -> Callable[P, R]:
     """Decorator of a public function or ``__init__``: names and values of its settings are checked before it runs."""
     parameters = inspect.signature(call).parameters
+    never_none = {
+        p.name for p in parameters.values() if p.name in _VALUES and "None" not in str(p.annotation)
+    }
     keywords = [p.name for p in parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY]
     named = [*parameters]
     owner = call.__qualname__.removesuffix(".__init__")
@@ -217,7 +221,13 @@ def checked(call: Callable[P, R]) -> Callable[P, R]:
     def wrapper(*args: P.args, **settings: P.kwargs) -> R:
         for name in settings.keys() - {*named}:
             raise _unknown(name, keywords, owner)
-        check_values(dict(zip(named, args, strict=False)) | settings)
+        values = dict(zip(named, args, strict=False)) | settings
+        for name in values:
+            if values[name] is None and name in never_none:
+                raise ModelError(
+                    f"{name} to be {_VALUES[name]}", f"{name}=None", "leave it out for the default"
+                )
+        check_values(values)
         return call(*args, **settings)
 
     return wrapper

@@ -45,8 +45,8 @@ from ..models.carry import balanced_counts
 from ..models.energy import noise_floor
 from ..models.operators import Condition, OperatorModel, perturbation_parts
 from ..models.vae import NBVAE
-from ..training.callbacks import Callback
-from ..training.checkpoint import Saved, read_models, write_models
+from ..training.callbacks import Callback, callback_list
+from ..training.checkpoint import Saved, model_file, read_models, write_models
 from ..training.operators import OperatorTrainer, Penalties, new_operators
 from ..training.vae import VAETrainer, new_vae
 from .distances import etest
@@ -77,6 +77,7 @@ logger = logging.getLogger("cellop_nb")
 Context = str | Sequence[str] | Mapping[str, str]
 """A context: its label, or the levels of its factors."""
 CELLS_AT_ONCE = 4096
+MOST_CELLS = 100_000_000
 _LEFT_OUT = ["context", "perturbation", "method", "energy", "floor"]
 LEAST_CELLS = 10
 """Training cells in which a gene must be counted to be modelled, or planned."""
@@ -344,6 +345,7 @@ class CellOp:
             When it is interrupted; the model is then as it was before.
         """
         require_in_memory(self.adata)
+        callbacks = callback_list(callbacks)
         stages = _Stages(2 + 2 * self.n_members + self.recipe.n_folds, progress)
         with stages:
             with stages("data"):
@@ -833,8 +835,8 @@ class CellOp:
         labels = self.perturbations
         pieces = perturbation.split("+")
         if not set(self._parts(perturbation)) <= set(labels):
-            unknown = [piece for piece in pieces if piece not in labels]
-            unknown = unknown if len(unknown) < len(pieces) else [perturbation]
+            unknown = [piece for piece in pieces if piece.strip() and piece not in labels]
+            unknown = unknown if 0 < len(unknown) < len(pieces) else [perturbation]
             fix = f"{did_you_mean(unknown[0], labels)}, or describe perturbations with features=..."
             raise LabelError("a perturbation that was measured", repr(unknown[0]), fix)
 
@@ -994,6 +996,7 @@ class CellOp:
 
     # -- predicting -----------------------------------------------------------------------------------------------
 
+    @checked
     def predict(
         self,
         conditions: pd.DataFrame | Sequence[tuple[str, str]] | None = None,
@@ -1164,8 +1167,7 @@ class CellOp:
         StorageError
             Where the disk refuses; an earlier file is left as it was.
         """
-        path = Path(path)
-        path = path if path.suffix == ".safetensors" else path.with_name(f"{path.name}.safetensors")
+        path = model_file(path)
         keys = asdict(self.keys)
         if not self.members:
             if self._ready_vae is None:
@@ -1270,10 +1272,8 @@ def load(path: str | Path, adata: ad.AnnData | None = None) -> CellOp | Saved:
     CheckpointError
         If the file is missing, damaged, of another kind, or of a later version.
     """
-    path = Path(path)
-    path = (
-        path if path.exists() or path.suffix == ".safetensors" else path.with_name(f"{path.name}.safetensors")
-    )
+    file = model_file(path)
+    path = file if file.exists() or not Path(path).exists() else Path(path)
     saved = read_models(path)
     if not saved.predictor:
         logger.warning("%s holds trained parts and no plan: call CellOp(adata, vae=, operators=).fit()", path)
@@ -1441,12 +1441,12 @@ def question_table(
         fix = "name the columns context, perturbation, and n_cells and strength or dose where they differ"
         raise LabelError("conditions with columns context and perturbation", problem, fix)
     table = table.astype(dict.fromkeys(columns, str))
-    sizes = [np.nan if n is None else n for n in table.get("n_cells", [n_cells] * len(table))]
-    wrong = [
-        n for n in sizes if n == n and not (isinstance(n, Real) and float(n).is_integer() and float(n) > 0)
-    ]
-    if wrong:
-        raise LabelError("n_cells a whole number above 0", repr(wrong[0]), "ask for at least one cell")
+    sizes = [np.nan if n is None or n is pd.NA else n for n in table.get("n_cells", [n_cells] * len(table))]
+    for n in sizes:
+        whole = isinstance(n, Real) and not isinstance(n, bool) and (n != n or float(n).is_integer())
+        if not whole or n <= 0 or n > MOST_CELLS:
+            problem, fix = repr(n), "ask for one cell or more, of huge numbers for a part at a time"
+            raise LabelError(f"n_cells a whole number above 0, at most {MOST_CELLS:,}", problem, fix)
     told = table[amount] if amount in table else pd.Series(strength, table.index)
     numbers = pd.to_numeric(told, errors="coerce").astype(float)
     table = table.assign(n_cells=np.array(sizes, dtype=float), **{amount: numbers})

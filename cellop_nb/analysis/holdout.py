@@ -201,16 +201,14 @@ def holdout(
         For a way, column, question, method or metric that is not known, or data that were not set up.
     """
     model = adata if isinstance(adata, CellOp) else CellOp(adata, seed=seed)
-    adata, metrics = model.adata, None if metrics is None else list(metrics)
+    adata, metrics = model.adata, None if metrics is None else known_metrics(metrics)
+    only = [only] if isinstance(only, str) else only
     require_in_memory(adata)
-    known_metrics(metrics)
     check_names(methods or {}, (*BASELINES, LATENT_SHIFT, AFFINE, LINEAR_FEATURES, CELLOP))
     if suite is not None:
         if suite not in SUITES:
             raise LabelError(f"a suite of {[*SUITES]}", repr(suite), did_you_mean(suite, SUITES))
         require("cell_eval2", "evaluation", of=f"suite={suite!r}")
-    if n_seeds < 1:
-        raise HoldoutError("n_seeds of at least 1", str(n_seeds), "pass a positive number")
     questions, refused = questions_of(adata, over, described=model.features is not None)
     if only is not None:
         names = [*(question.name for question in questions), *(row["question"] for row in refused)]

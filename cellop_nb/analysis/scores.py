@@ -459,7 +459,12 @@ def score(
     DataError
         Values that are neither counts nor logarithms: not finite, or scaled.
     """
-    predictions = {"prediction": predictions} if isinstance(predictions, AnnData) else dict(predictions)
+    predictions = {"prediction": predictions} if isinstance(predictions, AnnData) else predictions
+    others = [predictions] if not isinstance(predictions, Mapping) else list(predictions.values())
+    wrong = [other for other in others if not isinstance(other, AnnData)]
+    if wrong:
+        fix = "pass predicted cells, or {name: predicted cells}"
+        raise DataError("AnnData objects of predicted cells", f"a {type(wrong[0]).__name__}", fix)
     keys, metrics = keys_of(real), known_metrics(metrics)
     require_in_memory(real)
     check_names(predictions, BASELINES)

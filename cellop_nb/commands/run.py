@@ -331,7 +331,7 @@ def locate(data: str) -> str:
 
 def check_data(values: dict[str, dict[str, Any]]) -> None:
     """Look at the user's file before the first kernel starts: a wrong key shows now, not a minute later."""
-    own = next((v for v in values.values() if Path(v.get("data", "")).suffix == ".h5ad"), None)
+    own = next((v for v in values.values() if Path(v.get("data", "")).suffix in (".h5ad", ".zarr")), None)
     if own is None:
         return
     import cellop_nb
@@ -349,6 +349,8 @@ def _counts_in_raw(path: Path) -> str:
 
     from cellop_nb.data.contract import looks_raw
 
+    if path.is_dir():  # a zarr
+        return ""
     with h5py.File(path) as file:
         slot = file.get("raw/X")
         if slot is None or not looks_raw((slot["data"] if isinstance(slot, h5py.Group) else slot)[:1000]):

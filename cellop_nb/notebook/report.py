@@ -152,7 +152,7 @@ def _measured(model: CellOp) -> str:
         f"{len(model.genes):,} genes are modelled. Controls are the cells labelled {keys.control!r}."
     )
     test = (
-        f"{different} of {counted(len(effects), 'group')} differ from their controls (permutation test of the energy "
+        f"Different from their controls: {different} of {counted(len(effects), 'group')} (permutation test of the energy "
         f"distance, adjusted p below 0.05)."
     )
     ranked = effects.sort_values("e_distance", ascending=False, kind="stable")

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 from tqdm.auto import tqdm
 
-from ..errors import checked, counted
+from ..errors import ModelError, checked, counted
 from ..files import write_whole
 from ..packages import require
 
@@ -50,6 +50,17 @@ class Callback:
 
     def on_fit_end(self, trainer) -> None:
         """When training ends, however it ends."""
+
+
+def callback_list(callbacks: Iterable[Callback] | Callback) -> list[Callback]:
+    """One callback or several as a list; refuses what is none."""
+    listed = list(callbacks) if isinstance(callbacks, Iterable) else [callbacks]
+    for one in listed:
+        if not isinstance(one, Callback):
+            problem = f"the class {one.__name__}" if isinstance(one, type) else f"a {type(one).__name__}"
+            fix = "pass objects of classes that are derived from cellop_nb.callbacks.Callback"
+            raise ModelError("a list of callbacks", problem, fix)
+    return listed
 
 
 class EarlyStopping(Callback):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -64,6 +65,16 @@ class Saved:
     predictor: dict = field(default_factory=dict, repr=False)
 
 
+def model_file(path: str | Path) -> Path:
+    """The path of a model's file: with ``.safetensors`` where it does not end so; refuses what is no path."""
+    if not isinstance(path, str | os.PathLike) or not Path(path).name:
+        raise CheckpointError(
+            "the path of a model's file", repr(path), "name one, such as 'model.safetensors'"
+        )
+    path = Path(path)
+    return path if path.suffix == ".safetensors" else path.with_name(f"{path.name}.safetensors")
+
+
 def write_models(
     path: str | Path,
     vae: NBVAE | None = None,
@@ -116,7 +127,7 @@ def write_models(
         f"{_ARRAYS}.{key}": torch.tensor(np.array(value, order="C")) for key, value in (arrays or {}).items()
     }
     try:
-        metadata = {_ENTRY: json.dumps(about, allow_nan=True)}
+        metadata = {_ENTRY: json.dumps(about, allow_nan=True, default=_plain_number)}
     except TypeError as error:
         expected, fix = (
             "text, numbers, lists and dictionaries",
@@ -126,6 +137,13 @@ def write_models(
     _refuse_broken(tensors, path)
     metadata[_DIGEST] = _digest_of(metadata[_ENTRY], tensors)
     return write_whole(path, lambda part: save_file(tensors, part, metadata))
+
+
+def _plain_number(value: object) -> object:
+    """A number of numpy, as sizes may be, in the types of JSON."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"a {type(value).__name__}, {value!r:.60}")
 
 
 def read_models(path: str | Path, *, form: type[OperatorModel] = OperatorModel) -> Saved:

@@ -37,7 +37,7 @@ from ..errors import (
     did_you_mean,
 )
 from ..models.host import looks_are_free
-from .callbacks import Callback, HistoryCSV, ProgressBar, SaveCheckpoints
+from .callbacks import Callback, HistoryCSV, ProgressBar, SaveCheckpoints, callback_list
 from .checkpoint import plain, read_state, reason, refuse_other_run, write_state
 from .cuda_graph import check_compiler, compiled, recorder_of
 from .guard import NonFiniteGuard
@@ -388,7 +388,7 @@ class Trainer(RemoteControl):
         noise = seed + 7_919 * self.processes.rank
         self.generator = torch.Generator(device=self.fabric.device).manual_seed(noise)
         self.cpu_generator = torch.Generator().manual_seed(seed)
-        self.callbacks = self._standard_callbacks(progress) + list(callbacks)
+        self.callbacks = self._standard_callbacks(progress) + callback_list(callbacks)
         self.guard = NonFiniteGuard(model, self.optimizer, folder=self.folder, on_nonfinite=on_nonfinite)
         self.recorder = recorder_of(self, machine.cuda_graphs)
         self.patience, self.batch = None, None

@@ -23,7 +23,7 @@ def screen():
 
 @pytest.fixture(scope="module")
 def model(screen):
-    model = co.CellOp(screen, n_latent=5, n_genes=40, n_members=2)
+    model = co.CellOp(screen, n_latent=np.int64(5), n_genes=np.int32(40), n_members=2)
     model.recipe = replace(model.recipe, n_hidden=16, vae_epochs=3, finish_epochs=2, operator_epochs=1)
     return model.fit(progress=False)
 
@@ -50,6 +50,12 @@ def test_predictions_are_those_of_the_model_that_was_saved(model, path, screen):
         assert str(model.choice) == str(again.choice)
         pd.testing.assert_frame_equal(model.choice.table, again.choice.table)
         assert again.history["stage"].tolist() == model.history["stage"].tolist()
+
+
+def test_a_folder_of_the_same_name_does_not_hide_a_model(model, screen, tmp_path):
+    path = model.save(tmp_path / "a name, 模型")
+    path.with_suffix("").mkdir()
+    assert co.load(tmp_path / "a name, 模型", screen).verdict(*ASKED[0]) == model.verdict(*ASKED[0])
 
 
 def test_cells_of_another_experiment_need_no_setup_and_may_be_controls_alone(model, path, screen):

@@ -21,7 +21,7 @@ from cellop_nb.analysis.holdout import (
 from cellop_nb.analysis.scores import CEILING, FLOOR
 from cellop_nb.analysis.uncertainty import STAGES, error_advice, error_budget
 from cellop_nb.data.contract import Keys
-from cellop_nb.errors import HoldoutError, LabelError
+from cellop_nb.errors import HoldoutError, LabelError, ModelError
 
 from .screens import rows_of, screen, tiny
 from .test_cellop import Client, same
@@ -115,6 +115,14 @@ def test_a_method_by_ones_own_stands_beside_the_others(data):
         holdout(
             tiny(data), only=["type B"], methods={"mine": lambda t, target: target.control}, progress=False
         )
+
+
+def test_one_name_is_a_list_of_one(data):
+    one, several = (
+        holdout(tiny(data), only=name, metrics=metric, progress=False).scores
+        for name, metric in (("type B", "mae"), (["type B"], ["mae"]))
+    )
+    pd.testing.assert_frame_equal(one, several)
 
 
 def test_a_suite_stands_beside_our_metrics(data, monkeypatch):
@@ -283,7 +291,7 @@ def test_a_key_may_be_named_like_the_way_it_is(data):
     [
         ({"over": "doner"}, LabelError, "did you mean 'donor'"),
         ({"only": ["type D"]}, LabelError, "questions over 'context'.*'type D'.*type"),
-        ({"n_seeds": 0}, HoldoutError, "n_seeds of at least 1.*0"),
+        ({"n_seeds": 0}, ModelError, "n_seeds to be a whole number of at least 1.*n_seeds=0"),
         ({"metrics": ["pearson_dleta"]}, LabelError, "did you mean 'pearson_delta'"),
     ],
     ids=str,

@@ -54,6 +54,11 @@ def _(place):
     co.holdout(place.adata, progress=False)
 
 
+@case(SPLIT, "half a fit asked for in a hold-out", found="n_seeds=1.5")
+def _(place):
+    co.holdout(place.adata, n_seeds=1.5)
+
+
 @case(SPLIT, "no fit asked for in a hold-out")
 def _(place):
     co.holdout(place.adata, n_seeds=0)

@@ -175,3 +175,58 @@ def _(place):
     from cellop_nb.models.affine import AffineOperator
 
     AffineOperator(torch.diag(torch.tensor([1.0, 1e-6])), torch.zeros(2), "type A, drug 1").inverse()
+
+
+def asks(question):
+    """Ask a fitted predictor for drug 1 in type A, but for what the question says."""
+    usual = {"context": "type A", "perturbation": "drug 1"}
+    return lambda place: place.predictor.predict(**usual | question)
+
+
+QUESTIONS = {
+    "a combination of a perturbation with itself": ({"perturbation": "drug 1+drug 1"}, "'drug 1+drug 1'"),
+    "a combination whose second part was left out": ({"perturbation": "drug 1+"}, "'drug 1+'"),
+    "a truth value as a number of cells": ({"n_cells": True}, "True"),
+    "more cells than fit anywhere": ({"n_cells": 10**12}, "1000000000000"),
+    "a part of a cell": ({"n_cells": 2.5}, "2.5"),
+    "a fraction as the seed of a prediction": ({"seed": 1.5}, "seed=1.5"),
+    "a seed below 0 for a prediction": ({"seed": -1}, "seed=-1"),
+    "an ending that is no h5ad": ({"out": "cells.csv"}, "'cells.csv'"),
+}
+for title, (question, found) in QUESTIONS.items():
+    case(MODELS, title, found=found)(asks(question))
+
+
+@case(MODELS, "None as the seed of a predictor", found="seed=None")
+def _(place):
+    co.CellOp(place.adata, seed=None)
+
+
+@case(MODELS, "the class of a callback in place of a callback", found="the class LivePlot")
+def _(place):
+    co.CellOp(place.adata).fit(callbacks=[co.LivePlot])
+
+
+@case(MODELS, "a function in place of a callback", found="a function")
+def _(place):
+    co.VAETrainer(place.split, place.vae, callbacks=[lambda trainer: None], progress=False)
+
+
+@case(MODELS, "nothing as the path of a model", found="None")
+def _(place):
+    co.load(None)
+
+
+@case(MODELS, "an empty name for a model", found="''")
+def _(place):
+    place.predictor.save("")
+
+
+@case(MODELS, "nothing to score", found="a NoneType")
+def _(place):
+    co.score(None, place.adata)
+
+
+@case(MODELS, "arrays to score in place of cells with names", found="a ndarray")
+def _(place):
+    co.score({"mine": np.ones((3, 3))}, place.adata)

@@ -71,6 +71,14 @@ def _(place):
     return command(place, "run", "--data", "screen.h5ad", "--context-key", "celltype")
 
 
+@case(COMMANDS, "the wrong column of a zarr", code=2, found="no such column")
+def _(place):
+    place.adata.write_zarr(place.folder / "screen.zarr")
+    for path in (place.folder / "screen.zarr").rglob("*"):
+        _ = place.keep(path) if path.is_file() else path
+    return command(place, "run", "--data", "screen.zarr", "--context-key", "celltype")
+
+
 @case(COMMANDS, "log-normalised counts in the file", code=2)
 def _(place):
     place.adata.X = place.adata.X.log1p()

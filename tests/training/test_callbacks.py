@@ -60,6 +60,11 @@ class Recorder(Callback):
         self.seen.append(f"end {trainer.status}")
 
 
+def test_one_callback_is_a_list_of_one():
+    one = EarlyStopping(patience=2)
+    assert one in LineTrainer(callbacks=one).callbacks
+
+
 def test_hooks_are_called_in_order():
     recorder = Recorder()
     LineTrainer(max_epochs=2, steps=2, callbacks=[recorder]).fit()

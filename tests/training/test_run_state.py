@@ -43,6 +43,10 @@ def test_last_and_best_checkpoints_are_kept(tmp_path):
     assert (best["epoch"], last["epoch"]) == (2, 6)
     assert torch.equal(best["model"]["slope"], seen[0]["slope"])
     assert torch.equal(last["best_model"]["slope"], seen[0]["slope"])
+    again = LineTrainer(Line(seed=5), scripted=script)
+    again.load_checkpoint(tmp_path / "last.pt")
+    again.restore_best()
+    assert torch.equal(again.model.slope, seen[0]["slope"])
 
 
 def test_of_equal_epochs_the_first_is_the_best():
