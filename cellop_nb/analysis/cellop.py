@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy, deepcopy
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from hashlib import blake2b
 from io import StringIO
 from numbers import Real
@@ -79,6 +79,8 @@ Context = str | Sequence[str] | Mapping[str, str]
 CELLS_AT_ONCE = 4096
 MOST_CELLS = 100_000_000
 _LEFT_OUT = ["context", "perturbation", "method", "energy", "floor"]
+MATRIX_SHARES = (1.0, 0.5, 0.0)
+"""Shares of the operators' matrices among which leaving contexts out chooses; with none of it operators are shifts."""
 LEAST_CELLS = 10
 """Training cells in which a gene must be counted to be modelled, or planned."""
 
@@ -145,18 +147,36 @@ class Choice:
         leaves of contexts it has not seen, the mean over them.
     n_contexts : float
         How many contexts that evidence is worth.
+    matrices : Series
+        By share of the operators' matrices that is used (:data:`MATRIX_SHARES`): how far the moved cells of contexts left
+        out, carried to their plans, then lie from the real ones, as a share of the energy distance of no change.
     """
 
     table: pd.DataFrame
     n_contexts: float = 0.0
+    matrices: pd.Series = field(default_factory=lambda: pd.Series(dtype=float))
 
     @classmethod
-    def of(cls, seen: Evidence | None) -> Choice:
+    def of(cls, seen: Evidence | None, matrices: pd.Series | None = None) -> Choice:
         """From the evidence of the contexts left out; None where there was nothing to leave out."""
+        matrices = pd.Series(dtype=float) if matrices is None else matrices
         if seen is None:
-            return cls(pd.DataFrame(columns=["estimator", "left", "weight"]))
+            return cls(pd.DataFrame(columns=["estimator", "left", "weight"]), matrices=matrices)
         rows = {"estimator": seen.names, "left": seen.errors, "weight": weigh(seen)}
-        return cls(pd.DataFrame(rows), seen.n_contexts)
+        return cls(pd.DataFrame(rows), seen.n_contexts, matrices)
+
+    @property
+    def matrix_share(self) -> float:
+        """The share of the matrices that comes nearest; all where nothing tells it."""
+        return 1.0 if self.matrices.empty else float(self.matrices.idxmin())
+
+    def _of_matrices(self) -> str:
+        if self.matrices.empty:
+            return ""
+        left = {share: f"{100 * value:.1f} %" for share, value in self.matrices.items()}
+        said = f"operators with their matrices leave {left[1.0]} of the distance of no change, shifts alone {left[0.0]}"
+        used = {1.0: "the matrices are used", 0.0: "no matrix is left: the operators are shifts here"}
+        return f" There, {said}; {used.get(self.matrix_share, f'{self.matrix_share:.0%} of the matrices is used')}."
 
     def __str__(self) -> str:
         if not len(self.table):
@@ -168,7 +188,7 @@ class Choice:
         return (
             f"The mean response is planned from {', '.join(said)}. In held-out contexts no change misses "
             f"{100 * left.get(NO_CHANGE, 1):.0f} % of the squared response; the best single estimator, {best}, misses "
-            f"{100 * left[best]:.0f} %."
+            f"{100 * left[best]:.0f} %.{self._of_matrices()}"
         )
 
     __repr__ = __str__
@@ -363,10 +383,10 @@ class CellOp:
                 self._described = None if self.features is None else Described(self.features, self.means)
             members = [self._fit_member(cells, groups, k, stages, callbacks) for k in range(self.n_members)]
             self._latent_means = self._means_of_latents(cells, groups)
-            self._judge(cells, groups, members, space, stages)
+            matrices = self._judge(cells, groups, members, space, stages)
             self._judge_combinations(cells, groups, members[0], stages)
         self.members, self._plans, self._unfinished = members, {}, {}
-        self.choice = Choice.of(self._evidence)
+        self.choice = Choice.of(self._evidence, matrices)
         self.history, self.costs = stages.history(), stages.costs()
         return self
 
@@ -505,8 +525,10 @@ class CellOp:
 
     # -- the choice -----------------------------------------------------------------------------------------------
 
-    def _judge(self, cells, groups: Groups, members, space: EvaluationSpace, stages: _Stages) -> None:
-        """Predict measured contexts by models that have not seen their perturbed cells, and weigh the estimators."""
+    def _judge(self, cells, groups: Groups, members, space: EvaluationSpace, stages: _Stages) -> pd.Series:
+        """Predict measured contexts by models that have not seen their perturbed cells, weigh the estimators, and say how
+        near the cells come by share of the matrices (:attr:`Choice.matrices`).
+        """
         shared = [pair for pair in groups.pairs if len(groups.contexts_of(pair[1])) > 1]
         with stages("choice"):
             self.means.missed.update(self._missed(cells, groups, members, shared))
@@ -523,7 +545,14 @@ class CellOp:
                 judged = [pair for pair in shared if pair[0] in out]
                 folds += self._judge_fold(cells, groups, out, judged, stages)
         self._evidence = self._gather(sorted({p for _, p in shared}))
-        self.left_out = self._distances_left_out(cells, groups, folds, space)
+        table = self._distances_left_out(cells, groups, folds, space)
+        above = (table["energy"] - table["floor"]).groupby(table["method"]).sum()
+        shares = above[[share for share in MATRIX_SHARES if share in above]] / above.get(NO_CHANGE, np.nan)
+        shares = shares.astype(float) if above.get(NO_CHANGE, 0) > 0 else pd.Series(dtype=float)
+        chosen = 1.0 if shares.empty else shares.idxmin()
+        self.left_out = table[~table["method"].isin(MATRIX_SHARES) | (table["method"] == chosen)]
+        self.left_out = self.left_out.replace({"method": {chosen: "CellOp"}}).reset_index(drop=True)
+        return shares
 
     def _judge_combinations(self, cells, groups: Groups, member: Member, stages: _Stages) -> None:
         """Foresee measured combinations by operators that have seen none: weights of additive rule and moved cells."""
@@ -545,7 +574,7 @@ class CellOp:
                 starts[context] = Start.of(cells, alone.vae, self._some(cells, groups.controls(context)))
             change, noise = self.means.change_of(context, label)
             added = np.sum([self.means.change_of(context, part)[0] for part in parts[label]], axis=0)
-            moved = starts[context].change(self._operator_of(alone, label, context))
+            moved = starts[context].change(self._whole_operator(alone, label, context))
             rows.append((change, noise, added, moved))
         self._combination_evidence = combination_evidence(*map(np.stack, zip(*rows, strict=True)))
 
@@ -630,11 +659,13 @@ class CellOp:
                 chosen = self._some(cells, groups.strongest(context, perturbation).rows)
                 real = points(cells.X[chosen].toarray(), library[chosen])
                 before = points(start.x, start.library)
-                expected = start.expected(self._operator_of(member, perturbation, None)(start.z))
-                whole = balanced_counts(
-                    start.carried(expected, changes["plan"]), torch.Generator().manual_seed(self.seed)
-                )
-                clouds = {NO_CHANGE: before, "CellOp": points(whole, start.library)}
+                operator = self._operator_of(member, perturbation, None)
+                clouds: dict[object, np.ndarray] = {NO_CHANGE: before}
+                for share in MATRIX_SHARES:
+                    expected = start.expected(operator.with_share(share, start.z.mean(0))(start.z))
+                    carried = start.carried(expected, changes["plan"])
+                    whole = balanced_counts(carried, torch.Generator().manual_seed(self.seed))
+                    clouds[share] = points(whole, start.library)
                 clouds |= {
                     name: before + changes[name] @ space.components.T for name in SIMPLE if name in changes
                 }
@@ -688,6 +719,13 @@ class CellOp:
         return self._operator_of(self._fitted().members[0], perturbation, context)
 
     def _operator_of(self, member: Member, perturbation: str, context: str | None) -> AffineOperator:
+        """With the share of its matrix that is used, in a context; the whole that contexts share where None."""
+        whole, share = self._whole_operator(member, perturbation, context), self.choice.matrix_share
+        return (
+            whole if context is None or share == 1 else whole.with_share(share, self._centre(member, context))
+        )
+
+    def _whole_operator(self, member: Member, perturbation: str, context: str | None) -> AffineOperator:
         conditions = member.operators.conditions
         own = context if context in conditions.contexts else None
         parts = [] if self._described is None else self._parts(perturbation)
@@ -695,6 +733,14 @@ class CellOp:
             return borrowed_operator(member.operators, own, self._borrowed(context, parts), perturbation)
         condition = Condition.parse(perturbation, own, perturbations=conditions.perturbations)
         return member.operators.operator(condition)
+
+    def _centre(self, member: Member, context: str) -> torch.Tensor:
+        """(d,) mean latent of a context's control cells; of the training contexts where the data have none."""
+        rows = self._some(self.adata, self.control_rows(context))
+        if len(rows):
+            return Start.of(self._cells(rows), member.vae).z.mean(0)
+        control = [z for (_, name), z in self._latent_means.items() if name == self.keys.control]
+        return torch.as_tensor(np.mean(control, axis=0))
 
     def _borrowed(self, context: str, parts: Sequence[str]) -> dict[str, float]:
         """In which shares the measured perturbations stand for these parts of a perturbation, measured or described."""
@@ -1208,6 +1254,7 @@ class CellOp:
             },
             "effects": self.effects.to_json(orient="split"),
             "left_out": self.left_out.to_json(orient="split", double_precision=15),
+            "matrices": {str(share): left for share, left in self.choice.matrices.items()},
             "history": self.history.to_json(orient="split"),
             "costs": self.costs.to_json(orient="split"),
         }
@@ -1350,7 +1397,8 @@ def _restored(saved: Saved) -> CellOp:
         for name, said in about["evidence"].items()
     }
     model._evidence, model._combination_evidence = seen.get("contexts"), seen.get("combinations")
-    model.choice = Choice.of(model._evidence)
+    matrices = {float(share): left for share, left in about.get("matrices", {}).items()}
+    model.choice = Choice.of(model._evidence, pd.Series(matrices, dtype=float))
     tables = {
         name: pd.read_json(StringIO(about[name]), orient="split", precise_float=True, dtype=False)
         for name in ("effects", "history", "costs", "left_out")

@@ -76,6 +76,16 @@ class AffineOperator:
         whole = torch.as_tensor(homogeneous, dtype=self.matrix.dtype, device=self.matrix.device)
         return AffineOperator(whole[:-1, :-1], whole[:-1, -1], label)
 
+    def with_share(self, share: float, centre: Tensor) -> AffineOperator:
+        r"""The operator with a share s of its matrix, which moves the `centre` c (d,) as before; with none a shift.
+
+        .. math:: K_s(z) = s\, K(z) + (1 - s)\,(z + K(c) - c)
+        """
+        rest = (1 - share) * torch.eye(len(self.shift), dtype=self.matrix.dtype, device=self.matrix.device)
+        centre = centre.to(self.shift)
+        shift = share * self.shift + (1 - share) * (self(centre) - centre)
+        return AffineOperator(share * self.matrix + rest, shift, self.label)
+
     def inverse(self) -> AffineOperator:
         """The way back, by float64 whatever the operator's own precision.
 

@@ -768,6 +768,22 @@ def test_callbacks_see_the_trainings_of_the_model_itself(screen):
     assert seen.n == fitted.recipe.vae_epochs + fitted.recipe.finish_epochs + fitted.recipe.operator_epochs
 
 
+def test_operators_keep_the_share_of_their_matrices_that_left_out_contexts_ask_for(model, screen, tmp_path):
+    assert list(model.choice.matrices.index) == [1.0, 0.5, 0.0] and (model.choice.matrices > 0).all()
+    shifts = copy.copy(model)
+    shifts.choice = replace(model.choice, matrices=pd.Series({1.0: 0.2, 0.5: 0.15, 0.0: 0.1}))
+    assert "no matrix is left: the operators are shifts here" in str(shifts.choice)
+    whole = copy.copy(model)
+    whole.choice = replace(model.choice, matrices=pd.Series({1.0: 0.1, 0.5: 0.15, 0.0: 0.2}))
+    z = torch.as_tensor(model._starts("M")[0].z)
+    moves = {one: one.operator("M", "ifn")(z) - z for one in (shifts, whole)}
+    assert moves[shifts].std(0).max() < 1e-5 < moves[whole].std(0).max()
+    torch.testing.assert_close(moves[shifts].mean(0), moves[whole].mean(0), rtol=1e-4, atol=1e-5)
+    shifts._plans = {}
+    file = shifts.save(tmp_path / "shifts.safetensors")
+    assert co.load(file, screen).choice.matrix_share == 0.0
+
+
 class Interrupts(Epochs):
     """Press stop at the end of an epoch."""
 

@@ -41,6 +41,17 @@ def test_applies_a_z_plus_b_to_each_cell(k):
 
 
 @some
+@given(operators(), st.floats(0, 1))
+def test_a_share_of_the_matrix_moves_the_centre_as_before_and_the_rest_in_proportion(k, share):
+    centre = cells().mean(0)
+    moved = k.with_share(share, centre)(cells())
+    close(moved.mean(0), k(centre))
+    close(moved, share * k(cells()) + (1 - share) * (cells() + k(centre) - centre))
+    assert torch.equal(k.with_share(1.0, centre).matrix, k.matrix)
+    assert torch.equal(k.with_share(1.0, centre).shift, k.shift)
+
+
+@some
 @given(operators(), operators())
 def test_composition_applies_the_right_operator_first(a, b):
     close((a @ b)(cells()), a(b(cells())))
