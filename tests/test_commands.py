@@ -8,11 +8,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 
 from cellop_nb.__main__ import build_parser, main
 from cellop_nb.commands import environment, tools
+from cellop_nb.commands import run as run_command
 from cellop_nb.notebook import runs
 
 BOOKS = {
@@ -378,3 +381,32 @@ def test_the_real_screen_passes_the_first_look(run, kang_file, monkeypatch, tmp_
     code, _, err = run("run", "--only", "01", "--data", os.path.relpath(kang_file, tmp_path))
     assert code == 0, err
     assert Path(done[0]["data"]) == kang_file.resolve()
+
+
+def test_a_run_that_could_not_be_recorded_is_no_success(tmp_path, monkeypatch, write_notebook):
+    write_notebook(tmp_path / "books" / "01_first.ipynb", "n: int = 1", "print(n)")
+    monkeypatch.setattr(environment, "ensure", lambda *_: None)
+    ran = runs.Outcome("01_first", tmp_path, 0.0)
+    monkeypatch.setattr(
+        run_command, "_execute", lambda selected, target, values, outcomes: outcomes.append(ran)
+    )
+    words = ["run", "--notebooks", str(tmp_path / "books"), "--runs", str(tmp_path / "runs")]
+    assert main(words) == 0
+    monkeypatch.setattr(run_command, "_record", lambda *_: False)
+    assert main(words) == 1
+
+
+def test_a_hold_out_says_what_was_not_asked(tmp_path, monkeypatch, small_screen, capsys):
+    monkeypatch.setattr(environment, "ensure", lambda *_: None)
+    table = pd.DataFrame({"CellOp": [0.5]}, index=["type A, drug 1"])
+    table.attrs["left_out"] = {"groups": ["type B, drug 1"]}
+    refused = pd.DataFrame({"question": ["type C"], "reason": ["3 cells are too few"]})
+    behind = pd.DataFrame(columns=["group", "cellop", "baseline", "best_baseline"])
+    result = SimpleNamespace(summary=lambda metric: table, refused=refused, behind=lambda: behind)
+    monkeypatch.setattr("cellop_nb.holdout", lambda *_, **__: result)
+    keys = ("--perturbation-key", "condition", "--context-key", "kind", "--control", "DMSO")
+    assert main(["holdout", str(tmp_path / "mine.h5ad"), *keys]) == 0
+    told = capsys.readouterr().out
+    assert (
+        "not asked: type C: 3 cells are too few" in told and "not in the mean, groups: type B, drug 1" in told
+    )

@@ -74,6 +74,9 @@ def test_someones_work_is_opened_again_and_never_replaced(renamed_screen, starte
     assert main(["lab", "--data", "my screen.h5ad", "--context-key", "donor"]) == 2
     assert "choose another folder with --name" in capsys.readouterr().err
     assert main(["lab", "--data", "my screen.h5ad", "--context-key", "donor", "--name", "by_donor"]) == 0
+    (tmp_path / "other.h5ad").write_bytes((tmp_path / "my screen.h5ad").read_bytes())
+    assert main(["lab", "--data", "other.h5ad", "--name", "my_screen"]) == 2
+    assert "data = " in capsys.readouterr().err
     assert values(tmp_path / "runs" / "by_donor" / "notebooks" / "06_predict.ipynb")["context_key"] == "donor"
 
 

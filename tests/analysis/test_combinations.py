@@ -13,6 +13,7 @@ from cellop_nb.analysis.combinations import (
     reversal,
     sequence,
 )
+from cellop_nb.data.contract import Keys
 from cellop_nb.data.groups import Groups
 from cellop_nb.errors import LabelError, ModelError
 from cellop_nb.models.affine import AffineOperator
@@ -20,7 +21,7 @@ from cellop_nb.models.operators import Condition, OperatorModel
 from cellop_nb.training.loop import Machine
 from cellop_nb.training.operators import OperatorTrainer, Penalties, new_operators
 
-from .screens import interacting
+from .screens import acted, interacting
 
 DOUBLE = "drug 1+drug 2"
 
@@ -157,3 +158,23 @@ def test_interaction_is_learned_where_the_double_was_measured():
 def test_one_perturbation_has_no_order(screen, operators):
     table = order_effects(screen, operators, pairs=[])
     assert not len(table) and {"first", "second", "commutator", "energy"} <= set(table)
+
+
+def test_cells_of_a_dose_are_led_back_by_the_operator_of_that_dose():
+    data = acted(
+        {
+            name: lambda z, s=s: z + np.array([s, 0])
+            for name, s in {"control": 0, "half": 2, "full": 4}.items()
+        },
+        100,
+    )
+    data.obs["dose"] = data.obs["perturbation"].map({"control": 1.0, "half": 0.5, "full": 1.0})
+    data.obs["perturbation"] = data.obs["perturbation"].replace({"half": "A", "full": "A"})
+    Keys(context_key=None, dose_key="dose").write(data)
+    operators = OperatorModel(2, ["A"], ["all"], n_axes=1, rank=0)
+    with torch.no_grad():
+        operators.conditions.embedding.copy_(torch.ones(1, 1))
+        operators.axis_shift.copy_(torch.tensor([[4.0, 0.0]]))
+    table = reversal(data, operators, split=None)
+    table = table[table["method"] == "operator"]
+    assert len(table) == 2 and (table["energy"] < 0.1).all()

@@ -32,6 +32,8 @@ from cellop_nb.errors import DataError, LabelError
 from cellop_nb.models.affine import AffineOperator
 from cellop_nb.models.energy import energy_distance, split_energies
 
+from . import screens
+
 
 def naive_energy(x, y):
     def mean(a, b, same):
@@ -365,3 +367,14 @@ def test_screen_effects_count_knockdowns_and_clusters():
     assert alike["g4"] == alike["other"] == 0
     assert "4 of 6 groups differ" in table.attrs["summary"] and "similar effects: 2" in table.attrs["summary"]
     assert table["e_distance"].is_monotonic_decreasing
+
+
+def test_a_target_that_controls_hardly_express_has_no_knockdown():
+    data = screens.screen(n=30, contexts=("T",), perturbations=("g0", "g1"))
+    counts, control = data.X.toarray(), (data.obs["perturbation"] == "control").to_numpy()
+    counts[control, 1] = 0
+    counts[control.argmax(), 1] = 9
+    counts[control, 0] = 2
+    data.X = counts
+    table = screen_effects(data).set_index("perturbation")["knockdown"]
+    assert np.isfinite(table["g0"]) and np.isnan(table["g1"])

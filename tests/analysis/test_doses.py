@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 import cellop_nb as co
-from cellop_nb.analysis.doses import dose_curves
+from cellop_nb.analysis.doses import DoseCurve, dose_curves
 from cellop_nb.analysis.metrics import EvaluationSpace, e_distance, log1p_cp10k
 from cellop_nb.data.groups import Groups
 from cellop_nb.errors import LabelError, ModelError
@@ -128,3 +128,9 @@ def test_a_held_out_context_is_asked_at_the_doses_it_was_measured_at(screen):
     asked.recipe = replace(asked.recipe, n_hidden=16, vae_epochs=2, finish_epochs=2, operator_epochs=1)
     result = co.holdout(asked, over="context", only=["type B"], metrics=["e_distance"], progress=False)
     assert sorted(result.predictions.obs["dose"].round(3).unique()) == pytest.approx(list(DOSES))
+
+
+def test_a_curve_extrapolates_on_both_sides():
+    curve = DoseCurve("linear", 0.1, 10.0, 1.0, 1.0, pd.DataFrame())
+    doses = (0.05, 0.1, 3.0, 10.0, 11.0)
+    assert [curve.extrapolates(dose) for dose in doses] == [True, False, False, False, True]

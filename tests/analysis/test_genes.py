@@ -298,3 +298,21 @@ def test_predicted_expression_is_scanpys(tmp_path):
         other = control.copy()
         other.var_names = [f"x{k}" for k in range(20)]
         predicted_expression(predicted, other)
+
+
+def test_measured_changes_start_from_all_controls_of_the_context(screen):
+    held_out = screen.copy()
+    few = (held_out.obs["perturbation"] == "control") & (np.arange(held_out.n_obs) % 2 == 1)
+    held_out.obs["split"] = np.where(few, "train", "test")
+    pd.testing.assert_frame_equal(measured_genes(held_out), measured_genes(screen))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_most_responses_are_positive_along_an_axis(screen, vae, shifts, weights, sign):
+    part = screen[screen.obs["perturbation"].isin(["control", "up"])].copy()
+    turned = OperatorModel(2, DRUGS, CONTEXTS, n_axes=1, rank=0)
+    with torch.no_grad():
+        turned.conditions.embedding.copy_(shifts.conditions.embedding)
+        turned.axis_shift.copy_(sign * shifts.axis_shift)
+    effect = axis_genes(part, vae, turned, n_axes=1)["effect"]
+    assert np.corrcoef(effect, sign * weights)[0, 1] > 0.999

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from cellop_nb import datasets, holdout
+from cellop_nb.analysis import uncertainty
 from cellop_nb.analysis.baselines import Prediction
 from cellop_nb.analysis.metrics import EvaluationSpace, e_distance
 from cellop_nb.analysis.scores import Truth
@@ -59,3 +60,11 @@ def test_intervals_of_the_energy_distance_cover_that_of_new_samples():
         low, high = np.quantile(values - values.mean() + e_distance(cells, real), [0.05, 0.95])
         inside += low <= population <= high
     assert 0.82 < inside / 120 <= 0.97
+
+
+def test_a_resample_keeps_the_ranking_of_genes(result, monkeypatch):
+    (_, truth, fits), *_ = uncertainty._sides(result, 0)
+    seen = []
+    monkeypatch.setattr(uncertainty, "score_prediction", lambda guess, again, names: seen.append(again) or [])
+    uncertainty._redrawn(truth, fits, ["pearson_delta_de20"], np.random.default_rng(0))
+    assert seen[0].top_genes is truth.top_genes and len(seen[0].real) == len(truth.real)

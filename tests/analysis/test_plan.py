@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from cellop_nb.analysis import plan as planning
+from cellop_nb.analysis.means import Means
+from cellop_nb.analysis.metrics import log1p_cp10k
 from cellop_nb.analysis.plan import (
     LINEAR,
     MEAN_SHIFT,
@@ -28,9 +30,12 @@ from cellop_nb.analysis.plan import (
     stretch,
     weigh,
 )
+from cellop_nb.data.groups import Groups
 from cellop_nb.errors import ModelError
 from cellop_nb.models.carry import balanced_counts, carry_to_mean, whole_levels
 from cellop_nb.models.likelihood import levels
+
+from . import screens
 
 GENES = 200
 
@@ -558,3 +563,20 @@ def test_pairs_left_out_in_closed_form_are_those_of_a_fit_without_them():
             if np.allclose(mean + k @ inverse @ (change[rest] - mean), whole.left_out[4]):
                 return
     raise AssertionError("no variances of the grid give this left-out change")
+
+
+def test_the_noise_of_a_change_is_that_of_both_means():
+    data = screens.screen(n=20)
+    means, groups = Means.of(data, Groups(data)), Groups(data)
+    level = log1p_cp10k(data.X.toarray()).astype(np.float64)
+    for pair, change, noise in zip(means.pairs, means.change, means.noise, strict=True):
+        both = level[groups.rows(*pair)], level[groups.controls(pair[0])]
+        np.testing.assert_allclose(change, both[0].mean(0) - both[1].mean(0), atol=1e-6)
+        np.testing.assert_allclose(noise, sum(cells.var(0, ddof=1) / len(cells) for cells in both), rtol=1e-4)
+
+
+def test_a_library_grows_by_the_sum_of_what_the_parts_do():
+    zero = np.zeros((2, 3))
+    means = Means(["x", "y"], zero, [("x", "A"), ("x", "B")], zero, zero, np.array([0.1, 0.2]), np.zeros(3))
+    asked = [("x", "A"), ("y", "A"), ("x", "A+B"), ("x", "C")]
+    assert [means.growth_of(*pair) for pair in asked] == pytest.approx([0.1, 0.1, 0.3, 0.0])

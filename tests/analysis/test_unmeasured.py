@@ -234,3 +234,10 @@ def test_experiments_are_chosen_for_a_model(fitted):
     for without in (tiny(adata), tiny(adata, features=table)):
         with pytest.raises(ModelError, match="knows descriptors"):
             co.next_experiments(without, [("B", "a")])
+
+
+def test_nothing_is_chosen_twice_however_loud_the_noise():
+    chosen, _, _ = choose(
+        np.diag([1.0, 5.0, 1.0]), np.array([0]), np.array([1, 2]), np.array([1, 2]), 2, np.array([10.0])
+    )
+    assert sorted(chosen) == [1, 2]

@@ -15,6 +15,7 @@ from cellop_nb.data.contract import (
     count_blocks,
     counts,
     keys_of,
+    label_table,
     library_size,
     setup,
 )
@@ -170,6 +171,11 @@ BAD = {  # what to do; what was wrong is compared in tests/bad_inputs
         r"negative values: -2 in cell 'cell_00007', gene 'GENE0003' \(1 such",
     ),
     "a small fraction": (set_at(5, 2, 90.001), DataError, "90.001.* in cell 'cell_00005', gene 'GENE0002'"),
+    "one more than float32 counts": (
+        set_at(4, 1, 2**24 + 1),
+        DataError,
+        "at most 16,777,216 in X.*cell_00004",
+    ),
     "a column of another name": (
         argument(perturbation_key="Perturbation"),
         LabelError,
@@ -292,6 +298,7 @@ def test_doses_of_controls_do_not_matter_and_zero_is_none(screen):
     treated = screen.obs["perturbation"] != "control"
     screen.obs["amount"] = np.where(treated, 1.0, np.nan)
     setup(screen, dose_key="amount")
+    assert (label_table(screen, keys_of(screen))["dose"] == 1).all()
     screen.obs.loc[screen.obs_names[np.flatnonzero(treated)[3]], "amount"] = 0.0
     with pytest.raises(
         LabelError, match=r"positive numbers as doses.*obs\['amount'\].*other values?, such as 0.0"
@@ -304,3 +311,14 @@ def test_features_that_are_no_genes_are_refused(screen):
     with pytest.raises(DataError, match="2 other features .CRISPR Guide Capture., such as 'GENE0058'"):
         setup(screen)
     setup(screen[:, screen.var["feature_types"] == "Gene Expression"].copy())
+
+
+@pytest.mark.parametrize("way", ["one gene too far", "more values than there are"])
+def test_a_sparse_matrix_that_points_outside_itself_is_refused(screen, way):
+    x = screen.X
+    if way == "one gene too far":
+        x.indices[-1] = screen.n_vars
+    else:
+        x.indptr[-1] += 1
+    with pytest.raises(DataError, match="gene indices of 0 to 59 in X.*damaged"):
+        setup(screen)

@@ -8,6 +8,7 @@ import pytest
 import scanpy as sc
 
 from cellop_nb import datasets, select_genes
+from cellop_nb.data import genes
 from cellop_nb.data.contract import Keys
 from cellop_nb.data.genes import FLAVORS
 from cellop_nb.errors import LabelError, ModelError
@@ -79,3 +80,13 @@ def test_they_are_scanpys_on_a_real_screen(kang_file):
     assert select_genes(kang, 1000, **asked) == by_residuals
     assert select_genes(kang, 1000, flavor="seurat", **asked) == by_dispersion
     assert {"ISG15", "IFI6", "IFIT1", "IFIT3", "MX1"} <= set(by_residuals)
+
+
+def test_of_a_file_random_cells_are_ranked(screen, tmp_path, monkeypatch):
+    screen.X = screen.X.toarray()
+    screen.X[:, 0] = np.arange(screen.n_obs) + 1
+    screen.write_h5ad(tmp_path / "screen.h5ad")
+    backed = datasets.load(str(tmp_path / "screen.h5ad"), backed=True)
+    monkeypatch.setattr(genes, "MAX_CELLS", 40)
+    rows = genes._counts_of(backed, np.arange(screen.n_obs))[:, 0].toarray().ravel() - 1
+    assert len(rows) == 40 and rows.max() > 0.8 * screen.n_obs and (np.diff(rows) > 0).all()

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cellop_nb.data.contract import Keys
-from cellop_nb.data.splits import rows_of, split
+from cellop_nb.data.splits import outside_test, rows_of, split
 from cellop_nb.errors import HoldoutError, LabelError
 
 CONTEXTS, PERTURBATIONS, DONORS = ("B", "NK"), ("control", "p", "q", "p+q"), ("d1", "d2", "d3")
@@ -229,3 +229,11 @@ def test_a_split_that_cannot_work_is_not_read(change, message, tmp_path):
     with pytest.raises(HoldoutError, match=message) as caught:
         split(adata, holdout=file)
     assert "To fix it" in str(caught.value) and (adata.obs["split"] == before).all()
+
+
+def test_every_group_keeps_a_cell_for_training_and_val_may_train_a_predictor():
+    adata = full_screen(1)
+    assert (split(adata, test_fraction=0.0, val_fraction=0.9)["train"] >= 1).all()
+    split(adata, holdout={"donor": "d1"}, val_fraction=0.5)
+    labels = adata.obs["split"]
+    assert set(labels) == {"train", "val", "test"} and (outside_test(adata) == (labels != "test")).all()

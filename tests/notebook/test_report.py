@@ -6,6 +6,7 @@ import json
 import re
 from html import unescape
 
+import pandas as pd
 import pytest
 
 import cellop_nb as co
@@ -88,3 +89,15 @@ def test_of_many_groups_the_strongest_and_the_weakest_are_named(tmp_path):
     assert len(re.findall(r"\bp\d{3} in ", text)) < 100
     assert "of 300 groups" in text and "of 300 questions" in text
     assert len(text) < 1_000_000
+
+
+def test_held_out_groups_get_a_verdict_though_they_were_measured(fitted):
+    model, _ = fitted
+    scored = pd.DataFrame(
+        {"no change": [2.0, 2.0], "mean shift": [1.0, 1.0], "CellOp": [0.5, 2.5]},
+        index=pd.MultiIndex.from_tuples([("B", "ifn"), ("T", "ifn")]),
+    )
+    asked, _ = page._questions(model, scored)
+    assert {("B", "ifn"), ("T", "ifn"), ("M", "ifn")} <= {*asked} and ("NK", "ifn") not in asked
+    assert "explains 75 % of the change" in page._checked(scored, "B", "ifn")
+    assert "is no nearer than untreated cells" in page._checked(scored, "T", "ifn")

@@ -87,7 +87,10 @@ def shell(monkeypatch):
 
 
 ALONE = {
-    "one context": ({"n_contexts": 1, "n_perturbations": 2}, "No other context was measured"),
+    "one context": (
+        {"n_contexts": 1, "n_perturbations": 2},
+        "nothing is taken away, and no answer can be checked",
+    ),
     "one context, one perturbation": ({"n_contexts": 1, "n_perturbations": 1}, "it is the only perturbation"),
     "each perturbation in another context": (
         {"n_contexts": 2, "n_perturbations": 2},
