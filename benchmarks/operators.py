@@ -1,6 +1,6 @@
-"""One training step of the operators, and a whole fit, in three forms: before, the report's fix, and ours.
+"""One training step of the operators, and a whole fit, in four forms: before, the report's fix, batched, and ours.
 
-All three minimise the same loss, the mean over groups of the energy distance (Euclidean, U-statistic) between
+All four minimise the same loss, the mean over groups of the energy distance (Euclidean, U-statistic) between
 moved controls and perturbed cells, and make the same step of the same optimiser.
 """
 
@@ -43,6 +43,7 @@ SIZES = {"groups": 16, "cells": 128, "genes": 2_000, "hidden": 512}
 QUICK = {"groups": 16, "cells": 64, "genes": 500, "hidden": 128}
 TINY = {"groups": 4, "cells": 16, "genes": 60, "hidden": 16}
 BEFORE, FIX, OURS, WHOLE = "before", "report's fix", "cellop_nb", "cellop_nb, OperatorTrainer"
+BATCHED = "batched torch.cdist"
 
 
 def problem(groups: int, cells: int, genes: int, hidden: int, *, seed: int = 0) -> SimpleNamespace:
@@ -111,9 +112,20 @@ def loss_ours(p: SimpleNamespace) -> Tensor:
     return moved_energy_distance(p.latents, p.target, p.sizes, p.sizes, *maps, y_self=p.target_self).mean()
 
 
+def loss_batched(p: SimpleNamespace) -> Tensor:
+    """What a good programmer writes: cached latents, pairs within groups alone, the constant term kept; autograd."""
+    matrices, shifts = p.model.affine(p.design)
+    groups, cells = len(p.sizes), p.sizes[0]
+    z, target = (cloud.view(groups, cells, -1) for cloud in (p.latents, p.target))
+    moved = torch.baddbmm(shifts.unsqueeze(1), z, matrices.mT)
+    within = torch.cdist(moved, moved).sum((1, 2)) / (cells * (cells - 1))
+    return (2 * torch.cdist(moved, target).mean((1, 2)) - within - p.target_self).mean()
+
+
 LOSSES: dict[str, Callable[[SimpleNamespace], Tensor]] = {
     BEFORE: loss_before,
     FIX: loss_fix,
+    BATCHED: loss_batched,
     OURS: loss_ours,
 }
 
@@ -275,6 +287,18 @@ def _ratios(taken: dict, other: dict) -> dict:
     return {kind: taken[name] / other[name] for kind, name in RATIOS.items()}
 
 
+def size_rows(sizes: dict, cells: tuple[int, ...], repeats: int) -> list[dict]:
+    """A step of ours and of batched torch.cdist, in turn in this process, for groups of several sizes."""
+    rows = []
+    for size in cells:
+        problems = {name: problem(**{**sizes, "cells": size}) for name in (OURS, BATCHED)}
+        times = interleaved({name: stepper(name, p) for name, p in problems.items()}, repeats)
+        for name, taken in times.items():
+            what = {"variant": name, "what": f"step, groups of {size} cells", "note": None}
+            rows.append(what | taken | _ratios(taken, times[OURS]))
+    return rows
+
+
 def step_products(groups: int, cells: int) -> float:
     """CPU seconds that the products of the distances of one step take alone: d^2 and gradient, cross and within.
 
@@ -300,7 +324,7 @@ def run(quick: bool = False, memory: bool = True) -> list[dict]:
     steps made in turn), extra_mb (peak of a step above its input, fresh process), extra_share (of that of
     "before"), ratio and cpu_ratio (seconds over those of cellop_nb), bound_seconds and distance
     (CPU seconds of the products alone, and ours over them), note. "OperatorTrainer" is the trainer's
-    whole step, with the draw of cells, penalties, guard and clipping, which the other three leave out. The
+    whole step, with the draw of cells, penalties, guard and clipping, which the others leave out. The
     last rows are the shares of the guard and of the live picture.
     """
     sizes = QUICK if quick else SIZES
@@ -322,6 +346,7 @@ def run(quick: bool = False, memory: bool = True) -> list[dict]:
         if peaks.get(name) is not None and peaks[BEFORE]:
             row["extra_share"] = peaks[name] / peaks[BEFORE]
         rows.append(row)
+    rows += size_rows(sizes, (32, 64) if quick else (32, 64, 128, 256, 512), 2 if quick else 60)
     rows += fit_rows(sizes, 40 if quick else 200, 2 if quick else 20)
     trainer = latent_trainer(sizes, 4 if quick else 200)
     rows.append({"variant": "guard", "what": "step"} | guard_share(trainer, 4 if quick else 400))

@@ -45,10 +45,10 @@ def gradients(p, name):
     return loss.detach(), found
 
 
-def test_three_forms_of_the_operator_step_agree(problem):
+def test_the_forms_of_the_operator_step_agree(problem):
     value, found = gradients(problem, operators.OURS)
     assert any(grad.abs().max() > 0 for grad in found.values())
-    for name in (operators.BEFORE, operators.FIX):
+    for name in (operators.BEFORE, operators.FIX, operators.BATCHED):
         other, theirs = gradients(problem, name)
         torch.testing.assert_close(other, value, rtol=1e-7, atol=1e-9)
         for key, grad in found.items():
@@ -62,7 +62,7 @@ def test_only_the_old_form_sends_gradients_to_the_frozen_encoder(problem):
         assert reached == (name == operators.BEFORE)
 
 
-def test_steps_of_the_three_forms_lead_to_the_same_operators():
+def test_steps_of_the_forms_lead_to_the_same_operators():
     models = {}
     for name in operators.LOSSES:
         p = operators.problem(**operators.TINY)
@@ -70,7 +70,7 @@ def test_steps_of_the_three_forms_lead_to_the_same_operators():
         losses = [float(step()) for _ in range(3)]
         assert losses[2] < losses[0]
         models[name] = p.model.axis_shift.detach()
-    for name in (operators.BEFORE, operators.FIX):
+    for name in (operators.BEFORE, operators.FIX, operators.BATCHED):
         torch.testing.assert_close(models[name], models[operators.OURS], rtol=1e-2, atol=1e-4)
 
 
