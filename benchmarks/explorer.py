@@ -54,13 +54,12 @@ def _compared(cells: VirtualCells, sheet: ExplorerPicture, name: str, question: 
     first = _before(cells, sheet, name, question)
     made = counts(lambda: _move(cells, sheet, question))
 
-    def draw() -> None:  # only a change of strength leaves the ground as it is
-        sheet.ground = sheet.ground if name == STRENGTH else None
-        sheet.png()
-
+    answer = cells.ask(question)
     products = made.operations / product_rate(1024, HIDDEN, len(cells.vae.genes))
     between = FIRST if first else BETWEEN
-    return compared(cpu, products=products, drawing=cpu_seconds(draw), made=made, between=between)
+    return compared(
+        cpu, products=products, drawing=cpu_seconds(lambda: sheet.png(answer)), made=made, between=between
+    )
 
 
 def _timed(cells: VirtualCells, sheet: ExplorerPicture, name: str, question: Question) -> tuple[float, float]:
@@ -79,8 +78,7 @@ def _before(cells: VirtualCells, sheet: ExplorerPicture, name: str, question: Qu
 
 def _move(cells: VirtualCells, sheet: ExplorerPicture, question: Question) -> tuple[float, float]:
     start = time.perf_counter(), time.process_time()
-    sheet.update(cells.ask(question))
-    sheet.png()
+    sheet.png(cells.ask(question))
     return time.perf_counter() - start[0], time.process_time() - start[1]
 
 

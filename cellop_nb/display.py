@@ -5,7 +5,7 @@ Everything made from such a DataFrame (a selection, a sum, a copy) is a plain on
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from html import escape
 
 import numpy as np
@@ -29,16 +29,6 @@ def card(title: str, facts: Mapping[str, object], *, note: str = "") -> str:
     )
     below = f"<div>{escape(note)}</div>" if note else ""
     return f"<div><strong>{escape(title)}</strong><table><tbody>{rows}</tbody></table>{below}</div>"
-
-
-def grid(head: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
-    """A table with a head, as HTML; every word is escaped, numbers are written with four digits."""
-    cell = 'style="text-align:left;padding:2px 16px 2px 0;line-height:1.4"'
-    names = "".join(f'<th scope="col" {cell}>{escape(str(name))}</th>' for name in head)
-    body = "".join(
-        "<tr>" + "".join(f"<td {cell}>{_said(value)}</td>" for value in row) + "</tr>" for row in rows
-    )
-    return f"<table><thead><tr>{names}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def _said(value: object) -> str:
@@ -79,13 +69,6 @@ class History(Table):
     """A training by epochs, the best where `monitor` is lowest; shown are the first, the best and the last."""
 
     _OWN = ("epoch",)
-
-    @classmethod
-    def of(cls, rows: list[dict], monitor: str) -> History:
-        """The rows of a trainer."""
-        history = cls(rows)
-        history.monitor = monitor
-        return history
 
     def _title(self) -> str:
         return "History of a training"

@@ -11,7 +11,7 @@ import torch
 from bs4 import BeautifulSoup
 
 import cellop_nb as co
-from cellop_nb.display import Distances, History, Scores, card, grid
+from cellop_nb.display import Distances, History, Scores, card, styled
 from cellop_nb.models.operators import Condition
 
 
@@ -39,13 +39,9 @@ def test_a_card_shows_words_as_text_and_long_lists_short():
     assert not re.search(r"color|background", html), "the page's own colours, light or dark"
 
 
-def test_a_grid_shows_words_as_text():
-    html = grid(["<b>", "x"], [("<i>", 0.123456), ("a", 7)])
-    rows = [
-        [c.text for c in row.find_all(["th", "td"])]
-        for row in BeautifulSoup(html, "html.parser").find_all("tr")
-    ]
-    assert rows == [["<b>", "x"], ["<i>", "0.1235"], ["a", "7"]]
+def test_a_styled_table_shows_words_as_text():
+    html = styled(pd.DataFrame({"<b>": ["<i>", "a"], "x": [0.123456, 7.0]}), precision=4).to_html()
+    assert "&lt;b&gt;" in html and "&lt;i&gt;" in html and "<i>" not in html and "0.1235" in html
 
 
 def test_a_trainer_tells_where_it_is(trainer):
@@ -97,7 +93,8 @@ def test_a_history_tells_its_best_epoch_and_what_was_changed():
         for i, loss in enumerate([5, 3, 4])
     ]
     rows[2]["by_hand"] = "kl_weight 0.5 after step 9"
-    history = History.of(rows, "val_loss")
+    history = History(rows)
+    history.monitor = "val_loss"
     said = facts(history._repr_html_())
     assert said == {
         "epochs": "3", "best epoch": "2 (val_loss 3)", "epochs since": "1", "seconds": "6",
@@ -179,4 +176,4 @@ def test_a_table_is_a_data_frame_and_gives_plain_ones(trainer, kind, tmp_path):
 
 
 def test_an_empty_table_is_shown_as_such():
-    assert History.of([], "val_loss")._repr_html_() == pd.DataFrame()._repr_html_()
+    assert History([])._repr_html_() == pd.DataFrame()._repr_html_()

@@ -229,7 +229,9 @@ def shown_split():
 def shown_history():
     from cellop_nb.display import History
 
-    return History.of([{"epoch": 0, EVIL: 1.0, "by_hand": f"{EVIL} 1 after step 0"}], EVIL)._repr_html_()
+    history = History([{"epoch": 0, EVIL: 1.0, "by_hand": f"{EVIL} 1 after step 0"}])
+    history.monitor = EVIL
+    return history._repr_html_()
 
 
 def shown_scores():

@@ -13,7 +13,6 @@ import shutil
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -220,13 +219,12 @@ def _execute(
     lanes = [[p for p in selected if (p.stem in _ALONE) is alone] for alone in (False, True)]
     lanes = [lane for lane in lanes if lane]
     stages: dict[str, str] = {}
-    stopped = threading.Event()
 
     def show(notebook: str, cell: int, of: int) -> None:
         stages[notebook] = f"{notebook} {cell}/{of}"
         status.update(", ".join(list(stages.values())))
 
-    def run_lane(lane: list[Path]) -> None:
+    def run_lane(lane: list[Path], stopped: threading.Event) -> None:
         """Add outcomes up to the first failure: later notebooks of a lane read what earlier ones wrote."""
         for path in lane:
             outcome = runs.execute(path, target, values[path.stem], on_cell=partial(show, path.stem))
@@ -238,31 +236,16 @@ def _execute(
             if outcome.error or stopped.is_set():
                 break
 
-    with (
-        Status("  running") as status,
-        runs.surroundings(_shares(len(lanes))),
-        ThreadPoolExecutor(len(lanes)) as pool,
-    ):
-        futures = [pool.submit(run_lane, lane) for lane in lanes]
-        try:
-            for future in futures:
+    try:
+        with Status("  running") as status, runs.lanes(len(lanes)) as (pool, stopped):
+            for future in [pool.submit(run_lane, lane, stopped) for lane in lanes]:
                 future.result()
-        except Stopped:
-            stopped.set()
-            while wait(futures, timeout=0.2).not_done:
-                runs.end_kernels()
-            for folder in [target, *filter(Path.is_dir, target.rglob("*"))]:
-                sweep(folder)
-            raise
-        finally:
-            outcomes.sort(key=lambda outcome: outcome.notebook)
-
-
-def _shares(lanes: int) -> dict[str, str]:
-    """Give each kernel its share of the cores; its waiting threads must not keep one from the other."""
-    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // lanes))
-    shares = {"OMP_NUM_THREADS": threads, "NUMBA_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE"}
-    return {name: os.environ.get(name, value) for name, value in shares.items()}
+    except Stopped:
+        for folder in [target, *filter(Path.is_dir, target.rglob("*"))]:
+            sweep(folder)
+        raise
+    finally:
+        outcomes.sort(key=lambda outcome: outcome.notebook)
 
 
 def _record(

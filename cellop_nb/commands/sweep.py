@@ -36,10 +36,10 @@ def add_commands(commands) -> None:
     cluster = "local (default), slurm, pbs, sge, or the address tls://HOST:PORT of a Dask scheduler"
     how.add_argument("--cluster", default="local", metavar="WHERE", help=cluster)
     how.add_argument("--workers", type=int, metavar="N", help="notebooks at once (default: what fits here)")
-    how.add_argument("--memory", default="4GB", help="of a job of slurm, pbs, sge (default: 4GB)")
-    how.add_argument("--walltime", default="04:00:00", help="of a job (default: 04:00:00)")
-    how.add_argument("--queue", help="partition or queue of the jobs")
-    how.add_argument("--account", help="account or project that the jobs are charged to")
+    options = (
+        "option of a job, as of dask-jobqueue: memory=8GB, walltime=1-04:00:00, queue=short, account=mylab"
+    )
+    how.add_argument("--job", action="append", default=[], metavar="NAME=VALUE", help=options)
     report = parser.add_argument_group("report and repetition")
     report.add_argument("--metric", help="what the report compares (default: the notebook's first number)")
     best = "whether low or high is good (default: by name)"
@@ -60,7 +60,9 @@ def check(args: argparse.Namespace) -> None:
     space.check(args.random if args.tpe is None else args.tpe)
     first_run(space)
     sweep.check_where(args.cluster)
-    job(args, space.notebook)
+    sweep.read_job(
+        [*args.job, f"logs={place(args, space.notebook)}"] if args.cluster in sweep.QUEUES else args.job
+    )
     check_least(args, workers=1)
 
 
@@ -135,12 +137,6 @@ def place(args: argparse.Namespace, notebook: Path) -> Path:
     return parent / single.folder_name(args.name or notebook.stem)
 
 
-def job(args: argparse.Namespace, notebook: Path) -> sweep.Job:
-    """What a job of the batch system gets."""
-    logs = place(args, notebook) / "jobs" if args.cluster in sweep.QUEUES else None
-    return sweep.Job(args.memory, args.walltime, args.queue, args.account, logs)
-
-
 def _runs(number: int) -> str:
     return counted(number, "run")
 
@@ -161,7 +157,7 @@ def _run(
     from tqdm.auto import tqdm
 
     ended = sweep.execute(
-        notebook, folder, chosen, where=args.cluster, job=job(args, notebook), tell=tqdm.write,
+        notebook, folder, chosen, where=args.cluster, job=sweep.read_job(args.job), tell=tqdm.write,
         workers=min(args.workers or sweep.default_workers(), n_runs - n_done or 1),
     )  # fmt: skip
     failed = 0

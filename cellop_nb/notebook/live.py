@@ -1,8 +1,8 @@
 """Watch a training while it runs: one picture, drawn often enough to be alive and rarely enough to cost nothing.
 
-As a callback of our trainers, of Lightning and of scvi-tools, or fed with rows of any training. The picture is drawn on a
-:class:`Board` in the thread that trains: it moves the curves over panels that stand still, and only a panel whose limits
-change is painted anew.
+As a callback of our trainers, of Lightning and of scvi-tools, or fed with rows of any training. The picture is drawn by
+Agg, without pyplot, in the thread that trains: it moves the curves over panels that stand still, and only a panel whose
+limits change is painted anew.
 """
 
 from __future__ import annotations
@@ -16,18 +16,23 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import import_module
+from io import BytesIO
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
+from PIL import Image as Pixels
 
 from ..files import write_whole
 from ..training.callbacks import Callback
 from . import style as s
-from .board import Board, Box, View
 
 log = logging.getLogger("cellop_nb")
 
@@ -231,19 +236,30 @@ _STAR = {"marker": "*", "color": s.GREEN, "markersize": 9, "linestyle": ""}
 _HAND = {"marker": "^", "color": s.PURPLE, "markersize": 6, "linestyle": ""}
 
 
-class Dashboard(Board):
-    """Panels (:func:`pick_panels`) of which `update` moves the curves, and `png` draws them.
+Box = tuple[int, int, int, int]
+"""Left, top, width and height in pixels of the page, from the figure's top left corner."""
 
-    The panel of the column `monitor` has the star of the best epoch, the patience and the names of the changes.
+
+class Dashboard:
+    """Panels (:func:`pick_panels`): `update` moves the curves, and `png` draws them at twice the size of the page.
+
+    The panel of the column `monitor` has the star of the best epoch, the patience and the names of the changes. What
+    stands still (`ground`; None where it is to be painted anew) is painted once, and what moves is laid over it.
     """
 
     def __init__(self, panels: Sequence[Panel], *, monitor: str = "val_loss") -> None:
         small = [panel for panel in panels if not panel.groups]
         wide = [panel for panel in panels if panel.groups]
         foot = _HEAD + -(-len(small) // _COLUMNS) * _ROW + _FOOT * bool(small)
-        super().__init__(_COLUMNS * _SIDE, foot + _GROUP_ROW * len(wide) + 4)
-        self.headline = self.text(9, 13)
-        self.views: list[_Curves | _Groups] = []  # type: ignore[assignment]
+        self.width, self.height = _COLUMNS * _SIDE, foot + _GROUP_ROW * len(wide) + 4
+        size = (self.width / s.DPI, self.height / s.DPI)
+        self.figure = s.NotebookFigure(figsize=size, dpi=2 * s.DPI, facecolor="white")
+        self.canvas, self.ground = FigureCanvasAgg(self.figure), None
+        words = {"fontsize": s.TEXT, "color": s.INK, "va": "center", "fontfamily": s.families()}
+        self.headline = self.figure.text(9 / self.width, 1 - 13 / self.height, "", animated=True)
+        self.headline.update(words)
+        self.views: list[_Curves | _Groups] = []
+        self.stale: list[_View] = []
         for i, panel in enumerate(small):
             box = (i % _COLUMNS * _SIDE + 50, _HEAD + i // _COLUMNS * _ROW + 24, _SIDE - 64, _ROW - 38)
             _Curves(self, box, panel, monitor, last_row=i + _COLUMNS >= len(small))
@@ -259,6 +275,37 @@ class Dashboard(Board):
             view.update(done, columns, marks)
         if self._explained != bool(marks.changes):
             self._explain(bool(marks.changes))
+
+    def png(self, *, small: bool = False) -> bytes:
+        """The picture as PNG; `small` takes longer for fewer bytes, for the picture that stays in the notebook."""
+        canvas = self.canvas
+        if self.ground is None:
+            canvas.draw()
+            self.ground = canvas.copy_from_bbox(self.figure.bbox)
+        else:
+            canvas.restore_region(self.ground)
+            self._repaint()
+        self.stale = []
+        for view in self.views:
+            for artist in view.moving:
+                view.ax.draw_artist(artist)
+        self.figure.draw_artist(self.headline)
+        picture, file = Pixels.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"), BytesIO()
+        if small:
+            return s.small_png(picture)
+        picture.save(file, format="png", compress_level=1)
+        return file.getvalue()
+
+    def _repaint(self) -> None:
+        """Paint stale panels, the others stay as they are."""
+        if not self.stale:
+            return
+        pixels = np.asarray(self.canvas.buffer_rgba())
+        for view in dict.fromkeys(self.stale):
+            left, top, right, low = (2 * max(edge, 0) for edge in view.place)
+            pixels[top:low, left:right] = 255
+            view.ax.draw(self.canvas.get_renderer())
+        self.ground = self.canvas.copy_from_bbox(self.figure.bbox)
 
     def _explain(self, changed: bool) -> None:
         """The styles of lines and marks, once below the headline."""
@@ -283,15 +330,42 @@ def _curve(look: Mapping[str, Any]) -> dict[str, Any]:
     return {"linewidth": 1.4, "markersize": 3, **look}
 
 
-class _View(View):
-    """A panel over epochs, and the limits it has now."""
+class _View:
+    """A panel over epochs, the artists in it that move, and the limits it has now.
 
-    def __init__(self, board: Board, box: Box, title: str, *, epochs: bool, beside: int = 14) -> None:
-        x, below = ("epoch", 34) if epochs else ("", 10)
-        super().__init__(board, box, title, x, below=below, beside=beside)
+    `beside` are pixels to the right of the axes that belong to it.
+    """
+
+    def __init__(self, board: Dashboard, box: Box, title: str, *, epochs: bool, beside: int = 14) -> None:
+        (left, top, width, height), w, h = box, board.width, board.height
+        self.board, self.moving = board, list[Any]()
+        self.place = (left - 50, top - 22, left + width + beside, top + height + (34 if epochs else 10))
+        bounds = (left / w, 1 - (top + height) / h, width / w, height / h)
+        self.ax: Axes = s.plain_axes(board.figure.add_axes(bounds))
+        style = {"fontsize": s.TEXT, "color": s.INK, "fontfamily": s.families()}
+        self.ax.set_title(title, loc="left", pad=4, y=1.0).update(style)
+        self.ax.set_xlabel("epoch" if epochs else "", fontsize=s.SMALL, color=s.INK)
+        # fixed positions: to find them, matplotlib would measure every tick
+        self.ax.xaxis.set_label_coords(0.5, -20 / height)
+        self.ax.yaxis.set_label_coords(-8 / width, 0.5)
         self.ax.xaxis.set_major_locator(MaxNLocator(3, integer=True))
         self.ax.tick_params(axis="x", labelbottom=epochs)
         self._limits: tuple = ()
+        board.views.append(self)  # type: ignore[arg-type]
+
+    def line(self, look: Mapping[str, Any] = MappingProxyType({}), **style: Any) -> Line2D:
+        """A line that moves."""
+        (line,) = self.ax.plot([], [], animated=True)
+        line.update({**look, **style})
+        self.moving.append(line)
+        return line
+
+    def text(self, x: float, y: float, **style: Any) -> Text:
+        """Words that move."""
+        text = self.ax.text(x, y, "", animated=True, fontsize=s.SMALL, color=s.INK, fontfamily=s.families())
+        text.update(style)
+        self.moving.append(text)
+        return text
 
     def limit(self, epochs: np.ndarray, values: np.ndarray, *, energy: bool = False) -> None:
         """Choose scale and rounded limits; where they change, the panel is painted anew."""
@@ -304,7 +378,7 @@ class _View(View):
         if limits == self._limits:
             return
         self._limits = limits
-        self.board.stale(self)
+        self.board.stale.append(self)
         if scale == "symlog":
             s.energy_scale(self.ax, values, "y")
             self.ax.yaxis.get_major_locator().set_params(numticks=5)
@@ -323,7 +397,7 @@ class _Curves(_View):
     Where the monitored column is shown, patience is shaded and the last changes are named.
     """
 
-    def __init__(self, board: Board, box: Box, panel: Panel, monitor: str, *, last_row: bool) -> None:
+    def __init__(self, board: Dashboard, box: Box, panel: Panel, monitor: str, *, last_row: bool) -> None:
         super().__init__(board, box, s.safe(panel.title, 34), epochs=last_row)
         ax = self.ax
         self.monitor, self.monitored = monitor, monitor in dict(panel.columns)
@@ -372,7 +446,7 @@ class _Curves(_View):
 class _Groups(_View):
     """Energy distance per group with its floor: each group when few, else median, bands and the worst."""
 
-    def __init__(self, board: Board, box: Box, panel: Panel) -> None:
+    def __init__(self, board: Dashboard, box: Box, panel: Panel) -> None:
         super().__init__(board, box, panel.title, epochs=True, beside=_SIDE + 14)
         ax = self.ax
         self.columns = [column for column, _ in panel.columns]
@@ -423,7 +497,9 @@ class _Groups(_View):
         handles = [s.sample(name, _curve(s.line(i))) for i, name in enumerate(names[: len(labels)])]
         dotted = {"color": s.INK, "linestyle": (0, (1, 2)), "linewidth": 1.0}
         handles += [s.sample(names[-1], dotted)] * floors
-        self.key(*handles)
+        for text in s.legend(self.ax, *handles, outside=True, handlelength=1.2).get_texts():
+            text.set_fontfamily(s.families())
+        self.board.stale.append(self)
 
 
 def _move(line: Line2D, epochs: np.ndarray, values: np.ndarray) -> None:

@@ -21,15 +21,12 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from scipy import sparse
-from scipy.cluster.hierarchy import dendrogram, linkage
-from scipy.spatial.distance import squareform
 
 from ..errors import LabelError, counted, did_you_mean
 from . import style as s
 from .live import Columns, Dashboard, Marks, changes_of_history, pick_panels
 
 __all__ = [
-    "condition_similarity",
     "embedding",
     "energy_bars",
     "error_budget",
@@ -780,7 +777,7 @@ def _names_beside(ax: Axes, rows: pd.DataFrame, edge: float) -> None:
         name.set_in_layout(False)
 
 
-# -- operators: spectra, response axes and genes, gradients, alike conditions
+# -- operators: spectra, response axes and genes, gradients
 
 
 @_figure
@@ -968,75 +965,6 @@ def gradient_map(table: pd.DataFrame, *, show: bool = False, save: str | Path | 
     s.label(reach, "Elements reached", "fraction with gradient")
     s.label(norms, "Norms", "Euclidean norm (log scale)")
     s.legend(norms, outside=True, handlelength=0.8)
-    return s.finish(fig, show, save)
-
-
-@_figure
-def condition_similarity(
-    table: pd.DataFrame,
-    *,
-    max_conditions: int = 40,
-    show: bool = False,
-    save: str | Path | None = None,
-) -> Figure:
-    """Similarity of conditions as a heat map, clustered, with the tree beside it.
-
-    Leaves are ordered so that neighbours are alike (average linkage of 1 - cosine).
-
-    Parameters
-    ----------
-    table
-        (condition, condition), symmetric, -1 to 1 (:func:`cellop_nb.genes.response_similarity`). Conditions without a
-        response (NaN) stand last, in grey.
-    max_conditions
-        Of more conditions those that are most alike to others are drawn.
-
-    Raises
-    ------
-    LabelError
-        Where rows and columns differ.
-
-    References
-    ----------
-    Bar-Joseph, Gifford and Jaakkola (2001), Fast optimal leaf ordering for hierarchical clustering.
-    """
-    if list(table.index) != list(table.columns):
-        fix = "pass the square table of response_similarity"
-        raise LabelError("the same conditions as rows and columns", f"shape {table.shape}", fix)
-    kept = table.index.isin(table.abs().mean().fillna(0).nlargest(max_conditions).index)
-    shown = table.loc[kept, kept]
-    size, silent = len(shown), np.isnan(np.diag(shown))
-    side = min(s.WIDTH, 2.8 + 0.24 * size + _room_below(shown.index))
-    fig, (left, ax) = s.canvas(1, 2, width=min(s.WIDTH, side + 0.6), height=side, width_ratios=(1, 7))
-    names = list(shown.index[~silent])
-    if len(names) > 1:
-        distances = squareform(np.clip(1 - shown.loc[names, names].to_numpy(), 0, 2), checks=False)
-        tree = linkage(distances, "average", optimal_ordering=True)
-        drawn = dendrogram(
-            tree,
-            ax=left,
-            orientation="left",
-            color_threshold=0,
-            above_threshold_color=s.QUIET,
-            no_labels=True,
-        )
-        names = [names[leaf] for leaf in drawn["leaves"]]
-        left.set(ylim=(10 * size, 0), yticks=[])  # a leaf is ten units high: level with its row
-        left.spines[:].set_visible(False)
-        s.few_ticks(left, "x", 2)
-        left.set_xlabel("1 - cos", fontsize=s.SMALL, color=s.INK)
-    else:
-        left.set_visible(False)
-    names += list(shown.index[silent])
-    values = shown.loc[names, names]
-    _heatmap(ax, values, Normalize(-1, 1), s.DIVERGING, values.map("{:.2f}".format) if size <= 12 else None)
-    ax.yaxis.tick_right()
-    ax.tick_params(labelsize=s.SMALL * min(1, 30 / size))
-    more = "" if size == len(table) else f" ({size} of {len(table)} conditions)"
-    bar = s.colour_bar(
-        ax, ax.collections[0], f"which responses are alike: cosine{more}", location="top", aspect=40
-    )
-    bar.set_ticks([-1, -0.5, 0, 0.5, 1])
     return s.finish(fig, show, save)
 
 

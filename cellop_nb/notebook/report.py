@@ -139,9 +139,7 @@ def _questions(model: CellOp, scored: pd.DataFrame | None) -> tuple[list[tuple[s
 
 
 def _measured(model: CellOp) -> str:
-    import numpy as np
-
-    from ..display import grid
+    from ..display import styled
 
     effects, keys = model.effects, model.keys
     different = int(effects["different"].sum())
@@ -157,12 +155,17 @@ def _measured(model: CellOp) -> str:
     )
     ranked = effects.sort_values("e_distance", ascending=False, kind="stable")
     shown = ranked.loc[_ends(list(ranked.index))]
-    differs = np.where(shown["different"], "yes", "no")
-    distances = (shown[name].map("{:.2f}".format) for name in ("e_distance", "detectable"))
-    rows = zip(shown["group"], shown["n_perturbed"].astype(int), *distances, differs, strict=True)
+    columns = {
+        "group": "group",
+        "n_perturbed": "cells",
+        "e_distance": "distance to controls",
+        "detectable": "smallest to be seen",
+        "different": "differs",
+    }
+    named = shown[[*columns]].rename(columns=columns)
+    named = named.assign(differs=named["differs"].map({True: "yes", False: "no"}))
     more = f"The strongest and the weakest of {len(effects)} groups." if len(shown) < len(effects) else ""
-    head = ["group", "cells", "distance to controls", "smallest to be seen", "differs"]
-    table = f'<p>{more}</p><div class="wide">{grid(head, rows)}</div>'
+    table = f'<p>{more}</p><div class="wide">{styled(named, precision=2, index=False).to_html()}</div>'
     return _section("What was measured", _list([facts, test]), table)
 
 

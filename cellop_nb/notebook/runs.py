@@ -15,8 +15,10 @@ import os
 import re
 import signal
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -162,6 +164,35 @@ def surroundings(variables: Mapping[str, str] | None = None) -> Iterator[None]:
     finally:
         for name, value in before.items():
             os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+
+
+def shares(lanes: int | None = None) -> dict[str, str]:
+    """Environment of kernels of which so many run side by side: each has its share of the cores, one where None.
+
+    Its waiting threads must not keep a core from the others.
+    """
+    cores = 1 if lanes is None else max(1, (os.cpu_count() or 1) // lanes)
+    threads = os.environ.get("OMP_NUM_THREADS", str(cores))
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
+    return {**dict.fromkeys(names, threads), "OMP_WAIT_POLICY": "PASSIVE"}
+
+
+@contextmanager
+def lanes(number: int) -> Iterator[tuple[ThreadPoolExecutor, threading.Event]]:
+    """Threads that execute notebooks side by side, and what says that they are to end.
+
+    Left while notebooks are at work, it ends their kernels, and waits until the threads have come to their end.
+    """
+    stopped = threading.Event()
+    with surroundings(shares(number)), ThreadPoolExecutor(number) as pool:
+        try:
+            yield pool, stopped
+        finally:
+            stopped.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            while any(thread.is_alive() for thread in pool._threads):
+                end_kernels()
+                time.sleep(0.05)
 
 
 @contextmanager

@@ -18,9 +18,8 @@ import shlex
 import shutil
 import threading
 import time
-import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, CancelledError, Executor, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Executor, Future, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
@@ -287,7 +286,7 @@ def execute(
     where: str = "local",
     workers: int = 1,
     timeout: int | None = None,
-    job: Job | None = None,
+    job: Mapping[str, str] | None = None,
     tell: Callable[[str], None] = logger.warning,
 ) -> Generator[tuple[Run, dict[str, Any]], None, None]:
     """Execute runs, and yield each with its result as it ends; call it while the folder is :func:`locked`.
@@ -298,7 +297,7 @@ def execute(
     """
     copy = empty(folder / ".notebook") / notebook.name
     shutil.copyfile(notebook, copy)
-    started = _here(workers) if where == "local" else _there(where, workers, job or Job(), tell)
+    started = _here(workers) if where == "local" else _there(where, workers, job or {}, folder / "jobs", tell)
     pending: dict[Future, Run] = {}
     waiting = iter(chosen)
     with started as (pool, work):
@@ -355,27 +354,11 @@ def _result(values: dict, error: str, seconds: float, metrics: dict) -> dict[str
     }
 
 
-def _threads(share: int) -> dict[str, str]:
-    """Environment of kernels that get so many cores each; their waiting threads must not keep one from the others."""
-    n = os.environ.get("OMP_NUM_THREADS") or str(max(1, share))
-    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
-    return {**dict.fromkeys(names, n), "OMP_WAIT_POLICY": "PASSIVE"}
-
-
 @contextmanager
 def _here(workers: int) -> Iterator[tuple[Executor, Callable]]:
     """Threads of this process: nothing listens on a port. Kernels at work when they are left are ended."""
-    stopped = threading.Event()
-    environment, name = _threads((os.cpu_count() or 1) // workers), f"sweep-{uuid.uuid4().hex[:8]}"
-    with runs.surroundings(environment), ThreadPoolExecutor(workers, thread_name_prefix=name) as pool:
-        try:
-            yield pool, partial(run_one, stopped=stopped)
-        finally:
-            stopped.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-            while any(thread.name.startswith(name) for thread in threading.enumerate()):
-                runs.end_kernels()
-                time.sleep(0.1)
+    with runs.lanes(workers) as (pool, stopped):
+        yield pool, partial(run_one, stopped=stopped)
 
 
 def _run_there(environment: dict[str, str], *task) -> dict[str, Any]:
@@ -386,7 +369,7 @@ def _run_there(environment: dict[str, str], *task) -> dict[str, Any]:
 
 @contextmanager
 def _there(
-    where: str, workers: int, job: Job, tell: Callable[[str], None]
+    where: str, workers: int, job: Mapping[str, str], logs: Path, tell: Callable[[str], None]
 ) -> Iterator[tuple[Executor, Callable]]:
     """Single-threaded Dask workers; all that was started here is gone at the end."""
     from distributed import Client
@@ -395,11 +378,11 @@ def _there(
         if "://" in where:
             client = stack.enter_context(_connected(where))
         else:
-            cluster = stack.enter_context(queue_cluster(where, job))
+            cluster = stack.enter_context(queue_cluster(where, job, logs))
             cluster.scale(jobs=workers)
             client = stack.enter_context(Client(cluster, set_as_default=False))
         await_first(client, where, tell)
-        yield client.get_executor(pure=False), partial(_run_there, _threads(1))
+        yield client.get_executor(pure=False), partial(_run_there, runs.shares())
 
 
 # -- clusters: jobs of a batch system, or a Dask cluster that is there
@@ -410,35 +393,26 @@ KERNEL_GB = 1.0
 """Memory that a kernel with torch, scanpy and a small screen takes."""
 
 _SEARCH_SECONDS = 30
-_WORDS = {
-    "memory": (r"\d+(\.\d+)? ?[kMGT]i?B", "--memory such as 4GB"),
-    "walltime": (r"(\d+-)?\d+:\d\d(:\d\d)?", "--walltime such as 04:00:00 or 1-04:00:00"),
-    "queue": (r"[\w.+@:,-]+", "a name after --queue of letters, digits and . _ + @ : , -"),
-    "account": (r"[\w.+@:,-]+", "a name after --account of letters, digits and . _ + @ : , -"),
-    "logs": (r"[\w./+@:=,-]+", "a folder after --runs without spaces and special characters"),
-}
-"""Form of each word of a job script."""
+_WORD, _AMOUNT = r"[\w.+@:,=/-]+", r"\d+(\.\d+)? ?[kMGT]i?B"
+"""Form of each value of a job script, and of its memory."""
 
 
-@dataclass(frozen=True)
-class Job:
-    """What a job of a batch system gets; what would not stay one word of its script is refused.
+def read_job(texts: Iterable[str]) -> dict[str, str]:
+    """Options of a job of a batch system from `NAME=VALUE`; what would not stay one word of its script is refused.
 
-    Amounts are as the batch system reads them; queue and account are the site's own where None. The folder `logs` gets
-    what jobs print, and the certificate of their cluster.
+    Names are those of dask-jobqueue's clusters: ``memory``, ``walltime``, ``queue``, ``account`` (sge: ``project``).
     """
-
-    memory: str = "4GB"
-    walltime: str = "04:00:00"
-    queue: str | None = None
-    account: str | None = None
-    logs: Path | None = None
-
-    def __post_init__(self) -> None:
-        for name, (pattern, expected) in _WORDS.items():
-            value = getattr(self, name)
-            if value is not None and not re.fullmatch(pattern, str(value), flags=re.ASCII):
-                raise DataError(expected, repr(str(value)), "write it so")
+    job = {"memory": "4GB", "walltime": "04:00:00"}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        form = _AMOUNT if name == "memory" else _WORD
+        if not (equals and name.isidentifier() and re.fullmatch(form, value, flags=re.ASCII)):
+            fix = "write --job memory=8GB, walltime=1-04:00:00, queue=short or account=mylab"
+            raise DataError(
+                "NAME=VALUE after --job, of letters, digits and . _ + @ : , = / -", repr(text), fix
+            )
+        job[name] = value
+    return job
 
 
 def check_where(where: str) -> str:
@@ -504,27 +478,26 @@ def _connected(address: str):
         raise DataError(f"a Dask scheduler at {address}", f"none ({error})", fix) from error
 
 
-def queue_cluster(where: str, job: Job):
+def queue_cluster(where: str, job: Mapping[str, str], logs: Path):
     """Jobs of one worker and one kernel each; further settings as in dask-jobqueue's `jobqueue.yaml`.
 
-    Scheduler and workers speak TLS with a certificate made for this run alone, which the jobs read from files in
-    `job.logs` that only the user can read: nobody else can connect.
+    Scheduler and workers speak TLS with a certificate made for this run alone, which the jobs read from files in the
+    folder `logs` that only the user can read: nobody else can connect.
     """
     import dask_jobqueue
     from distributed.security import Security
 
-    if job.logs is not None:
-        job.logs.mkdir(parents=True, exist_ok=True)
-    logs = None if job.logs is None else str(job.logs)
-    payer = {"project" if where == "sge" else "account": job.account} if job.account else {}
+    read_job([f"logs={logs}"])
+    logs.mkdir(parents=True, exist_ok=True)
     home = Path(__file__).resolve().parents[2]
-    return getattr(dask_jobqueue, QUEUES[where])(
-        cores=1, processes=1, memory=job.memory, walltime=job.walltime, queue=job.queue, **payer,
-        log_directory=logs, shared_temp_directory=logs, protocol="tls://", security=Security.temporary(),
-        scheduler_options={"dashboard_address": "127.0.0.1:0"},
-        worker_extra_args=["--dashboard-address", "127.0.0.1:0"],
-        job_script_prologue=[f'export PYTHONPATH={shlex.quote(str(home))}:"$PYTHONPATH"'],
-    )  # fmt: skip
+    options: dict[str, Any] = {
+        "cores": 1, "processes": 1, "log_directory": str(logs), "shared_temp_directory": str(logs),
+        "protocol": "tls://", "security": Security.temporary(),
+        "scheduler_options": {"dashboard_address": "127.0.0.1:0"},
+        "worker_extra_args": ["--dashboard-address", "127.0.0.1:0"],
+        "job_script_prologue": [f'export PYTHONPATH={shlex.quote(str(home))}:"$PYTHONPATH"'],
+    }  # fmt: skip
+    return getattr(dask_jobqueue, QUEUES[where])(**{**job, **options})
 
 
 # -- values that Optuna chooses, and runs that it ends early

@@ -16,11 +16,8 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.ticker import MaxNLocator
 
-from ..data.contract import keys_of, library_size
-from ..data.counts import TOTAL_KEY
-from ..data.genes import select_genes
-from ..data.splits import SPLIT_KEY, split
-from ..display import grid
+from ..data.contract import keys_of
+from ..display import styled
 from ..errors import LabelError, counted, did_you_mean
 from ..files import write_whole
 from ..training.loop import Trainer
@@ -64,28 +61,13 @@ def operator_trainer(adata, values: Mapping) -> Trainer:
 TRAINERS: dict[str, Callable] = {"vae": vae_trainer, "operators": operator_trainer}
 
 
-def prepared(adata, n_genes: int, seed: int):
-    """A screen as a notebook would train on it: with a split, and of variable genes; a copy where it had no split."""
-    keys = keys_of(adata)
-    if SPLIT_KEY in adata.obs:
-        return adata
-    cells = adata.copy()
-    split(cells, seed=seed)
-    if not 0 < n_genes < cells.n_vars:
-        return cells
-    if TOTAL_KEY not in cells.obs:
-        cells.obs[TOTAL_KEY] = library_size(cells, keys.layer)
-    return cells[:, select_genes(cells, n_genes)].copy()
-
-
 class TuningPanel(Panel):
     """Widgets for the hyper-parameters of the VAE or the operators; show it as the last line of a cell.
 
     Parameters
     ----------
     adata
-        A screen that was set up, with latents for the operators. Without a split it is split, and cut to its variable
-        genes, in a copy.
+        A screen that was set up and split, with latents for the operators.
     part
         What is tuned: "vae" or "operators".
     start
@@ -130,8 +112,7 @@ class TuningPanel(Panel):
         columns = list(of_the_data["context_key"] or [])
         of_the_data["context_key"] = columns if len(columns) > 1 else columns[0] if columns else None
         self.start_values = parameters.defaults(self.notebook) | of_the_data | dict(start or {})
-        self.adata = prepared(adata, self.start_values["n_genes"], self.start_values["seed"])
-        every = parameters.for_notebook(self.notebook)
+        self.adata, every = adata, parameters.for_notebook(self.notebook)
         self.parameters = {p.name: p for p in every if p.name not in _FIXED}
         self.results = pd.DataFrame()
         self.histories: list[pd.DataFrame] = []
@@ -207,31 +188,10 @@ class TuningPanel(Panel):
         if self.trainer is not None:
             self.trainer.stop()
 
-    def yaml(self, fit: int | None = None) -> str:
-        """Parameters of the notebook as YAML for papermill and ``run -f``.
-
-        Parameters
-        ----------
-        fit
-            Number of a fit, counted from 1; the chosen values where None.
-
-        Raises
-        ------
-        LabelError
-            For a number that no fit has.
-        """
-        if fit is None:
-            chosen = self.values
-        elif 1 <= fit <= len(self.results):
-            chosen = {name: self.results[name].tolist()[fit - 1] for name in self.parameters}
-        else:
-            expected = f"the number of a fit, 1 to {len(self.results)}"
-            raise LabelError(expected, f"{fit}", "train first")
-        return parameters.as_yaml(self.notebook, {**self.start_values, **chosen}, without=("run_dir",))
-
     def copy(self) -> Path:
         """Show the YAML of the chosen values, and write it to ``parameters.yaml`` in the folder."""
-        text = self.yaml()
+        values = {**self.start_values, **self.values}
+        text = parameters.as_yaml(self.notebook, values, without=("run_dir",))
         self.text.value = text
         self.text.layout.display = None
         path = self.folder / "parameters.yaml"
@@ -291,8 +251,7 @@ class TuningPanel(Panel):
         self.results.index = pd.RangeIndex(1, len(self.results) + 1, name="fit")
         self.curves.value = s.png(self.figure())
         self.curves.layout.display = None
-        shown = self.table().reset_index()
-        self.compared.value = grid(list(shown.columns), shown.itertuples(index=False, name=None))
+        self.compared.value = styled(self.table(), precision=4).to_html()
         self._say(f"fit {len(self.results)}: best {self.monitor} {row['best']:.4g}")
 
     def _build(self, epochs: int) -> None:

@@ -15,33 +15,31 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import torch
+from scipy import sparse
 from torch import Tensor
 
 from ..analysis.cellop import CellOp
 from ..analysis.combinations import combine, sequence
 from ..analysis.diagnose import affine_health
-from ..analysis.plan import Plan
-from ..analysis.predict import REP, Drawn, Start, assemble, embed, modelled_counts
-from ..data.counts import model_counts
+from ..analysis.metrics import log1p_cp10k
+from ..analysis.predict import REP, Start, assemble, embed, modelled_counts
+from ..data.counts import measured_totals
 from ..data.groups import Groups, controls_by_context
 from ..data.splits import SPLIT_KEY, rows_of
-from ..data.synthetic import planted_operator, planted_proportions
 from ..display import card
 from ..errors import DataError, LabelError, did_you_mean
 from ..models.affine import AffineOperator, check_strength
 from ..models.energy import energy_distance, noise_floor, self_distance
-from ..models.likelihood import COUNTS_PER_CELL
 from ..models.operators import perturbation_parts
 
 __all__ = [
     "Question",
     "VirtualCells",
     "dose_response",
-    "half_dose_errors",
     "ways_to_combine",
 ]
 
-_SIZES = {"draw": 5000, "energy": 1000, "decode": 300}
+MOST_DRAWN, MOST_COMPARED, MOST_DECODED = 5000, 1000, 300
 """Cells at most that are moved and drawn, on each side of an energy distance, and decoded for the genes."""
 
 MIN_REAL = 50
@@ -105,11 +103,10 @@ class Answer:
     genes
         DataFrame with all genes, largest absolute change first: ``gene, change, low, high`` (change of mean log1p-CP10k,
         with the calibrated interval of :meth:`CellOp.intervals`; NaN away from strength 1, and without a plan),
-        ``measured`` (of the real cells; NaN without) and ``lfc`` (log2 fold change of mean counts per 10,000).
+        ``measured`` (of the real cells; NaN without) and ``lfc`` (log2 fold change of mean counts per 10,000 of
+        the virtual cells).
     counts
         Chosen gene: cloud name to log1p-CP10k of its cells, (cell,).
-    eigenvalues
-        (d,) complex, of the operator's matrix.
     health
         :func:`cellop_nb.analysis.diagnose.affine_health` of the operator at full strength.
     """
@@ -130,7 +127,6 @@ class Answer:
     genes: pd.DataFrame
     gene: str
     counts: dict[str, np.ndarray]
-    eigenvalues: np.ndarray
     health: dict
 
     @property
@@ -195,23 +191,22 @@ class VirtualCells:
         self.control = model.keys.control
         self.perturbations = model.perturbations
         self._cached: dict[Hashable, Any] = {}
-        self.screen = modelled_counts(model.adata, self.vae, model.keys)
-        embed(self.screen, self.vae)
-        self.z = torch.from_numpy(self.screen.obsm[REP])
-        self._controls = controls_by_context(self.screen, model.keys)
+        screen = modelled_counts(model.adata, self.vae, model.keys)
+        embed(screen, self.vae)
+        self._modelled = model.on(screen)  # what is shown is of the modelled genes alone
+        self._modelled.other_means = None
+        self.z, self.levels = torch.from_numpy(screen.obsm[REP]), self._levels(screen)
+        self._controls = controls_by_context(screen, model.keys)
         self.contexts = sorted(self._controls)
         if not self.contexts:
             fix = f"give cells with obs[{model.keys.perturbation_key!r}] == {self.control!r}"
             raise DataError("control cells to start from", "none", fix)
-        alone = sum(map(len, self._controls.values())) == self.screen.n_obs
-        self.groups = None if alone else Groups(self.screen, min_cells=1)
-        self._test = np.zeros(self.screen.n_obs, dtype=bool)
-        if SPLIT_KEY in self.screen.obs and (self.screen.obs[SPLIT_KEY] == "test").any():
-            self._test[rows_of(self.screen, "test")] = True
+        alone = sum(map(len, self._controls.values())) == screen.n_obs
+        self.groups = None if alone else Groups(screen, min_cells=1)
+        self._test = np.zeros(screen.n_obs, dtype=bool)
+        if SPLIT_KEY in screen.obs and (screen.obs[SPLIT_KEY] == "test").any():
+            self._test[rows_of(screen, "test")] = True
         self._fit_plane()
-        self._counts = model_counts(self.screen, self.vae)
-        self._gene_names = np.array(self.vae.genes, dtype=object)
-        self._column = {gene: i for i, gene in enumerate(self.vae.genes)}
 
     # -- what is asked
 
@@ -234,29 +229,26 @@ class VirtualCells:
         DataError
             For a reversal where there are no perturbed cells to lead back.
         """
-        whole = self.operator(question.context, question.perturbation, question.rule)
-        moving, (source, target) = self._at(question, whole), self._sides(question)
-        start, planned, moved = self._start(source), self._plan(question), moving(self._latents(source))
-        standing, why = self._standing(question)
+        moving, (source, target) = self._moving(question), self.sides(question)
+        if gene is not None and gene not in self.vae.genes:
+            raise LabelError("a gene of the model", repr(gene), did_you_mean(gene, self.vae.genes))
+        start = self.latents(source)
+        moved, (standing, why) = moving(start), self._standing(question)
         energy, energy_start, floor, n_moved, n_real = self._energies(moved, source, target)
-        draw = torch.Generator(device=start.z.device).manual_seed(self.seed)
-        if planned is None:
-            drawn = start.moved(moving, generator=draw)
-        else:
-            growth = question.strength * self.model.means.growth_of(question.context, planned.perturbation)
-            drawn = start.moved(whole, question.strength, planned, growth, draw)
-        genes = self._changes(question, whole, moving, drawn)
+        virtual = self._predict(self._modelled, question, min(MOST_DECODED, len(source)))
+        levels = self._levels(virtual)
+        genes = self._changes(question, virtual, levels)
         gene = str(genes["gene"].iloc[0]) if gene is None else gene
-        if gene not in self._column:
-            raise LabelError("a gene of the model", repr(gene), did_you_mean(gene, self._column))
+        column = self.vae.genes.index(gene)
+        clouds = {"start": self.levels[source], "moved": levels, "real": self.levels[target]}
+        whole = self.operator(question.context, question.perturbation, question.rule)
         key = ("health", question.context, question.perturbation, question.rule)
         return Answer(
-            question=question, standing=standing, why=why, operator=moving,
-            planned=planned is not None,
-            start=self._still(source), moved=self._on_map(moved), real=self._still(target),
+            question=question, standing=standing, why=why, operator=moving, planned=self._has_plan(question),
+            start=self._on_map(start), moved=self._on_map(moved), real=self._on_map(self.latents(target)),
             energy=energy, energy_start=energy_start, floor=floor, n_moved=n_moved, n_real=n_real,
-            genes=genes, gene=gene, counts=self._gene_counts(gene, source, target, drawn),
-            eigenvalues=np.linalg.eigvals(moving.homogeneous[:-1, :-1]),
+            genes=genes, gene=gene,
+            counts={name: cloud[:, [column]].toarray().ravel() for name, cloud in clouds.items()},
             health=self._keep(key, lambda: affine_health(whole.matrix.numpy(), whole.shift.numpy())),
         )  # fmt: skip
 
@@ -270,6 +262,7 @@ class VirtualCells:
         self, context: str, perturbation: str | tuple[str, ...], rule: str = "axes", strength: float = 1.0
     ) -> AffineOperator:
         """The operator of a perturbation, a combination or a sequence in a context; unknown names are refused."""
+        strength = check_strength(strength)
         if context not in self.contexts:
             fix = did_you_mean(context, self.contexts)
             raise LabelError("a context with control cells", repr(context), fix)
@@ -283,37 +276,12 @@ class VirtualCells:
             ("operator", context, perturbation, rule),
             lambda: combine(self.operators, perturbation, context, rule=rule),
         )
-        return whole.power(check_strength(strength))
+        return whole.power(strength)
 
     def measured(self, context: str) -> list[str]:
         """Perturbations, combinations included, of which there are cells in this context."""
         pairs = () if self.groups is None else self.groups.pairs
         return [name for own, name in pairs if own == context]
-
-    def source(self, question: Question) -> Tensor:
-        """Latents (cell, d) of the cells that a question moves, at most as many as an energy distance takes."""
-        return self._latents(self._sides(question)[0], "energy")
-
-    def recalled(self, question: Question) -> pd.Series:
-        """Log2 fold change of each gene between the real cells of both sides as the VAE gives them back.
-
-        No operator takes part: an error that is here already is the VAE's.
-        """
-        before, after = (
-            self.vae.decode(start.z, start.library, start.covariates).mean / start.library[:, None]
-            for start in map(self._start, self._sides(question))
-        )
-        change = torch.log2(_level(after.mean(0)) / _level(before.mean(0)))
-        return pd.Series(change.detach().cpu().numpy(), index=self.vae.genes)
-
-    def counted(self, question: Question) -> pd.Series:
-        """Log2 fold change of each gene's mean counts per 10,000 between the real cells of both sides."""
-        before, after = (
-            (self._counts.csr[rows].T @ (1 / self._counts.library[rows].numpy()))[: self.vae.n_genes]
-            / len(rows)
-            for rows in self._sides(question)
-        )
-        return pd.Series(np.log2(_level(after) / _level(before)), index=self.vae.genes)
 
     def to_adata(self, question: Question) -> ad.AnnData:
         """The virtual cells with their counts, as :meth:`CellOp.predict` gives them, for further analysis.
@@ -323,25 +291,28 @@ class VirtualCells:
         AnnData of the source cells; ``uns["cellop_nb"]["prediction"]`` says what was asked and whether it is a
         prediction.
         """
-        whole = self.operator(question.context, question.perturbation, question.rule)
-        moving, context = self._at(question, whole), question.context
-        if question.reverse:
-            rows = self._sides(question)[0]
-            draw = torch.Generator(device=next(self.vae.parameters()).device).manual_seed(self.seed)
-            drawn = Start.of(self.screen, self.vae, rows).moved(moving, generator=draw)
-            cells = assemble(self.model.adata[rows], self.model.keys, self.vae.genes, drawn, question.label)
-        elif self._plan(question) is not None:
-            cells = self.model.predict(
-                context=context, perturbation=cast(str, question.perturbation), strength=question.strength
-            )
-        else:
-            cells = self.model.predict(context=context, perturbation=question.label, operator=moving)
+        cells = self._predict(self.model, question)
         cells.obs[self.model.keys.perturbation_key] = question.label
         standing, why = self._standing(question)
-        about = vars(question) | {"perturbation": question.label, "operator": moving.label, "seed": self.seed}
-        about |= {"standing": standing, "why": why}
+        about = vars(question) | {"perturbation": question.label, "seed": self.seed}
+        about |= {"operator": self._moving(question).label, "standing": standing, "why": why}
         cells.uns["cellop_nb"] = dict(cells.uns.get("cellop_nb", {})) | {"prediction": about}
         return cells
+
+    def _predict(self, model: CellOp, question: Question, n_cells: int | None = None) -> ad.AnnData:
+        """The answer of a model; of so many source cells, all where None."""
+        moving, context, name = self._moving(question), question.context, question.label
+        if question.reverse:
+            source = model.adata[self.sides(question)[0][:n_cells]]
+            draw = torch.Generator(device=next(self.vae.parameters()).device).manual_seed(self.seed)
+            start = Start.of(modelled_counts(source, self.vae, model.keys), self.vae)
+            return assemble(
+                source, model.keys, self.vae.genes, start.moved(moving, generator=draw), question.label
+            )
+        if not self._has_plan(question):
+            return model.predict(context=context, perturbation=name, operator=moving, n_cells=n_cells)
+        name = self._as_measured(context, cast(str, question.perturbation))
+        return model.predict(context=context, perturbation=name, strength=question.strength, n_cells=n_cells)
 
     def forget(self) -> None:
         """Drop what earlier questions left behind; the next ones take as long as the first."""
@@ -355,21 +326,15 @@ class VirtualCells:
 
     # -- parts of the answer
 
-    def _at(self, question: Question, whole: AffineOperator) -> AffineOperator:
+    def _moving(self, question: Question) -> AffineOperator:
         """The operator at the strength that is asked for, and in its direction."""
-        strength = check_strength(question.strength)
-        if isinstance(question.perturbation, str):
-            moving = whole.power(strength)
-        else:
-            moving = self.operator(question.context, question.perturbation, strength=strength)
+        moving = self.operator(question.context, question.perturbation, question.rule, question.strength)
         return moving.inverse() if question.reverse else moving
 
-    def _plan(self, question: Question) -> Plan | None:
-        """Where the moved cells are carried to; None where there is no plan: the other rules, sequences, the way back."""
-        if question.reverse or question.rule != "axes" or not isinstance(question.perturbation, str):
-            return None
-        name = self._as_measured(question.context, question.perturbation)
-        return self._keep(("plan", question.context, name), lambda: self.model.plan(question.context, name))
+    @staticmethod
+    def _has_plan(question: Question) -> bool:
+        """Whether cells are carried to a planned mean: the other rules, sequences and the way back have none."""
+        return isinstance(question.perturbation, str) and question.rule == "axes" and not question.reverse
 
     def _standing(self, question: Question) -> tuple[str, str]:
         perturbation, context = question.perturbation, question.context
@@ -389,7 +354,7 @@ class VirtualCells:
 
     # -- the cells
 
-    def _sides(self, question: Question) -> tuple[np.ndarray, np.ndarray]:
+    def sides(self, question: Question) -> tuple[np.ndarray, np.ndarray]:
         """Rows of the cells that are moved, and of the real cells that they should become."""
         control = self.rows(question.context, self.control)
         # Nobody measures sequences: the nearest that there is are cells that got all of it at once.
@@ -416,27 +381,19 @@ class VirtualCells:
         same = (name for name in self.measured(context) if frozenset(self.parts(name)) == parts)
         return perturbation if perturbation in self.measured(context) else next(same, perturbation)
 
-    def _take(self, rows: np.ndarray, kind: str = "draw") -> np.ndarray:
-        """At most as many of the rows as this kind of work takes, in random order (seeded)."""
-        return np.random.default_rng(self.seed).permutation(rows)[: _SIZES[kind]]
-
-    def _latents(self, rows: np.ndarray, kind: str = "draw") -> Tensor:
-        """Latents (cell, d) of the rows that :meth:`_take` draws."""
-        return self._keep(("latents", kind, rows.tobytes()), lambda: self.z[self._take(rows, kind)])
-
-    def _still(self, rows: np.ndarray) -> np.ndarray:
-        """(cell, 2) where the drawn cells of a group lie on the map, unmoved."""
-        return self._keep(("map", rows.tobytes()), lambda: self._on_map(self._latents(rows)))
+    def latents(self, rows: np.ndarray, most: int = MOST_DRAWN) -> Tensor:
+        """Latents (cell, d) of the rows, at most so many of them, in random order (seeded)."""
+        return self.z[np.random.default_rng(self.seed).permutation(rows)[:most]]
 
     def _energies(self, moved: Tensor, source: np.ndarray, target: np.ndarray):
         """Energy distance of moved and of unmoved cells to the real ones, floor, and how many cells a side."""
-        moved = moved[: _SIZES["energy"]]
+        moved = moved[:MOST_COMPARED]
         if len(target) < 2:
             return math.nan, math.nan, math.nan, len(moved), len(target)
-        real = self._latents(target, "energy")
+        real = self.latents(target, MOST_COMPARED)
 
         def fixed():
-            unmoved = self._latents(source, "energy")
+            unmoved = self.latents(source, MOST_COMPARED)
             own = self_distance(real, [len(real)])
             return own, float(energy_distance(unmoved, real, y_self=own)), noise_floor(real, seed=self.seed)
 
@@ -465,72 +422,32 @@ class VirtualCells:
 
     # -- genes
 
-    def _start(self, rows: np.ndarray) -> Start:
-        """The cells that stand for a group, decoded as they are."""
-        return self._keep(
-            ("start", rows.tobytes()), lambda: Start.of(self.screen, self.vae, self._take(rows, "decode"))
-        )
+    def _levels(self, cells: ad.AnnData) -> sparse.csr_matrix:
+        """Log1p-CP10k (cell, gene) of cells that have the modelled genes."""
+        totals = None if self.vae.total_key is None else measured_totals(cells)
+        return log1p_cp10k(cells.X, totals)
 
-    def _changes(
-        self, question: Question, whole: AffineOperator, moving: AffineOperator, drawn: Drawn
-    ) -> pd.DataFrame:
-        """What :class:`Answer` calls `genes`."""
-        source, target = self._sides(question)
-        start, planned, strength = self._start(source), self._plan(question), question.strength
-        low = high = np.full(len(self._column), np.nan)
-        if planned is None:
-            change = start.change(moving)
-        elif strength == 1:
-            change, low, high = planned.change, planned.low, planned.high
-        else:
-            change = start.change(moving) + strength * (planned.change - start.change(whole))
-        library = start.library.cpu().numpy()
-        before = _level((start.x.cpu().numpy() / library[:, None]).mean(0))
-        after = _level(drawn.mean.multiply(math.exp(-drawn.growth) / library[:, None]).mean(0).A1)
-        order = np.argsort(-np.abs(change), kind="stable")
-        table = {
-            "gene": self._gene_names, "change": change, "low": low, "high": high,
-            "measured": self._measured(source, target), "lfc": np.log2(after / before),
-        }  # fmt: skip
-        return pd.DataFrame({name: values[order] for name, values in table.items()})
-
-    def _gene_counts(
-        self, gene: str, source: np.ndarray, target: np.ndarray, drawn: Drawn
-    ) -> dict[str, np.ndarray]:
-        """Log1p-CP10k of one gene: source cells, virtual cells, real cells."""
-        column, library = self._column[gene], self._start(source).library.cpu().numpy()
-        virtual = drawn.counts[:, [column]].toarray().ravel()
-        return {
-            "start": self._log_counts(column, source),
-            "moved": np.log1p(virtual / (library * math.exp(drawn.growth)) * COUNTS_PER_CELL),
-            "real": self._log_counts(column, target),
-        }
-
-    def _measured(self, source: np.ndarray, target: np.ndarray) -> np.ndarray:
-        """Measured change (gene,) of mean log1p-CP10k between the real cells of both sides."""
-        if not len(target):
-            return np.full(len(self._column), np.nan)
-        before, after = (self._mean_level(rows) for rows in (source, target))
-        return after - before
+    def _changes(self, question: Question, virtual: ad.AnnData, levels: sparse.csr_matrix) -> pd.DataFrame:
+        """What :class:`Answer` calls `genes`; `levels` (cell, gene) are those of the virtual cells."""
+        own = self.levels[self.model.adata.obs_names.get_indexer(virtual.obs["source_cell"])]
+        table = pd.DataFrame({"change": _mean(levels) - _mean(own), "low": np.nan, "high": np.nan})
+        table.index = pd.Index(self.vae.genes, name="gene")
+        if self._has_plan(question) and question.strength == 1:
+            name = self._as_measured(question.context, cast(str, question.perturbation))
+            table = self.model.intervals(question.context, name).set_index("gene").loc[self.vae.genes]
+        source, target = self.sides(question)
+        table["measured"] = self._mean_level(target) - self._mean_level(source) if len(target) else np.nan
+        table["lfc"] = np.log2((1 + _mean(levels.expm1())) / (1 + _mean(own.expm1())))
+        order = np.argsort(-np.abs(table["change"].to_numpy()), kind="stable")
+        return table.iloc[order].reset_index()
 
     def _mean_level(self, rows: np.ndarray) -> np.ndarray:
         """Mean log1p-CP10k (gene,) of the cells' own counts."""
-
-        def compute() -> np.ndarray:
-            counts = self._counts.csr[rows][:, : self.vae.n_genes]
-            shares = counts.multiply(COUNTS_PER_CELL / self._counts.library[rows].numpy()[:, None])
-            return np.asarray(shares.log1p().mean(0), dtype=float).ravel()
-
-        return self._keep(("level", rows.tobytes()), compute)
-
-    def _log_counts(self, column: int, rows: np.ndarray) -> np.ndarray:
-        every = self._keep(("gene", column), lambda: self._counts.csr[:, [column]].toarray().ravel())
-        return np.log1p(every[rows] / self._counts.library[rows].numpy() * COUNTS_PER_CELL)
+        return self._keep(("level", rows.tobytes()), lambda: _mean(self.levels[rows]))
 
 
-def _level(share):
-    """Counts per 10,000, plus one: what fold changes are taken of."""
-    return COUNTS_PER_CELL * share + 1
+def _mean(levels: sparse.csr_matrix) -> np.ndarray:
+    return np.asarray(levels.mean(axis=0, dtype=float)).ravel()
 
 
 def leading(genes: pd.DataFrame, n: int) -> pd.DataFrame:
@@ -543,10 +460,6 @@ def leading(genes: pd.DataFrame, n: int) -> pd.DataFrame:
 # -- series of questions
 
 ORDERS, AT_ONCE, SHARED = ("in the label's order", "in the other order"), "sum of generators", "shared axes"
-
-HALF, FULL = "operator at strength 0.5", "operator at strength 1"
-HALVED = "half of the operator's full change"
-VAE_ALONE, COUNTED = "no operator: perturbed cells through the VAE", "no model: counts of the perturbed cells"
 
 
 def ways_to_combine(cells: VirtualCells, context: str) -> pd.DataFrame:
@@ -591,7 +504,7 @@ def dose_response(
         genes: ``strength, gene, lfc``.
     """
     leaders = leading(cells.ask(replace(question, strength=1.0)).genes, n_genes)["gene"]
-    source = cells.source(question)
+    source = cells.latents(cells.sides(question)[0], MOST_COMPARED)
     rows, genes = [], []
     for strength in map(float, strengths):
         answer = cells.ask(replace(question, strength=strength))
@@ -603,42 +516,3 @@ def dose_response(
     return distances.sort_values("target", kind="stable", ignore_index=True), pd.concat(
         genes, ignore_index=True
     )
-
-
-def half_dose_errors(cells: VirtualCells, question: Question) -> pd.Series:
-    """How far predicted changes of expression are from the planted ones, and how much of it is the operator's.
-
-    The truth at strength t is the planted operator to the power t, applied to the true latents of the control cells, and
-    the exact mean expression there. An error is relative: the length of the difference of the log2 fold changes of all
-    genes over the length of the true ones. :data:`VAE_ALONE` is the change between real cells as encoder and decoder give
-    them back, and :data:`COUNTED` that of their counts, which holds the noise of the sample.
-
-    Returns
-    -------
-    Series of what was compared to its error, over the modelled genes; empty where nothing was planted, genes were cut
-    from the data, or the planted change is none.
-    """
-    adata = cells.model.adata
-    truth = adata.uns.get("cellop_nb", {}).get("truth")
-    if truth is None or planted_proportions(adata, adata.obsm["X_truth"][:1]).shape[1] != adata.n_vars:
-        return pd.Series(dtype=float)
-    z = torch.as_tensor(adata.obsm["X_truth"][cells.rows(question.context, cells.control)]).double()
-    matrix, shift = planted_operator(adata, cast(str, question.perturbation), question.context)
-    planted = AffineOperator(torch.as_tensor(matrix), torch.as_tensor(shift))
-
-    def level(latent):
-        return np.log2(COUNTS_PER_CELL * planted_proportions(adata, latent.numpy()).mean(0) + 1)
-
-    true = {strength: level(planted.power(strength)(z)) - level(z) for strength in (0.5, 1.0)}
-    if not np.linalg.norm(true[1.0]) > 0:
-        return pd.Series(dtype=float)
-    half, full = (cells.ask(replace(question, strength=s)).genes.set_index("gene") for s in (0.5, 1.0))
-    changes = {HALF: (half["lfc"], 0.5), HALVED: (full["lfc"] / 2, 0.5), FULL: (full["lfc"], 1.0)}
-    changes |= {VAE_ALONE: (cells.recalled(question), 1.0), COUNTED: (cells.counted(question), 1.0)}
-    modelled = adata.var_names.isin(cells.model.genes)
-    errors = {
-        name: np.linalg.norm((change.reindex(adata.var_names) - true[strength])[modelled])
-        / np.linalg.norm(true[strength][modelled])
-        for name, (change, strength) in changes.items()
-    }
-    return pd.Series(errors)

@@ -390,7 +390,8 @@ class Trainer(RemoteControl):
         self.cpu_generator = torch.Generator().manual_seed(seed)
         self.callbacks = self._standard_callbacks(progress) + callback_list(callbacks)
         self.guard = NonFiniteGuard(model, self.optimizer, folder=self.folder, on_nonfinite=on_nonfinite)
-        self.recorder = recorder_of(self, machine.cuda_graphs)
+        can_be_recorded = machine.cuda_graphs or self.fabric.device.type == "cuda"
+        self.recorder = recorder_of(self, machine.cuda_graphs) if can_be_recorded else None
         self.patience, self.batch = None, None
         self.terms: dict[str, Any] = {}
         self.parameters = {
@@ -464,7 +465,9 @@ class Trainer(RemoteControl):
     @property
     def history(self) -> pd.DataFrame:
         """One row per finished epoch."""
-        return History.of(self.rows, self.monitor)
+        history = History(self.rows)
+        history.monitor = self.monitor
+        return history
 
     def _repr_html_(self) -> str:
         last = self.rows[-1] if self.rows else {}
@@ -542,7 +545,8 @@ class Trainer(RemoteControl):
 
     def compiled(self) -> contextlib.AbstractContextManager:
         """Where the parts of the model that were asked to be are compiled."""
-        return compiled(self.model, self._compiled_parts)
+        parts = self._compiled_parts
+        return compiled(self.model, parts) if parts else contextlib.nullcontext()
 
     @contextlib.contextmanager
     def _own_randomness(self):

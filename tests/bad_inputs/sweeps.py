@@ -95,12 +95,12 @@ def _(place):
 
 @case(SWEEPS, "memory of a job in no known unit", code=2)
 def _(place):
-    return command(place, "sweep", "02", "-g", "seed=0..2", "--memory", "lots")
+    return command(place, "sweep", "02", "-g", "seed=0..2", "--job", "memory=lots")
 
 
 @case(SWEEPS, "a time limit that is none", code=2)
 def _(place):
-    return command(place, "sweep", "02", "-g", "seed=0..2", "--walltime", "a day")
+    return command(place, "sweep", "02", "-g", "seed=0..2", "--job", "walltime=a day")
 
 
 @case(SWEEPS, "more runs than a disk holds", code=2)
@@ -125,7 +125,7 @@ def _(place):
 
 @case(SWEEPS, "an account of two lines", code=2)
 def _(place):
-    where = ("--cluster", "slurm", "--account", "lab7\n#SBATCH --uid=0")
+    where = ("--cluster", "slurm", "--job", "account=lab7\n#SBATCH --uid=0")
     return command(place, "sweep", "02", "-g", "seed=0..2", *where)
 
 

@@ -277,7 +277,7 @@ def _moves(cells):
     """Genes of one answer by name, and its energy distance."""
     asked = Question(cells.perturbations[0], cells.contexts[0], strength=0.5)
     answer = cells.ask(asked)
-    assert np.isfinite(cells.recalled(asked)).all() and cells.to_adata(asked).n_obs
+    assert cells.to_adata(asked).n_obs
     return answer.genes[["gene", "lfc"]].assign(energy=answer.energy)
 
 

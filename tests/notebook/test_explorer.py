@@ -8,10 +8,10 @@ import anndata as ad
 import numpy as np
 import pytest
 
-from cellop_nb.errors import CellopError, DataError, StorageError
+from cellop_nb.errors import CellopError, StorageError
 from cellop_nb.notebook import style
 from cellop_nb.notebook.explorer import N_GENES, NOTHING, Explorer
-from cellop_nb.notebook.virtual import Question, VirtualCells, leading
+from cellop_nb.notebook.virtual import Question, leading
 
 
 @pytest.fixture
@@ -107,16 +107,6 @@ def test_a_refused_choice_is_asked_again_with_the_next_move(explorer):
     assert "refused" not in explorer.status.value
 
 
-def test_three_perturbations_stay_while_the_strength_moves(explorer):
-    """The lists can say two."""
-    three = ("drug 1", "drug 2", "drug 3")
-    explorer.show(perturbation=three)
-    explorer.strength.value = 0.5
-    assert explorer.question == Question(three, "type A", 0.5)
-    explorer.first.value = "drug 3"
-    assert explorer.question.perturbation == ("drug 3", "drug 2")
-
-
 def test_export_writes_a_file_that_says_what_it_is(explorer, tmp_path):
     explorer.export_button.click()
     made = ad.read_h5ad(tmp_path / "virtual_cells.h5ad")
@@ -145,33 +135,11 @@ def test_the_explorer_shows_itself_and_a_still_picture(explorer):
     assert explorer.figure().alt == explorer.answer.sentence
 
 
-def test_likely_questions_are_answered_beforehand(model, monkeypatch):
-    """The present context first, one answer each; none where no time is given; a refusal breaks nothing."""
-    asked = []
-    answer = VirtualCells.ask
-
-    def ask(cells, question, *, gene=None):
-        asked.append((question.context, question.perturbation))
-        if asked[-1] == ("type B", "drug 2") and len(asked) > 2:
-            raise DataError("made up")
-        return answer(cells, question, gene=gene)
-
-    monkeypatch.setattr(VirtualCells, "ask", ask)
-    shown = Explorer(model, context="type B", perturbation="drug 3", prepare=60)
-    drugs = ("drug 1", "drug 2", "drug 3")
-    wanted = [(place, name) for place in ("type B", "type A") for name in drugs]
-    assert asked == [("type B", "drug 3"), *wanted]
-    assert shown.question == Question("drug 3", "type B")
-    asked.clear()
-    Explorer(model, prepare=0)
-    assert asked == [("type A", "drug 1")]
-
-
 def test_a_weaker_dose_shows_the_genes_of_the_stronger(explorer):
-    genes = explorer._sheet.genes
-    before = list(genes.leaders)
+    sheet = explorer._sheet
+    before = list(sheet.leaders)
     explorer.show(strength=0.1)
-    assert genes.leaders == before == list(leading(explorer.show(strength=1.0).genes, N_GENES)["gene"])
+    assert sheet.leaders == before == list(leading(explorer.show(strength=1.0).genes, N_GENES)["gene"])
     assert len(before) == 2 * N_GENES
 
 
@@ -181,28 +149,31 @@ def test_genes_stand_from_the_largest_rise_to_the_largest_fall(explorer):
     np.testing.assert_array_equal(shown, np.concatenate([every[-3:][::-1], every[:3][::-1]]))
 
 
+def clouds(explorer):
+    """The map, and its three clouds of cells by name."""
+    ax = explorer._sheet.axes["map"]
+    return ax, dict(zip(("start", "real", "moved"), ax.lines[:3], strict=True))
+
+
 def test_all_clouds_of_another_context_are_drawn(explorer):
     for change in ({}, {"context": "type B"}, {"strength": 0.4}, {"reverse": True}):
-        answer, view = explorer.show(**change), explorer._sheet.map
-        for name, line in view.clouds.items():
+        answer, (ax, drawn) = explorer.show(**change), clouds(explorer)
+        for name, line in drawn.items():
             np.testing.assert_allclose(np.column_stack(line.get_data()), getattr(answer, name))
-        (left, right), (low, high) = view.ax.get_xlim(), view.ax.get_ylim()
+        (left, right), (low, high) = ax.get_xlim(), ax.get_ylim()
         for cloud in (answer.start, answer.moved, answer.real):
             assert (left < cloud.mean(0)[0] < right) and (low < cloud.mean(0)[1] < high)
 
 
 def test_a_colour_says_what_cells_are_in_both_directions(explorer):
-    view = explorer._sheet.map
-    assert view.clouds["start"].get_color() == style.CONTROL
+    assert clouds(explorer)[1]["start"].get_color() == style.CONTROL
     explorer.show(reverse=True)
-    assert (view.clouds["start"].get_color(), view.clouds["real"].get_color()) == (style.REAL, style.CONTROL)
+    drawn = clouds(explorer)[1]
+    assert (drawn["start"].get_color(), drawn["real"].get_color()) == (style.REAL, style.CONTROL)
 
 
-def test_ground_is_painted_anew_only_where_it_changed(explorer):
-    explorer.show(strength=0.9)
-    ground = explorer._sheet.ground
-    explorer.show(strength=0.8)
-    assert explorer._sheet.ground is ground, "a slider moves cells, not the axes"
-    live = explorer._sheet.png()
-    explorer._sheet.ground = None
-    assert explorer._sheet.png() == live, "copied or painted anew, it is the same picture"
+def test_axes_only_grow_while_the_strength_moves(explorer):
+    before = {name: ax.get_xlim() for name, ax in explorer._sheet.axes.items()}
+    explorer.show(strength=0.2)
+    for name, ax in explorer._sheet.axes.items():
+        assert ax.get_xlim()[0] <= before[name][0] and ax.get_xlim()[1] >= before[name][1], name

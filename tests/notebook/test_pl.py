@@ -55,15 +55,6 @@ def cells(groups: list[str]) -> ad.AnnData:
     return ad.AnnData(np.zeros((n, 1)), obs, obsm={"X_umap": rng.normal(size=(n, 2))})
 
 
-def alike(groups: list[str]) -> pd.DataFrame:
-    """Two families, and one condition without a response."""
-    unit = rng.normal(size=(len(groups), 3)) + 3 * np.eye(3)[np.arange(len(groups)) % 2]
-    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
-    table = pd.DataFrame(unit @ unit.T, index=groups, columns=groups)
-    table.iloc[0], table.iloc[:, 0] = np.nan, np.nan
-    return table
-
-
 def eigenvalues(groups: list[str]) -> pd.DataFrame:
     names = np.repeat(groups, 2)
     sizes = rng.lognormal(sigma=0.2, size=len(names))
@@ -109,7 +100,6 @@ FIGURES = {
     "response_genes": lambda groups: co.pl.response_genes(of_genes(groups, "lfc")),
     "screen_effects": lambda groups: co.pl.screen_effects(effects_of(groups)),
     "gradient_map": lambda groups: co.pl.gradient_map(audit(groups)),
-    "condition_similarity": lambda groups: co.pl.condition_similarity(alike(groups)),
     "shapes": lambda groups: co.pl.shapes(
         {name: rng.normal(size=(2 * len(groups), 2)) for name in ("real", "$odd_")},
         dict.fromkeys(("real", "$odd_"), groups * 2),
@@ -359,13 +349,3 @@ def test_ranks_stand_in_the_cells_of_the_genes_that_lead():
     table = pd.DataFrame({"group": "g", "gene": list("abcd"), "lfc": [0.1, -3.0, 2.0, 0.0]})
     shown = words(co.pl.response_genes(table, n_top=3, n_named=2).figure)
     assert [shown.count(rank) for rank in "123"] == [1, 1, 0] and "d" not in shown
-
-
-def test_similar_conditions_stand_together_and_silent_ones_last():
-    table = alike([f"condition {k}" for k in range(7)])
-    rows = [text.get_text() for text in co.pl.condition_similarity(table).axes[1].get_yticklabels()]
-    assert rows[-1] == "condition 0", "it has no response"
-    family = [list(table.index).index(name) % 2 for name in rows[:-1]]
-    assert family in ([0, 0, 0, 1, 1, 1], [1, 1, 1, 0, 0, 0])
-    with pytest.raises(LabelError, match="rows and columns"):
-        co.pl.condition_similarity(table.iloc[1:])

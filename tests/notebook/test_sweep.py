@@ -565,7 +565,7 @@ def test_jobs_of_a_batch_system(working, monkeypatch):
         tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")
     command = command_of(
-        working, "--cluster", "slurm", "--walltime", "00:10:00", "--queue", "short", "--account", "lab7",
+        working, "--cluster", "slurm", "--job", "walltime=00:10:00", "--job", "queue=short", "--job", "account=lab7",
         grid=("width=3,4",),
     )  # fmt: skip
     assert main(command) == 0, (working.parent / "job.log").read_text()
@@ -617,7 +617,7 @@ def test_a_stranger_cannot_connect_to_the_scheduler_of_a_sweep(tmp_path):
     from distributed import Client
     from distributed.security import Security
 
-    with s.queue_cluster("slurm", s.Job(logs=tmp_path / "jobs")) as cluster:
+    with s.queue_cluster("slurm", s.read_job([]), tmp_path / "jobs") as cluster:
         address = cluster.scheduler_address
         assert address.startswith("tls://")
         assert all(path.stat().st_mode & 0o077 == 0 for path in (tmp_path / "jobs").iterdir())
@@ -665,21 +665,24 @@ def test_a_sweep_on_this_machine_listens_on_no_port(looking):
 
 
 @pytest.mark.parametrize(
-    ("option", "value"),
+    "text",
     [
-        ("account", "lab7\n#SBATCH --uid=0"),
-        ("account", "lab7\n"),
-        ("queue", "short; rm -rf x"),
-        ("memory", "4GB\n#SBATCH -x"),
-        ("walltime", "01:00:00\nreboot"),
-        ("logs", Path("/tmp/my runs/jobs")),
-        ("logs", Path("/tmp/$(reboot)/jobs")),
+        "account=lab7\n#SBATCH --uid=0",
+        "account=lab7\n",
+        "queue=short; rm -rf x",
+        "memory=4GB\n#SBATCH -x",
+        "walltime=01:00:00\nreboot",
+        "logs=/tmp/my runs/jobs",
+        "logs=/tmp/$(reboot)/jobs",
+        "queue",
+        "memory=lots",
     ],
 )
-def test_what_would_not_stay_one_word_of_a_job_script_is_refused(option, value):
+def test_what_would_not_stay_one_word_of_a_job_script_is_refused(text):
     with pytest.raises(DataError, match="To fix it"):
-        s.Job(**{option: value})
-    assert s.Job("8 GB", "1-02:00:00", "short", "lab_7.a", Path("/scratch/me/runs-1/jobs")).queue == "short"
+        s.read_job([text])
+    given = ["memory=8 GB", "walltime=1-02:00:00", "queue=short", "account=lab_7.a"]
+    assert s.read_job(given) == dict(text.split("=") for text in given)
 
 
 def test_leaving_a_sweep_ends_its_kernels_and_keeps_no_half_run(working):

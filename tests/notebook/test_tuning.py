@@ -6,7 +6,6 @@ import threading
 import time
 
 import ipywidgets
-import numpy as np
 import pytest
 import yaml
 
@@ -87,11 +86,7 @@ def test_yaml_is_what_the_command_reads(panel):
     expected = {**panel.start_values, "learning_rate": 0.03}
     assert chosen == {name: value for name, value in expected.items() if name != "run_dir"}
     assert parameters.validate(panel.notebook, chosen) == chosen
-    assert panel.text.value == panel.yaml()
-    first = yaml.safe_load(panel.yaml(1))
-    assert first["learning_rate"] == panel.start_values["learning_rate"]
-    with pytest.raises(LabelError, match="1 to 1"):
-        panel.yaml(2)
+    assert yaml.safe_load(panel.text.value) == chosen
 
 
 def test_the_copied_command_can_be_given_to_the_shell(panel):
@@ -145,16 +140,6 @@ def test_two_clicks_that_two_threads_handle_at_once_start_one_fit(panel, monkeyp
 def test_what_is_not_trained_is_refused(screen):
     with pytest.raises(LabelError, match="vae.*operators"):
         TuningPanel(screen, "data")
-
-
-def test_a_screen_as_it_was_set_up_is_split_and_cut_to_its_variable_genes_in_a_copy(screen):
-    raw = screen.copy()
-    del raw.obs["split"]
-    panel = TuningPanel(raw, start={"n_genes": 20, "latent_dim": 3, "hidden": 8}, epochs=1)
-    assert panel.adata.shape == (raw.n_obs, 20) and "split" not in raw.obs
-    assert (panel.adata.obs["total_counts"] == np.asarray(raw.X.sum(1)).ravel()).all()
-    assert len(panel.train()) == 1
-    assert TuningPanel(screen).adata is screen, "what was split is taken as it is"
 
 
 def test_text_is_parsed_and_refused_as_on_the_command_line(panel):

@@ -6,11 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from scipy import linalg
 
 from cellop_nb.data.datasets import load
-from cellop_nb.data.groups import Groups
-from cellop_nb.data.synthetic import planted_operator, planted_proportions
 from cellop_nb.errors import DataError, LabelError, ModelError
 from cellop_nb.models.energy import energy_distance
 from cellop_nb.models.operators import Condition
@@ -244,55 +241,6 @@ def test_a_dose_leads_away_from_the_source_and_towards_the_real_cells(cells):
     assert by_target.loc[0.0, "the unmoved cells"] < 0, "a U-statistic of a cloud with itself"
     assert genes.groupby("gene").size().tolist() == [3] * 4
     assert (genes.loc[genes["strength"] == 0, "lfc"].abs() < 1e-5).all()
-
-
-def level_change(adata, before, after) -> np.ndarray:
-    """Log2 fold change of the planted mean expression between two clouds of true latents."""
-    levels = [1e4 * planted_proportions(adata, cloud).mean(0) + 1 for cloud in (before, after)]
-    return np.log2(levels[1] / levels[0])
-
-
-def test_errors_at_half_a_dose_are_those_to_the_planted_change(trained, cells):
-    adata, vae, _ = trained
-    errors = virtual.half_dose_errors(cells, Question("drug 1", "type A"))
-    z, (matrix, shift) = (
-        adata.obsm["X_truth"][Groups(adata).controls("type A")],
-        planted_operator(adata, "drug 1", "type A"),
-    )
-    # the square root of the map in homogeneous coordinates, by another road than the operator's own power
-    affine = np.block([[matrix, shift[:, None]], [np.zeros((1, len(shift))), np.ones((1, 1))]])
-    root = linalg.sqrtm(affine).real
-    half = level_change(adata, z, z @ root[:-1, :-1].T + root[:-1, -1])
-    full = level_change(adata, z, z @ matrix.T + shift)
-    for name, strength, true in ((virtual.HALF, 0.5, half), (virtual.FULL, 1.0, full)):
-        said = cells.ask(Question("drug 1", "type A", strength)).genes.set_index("gene")["lfc"][vae.genes]
-        assert errors[name] == pytest.approx(np.linalg.norm(said - true) / np.linalg.norm(true), rel=1e-3)
-    share = adata.X.toarray() / adata.X.sum(1).A1[:, None]
-    here = (adata.obs["cell_type"] == "type A").to_numpy()
-    means = [
-        1e4 * share[here & (adata.obs["perturbation"] == p).to_numpy()].mean(0) + 1
-        for p in ("control", "drug 1")
-    ]
-    counted = np.linalg.norm(np.log2(means[1] / means[0]) - full) / np.linalg.norm(full)
-    assert errors[virtual.COUNTED] == pytest.approx(counted, rel=1e-3)
-
-
-def test_the_vaes_own_part_takes_no_operator(trained, cells):
-    adata, vae, _ = trained
-    here = (adata.obs["cell_type"] == "type A").to_numpy()
-    shares = []
-    for name in ("control", "drug 1"):
-        cloud = torch.from_numpy(adata.obsm["X_nbvae"][here & (adata.obs["perturbation"] == name).to_numpy()])
-        with torch.no_grad():
-            shares.append(vae.decode(cloud, torch.full((len(cloud),), 1e4)).mean.mean(0).numpy() + 1)
-    found = cells.recalled(Question("drug 1", "type A"))
-    np.testing.assert_allclose(found[vae.genes], np.log2(shares[1] / shares[0]), atol=1e-4)
-
-
-def test_without_a_planted_truth_there_is_no_error_to_tell(trained, model):
-    adata = trained[0].copy()
-    del adata.uns["cellop_nb"]["truth"]
-    assert virtual.half_dose_errors(VirtualCells(model.on(adata)), Question("drug 1", "type A")).empty
 
 
 def test_data_with_controls_alone_can_be_asked(trained, model):
