@@ -293,16 +293,16 @@ class ExplorerPicture:
         FigureCanvasAgg(self.figure)
         self.axes = {name: s.plain_axes(self.figure.add_axes(_bounds(box))) for name, box in _BOXES.items()}
         self.leaders: list[str] = []
-        self._asked: tuple[Question, str] | None = None
+        self._asked: Question | None = None
         self._strength = 0.0
         self._limits: dict[str, np.ndarray] = {}
 
     def png(self, answer: Answer) -> bytes:
         """Draw an answer, as PNG at twice its size on the page."""
         question = answer.question
-        same = replace(question, strength=1.0), answer.gene
-        if same != self._asked:
-            self._asked, self._strength, self._limits = same, -1.0, {}
+        full = replace(question, strength=1.0)
+        if full != self._asked:
+            self._asked, self._strength, self._limits = full, -1.0, {}
         if question.strength > self._strength:  # a weaker dose shows the genes of the stronger one
             self.leaders, self._strength = list(leading(answer.genes, N_GENES)["gene"]), question.strength
         for part in (self.figure, *self.axes.values()):
@@ -395,7 +395,7 @@ class ExplorerPicture:
             style = {"color": look["color"], "linestyle": _LINES[name], "linewidth": 1.6}
             ax.stairs(share, edges, label=f"{name}: {zeros}", **style)
             height = max(height, share.max())
-        self._limit(ax, "counts", (0.0, top), (0.0, s.rounded(1.8 * height)))
+        self._limit(ax, f"counts of {answer.gene}", (0.0, top), (0.0, s.rounded(1.8 * height)))
         s.few_ticks(ax, n=4)
         s.legend(ax, loc="upper right")
         s.label(ax, f"{s.safe(answer.gene, 20)}: share of cells", "log1p counts per 10,000")
