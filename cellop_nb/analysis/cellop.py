@@ -367,7 +367,7 @@ class CellOp:
         require_in_memory(self.adata)
         callbacks = callback_list(callbacks)
         stages = _Stages(2 + 2 * self.n_members + self.recipe.n_folds, progress)
-        with stages:
+        with self._as_before_on_failure(), stages:
             with stages("data"):
                 cells = self._training_cells()
                 groups = Groups(cells)
@@ -389,6 +389,15 @@ class CellOp:
         self.choice = Choice.of(self._evidence, matrices)
         self.history, self.costs = stages.history(), stages.costs()
         return self
+
+    @contextmanager
+    def _as_before_on_failure(self) -> Iterator[None]:
+        before = dict(vars(self))
+        try:
+            yield
+        except BaseException:
+            vars(self).update(before)
+            raise
 
     def _training_rows(self) -> np.ndarray:
         """Rows of the cells that may train, sorted by name."""

@@ -812,10 +812,16 @@ def test_an_interrupted_fit_goes_on_where_it_was(screen, model):
     assert fitted.history[["stage", "epoch"]].equals(model.history[["stage", "epoch"]])
 
 
-def test_a_fit_on_other_counts_takes_nothing_over(screen):
+def test_a_fit_on_other_counts_takes_nothing_over_and_where_it_is_interrupted_the_old_one_answers(
+    screen, model
+):
     fitted, seen = tiny(screen.copy(), n_genes=30), Epochs()
     fitted.fit(progress=False)
+    kept = dict(vars(fitted))
     fitted.adata.X.data *= 2
+    with pytest.raises(KeyboardInterrupt):
+        fitted.fit(callbacks=[Interrupts(model.recipe.vae_epochs + 1)], progress=False)
+    assert all(value is kept[name] for name, value in vars(fitted).items())
     fitted.fit(callbacks=[seen], progress=False)
     assert seen.n == fitted.recipe.vae_epochs + fitted.recipe.finish_epochs + fitted.recipe.operator_epochs
 
