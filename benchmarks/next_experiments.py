@@ -18,7 +18,7 @@ from benchmarks.unmeasured import LEAST_SHARE, _half, _screen
 from cellop_nb.analysis.means import Means
 from cellop_nb.analysis.plan import Measured
 from cellop_nb.analysis.predict import modelled_counts
-from cellop_nb.analysis.uncertainty import choose, gaussian
+from cellop_nb.analysis.uncertainty import choose
 from cellop_nb.analysis.unmeasured import EffectMap
 from cellop_nb.commands.terminal import say
 
@@ -60,7 +60,7 @@ def _once(args, x, change, noise, seed: int) -> dict[tuple[str, str], float]:
     order = chance.permutation(len(x))
     start, rest = order[: args.start], order[args.start :]
     variance = np.square(change[start] - change[start].mean(0)).sum(1).mean()
-    chosen = choose(gaussian(x), start, rest, rest, args.add, noise[start].sum(1) / variance)[0]
+    chosen = choose([x], start, rest, rest, args.add, noise[start].sum(1) / variance)[0]
     effects = EffectMap(Measured(tuple(map(str, start)), x[start], change[start], noise[start]))
     said = [
         effects.plan(x[k], genes=range(change.shape[1]), context="", perturbation=str(k)).change for k in rest

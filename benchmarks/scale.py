@@ -98,7 +98,18 @@ _CHUNK = 4_096
 _LIMIT = 7_200.0  # seconds for one measurement
 
 
-def write_screen(path: Path, n_cells: int, n_genes: int, *, nonzero: float = 0.10, seed: int = 0) -> Path:
+def write_screen(
+    path: Path,
+    n_cells: int,
+    n_genes: int,
+    *,
+    nonzero: float = 0.10,
+    contexts: int = CONTEXTS,
+    perturbations: int = PERTURBATIONS,
+    measured: int | None = None,
+    controls: float = 0.0,
+    seed: int = 0,
+) -> Path:
     """A synthetic screen (Poisson counts, planted shifts), written part by part, never held as a whole.
 
     Parameters
@@ -107,6 +118,11 @@ def write_screen(path: Path, n_cells: int, n_genes: int, *, nonzero: float = 0.1
         `.h5ad` or `.zarr`.
     nonzero
         About the share of non-zero counts.
+    contexts, perturbations, measured
+        How many; only the first `measured` contexts got perturbations, the others are controls. The control counts
+        as a perturbation.
+    controls
+        Share of the cells that are controls beyond their turn.
     """
     import anndata as ad
 
@@ -115,13 +131,17 @@ def write_screen(path: Path, n_cells: int, n_genes: int, *, nonzero: float = 0.1
     rng = np.random.default_rng(seed)
     level = rng.gamma(0.5, 1.0, n_genes) + 0.01
     level *= nonzero / (1 - np.exp(-level)).mean()
-    shifts = np.exp(rng.normal(0, 0.5, (CONTEXTS, n_genes)))
-    effects = np.exp(rng.normal(0, 0.3, (PERTURBATIONS, n_genes)) * (rng.uniform(size=n_genes) < 0.1))
+    shifts = np.exp(rng.normal(0, 0.5, (contexts, n_genes)))
+    effects = np.exp(rng.normal(0, 0.3, (perturbations, n_genes)) * (rng.uniform(size=n_genes) < 0.1))
     effects[0] = 1.0
     store, tables = _store(path), []
     for start in range(0, n_cells, _CHUNK):
         n = min(_CHUNK, n_cells - start)
-        context, perturbation = rng.integers(CONTEXTS, size=n), rng.integers(PERTURBATIONS, size=n)
+        context, perturbation = rng.integers(contexts, size=n), rng.integers(perturbations, size=n)
+        if controls:
+            perturbation[rng.uniform(size=n) < controls] = 0
+        if measured is not None:
+            perturbation[context >= measured] = 0
         mean = rng.gamma(4.0, 0.25, (n, 1)) * level * shifts[context] * effects[perturbation]
         x = sparse.csr_matrix(rng.poisson(mean).astype(np.float32))  # type: ignore[attr-defined]
         if start:
@@ -144,10 +164,9 @@ def _store(path: Path):
 
 
 def _labels(start: int, context: np.ndarray, perturbation: np.ndarray, rng) -> pd.DataFrame:
-    names = np.array(["control", *(f"drug {k}" for k in range(1, PERTURBATIONS))])
     columns = {
-        "perturbation": names[perturbation],
-        "cell_type": np.array([f"type {k}" for k in range(CONTEXTS)])[context],
+        "perturbation": ["control" if k == 0 else f"drug {k}" for k in perturbation],
+        "cell_type": [f"type {k}" for k in context],
         "split": np.where(rng.uniform(size=len(context)) < 0.05, "val", "train"),
     }
     return pd.DataFrame(columns, index=[f"cell {start + k}" for k in range(len(context))])

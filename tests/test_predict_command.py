@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import replace
 
@@ -12,6 +13,10 @@ import pytest
 import cellop_nb as co
 from cellop_nb.__main__ import main
 from cellop_nb.analysis import cellop
+from cellop_nb.commands.ask import LocalWorkers
+from cellop_nb.errors import ModelError
+
+from .mortal import squared_or_dead
 
 ONE = ("--context", "type C", "--perturbation", "drug 1")
 KEYS = ("--perturbation-key", "condition", "--control", "ctrl")
@@ -154,3 +159,13 @@ def test_what_cannot_be_answered_is_refused_before_anything_is_fitted(
     assert code == 2, err
     assert message in err
     assert all(beat in err for beat in ("Expected ", "Found ", "To fix it: "))
+
+
+def test_a_worker_that_dies_loses_nothing_that_is_done(tmp_path):
+    with LocalWorkers(1) as workers:
+        numbers = workers.scatter([1, 2, 3, 4])
+        futures = [workers.submit(squared_or_dead, numbers, k, tmp_path) for k in (0, 1, 2, 3)]
+        assert [future.result(timeout=300) for future in futures] == [1, 4, 9, 16]
+        assert sorted(path.name[0] for path in tmp_path.iterdir()) == ["0", "1", "2", "3", "d"]
+        with pytest.raises(ModelError, match="dead ones"):
+            workers.submit(os._exit, 1).result(timeout=300)

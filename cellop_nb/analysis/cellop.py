@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import resource
+import shutil
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy, deepcopy
 from dataclasses import asdict, dataclass, field, fields, replace
-from hashlib import blake2b
+from hashlib import blake2b, sha256
 from io import StringIO
 from numbers import Real
 from operator import attrgetter
@@ -24,6 +26,7 @@ import torch
 from scipy import sparse
 from tqdm.auto import tqdm
 
+from .. import __version__
 from ..data.contract import (
     Keys,
     check_names,
@@ -46,7 +49,7 @@ from ..models.energy import noise_floor
 from ..models.operators import Condition, OperatorModel, perturbation_parts
 from ..models.vae import NBVAE
 from ..training.callbacks import Callback, callback_list
-from ..training.checkpoint import Saved, model_file, read_models, write_models
+from ..training.checkpoint import Saved, digest, model_file, read_models, write_models
 from ..training.operators import OperatorTrainer, Penalties, new_operators
 from ..training.vae import VAETrainer, new_vae
 from .distances import etest
@@ -68,7 +71,7 @@ from .plan import (
     plan_combination,
     weigh,
 )
-from .predict import REP, Start, assemble, carry_others, embed, modelled_counts, write_parts
+from .predict import REP, Start, assemble, carry_others, embed, kept_parts, modelled_counts, write_parts
 from .unmeasured import Described, borrowed_operator, check_described
 from .unmeasured import verdict as verdict_of_described
 
@@ -276,6 +279,7 @@ class CellOp:
         self._combination_evidence: Evidence | None = None
         self._described: Described | None = None
         self._plans: dict[tuple[str, str], Plan] = {}
+        self._last: dict[tuple[str, str], Any] = {}
         self._index: dict[str, np.ndarray] | None = None
         self._labels: list[str] | None = None
         self._missing_genes = "refuse"
@@ -299,7 +303,7 @@ class CellOp:
         """This model asked of the control cells of `adata`, under its own keys where it was set up, else the model's."""
         other = copy(self)
         keys = keys_of(adata) if is_set_up(adata) else self.keys
-        other.adata, other.keys, other._plans, other._index = adata, keys, {}, None
+        other.adata, other.keys, other._plans, other._last, other._index = adata, keys, {}, {}, None
         check_values(adata, keys.layer)
         return other
 
@@ -385,7 +389,7 @@ class CellOp:
             self._latent_means = self._means_of_latents(cells, groups)
             matrices = self._judge(cells, groups, members, space, stages)
             self._judge_combinations(cells, groups, members[0], stages)
-        self.members, self._plans, self._unfinished = members, {}, {}
+        self.members, self._plans, self._last, self._unfinished = members, {}, {}, {}
         self.choice = Choice.of(self._evidence, matrices)
         self.history, self.costs = stages.history(), stages.costs()
         return self
@@ -832,7 +836,7 @@ class CellOp:
         if not len(measured):
             return None if own is None else own[0]
         change, noise = (None, None) if own is None else own
-        level = self._level_of_others(context)
+        level = self._once("others", context, self._level_of_others)
         return plan(measured, level, context=context, own_change=change, own_noise=noise).change
 
     def _level_of_others(self, context: str) -> np.ndarray:
@@ -863,6 +867,16 @@ class CellOp:
 
     def _starts(self, context: str) -> list[Start]:
         """Some control cells of the context, as each member sees them."""
+        return self._once("starts", context, self._new_starts)
+
+    def _once(self, what: str, context: str, make: Callable[[str], Any]):
+        """What is made of a context's control cells: kept for the questions of one context, which often follow."""
+        if (what, context) not in self._last:
+            self._last = {key: value for key, value in self._last.items() if key[1] == context}
+            self._last[what, context] = make(context)
+        return self._last[what, context]
+
+    def _new_starts(self, context: str) -> list[Start]:
         rows = self._some(self.adata, self.control_rows(context))
         cells = self._cells(rows)
         return [Start.of(cells, member.vae) for member in self.members]
@@ -1087,7 +1101,9 @@ class CellOp:
             What becomes of modelled genes that the data lack: "refuse", "zero" (no counts), or "impute" (their mean share
             in the controls of training).
         out
-            An .h5ad to write to, condition by condition, where the cells would not fit into memory.
+            An .h5ad to write to, condition by condition, where the cells would not fit into memory; without the expected
+            counts. Until it is whole, finished ones of several conditions lie in the folder `out`.parts: where a call was
+            ended, the same call goes on from there.
         client
             A Dask client that shares the conditions out; the numbers are the same.
         seed
@@ -1131,17 +1147,54 @@ class CellOp:
         model = self
         if missing_genes != self._missing_genes:
             model = copy(self)
-            model._missing_genes, model._plans = missing_genes, {}
-        parts = _shared_out(client, model, asked, operator, seed)
+            model._missing_genes, model._plans, model._last = missing_genes, {}, {}
+        rows = [
+            (*row[:3], None if np.isnan(row[3]) else int(row[3])) for row in asked.itertuples(index=False)
+        ]
+        tasks = [(row, operator, seed, out is None) for row in rows]
         about = self._provenance(asked, operator, seed)
+        if out is not None and len(tasks) > 1:
+            names, folder = model._fingerprints(rows, operator, seed), Path(f"{out}.parts")
+            kept = kept_parts(
+                folder, names, lambda left: shared_out(client, CellOp.answer, model, [tasks[k] for k in left])
+            )
+            path = write_parts(out, kept, about, total=len(asked))
+            shutil.rmtree(folder)
+            return path
+        parts = shared_out(client, CellOp.answer, model, tasks)
         if out is not None:
-            return write_parts(out, parts, about, total=len(asked))
+            return write_parts(out, parts, about, total=1)
         cells = list(tqdm(parts, "predicting", total=len(asked), disable=len(asked) < 20))
         pooled = cells[0] if len(cells) == 1 else ad.concat(cells, merge="same", index_unique=None)
         pooled.uns["cellop_nb"] = about
         return pooled
 
-    def answer(self, question, operator: AffineOperator | None, seed: int) -> ad.AnnData:
+    def _fingerprints(self, rows: Sequence[tuple], operator: AffineOperator | None, seed: int) -> list[str]:
+        """Of each condition, of all that its cells depend on: weights, means, settings and control cells."""
+        contexts = sorted({row[0] for row in rows})
+        cells = self.adata[np.concatenate([self.control_rows(context) for context in contexts])]
+        x = sparse.csr_matrix(counts(cells, self.keys.layer))
+        parts = [part for member in self.members for part in (member.vae, member.operators)]
+        arrays = [value for part in parts for value in part.state_dict().values()]
+        arrays += [self.means.change, self.means.control, x.data, x.indices, x.indptr]
+        arrays += [pd.util.hash_pandas_object(cells.obs).to_numpy().view(np.int64)]
+        arrays += [] if operator is None else [operator.matrix, operator.shift]
+        choice = self.choice.table.to_json(), self.choice.matrices.to_json()
+        told = [
+            __version__,
+            self.recipe,
+            choice,
+            self._missing_genes,
+            seed,
+            *cells.var_names,
+            *map(digest, arrays),
+        ]
+        shared = "\0".join(map(str, told))
+        return [sha256(f"{shared} {row}".encode()).hexdigest()[:16] for row in rows]
+
+    def answer(
+        self, question, operator: AffineOperator | None, seed: int, with_mean: bool = True
+    ) -> ad.AnnData:
         """Virtual cells of one condition: (context, perturbation, strength, n_cells)."""
         context, perturbation, strength, n_cells = question
         draw = crc32(f"{seed} {context} {perturbation} {strength:g}".encode())
@@ -1171,7 +1224,10 @@ class CellOp:
                     rows, start.library, strength * change, growth, generator
                 )
             drawn = start.moved(act, strength, planned, growth, generator, gained)
-            parts.append(assemble(self.adata[rows], self.keys, self.genes, drawn, perturbation, others))
+            source_cells = self.adata[rows]
+            parts.append(
+                assemble(source_cells, self.keys, self.genes, drawn, perturbation, others, with_mean)
+            )
             parts[-1].obs_names = [names[k] for k in at]
             if operator is None and perturbation in self.curves and self.keys.dose_key in parts[-1].obs:
                 parts[-1].obs[self.keys.dose_key] = self.curves[perturbation].dose(strength)
@@ -1520,18 +1576,26 @@ def question_table(
     return table[[*columns, amount, "n_cells"]]
 
 
-def _shared_out(client, model: CellOp, asked: pd.DataFrame, operator, seed: int) -> Iterator:
-    """The answer to every row in turn, made here or by the workers of a Dask client."""
-    rows = [(*row[:3], None if np.isnan(row[3]) else int(row[3])) for row in asked.itertuples(index=False)]
+_AHEAD = 32
+"""Tasks that workers may be ahead of what is asked of their results, which are held until then."""
+
+
+def shared_out(client, work: Callable, shared, tasks: Sequence[tuple]) -> Iterator:
+    """Results of ``work(shared, *task)`` in the order of the tasks, made here or by the workers of a Dask client."""
     if client is None:
-        yield from (model.answer(row, operator, seed) for row in rows)
+        yield from (work(shared, *task) for task in tasks)
         return
-    shared = client.scatter(model, broadcast=True, hash=False)
-    futures = [client.submit(CellOp.answer, shared, row, operator, seed, pure=False) for row in rows]
+    remote = client.scatter(shared, broadcast=True, hash=False)
+    futures: deque = deque()
     try:
-        yield from (future.result() for future in futures)
+        for task in tasks:
+            futures.append(client.submit(work, remote, *task, pure=False))
+            if len(futures) > _AHEAD:
+                yield futures.popleft().result()
+        while futures:
+            yield futures.popleft().result()
     finally:
-        client.cancel(futures)
+        client.cancel(list(futures))
 
 
 def _digest(cells) -> str:

@@ -21,7 +21,7 @@ from ..models.operators import perturbation_parts
 from ..models.vae import NBVAE
 from ..packages import require
 from .baselines import BASELINES, Method, Prediction, Target, Training, linear_features
-from .cellop import CellOp
+from .cellop import CellOp, shared_out
 from .exchange import vcc2026
 from .metrics import EvaluationSpace, Undefined
 from .predict import Start, modelled_counts
@@ -222,9 +222,10 @@ def holdout(
         problem = "; ".join(f"{row['question']}: {row['reason']}" for row in refused) or "none"
         fix = "hold out something else (over=...)"
         raise HoldoutError(f"something to hold out over {over!r}", problem, fix)
-    tasks = [(_some_groups(question), seed + k) for question in questions for k in range(n_seeds)]
+    shared: dict = {}  # what questions have in common; of workers each has its own
+    tasks = [(_some_groups(question), seed + k, shared) for question in questions for k in range(n_seeds)]
     work = partial(_answer, methods=methods or {}, metrics=metrics, suite=suite)
-    results = _shared_out(client, work, model, tasks)
+    results = shared_out(client, work, model, tasks)
     return _pooled(list(tqdm(results, desc="hold-outs", total=len(tasks), disable=not progress)), refused)
 
 
@@ -428,20 +429,6 @@ def affine_operator(training: Training, target: Target, *, model: CellOp) -> Pre
     z = Start.of(modelled_counts(target.adata, model.vae, model.keys), model.vae).z
     counts = model.fresh(target.adata, (operator(z) - z).cpu().numpy())
     return Prediction.of_counts(AFFINE, counts, target.space, target.library)
-
-
-def _shared_out(client, work, model: CellOp, tasks: list) -> Iterator[dict]:
-    """The results of the tasks in their order, made here or by the workers of a Dask client."""
-    if client is None:
-        shared: dict = {}
-        yield from (work(model, *task, shared) for task in tasks)
-        return
-    remote = client.scatter(model, broadcast=True, hash=False)
-    futures = [client.submit(work, remote, *task, {}, pure=False) for task in tasks]
-    try:
-        yield from (future.result() for future in futures)
-    finally:
-        client.cancel(futures)
 
 
 def _pooled(results: list[dict], refused: list[dict]) -> Holdout:

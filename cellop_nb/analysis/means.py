@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
+import anndata as ad
 import numpy as np
 from scipy import sparse
 
@@ -123,9 +124,12 @@ class Means:
         Halko, Martinsson, Tropp (2011), SIAM Review 53:217.
         """
 
+        by_gene = sparse.csc_matrix(cells.X)
+
         def parts() -> Iterator[Means]:
             for start in range(0, cells.n_vars, block):
-                yield cls.of(cells[:, start : start + block].copy(), groups)
+                some = by_gene[:, start : start + block].tocsr()
+                yield cls.of(ad.AnnData(some, obs=cells.obs, uns=cells.uns), groups)
 
         n_pairs, chance = len(groups.pairs), np.random.default_rng(0)
         basis = np.eye(n_pairs) if n_pairs <= RANK else np.zeros((n_pairs, 0))

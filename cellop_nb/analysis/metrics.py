@@ -330,7 +330,12 @@ def log1p_cp10k(counts, library: np.ndarray | None = None):
         library = np.asarray(counts.sum(axis=1), dtype=np.float64).ravel()
     scale = TARGET_SUM / np.where(library > 0, library, 1.0)
     if sparse.issparse(counts):
-        return sparse.csr_matrix(sparse.diags(scale) @ counts).log1p().astype(np.float32)
+        csr = sparse.csr_matrix(counts)
+        if not csr.has_canonical_format:  # counts in parts would have the logarithm of each
+            csr = csr.copy() if csr is counts else csr
+            csr.sum_duplicates()
+        level = np.log1p(csr.data * np.repeat(scale, np.diff(csr.indptr))).astype(np.float32)
+        return sparse.csr_matrix((level, csr.indices, csr.indptr), csr.shape)
     return np.log1p(np.asarray(counts) * scale[:, None]).astype(np.float32)
 
 

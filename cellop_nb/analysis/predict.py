@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import anndata as ad
@@ -21,7 +22,7 @@ from ..data.counts import TOTAL_KEY, CountLoader, has_other_genes, measured_tota
 from ..errors import DataError, counted, did_you_mean
 from ..files import require_room, write_whole
 from ..models.affine import AffineOperator
-from ..models.carry import Observed, balanced_counts, carry_to_mean, levels, whole_levels
+from ..models.carry import Observed, balanced_counts, carry_genes, carry_to_mean, levels, whole_levels
 from ..models.vae import NBVAE
 from .plan import Plan
 
@@ -206,11 +207,10 @@ def modelled_counts(
         fix = f"use data with these genes ({likely}), or missing_genes='zero' or 'impute'"
         raise DataError("all genes of the model in var_names", problem, fix)
     x = sparse.csr_matrix(counts(adata, keys.layer), dtype=np.float32)
-    there = sparse.csr_matrix(
-        (np.ones((~lacking).sum(), np.float32), (column[~lacking], np.flatnonzero(~lacking))),
-        (adata.n_vars, len(genes)),
-    )
-    chosen = sparse.csr_matrix(x @ there)
+    chosen = x[:, column]
+    if lacking.any():
+        chosen = sparse.csr_matrix(chosen @ sparse.diags((~lacking).astype(np.float32)))
+        chosen.eliminate_zeros()
     if lacking.any() and missing_genes == "impute":
         library = np.asarray(x.sum(1), dtype=np.float32).ravel()
         chosen = sparse.csr_matrix(
@@ -228,34 +228,30 @@ def modelled_counts(
     return cells
 
 
-_AT_ONCE = 4_000_000
+_AT_ONCE = 250_000
 """Counts (cells times genes) of genes that are not modelled which are carried together."""
 
 
 def carry_others(
-    x: sparse.csr_matrix,
-    library: np.ndarray,
+    x: sparse.csc_matrix,
+    library: Tensor,
     change: np.ndarray,
     growth: float = 0.0,
     generator: torch.Generator | None = None,
-) -> tuple[sparse.csr_matrix, Tensor]:
+) -> tuple[sparse.csc_matrix, Tensor]:
     """Genes that are not modelled, each carried by its planned `change` (gene,) of mean log1p-CP10k, block by block.
 
     From counts `x` (cell, gene) of control cells and their `library` (cell,) over all genes, whose log changes by
     `growth`: whole counts (cell, gene), and (cell,) expected counts that they gained before the library grew.
     """
-    columns, total = sparse.csc_matrix(x), torch.as_tensor(library, dtype=torch.float32)
-    factor = math.exp(growth)
-    parts, gained = [], torch.zeros(len(total))
+    total, parts, gained = library.double().cpu().numpy(), [x[:, :0]], np.zeros(x.shape[0])
     for start in range(0, x.shape[1], width := max(1, _AT_ONCE // max(x.shape[0], 1))):
-        block = torch.from_numpy(columns[:, start : start + width].toarray())
-        target = levels(block, total).mean(0) + torch.as_tensor(
-            change[start : start + width], dtype=block.dtype
-        )
-        carried = carry_to_mean(factor * block, factor * total, target, scale_cells=False)
-        gained += carried.sum(1) / factor - block.sum(1)
-        parts.append(sparse.csr_matrix(balanced_counts(carried, generator).numpy()))
-    return sparse.hstack([columns[:, :0], *parts], "csr"), gained
+        block = x[:, start : start + width]
+        carried = carry_genes(block, total, change[start : start + width], growth)
+        gained += carried.sum(1) / math.exp(growth) - np.asarray(block.sum(1)).ravel()
+        whole = balanced_counts(torch.from_numpy(carried), generator, one_order=True)
+        parts.append(sparse.csc_matrix(whole.numpy().astype(np.float32)))
+    return sparse.csc_matrix(sparse.hstack(parts, "csc")), torch.from_numpy(gained).to(library)
 
 
 def assemble(
@@ -265,9 +261,10 @@ def assemble(
     drawn: Drawn,
     perturbation: str,
     others: sparse.csr_matrix | None = None,
+    with_mean: bool = True,
 ) -> ad.AnnData:
     """Virtual cells over all genes of the data: modelled ones as drawn, of the rest the counts `others` (cell, gene),
-    those of the control cells where None.
+    those of the control cells where None; with expected counts in ``layers["mean"]``.
     """
     column = source.var_names.get_indexer(list(genes))
     there = np.flatnonzero(column >= 0)
@@ -278,7 +275,7 @@ def assemble(
     if others is None:
         others = sparse.csr_matrix(counts(source, keys.layer), dtype=np.float32)
     others = others @ sparse.diags((~modelled).astype(np.float32))
-    whole, mean = (sparse.csr_matrix(part @ put + others) for part in (drawn.counts, drawn.mean))
+    whole = sparse.csr_matrix(drawn.counts @ put + others)
     obs = source.obs.copy()
     obs[keys.perturbation_key] = perturbation
     obs["source_cell"], obs["predicted"] = source.obs_names.to_numpy(), True
@@ -290,8 +287,28 @@ def assemble(
         for name, k in zip(source.obs_names, repeat, strict=True)
     ]
     cells = ad.AnnData(whole, obs=obs, var=source.var[[]].assign(modelled=modelled))
-    cells.layers["mean"], cells.obsm[REP] = mean, drawn.latents
+    cells.obsm[REP] = drawn.latents
+    if with_mean:
+        cells.layers["mean"] = sparse.csr_matrix(drawn.mean @ put + others)
     return cells
+
+
+def kept_parts(
+    folder: Path, names: Sequence[str], make: Callable[[list[int]], Iterator[ad.AnnData]]
+) -> Iterator[ad.AnnData]:
+    """Parts in their order, each kept in a file of its name in `folder`: read where it is there, else made.
+
+    `make` is called with the positions of those that are to be made.
+    """
+    files = [folder / f"{name}.h5ad" for name in names]
+    fresh = make([k for k, file in enumerate(files) if not file.is_file()])
+    for file in files:
+        if file.is_file():
+            yield ad.read_h5ad(file)
+            continue
+        cells = next(fresh)
+        write_whole(file, partial(_write, parts=[cells], about={}))
+        yield cells
 
 
 def write_parts(path: str | Path, parts: Iterable[ad.AnnData], about: dict, *, total: int) -> Path:

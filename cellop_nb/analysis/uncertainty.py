@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import reduce
 
 import numpy as np
 import pandas as pd
 import torch
 from anndata import AnnData
 from scipy import sparse
+from scipy.linalg import solve_triangular
 from scipy.spatial.distance import cdist
 from scipy.stats import t
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..data.contract import context_name, keys_of
-from ..data.groups import Groups
+from ..data.groups import Groups, evenly
 from ..errors import DataError, LabelError, ModelError, checked
 from ..models.operators import Condition, OperatorModel
 from ..training.loop import Machine
@@ -406,6 +408,8 @@ def _sentence(row: pd.Series) -> str:
 
 # -- what to measure next ------------------------------------------------------------------------------------------------
 
+_MOST_MEASURED, _MOST_WANTED = 2000, 1000
+
 
 def next_experiments(
     model: CellOp,
@@ -420,7 +424,8 @@ def next_experiments(
 
     under a Gaussian process over contexts and descriptors, given what was measured and what was chosen before, so that
     the next choice tells something else. The covariance is a product of Gaussian kernels of median width, of descriptors
-    and of mean control cells; v is the mean share of noise in a measured effect.
+    and of mean control cells; v is the mean share of noise in a measured effect. All candidates are compared; of more
+    than 2,000 measured pairs and 1,000 wanted ones so many, evenly spread, stand for all.
 
     Parameters
     ----------
@@ -464,56 +469,85 @@ def next_experiments(
             problem = f"{perturbation!r} in {context!r}"
             fix = "leave it out, or describe it and measure the context's controls"
             raise LabelError("a described perturbation and a context with controls", problem, fix)
-    measured = [pair for pair in means.pairs if pair[1] in rows.index]
-    change = means.change[[means.pairs.index(pair) for pair in measured]]
-    noise = means.noise[[means.pairs.index(pair) for pair in measured]].sum(1)
+    measured = [k for k, pair in enumerate(means.pairs) if pair[1] in rows.index]
+    measured, told = (_spread(of, most) for of, most in ((measured, _MOST_MEASURED), (targets, _MOST_WANTED)))
+    change, noise = means.change[measured], means.noise[measured].sum(1)
     signal = max(
         float(np.square(change - change.mean(0)).sum(1).mean() - noise.mean()), 0.1 * float(noise.mean())
     )
-    every = [*measured, *pairs, *targets]
-    near = gaussian(rows.loc[[p for _, p in every]].to_numpy(dtype=float))
-    near *= gaussian(means.control[[means.contexts.index(c) for c, _ in every]])
+    every = [*(means.pairs[k] for k in measured), *pairs, *told]
+    place = {context: k for k, context in enumerate(means.contexts)}
+    descriptors = rows.loc[[p for _, p in every]].to_numpy(dtype=float)
+    levels = means.control[[place[c] for c, _ in every]]
     first, last = len(measured), len(measured) + len(pairs)
     chosen, gains, left = choose(
-        near, np.arange(first), np.arange(first, last), np.arange(last, len(every)), n, noise / signal
+        [descriptors, levels], range(first), range(first, last), range(last, len(every)), n, noise / signal
     )
     table = pd.DataFrame([every[k] for k in chosen], columns=["context", "perturbation"])
     return table.assign(gain=gains, uncertainty=left)
 
 
-def gaussian(x: np.ndarray) -> np.ndarray:
-    """(n, n) Gaussian kernel of the rows of x (n, k), of the median distance between different rows as width."""
-    distance = cdist(x, x)
-    apart = distance[distance > 0]
-    return np.exp(-np.square(distance / (np.median(apart) if len(apart) else 1.0)) / 2)
+def _spread(items: list, most: int) -> list:
+    """At most so many of the items, evenly spread."""
+    return [items[int(k)] for k in evenly(len(items), most)]
+
+
+def gaussian(x: np.ndarray, y: np.ndarray, width: float) -> np.ndarray:
+    """(n, m) Gaussian kernel of the rows of x (n, k) and y (m, k)."""
+    near = cdist(x, y, "sqeuclidean")
+    near /= -2 * width**2
+    return np.exp(near, out=near)
+
+
+def median_distance(x: np.ndarray) -> float:
+    """Median distance between different rows of x (n, k), of many evenly spread ones; 1 where all are the same."""
+    some = x[evenly(len(x), _MOST_MEASURED).numpy()]
+    apart = cdist(some, some)
+    apart = apart[apart > 0]
+    return float(np.median(apart)) if len(apart) else 1.0
 
 
 def choose(
-    kernel: np.ndarray,
-    measured: np.ndarray,
-    candidates: np.ndarray,
-    wanted: np.ndarray,
+    factors: Sequence[np.ndarray],
+    measured: Sequence[int],
+    candidates: Sequence[int],
+    wanted: Sequence[int],
     n: int,
     noise: np.ndarray,
 ) -> tuple[list[int], list[float], list[float]]:
     """Greedy choice of n candidates, the share of the wanted variance that each removes, and the share that is left.
 
-    Of all rows the `kernel` (m, m) is the prior covariance, and the others are positions. The `noise` of the measured is
-    in units of the prior variance; a candidate is expected to have their mean.
+    The prior covariance of rows is a product of Gaussian kernels, one of each of the `factors` (row, feature); all else
+    are positions of rows. The `noise` of the measured is in units of the prior variance; a candidate is expected to have
+    their mean. Memory grows with the candidates times the measured and the wanted.
     """
-    gram = kernel[np.ix_(measured, measured)] + np.diag(noise + 1e-9)
-    covariance = kernel - kernel[:, measured] @ np.linalg.solve(gram, kernel[measured])
-    own, prior = float(noise.mean()) + 1e-9, float(np.trace(kernel[np.ix_(wanted, wanted)]))
+    widths = [median_distance(x) for x in factors]
+
+    def kernel(a: Sequence[int], b: Sequence[int]) -> np.ndarray:
+        parts = (gaussian(x[list(a)], x[list(b)], width) for x, width in zip(factors, widths, strict=True))
+        return reduce(lambda near, other: np.multiply(near, other, out=near), parts)
+
+    gram = np.linalg.cholesky(kernel(measured, measured) + np.diag(noise + 1e-9))
+    told, aims = (solve_triangular(gram, kernel(measured, rows), lower=True) for rows in (candidates, wanted))
+    between = kernel(wanted, candidates)
+    between -= aims.T @ told
+    variance, unknown = (1 - np.square(part).sum(0) for part in (told, aims))
+    own, prior, free = float(noise.mean()) + 1e-9, len(wanted), np.ones(len(candidates), dtype=bool)
+    taken: list[np.ndarray] = []  # what each choice tells of every candidate
     chosen: list[int] = []
     gains, left = [], []
     for _ in range(min(n, len(candidates))):
-        variance = np.maximum(np.diag(covariance)[candidates], 0.0) + own
-        gain = np.square(covariance[np.ix_(wanted, candidates)]).sum(0) / variance
-        gain[np.isin(candidates, chosen)] = -1.0
-        best = int(candidates[np.argmax(gain)])
-        column = covariance[:, best].copy()
-        covariance -= np.outer(column, column) / (max(column[best], 0.0) + own)
-        chosen.append(best)
-        gains.append(float(gain.max()) / prior)
-        left.append(float(np.maximum(np.diag(covariance)[wanted], 0.0).sum()) / prior)
+        gain = np.einsum("wc,wc->c", between, between) / (np.maximum(variance, 0.0) + own)
+        best = int(np.argmax(np.where(free, gain, -1.0)))
+        scale = np.sqrt(max(variance[best], 0.0) + own)
+        column = kernel(candidates, [candidates[best]])[:, 0] - told.T @ told[:, best]
+        column = (column - sum(before * before[best] for before in taken)) / scale
+        seen = between[:, best] / scale
+        between -= np.outer(seen, column)
+        variance, unknown = variance - np.square(column), unknown - np.square(seen)
+        taken.append(column)
+        free[best] = False
+        chosen.append(int(candidates[best]))
+        gains.append(float(gain[best]) / prior)
+        left.append(float(np.maximum(unknown, 0.0).sum()) / prior)
     return chosen, gains, left

@@ -38,7 +38,7 @@ def select_genes(
     adata
         A screen that was set up; nothing is written to it.
     n_genes
-        How many; all that are left where there are fewer. Counts that lie on disk are ranked on 20,000 random cells.
+        How many; all that are left where there are fewer. Of more than 20,000 cells so many random ones rank them.
     flavor
         What genes are ranked by, as in scanpy's ``highly_variable_genes``: ``"pearson_residuals"``, the variance of
         their Pearson residuals (Lause et al.), or ``"seurat"``, the dispersion of log1p-CP10k within bins of the mean
@@ -78,14 +78,14 @@ def select_genes(
 
 
 def _counts_of(adata: AnnData, rows: np.ndarray) -> sparse.csr_matrix:
-    """Raw counts (cell, gene) of the cells, float32; of some of them where they lie on disk."""
+    """Raw counts (cell, gene) of the cells, float32; of a sample where they are many."""
     layer = keys_of(adata).layer
-    slot = count_slot(adata, layer)
-    if is_on_disk(slot):
+    if len(rows) > MAX_CELLS:
         rows = np.sort(np.random.default_rng(0).permutation(rows)[:MAX_CELLS])
-        matrix = RowReader(slot).read(rows)
+    if is_on_disk(count_slot(adata, layer)):
+        matrix = RowReader(count_slot(adata, layer)).read(rows)
     else:
-        matrix = counts(adata, layer)[rows]
+        matrix = counts(adata[rows], layer)
     matrix = sparse.csr_matrix(matrix, dtype=np.float32)
     matrix.eliminate_zeros()
     return matrix

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
+from scipy import sparse
 from torch import Tensor
 
 from ..errors import ModelError
@@ -100,7 +102,6 @@ def carry_to_mean(
     target: Tensor,
     *,
     others: Tensor | None = None,
-    scale_cells: bool = True,
     iterations: int = 8,
 ) -> Tensor:
     r"""Expected counts (cell, gene) of cells that are carried to a mean level per gene, and stay the cells they are.
@@ -129,15 +130,13 @@ def carry_to_mean(
         (:func:`balanced_counts`); kept between 0 and :data:`MOST_LEVEL`.
     others
         (cell,) counts of the genes that are not among the columns; none where None.
-    scale_cells
-        Scale cells to their library sizes. Otherwise every gene reaches its level, whatever that adds up to.
     iterations
         At most so many steps, of which the one that misses the levels least is kept; done where every mean level is as
         near as 1e-4.
 
     Returns
     -------
-    (cell, gene); its rows sum to ``library - others`` to within 1e-4, where cells are scaled.
+    (cell, gene); its rows sum to ``library - others`` to within 1e-4.
     """
     x, size = expected.clamp_min(0.0), library.clamp_min(MIN_MEAN).unsqueeze(-1)
     aim = target.to(x).clamp(0.0, MOST_LEVEL)
@@ -147,18 +146,17 @@ def carry_to_mean(
     excess = ((x - mean).square() - mean).mean(0).clamp_min(1e-8)
     dispersion = (mean.square().mean(0) / excess).clamp(0.1, 100.0)
     added = mean * (dispersion + x) / (dispersion + mean)
-    t, carried, miss, cost = torch.zeros_like(share), x, share.new_zeros(()), share
-    scale, best, least, short = torch.ones_like(size), x, math.inf, 0.0
+    t, carried, miss = torch.zeros_like(share), x, share.new_zeros(())
+    best, least = x, math.inf
     for _ in range(iterations + 1):
-        if scale_cells:
-            total = carried.sum(-1, keepdim=True).clamp_min(MIN_MEAN)
-            # that of each cell; what all cells miss is left to the genes
-            scale = room / total * (total.sum() / room.sum())
-            cost = (carried * scale / size).mean(0)
-            short = float(room.sum() / total.sum() - 1)
-            excess = cost.sum() - (room / size).mean()
-            # one gene may hold nearly all counts: what it gives or takes in a step is bounded
-            miss = miss + (excess / cost.square().sum().clamp_min(MIN_MEAN)).clamp(-4.0, 4.0)
+        total = carried.sum(-1, keepdim=True).clamp_min(MIN_MEAN)
+        # that of each cell; what all cells miss is left to the genes
+        scale = room / total * (total.sum() / room.sum())
+        cost = (carried * scale / size).mean(0)
+        short = float(room.sum() / total.sum() - 1)
+        excess = cost.sum() - (room / size).mean()
+        # one gene may hold nearly all counts: what it gives or takes in a step is bounded
+        miss = miss + (excess / cost.square().sum().clamp_min(MIN_MEAN)).clamp(-4.0, 4.0)
         level, slope = whole_levels(carried * scale, library)
         there = level.mean(0) + short * (slope * carried * scale).mean(0)  # once the cells are scaled
         missed = float((there - aim).square().sum())
@@ -170,10 +168,61 @@ def carry_to_mean(
         grown = (slope * torch.where(gap + t > 0, added, x) * scale).mean(0)
         t = (t + gap / grown.clamp_min(MIN_MEAN)).clamp_min(-1.0)
         carried = torch.addcmul(x * (1 + t.clamp_max(0.0)), added, t.clamp_min(0.0))
-    return best * (room / best.sum(-1, keepdim=True).clamp_min(MIN_MEAN)) if scale_cells else best
+    return best * (room / best.sum(-1, keepdim=True).clamp_min(MIN_MEAN))
 
 
-def balanced_counts(mean: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def carry_genes(
+    x: sparse.csc_matrix, library: np.ndarray, change: np.ndarray, growth: float = 0.0, iterations: int = 8
+) -> np.ndarray:
+    r"""Expected counts (cell, gene) of whole counts `x` (cell, gene) whose genes each reach their level alone.
+
+    As :func:`carry_to_mean`, but cells are not scaled: every gene's mean level changes by `change` (gene,), whatever
+    that adds up to, while the log of the `library` (cell,) changes by `growth`. Logarithms are those of the non-zeros: a
+    cell without a molecule has, as long as it is expected to gain less than one, a level in proportion to that.
+    """
+    before, size = library.clip(MIN_MEAN), math.exp(growth) * library.clip(MIN_MEAN)
+    cell, n = x.indices, len(size)
+    gene = np.repeat(np.arange(x.shape[1]), np.diff(x.indptr))
+    value, one = math.exp(growth) * x.data, COUNTS_PER_CELL / size
+
+    def mean(entries: np.ndarray) -> np.ndarray:
+        """(gene,) mean over the cells."""
+        return np.bincount(gene, entries, x.shape[1]) / n
+
+    aim = mean(np.log1p(COUNTS_PER_CELL * x.data / before[cell])) + change
+    aim = aim.clip(0.0, MOST_LEVEL)
+    share = mean(value / size[cell]).clip(0.1 / (COUNTS_PER_CELL * n))
+    moments = np.mean(size**2) * share**2
+    excess = mean(value**2) - 2 * share * mean(value * size[cell]) + moments - np.mean(size) * share
+    dispersion = (moments / excess.clip(1e-8)).clip(0.1, 100.0)
+    of_zero = size[:, None] * share / (1 + size[:, None] * (share / dispersion))
+    added = of_zero[cell, gene] * (1 + value / dispersion[gene])
+    of_one, t = np.log1p(one), np.zeros(x.shape[1])
+    rise = of_one @ of_zero / n - mean(of_zero[cell, gene] * of_one[cell])  # of cells without a molecule
+    for _ in range(iterations):
+        carried = value * (1 + t.clip(None, 0.0))[gene] + added * t.clip(0.0)[gene]
+        whole = np.floor(carried)
+        low = np.log1p(whole * one[cell])
+        slope = np.log1p((whole + 1) * one[cell]) - low
+        gap = aim - mean(low + slope * (carried - whole)) - rise * t.clip(0.0)
+        if np.abs(gap).max(initial=0.0) <= 1e-4:
+            break
+        grown = np.where(gap + t > 0, mean(slope * added) + rise, mean(slope * value))
+        t = (t + gap / grown.clip(MIN_MEAN)).clip(-1.0)
+    result = of_zero * t.clip(0.0)
+    steep = np.flatnonzero(result.max(0) >= 1)
+    result[cell, gene] = value * (1 + t.clip(None, 0.0))[gene] + added * t.clip(0.0)[gene]
+    if len(steep) and len(cell) < n * x.shape[1]:  # there every cell is looked at
+        dense = x[:, steep].toarray().ravel("F")
+        rows, starts = np.tile(np.arange(n), len(steep)), np.arange(0, n * len(steep) + 1, n)
+        every = sparse.csc_matrix((dense, rows, starts), (n, len(steep)))
+        result[:, steep] = carry_genes(every, library, change[steep], growth, iterations)
+    return result
+
+
+def balanced_counts(
+    mean: Tensor, generator: torch.Generator | None = None, *, one_order: bool = False
+) -> Tensor:
     r"""Whole counts (cell, gene) with given expectations whose sum over the cells is nearly that of the expectations.
 
     .. math:: n_c = \lfloor S_c + u \rfloor - \lfloor S_{c-1} + u \rfloor, \quad S_c = \sum_{c' \le c} x'_{c'}, \quad
@@ -181,7 +230,8 @@ def balanced_counts(mean: Tensor, generator: torch.Generator | None = None) -> T
 
     for each gene, with its cells in random order: systematic sampling. Each count is the floor or the ceiling of its
     expectation, and the gene's total is off by less than 1. The noise of the observed count stands for that of the moved
-    one: drawing anew would add it twice.
+    one: drawing anew would add it twice. In `one_order` of the cells for all genes, which saves the sorting of each,
+    genes are as independent: u is their own.
 
     Raises
     ------
@@ -199,7 +249,13 @@ def balanced_counts(mean: Tensor, generator: torch.Generator | None = None) -> T
             "finite expected counts of virtual cells", problem, "use a model whose weights are finite"
         )
     whole = mean.floor()
-    order = torch.rand(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device).argsort(0)
+    chance = torch.rand(
+        (len(mean), 1) if one_order else mean.shape,
+        generator=generator,
+        dtype=mean.dtype,
+        device=mean.device,
+    )
+    order = chance.argsort(0).expand_as(mean)
     offset = torch.rand(mean.shape[1], generator=generator, dtype=mean.dtype, device=mean.device)
     steps = ((mean - whole).gather(0, order).double().cumsum(0) + offset).floor()
     return whole.scatter_add(0, order, steps.diff(dim=0, prepend=steps.new_zeros(1, mean.shape[1])).to(mean))

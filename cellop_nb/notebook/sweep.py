@@ -376,7 +376,7 @@ def _there(
 
     with ExitStack() as stack:
         if "://" in where:
-            client = stack.enter_context(_connected(where))
+            client = stack.enter_context(connected(where))
         else:
             cluster = stack.enter_context(queue_cluster(where, job, logs))
             cluster.scale(jobs=workers)
@@ -460,7 +460,7 @@ def await_first(client, where: str, tell: Callable[[str], None], *, every: float
             tell(f"{waited:.0f} s and no worker yet: see the queue of {where} and the logs of its jobs")
 
 
-def _connected(address: str):
+def connected(address: str):
     """A client of a scheduler that somebody started; both show the certificates of Dask's configuration."""
     from distributed import Client
     from distributed.security import Security

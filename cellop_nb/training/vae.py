@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +33,11 @@ from ..models.vae import NBVAE, elbo_loss, moment_dispersion
 from .callbacks import Callback
 from .checkpoint import digest
 from .loop import Machine, Trainer
+
+logger = logging.getLogger("cellop_nb")
+
+MOST_VISITS = 1_000_000
+"""Cells that a training looks at in all, where its length is not said to ``fit``."""
 
 
 @checked
@@ -131,7 +137,8 @@ class VAETrainer(Trainer):
         Final weight of the divergence and the epochs over which it grows from zero.
     max_epochs, lr
         Length and base learning rate. The defaults reach the held-out loss of three times as many epochs at a quarter
-        of the rate (``benchmarks/schedules.py``).
+        of the rate (``benchmarks/schedules.py``). Of many training cells there are fewer epochs, at least two, which look
+        at no more than a million cells in all; ``fit(max_epochs)`` has no such bound.
     weight_decay, clip_norm, callbacks, folder, on_nonfinite, progress, seed, machine
         As in :class:`~cellop_nb.training.loop.Trainer`.
 
@@ -171,6 +178,11 @@ class VAETrainer(Trainer):
         seed: int = 0,
         machine: Machine = Machine(),  # noqa: B008 (frozen)
     ):
+        rows = {split: rows_of(adata, split) for split in ("train", "val")}
+        asked, max_epochs = max_epochs, min(max_epochs, max(2, MOST_VISITS // len(rows["train"])))
+        if max_epochs < asked:
+            said = "VAE: %d of %d epochs, which look at %s cells at most; fit(max_epochs) trains longer"
+            logger.warning(said, max_epochs, asked, f"{MOST_VISITS:,}")
         super().__init__(
             model, max_epochs=max_epochs, lr=lr, weight_decay=weight_decay, clip_norm=clip_norm,
             callbacks=callbacks, folder=folder, on_nonfinite=on_nonfinite, progress=progress, seed=seed,
@@ -181,7 +193,6 @@ class VAETrainer(Trainer):
         self.cells, self.genes = np.asarray(adata.obs_names), model.columns
         matrix = model_counts(adata, model)
         held = resident(matrix, self.fabric.device)
-        rows = {split: rows_of(adata, split) for split in ("train", "val")}
         device = self.fabric.device
         self.loader = CountLoader(
             held, rows["train"], batch_size=batch_size, generator=self.cpu_generator, device=device,

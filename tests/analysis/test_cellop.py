@@ -473,22 +473,52 @@ class Client:
             return self.value
 
     def __init__(self):
-        self.cancelled = 0
+        self.submitted = 0
 
     def scatter(self, value, **_):
         return copy.deepcopy(value)
 
     def submit(self, function, *arguments, pure):
+        self.submitted += 1
         return self.Future(function(*arguments))
 
     def cancel(self, futures):
-        self.cancelled += len(futures)
+        assert futures == []
 
 
 def test_conditions_are_shared_out_with_the_same_numbers(model):
     asked, client = [("M", "ifn"), ("T", "odd"), ("B", "once")], Client()
     assert same(model.predict(asked, client=client), model.predict(asked))
-    assert client.cancelled == 3
+    assert client.submitted == 3
+
+
+def test_a_prediction_that_was_ended_goes_on(model, tmp_path, monkeypatch):
+    """Of three conditions two are done when it ends; the same call makes the third, and the file is the same."""
+    asked, path = [("M", "ifn"), ("T", "odd"), ("B", "once")], tmp_path / "cells.h5ad"
+    whole = ad.read_h5ad(model.predict(asked, out=tmp_path / "whole.h5ad"))
+    answer, made = CellOp.answer, []
+
+    def once(self, question, *more):
+        if question[0] == "B" and "B" not in made:
+            made.append("B")
+            raise KeyboardInterrupt
+        made.append(question[0])
+        return answer(self, question, *more)
+
+    monkeypatch.setattr(CellOp, "answer", once)
+    with pytest.raises(KeyboardInterrupt):
+        model.predict(asked, out=path)
+    assert len([*tmp_path.glob("cells.h5ad.parts/*.h5ad")]) == 2 and not path.exists()
+    written = ad.read_h5ad(model.predict(asked, out=path))
+    assert made == ["M", "T", "B", "B"] and {*tmp_path.iterdir()} == {tmp_path / "whole.h5ad", path}
+    assert (written.X != whole.X).nnz == 0
+    np.testing.assert_array_equal(written.obsm["X_nbvae"], whole.obsm["X_nbvae"])
+    pd.testing.assert_frame_equal(written.obs, whole.obs)
+    with pytest.raises(KeyboardInterrupt):
+        made.clear()
+        model.predict(asked, out=path, seed=5)
+    assert made == ["M", "T", "B"], "parts of another seed are others"
+    assert len([*tmp_path.glob("cells.h5ad.parts/*.h5ad")]) == 2
 
 
 def test_dask_gives_the_same_numbers(model):

@@ -428,7 +428,7 @@ def test_questions_are_shared_out_with_the_same_numbers(data, result):
     client = Client()
     there = holdout(tiny(data, n_genes=40), metrics=METRICS, client=client, progress=False)
     pd.testing.assert_frame_equal(there.scores, result.scores)
-    assert same(there.predictions, result.predictions) and client.cancelled == 3
+    assert same(there.predictions, result.predictions) and client.submitted == 3
 
 
 # -- combinations, perturbations that were never measured, libraries ------------------------------------------------

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import tracemalloc
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
 from sklearn.kernel_ridge import KernelRidge
 
 import cellop_nb as co
+from cellop_nb.analysis import uncertainty
 from cellop_nb.analysis.baselines import Target, Training, linear_features
 from cellop_nb.analysis.metrics import EvaluationSpace, Undefined
 from cellop_nb.analysis.plan import Measured
-from cellop_nb.analysis.uncertainty import choose, gaussian
+from cellop_nb.analysis.uncertainty import choose, gaussian, median_distance
 from cellop_nb.analysis.unmeasured import KERNEL, MEAN, NEAREST, RIDGE, EffectMap, verdict
+from cellop_nb.data.contract import Keys
 from cellop_nb.errors import LabelError, ModelError
 
 from .screens import screen, tiny
@@ -200,7 +205,7 @@ def test_chosen_experiments_tell_more_than_random_ones():
         x = 3 * rng.normal(size=(6, 4))[kind] + 0.2 * rng.normal(size=(30, 4))
         effects = rng.normal(size=(6, len(GENES)))[kind] + 0.1 * rng.normal(size=(30, len(GENES)))
         measured, rest = np.array([0, 1, 5, 6]), np.setdiff1d(np.arange(30), [0, 1, 5, 6])
-        chosen, gains, left = choose(gaussian(x), measured, rest, rest, 4, np.full(4, 0.05))
+        chosen, gains, left = choose([x], measured, rest, rest, 4, np.full(4, 0.05))
         assert {*kind[chosen]} == {2, 3, 4, 5}
         assert left == sorted(left, reverse=True) and gains[0] > gains[3] > 0
         by_chance = [after(rng.choice(rest, 4, replace=False), measured, x, effects) for _ in range(4)]
@@ -211,8 +216,8 @@ def test_chosen_experiments_tell_more_than_random_ones():
 def test_a_choice_is_conditioned_as_a_new_fit_would_be():
     """Variances left after two choices are those of one solve with both measured."""
     x = np.random.default_rng(0).normal(size=(12, 2))
-    kernel, wanted = gaussian(x), np.arange(3, 12)
-    chosen, gains, left = choose(kernel, np.arange(3), wanted, wanted, 2, np.full(3, 0.1))
+    kernel, wanted = gaussian(x, x, median_distance(x)), np.arange(3, 12)
+    chosen, gains, left = choose([x], np.arange(3), wanted, wanted, 2, np.full(3, 0.1))
     rows = [0, 1, 2, *chosen]
     again = kernel - kernel[:, rows] @ np.linalg.solve(
         kernel[np.ix_(rows, rows)] + 0.1 * np.eye(5), kernel[rows]
@@ -237,7 +242,29 @@ def test_experiments_are_chosen_for_a_model(fitted):
 
 
 def test_nothing_is_chosen_twice_however_loud_the_noise():
-    chosen, _, _ = choose(
-        np.diag([1.0, 5.0, 1.0]), np.array([0]), np.array([1, 2]), np.array([1, 2]), 2, np.array([10.0])
-    )
+    x = np.array([[0.0], [10.0], [30.0]])
+    chosen, _, _ = choose([x], [0], [1, 2], [1, 2], 2, np.array([10.0]))
     assert sorted(chosen) == [1, 2]
+
+
+def test_many_candidates_take_memory_in_proportion(monkeypatch):
+    """3,000 candidates that are all wanted: a square of their covariances alone would take 288 MB."""
+    rng = np.random.default_rng(0)
+    names = [f"p{k}" for k in range(3000)]
+    pairs = [("A", name) for name in names[:20]]
+    means = SimpleNamespace(
+        pairs=pairs, contexts=["A"], control=np.zeros((1, 3)),
+        change=rng.normal(size=(20, 3)), noise=np.full((20, 3), 0.01),
+    )  # fmt: skip
+    features = pd.DataFrame(rng.normal(size=(3000, 2)), index=names)
+    model = SimpleNamespace(features=features, members=[1], keys=Keys(), means=means)
+    candidates = [("A", name) for name in names]
+    tracemalloc.start()
+    said = co.next_experiments(model, candidates, n=3)
+    peak = tracemalloc.get_traced_memory()[1] / 1e6
+    tracemalloc.stop()
+    assert peak < 200 and len({*said["perturbation"]}) == 3 and not {*said["perturbation"]} & {*names[:20]}
+    monkeypatch.setattr(uncertainty, "_MOST_WANTED", 3000)
+    assert said["uncertainty"].to_numpy() == pytest.approx(
+        co.next_experiments(model, candidates, n=3)["uncertainty"].to_numpy(), rel=0.1
+    )

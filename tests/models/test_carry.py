@@ -5,9 +5,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import sparse
 
 from cellop_nb.errors import ModelError
-from cellop_nb.models.carry import Observed, balanced_counts
+from cellop_nb.models.carry import MOST_LEVEL, Observed, balanced_counts, carry_genes, whole_levels
 from cellop_nb.models.likelihood import NegativeBinomial, levels
 
 
@@ -142,3 +143,32 @@ def test_expectations_that_are_not_finite_make_no_counts(value):
 def test_one_cell_of_many_genes_is_rounded_without_bias():
     drawn = balanced_counts(torch.full((1, 20_000), 0.3, dtype=torch.float64), generator())
     assert float(drawn.mean()) == pytest.approx(0.3, abs=0.02)
+
+
+@pytest.mark.parametrize("growth", [0.0, 0.2])
+def test_every_gene_reaches_its_level_from_the_non_zeros_alone(growth):
+    """Rare and common genes that fall, rise, rise steeply (more than a molecule in empty cells) or vanish."""
+    rng = np.random.default_rng(0)
+    mean = rng.gamma(0.5, 1.0, 90)
+    x = rng.poisson(mean * rng.gamma(4.0, 0.25, (60, 1))).astype(np.float32)
+    library = x.sum(1) + 50.0
+    change = rng.normal(0, 0.4, 90)
+    change[:3] = 3.0, -9.0, 0.0
+    carried = torch.from_numpy(carry_genes(sparse.csc_matrix(x), library, change, growth, iterations=40))
+    before, after = (torch.from_numpy(one) for one in (library, np.exp(growth) * library))
+    aim = whole_levels(torch.from_numpy(x).double(), before)[0].mean(0) + torch.from_numpy(change)
+    level = whole_levels(carried, after)[0].mean(0)
+    assert (carried >= 0).all() and float(carried[x[:, 0] == 0, 0].max()) > 1
+    torch.testing.assert_close(level, aim.clamp(0, MOST_LEVEL), atol=2e-4, rtol=0)
+
+
+def test_one_order_keeps_expectations_totals_and_independence():
+    """Two genes of the same expectations in one order of the cells: neither tells where the other's molecules are."""
+    mean = torch.rand(30, 1, dtype=torch.float64).expand(30, 2)
+    source = generator()
+    draws = torch.stack([balanced_counts(mean, source, one_order=True) for _ in range(4000)])
+    assert float((draws.mean(0) - mean).abs().max()) < 0.04
+    assert float((draws.sum(1) - mean.sum(0)).abs().max()) < 1
+    left = draws - mean
+    correlation = (left[..., 0] * left[..., 1]).mean(0) / (mean[:, 0] * (1 - mean[:, 0]))
+    assert float(correlation.mean().abs()) < 0.02

@@ -633,7 +633,7 @@ def test_an_address_needs_certificates():
 
     nothing = dask.config.set({"distributed.comm.tls.ca-file": None})
     with nothing, pytest.raises(DataError, match="certificates in Dask's configuration"):
-        s._connected("tls://127.0.0.1:9")
+        s.connected("tls://127.0.0.1:9")
 
 
 def test_a_scheduler_without_tls_is_refused(monkeypatch, certificate):
@@ -643,7 +643,7 @@ def test_a_scheduler_without_tls_is_refused(monkeypatch, certificate):
         s.check_where("cloud")
     monkeypatch.setattr(s, "_SEARCH_SECONDS", 0.5)
     with pytest.raises(DataError, match="a Dask scheduler at tls://127.0.0.1:9.*dask scheduler"):
-        s._connected("tls://127.0.0.1:9")
+        s.connected("tls://127.0.0.1:9")
 
 
 @pytest.fixture

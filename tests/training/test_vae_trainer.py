@@ -14,6 +14,7 @@ from cellop_nb.data.splits import split
 from cellop_nb.data.synthetic import synthetic
 from cellop_nb.errors import DataError, LabelError
 from cellop_nb.models.vae import elbo_loss, kl_to_standard_normal
+from cellop_nb.training import vae
 from cellop_nb.training.vae import VAETrainer, new_vae
 
 SIZES = {"n_latent": 3, "n_hidden": 8}
@@ -47,6 +48,18 @@ def test_training_improves_the_bound_on_held_out_cells(screen):
     terms = history["val_reconstruction"] + history["val_kl"]
     assert np.allclose(history["val_loss"], terms)
     assert (history["train_kl"] >= 0).all()
+
+
+def test_many_cells_are_looked_at_a_bounded_number_of_times(screen, caplog, monkeypatch):
+    n = int((screen.obs["split"] == "train").sum())
+    for most, epochs in ((7 * n, 7), (1, 2), (30 * n, 30)):
+        monkeypatch.setattr(vae, "MOST_VISITS", most)
+        caplog.clear()
+        trainer = trainer_of(screen, max_epochs=30)
+        assert trainer.max_epochs == epochs
+        assert (f"VAE: {epochs} of 30 epochs" in caplog.text) == (epochs < 30)
+    monkeypatch.setattr(vae, "MOST_VISITS", 1)
+    assert len(trainer_of(screen, max_epochs=30).fit(max_epochs=3)) == 3
 
 
 def test_equal_seeds_give_bit_equal_runs(screen):
