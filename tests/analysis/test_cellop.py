@@ -850,8 +850,8 @@ def test_a_fit_on_other_counts_takes_nothing_over_and_where_it_is_interrupted_th
     kept = dict(vars(fitted))
     fitted.adata.X.data *= 2
     with pytest.raises(KeyboardInterrupt):
-        fitted.fit(callbacks=[Interrupts(model.recipe.vae_epochs + 1)], progress=False)
-    assert all(value is kept[name] for name, value in vars(fitted).items())
+        fitted.fit(callbacks=[Interrupts(1)], progress=False)
+    assert [name for name, value in vars(fitted).items() if value is not kept[name]] == []
     fitted.fit(callbacks=[seen], progress=False)
     assert seen.n == fitted.recipe.vae_epochs + fitted.recipe.finish_epochs + fitted.recipe.operator_epochs
 
