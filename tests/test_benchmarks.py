@@ -111,7 +111,7 @@ def test_the_live_picture_is_compared_with_drawing_it_again():
 
 def test_a_move_of_the_explorer_is_compared_with_products_and_drawing(monkeypatch):
     monkeypatch.setattr(explorer, "product_rate", lambda *shape: 1e12)
-    monkeypatch.setattr(explorer, "cpu_seconds", lambda call: call() or 0.25)
+    monkeypatch.setattr(explorer, "cpu_seconds", lambda call: (call(), 0.25)[1])
     cells, sheet = explorer._cells(40, 20), explorer.ExplorerPicture()
     name = "a perturbation for the first time"
     row = explorer._compared(cells, sheet, name, explorer.MOVES[name], 10.0)

@@ -39,7 +39,7 @@ def operator_trainer(adata, **settings):
         (co.new_vae, "seed", 2**70, "a whole number of at least 0 and at most 4,294,967,295"),
         (co.new_vae, "seed", -1, "a whole number of at least 0"),
         (co.new_vae, "seed", None, "a whole number of at least 0"),
-        (vae_trainer, "max_epochs", None, "a whole number of at least 1"),
+        (operator_trainer, "max_epochs", None, "a whole number of at least 1"),
         (co.new_operators, "n_axes", 0, "a whole number of at least 1"),
         (co.new_operators, "rank", -1, "a whole number of at least 0"),
         (co.new_operators, "context_rank", -1, "a whole number of at least 0"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -34,10 +33,8 @@ from .callbacks import Callback
 from .checkpoint import digest
 from .loop import Machine, Trainer
 
-logger = logging.getLogger("cellop_nb")
-
-MOST_VISITS = 1_000_000
-"""Cells that a training looks at in all, where its length is not said to ``fit``."""
+EPOCHS, MOST_VISITS = 32, 1_000_000
+"""Length of a training for which none is said: epochs, and cells that it looks at in all."""
 
 
 @checked
@@ -136,9 +133,9 @@ class VAETrainer(Trainer):
     kl_weight, warmup_epochs
         Final weight of the divergence and the epochs over which it grows from zero.
     max_epochs, lr
-        Length and base learning rate. The defaults reach the held-out loss of three times as many epochs at a quarter
-        of the rate (``benchmarks/schedules.py``). Of many training cells there are fewer epochs, at least two, which look
-        at no more than a million cells in all; ``fit(max_epochs)`` has no such bound.
+        Length and base learning rate. The length is 32 epochs where None, of many training cells as many (at least two)
+        as look at a million cells in all. The defaults reach the held-out loss of three times as many epochs at a quarter
+        of the rate (``benchmarks/schedules.py``).
     weight_decay, clip_norm, callbacks, folder, on_nonfinite, progress, seed, machine
         As in :class:`~cellop_nb.training.loop.Trainer`.
 
@@ -167,7 +164,7 @@ class VAETrainer(Trainer):
         batch_size: int = 128,
         kl_weight: float = 1.0,
         warmup_epochs: int = 5,
-        max_epochs: int = 32,
+        max_epochs: int | None = None,
         lr: float = 4e-3,
         weight_decay: float = 0.0,
         clip_norm: float = 10.0,
@@ -179,10 +176,8 @@ class VAETrainer(Trainer):
         machine: Machine = Machine(),  # noqa: B008 (frozen)
     ):
         rows = {split: rows_of(adata, split) for split in ("train", "val")}
-        asked, max_epochs = max_epochs, min(max_epochs, max(2, MOST_VISITS // len(rows["train"])))
-        if max_epochs < asked:
-            said = "VAE: %d of %d epochs, which look at %s cells at most; fit(max_epochs) trains longer"
-            logger.warning(said, max_epochs, asked, f"{MOST_VISITS:,}")
+        if max_epochs is None:
+            max_epochs = min(EPOCHS, max(2, MOST_VISITS // len(rows["train"])))
         super().__init__(
             model, max_epochs=max_epochs, lr=lr, weight_decay=weight_decay, clip_norm=clip_norm,
             callbacks=callbacks, folder=folder, on_nonfinite=on_nonfinite, progress=progress, seed=seed,
