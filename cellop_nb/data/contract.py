@@ -226,6 +226,15 @@ def obs_labels(adata: AnnData, key: str) -> pd.Series:
         first = list(adata.obs_names[missing][:3])
         problem = f"{counted(missing.sum(), 'cell')} without one, such as {first}"
         raise LabelError(f"a label in obs[{key!r}] for every cell", problem, "label or drop these cells")
+    categories = column.cat.categories if isinstance(column.dtype, pd.CategoricalDtype) else column.unique()
+    written: dict[str, object] = {}
+    for label in categories:
+        twin = written.setdefault(str(label), label)
+        if twin is not label and twin != label:
+            fix = f"make them one or name them apart: obs[{key!r}] = obs[{key!r}].astype(str)"
+            raise LabelError(
+                f"labels in obs[{key!r}] that are written differently", f"{twin!r} and {label!r}", fix
+            )
     if not isinstance(column.dtype, pd.CategoricalDtype):
         return column.astype(str)
     # One string per category: pandas would make one for every cell.

@@ -120,6 +120,17 @@ def test_setup_writes_the_keys_alone(screen):
     assert screen.uns.keys() == before.uns.keys() and screen.layers.keys() == before.layers.keys()
 
 
+@pytest.mark.parametrize("kind", ["object", "category"])
+def test_labels_that_only_their_type_tells_apart_are_refused(screen, kind):
+    labels = np.full(screen.n_obs, "1", dtype=object)
+    labels[::2] = 1
+    screen.obs["tissue"] = pd.Series(labels, index=screen.obs_names, dtype=object).astype(kind)
+    with pytest.raises(LabelError, match=r"written differently.*(1 and '1'|'1' and 1)"):
+        setup(screen, context_key="tissue")
+    screen.obs["tissue"] = screen.obs["tissue"].astype(str)
+    setup(screen, context_key="tissue")
+
+
 def test_context_labels(screen):
     both = context_labels(screen, Keys(context_key=("cell_type", "donor")))
     assert both.iloc[0] == f"{screen.obs['cell_type'].iloc[0]} | {screen.obs['donor'].iloc[0]}"
