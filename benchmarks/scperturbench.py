@@ -177,6 +177,19 @@ def page(table: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
+def donors(table: pd.DataFrame) -> str:
+    """Means over donors beside the published ones, genes chosen on training cells, as Markdown for the same page."""
+    rows = table[(table["over"] == "donor") & (table["genes_chosen_on"] == "training cells")]
+    columns = ["top energy", "top pearson", "all energy", "all pearson"]
+    shown = rows.groupby("method", sort=False)[columns].mean()
+    published = PUBLISHED[PUBLISHED["over"] == "donor"].set_index("method")[columns]
+    shown = pd.concat([shown, published.rename(lambda name: f"{name}, published")])
+    lines = [f"| {' | '.join(['donors held out', *columns])} |", "|---" * (len(columns) + 1) + "|"]
+    for label, numbers in shown.iterrows():
+        lines.append(f"| {label} | {' | '.join('–' if np.isnan(x) else f'{x:.2f}' for x in numbers)} |")
+    return "\n".join(lines)
+
+
 def report(table: pd.DataFrame, over: str) -> str:
     """Means over held-out groups beside the published rows, and the distances of each group."""
     rows = table[table["over"] == over]

@@ -42,5 +42,6 @@ def test_the_leading_genes_are_those_of_scanpy():
 
 def test_the_page_is_that_of_its_file(root):
     table = pd.read_csv(root / "docs" / "scperturbench.csv")
-    assert bench.page(table) in (root / "docs" / "guides" / "compare.md").read_text(encoding="utf-8")
+    guide = (root / "docs" / "guides" / "compare.md").read_text(encoding="utf-8")
+    assert bench.page(table) in guide and bench.donors(table) in guide
     assert "published" in bench.report(table, "cell_type") and not table["cpu_seconds"].dropna().empty
