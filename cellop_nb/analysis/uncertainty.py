@@ -391,12 +391,13 @@ def _sentence(row: pd.Series) -> str:
         return "The prediction comes about as near as the noise floor: nothing to improve."
     explained = 1 - (whole - floor) / (row["no change"] - floor)
     said = f"The prediction takes off {max(explained, 0.0):.0%} of the distance. "
+    if decoder > whole:  # decoded afresh, while a prediction keeps the cells' own counts
+        return (
+            f"{said}Decoding the true latents comes no nearer ({decoder:.2f}) than the prediction ({whole:.2f}), which "
+            "keeps the cells' own counts: nothing here says what to improve."
+        )
     if decoder > 0.5 * whole:
         share = f"{decoder / whole:.0%} of what is left remains when the true latents are decoded"
-        if decoder > whole:  # they are decoded afresh, while a prediction keeps the cells' own counts
-            share = (
-                f"Decoding the true latents comes no nearer ({decoder:.2f}) than the prediction ({whole:.2f})"
-            )
         return (
             f"{said}{share}: if that is too much, improve the VAE (longer training, more latent dimensions)."
         )

@@ -504,7 +504,7 @@ def test_the_budget_names_the_stages(result):
             (0.0, 0.1, 0.9, 1.0, 5.0),
             "takes off 80% of the distance. 90% of what is left remains when the true latents are decoded: if that",
         ),
-        ((0.0, 0.1, 1.5, 1.0, 5.0), "no nearer (1.50) than the prediction (1.00): if that"),
+        ((0.0, 0.1, 1.5, 1.0, 5.0), "no nearer (1.50) than the prediction (1.00), which keeps"),
         ((0.0, 0.1, 0.1, 1.0, 5.0), "90% of what is left comes from the operators and the plan"),
         ((0.0, 0.1, 0.1, 0.1, 0.02), "hardly an effect"),
     ],
