@@ -100,6 +100,13 @@ def test_held_out_groups_are_at_the_noise_floor(screen, trainer):
         assert before < 0.5 or found < 0.1 * before, group.label
 
 
+def test_validation_moves_training_controls(screen, trainer):
+    """Controls that stay aside with the validation cells would make their distance that of another sample."""
+    split_of = screen.obs["split"].to_numpy()
+    for rows in trainer.held_out.control_rows.values():
+        assert len(rows) and (split_of[rows] == "train").all()
+
+
 def test_transported_means_are_within_five_percent(screen, trainer):
     assert mean_error(screen, trainer.model) < 0.05
 
